@@ -1,0 +1,27 @@
+# The two commands of a fresh machine: `make train` runs the main job, `make test` passes the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: train test lint bench
+
+train: $(VENV)/installed
+	$(BIN)/python -m experiments.compare $(ARGS)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
+
+bench: $(VENV)/installed
+	$(BIN)/python -m experiments.bench_kernels --device cpu
+	$(BIN)/python -m experiments.bench_training
+	$(BIN)/python -m experiments.tables
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test]"
+	touch $@

@@ -1,0 +1,150 @@
+"""Packing: one conv kernel, or a whole tree with its optimizer state, between dense arrays and packed values."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from blocksparse_jax import layout as layouts_
+from blocksparse_jax import tree
+from blocksparse_jax.layout import BlockLayout, block_index, is_layout
+from blocksparse_jax.state import SparseState, is_sparse_state
+
+
+def pack(kernel: Float[Array, "kh kw cin cout"], layout: BlockLayout) -> Float[Array, "groups kept kept_taps group_size"]:
+    """Gathers the kept weights: `values[g, k, t, i] = kernel[tap taps[g, t], channels[g, k], filters[g, i]]`.
+
+    Args:
+      kernel: a conv kernel.
+      layout: its layout.
+
+    Returns:
+      Packed values `[groups, kept, kept_taps, group_size]`, of the kernel's dtype.
+
+    Raises:
+      ValueError: the layout is of another kernel.
+
+    Example:
+      >>> layout = layouts_.mask_to_layout(jnp.ones((1, 1, 2, 2), bool))
+      >>> pack(jnp.arange(4.0).reshape(1, 1, 2, 2), layout).shape
+      (1, 2, 1, 2)
+
+    Reference: ours.
+    """
+    if jnp.shape(kernel) != layout.shape:
+        raise ValueError(f"kernel: expected shape {layout.shape} of the layout, got {jnp.shape(kernel)}; was the layout made for another layer?")
+    kh, kw, cin, cout = layout.shape
+    return jnp.asarray(kernel).reshape(kh * kw, cin, cout).at[block_index(layout)].get(mode="promise_in_bounds", unique_indices=True)
+
+
+def unpack(values: Float[Array, "groups kept kept_taps group_size"], layout: BlockLayout) -> Float[Array, "kh kw cin cout"]:
+    """Scatters packed values into a conv kernel that is zero elsewhere; `unpack(pack(w)) == where(mask, w, 0)`.
+
+    Args:
+      values: packed values.
+      layout: their layout.
+
+    Returns:
+      A conv kernel `[kh, kw, cin, cout]`, of the values' dtype.
+
+    Raises:
+      ValueError: the layout is of other values.
+
+    Example:
+      >>> layout = layouts_.mask_to_layout(jnp.ones((1, 1, 2, 2), bool))
+      >>> unpack(jnp.ones((1, 2, 1, 2)), layout).shape
+      (1, 1, 2, 2)
+
+    Reference: ours.
+    """
+    if jnp.shape(values) != layout.packed_shape:
+        raise ValueError(
+            f"values: expected packed shape (groups, kept, kept_taps, group_size) = {layout.packed_shape} of the layout, got {jnp.shape(values)}"
+        )
+    kh, kw, cin, cout = layout.shape
+    flat = jnp.zeros((kh * kw, cin, cout), jnp.asarray(values).dtype)
+    return flat.at[block_index(layout)].set(values, mode="promise_in_bounds", unique_indices=True).reshape(layout.shape)
+
+
+def pack_tree(params: PyTree, state: PyTree, layouts: PyTree) -> tuple[PyTree, PyTree]:
+    """Packs parameters and everything in the optimizer state that has their shape (moments, traces, accumulators).
+
+    A packed leaf holds kept weights only, so the methods in `state` neither mask it nor move its topology: training continues with the
+    same `tx` as ordinary training of a smaller tree. To change masks, `unpack_tree`, update, pack again.
+
+    Args:
+      params: any pytree.
+      state: an optimizer state for `params`, or None.
+      layouts: `get_layouts(state)`: a BlockLayout for each leaf to pack, `Dense()` for the others.
+
+    Returns:
+      `(values, state)`.
+
+    Raises:
+      ValueError: the layouts are of another tree or another kernel.
+
+    Example:
+      >>> params = {"w": jnp.ones((1, 1, 2, 2)), "b": jnp.ones(2)}
+      >>> layouts = {"w": layouts_.mask_to_layout(jnp.ones((1, 1, 2, 2), bool)), "b": layouts_.Dense()}
+      >>> values, _ = pack_tree(params, None, layouts)
+      >>> values["w"].shape, values["b"].shape
+      ((1, 2, 1, 2), (2,))
+
+    Reference: ours.
+    """
+    return _convert(params, state, layouts, pack, lambda layout: layout.shape, lambda layout: jnp.asarray(True))
+
+
+def unpack_tree(values: PyTree, state: PyTree, layouts: PyTree) -> tuple[PyTree, PyTree]:
+    """The inverse of `pack_tree`: dense parameters and optimizer state, zero where pruned, with their masks.
+
+    Args:
+      values: packed parameters.
+      state: the packed optimizer state, or None.
+      layouts: the layouts they were packed with.
+
+    Returns:
+      `(params, state)`.
+
+    Raises:
+      ValueError: the layouts are of another tree or other values.
+
+    Example:
+      >>> layouts = {"w": layouts_.mask_to_layout(jnp.ones((1, 1, 2, 2), bool))}
+      >>> params, _ = unpack_tree({"w": jnp.ones((1, 2, 1, 2))}, None, layouts)
+      >>> params["w"].shape
+      (1, 1, 2, 2)
+
+    Reference: ours.
+    """
+    return _convert(values, state, layouts, unpack, lambda layout: layout.packed_shape, layouts_.layout_to_mask)
+
+
+def _convert(params: PyTree, state: PyTree, layouts: PyTree, convert: Any, shape: Any, mask: Any) -> tuple[PyTree, PyTree]:
+    """Converts each leaf with a BlockLayout, and each state leaf that belongs to it and has its shape; masks become `mask(layout)`."""
+    structure = jax.tree.structure(params)
+    paths = [tree.path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+    nodes = dict(zip(paths, tree.match("layouts", layouts, params, is_leaf=is_layout), strict=True))
+
+    def leaf(name: str | None, value: Any) -> Any:
+        if is_sparse_state(value):
+            return _convert_masks(value)
+        layout = nodes.get(name) if name is not None else None
+        return convert(value, layout) if isinstance(layout, BlockLayout) and jnp.shape(value) == shape(layout) else value
+
+    def _convert_masks(sparse: SparseState) -> SparseState:
+        def one(path: Any, own: Any, layout: Any) -> Any:
+            node = nodes.get(tree.path_name(path))
+            return mask(node) if isinstance(node, BlockLayout) and not isinstance(layout, layouts_.Dense) else own
+
+        return sparse._replace(masks=jax.tree.map_with_path(one, sparse.masks, sparse.layouts))
+
+    converted = [
+        convert(value, nodes[name]) if isinstance(nodes[name], BlockLayout) else value
+        for name, value in zip(paths, jax.tree.leaves(params), strict=True)
+    ]
+    for name, node in nodes.items():
+        if not is_layout(node) or isinstance(node, layouts_.ConsecutiveGroups):
+            raise ValueError(f"layouts: expected a BlockLayout or Dense() at {name!r}, got {type(node).__name__}; use get_layouts(state)")
+    return jax.tree.unflatten(structure, converted), tree.map_state(leaf, params, state, is_leaf=is_sparse_state)

@@ -1,0 +1,133 @@
+"""Scores: how much a weight, or a block of weights, deserves to be kept (higher = keep)."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from blocksparse_jax import _checks, tree
+
+Kind = Literal["magnitude", "gradient", "random"]
+Criterion = Literal["l1", "l2", "bpar"]
+
+
+def magnitude(weights: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`|w|`, in float32.
+
+    Args:
+      weights: any shape.
+
+    Returns:
+      Scores of the same shape.
+
+    Example:
+      >>> magnitude(jnp.array([-2.0, 1.0])).tolist()
+      [2.0, 1.0]
+
+    Reference: Zhu & Gupta, "To prune, or not to prune", 2017.
+    """
+    return jnp.abs(weights.astype(jnp.float32))
+
+
+def random(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Uniform scores in [0, 1).
+
+    Args:
+      key: a JAX random key.
+      shape: shape of the scores.
+
+    Returns:
+      float32 scores.
+
+    Example:
+      >>> random(jax.random.key(0), (2, 3)).shape
+      (2, 3)
+
+    Reference: the random baseline (RU) of Ma et al., "HRBP", CPAL 2024.
+    """
+    return jax.random.uniform(key, shape)
+
+
+def make(scores: Kind | PyTree, chosen: dict[str, Array], grads: dict[str, Array] | None, key: Array) -> dict[str, Array]:
+    """Scores of the chosen leaves, by name.
+
+    Args:
+      scores: "magnitude" (`|w|`), "gradient" (`|g|`), "random", or a tree with an array for each chosen leaf.
+      chosen: name -> weights.
+      grads: name -> gradients, for "gradient".
+      key: a JAX random key, for "random"; each leaf folds in its position.
+
+    Returns:
+      Name -> float32 scores of the leaf's shape.
+
+    Raises:
+      ValueError: an unknown kind, or a tree that lacks a leaf or has it in another shape.
+
+    Example:
+      >>> make("magnitude", {"w": jnp.array([-3.0])}, None, jax.random.key(0))["w"].tolist()
+      [3.0]
+
+    Reference: ours.
+    """
+    if isinstance(scores, str):
+        kind = _checks.choice("scores", scores, ("magnitude", "gradient", "random"))
+        if kind == "random":
+            return {name: random(jax.random.fold_in(key, i), w.shape) for i, (name, w) in enumerate(chosen.items())}
+        if kind == "gradient" and grads is None:
+            raise ValueError("scores: 'gradient' needs gradients")
+        return {name: magnitude(leaf) for name, leaf in (grads if kind == "gradient" and grads else chosen).items()}
+    given = {tree.path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(scores)}
+    for name, leaf in chosen.items():
+        if name not in given or jnp.shape(given[name]) != leaf.shape:
+            got = f"shape {jnp.shape(given[name])}" if name in given else f"a tree with leaves {list(given)[:8]}"
+            raise ValueError(f"scores: expected an array of shape {leaf.shape} at {name!r}, got {got}")
+    return {name: jnp.asarray(given[name], jnp.float32) for name in chosen}
+
+
+def block_scores(
+    kernel: Float[Array, "kh kw cin cout"], block: int, criterion: Criterion = "l1", alpha: float = 1.0
+) -> Float[Array, "groups cin"]:
+    """Scores of 1xN blocks: N consecutive filters x one input channel x the whole kernel.
+
+    With `l_j` the L1 norm of block j of a group and `r_j = sum_i |cos(w_i, w_j)|` (i = j included), BPAR is
+    `l_j / sum_i l_i - alpha * r_j / sum_i r_i`; a zero block's normalised redundancy is set to 1.
+
+    Args:
+      kernel: a conv kernel.
+      block: N, a divisor of cout.
+      criterion: "l1", "l2" (the norms) or "bpar" (block angular redundancy).
+      alpha: weight of the redundancy in BPAR.
+
+    Returns:
+      float32 `[cout / block, cin]`.
+
+    Raises:
+      ValueError: an unknown criterion.
+
+    Example:
+      >>> block_scores(jnp.ones((1, 1, 2, 4)), block=2).tolist()
+      [[2.0, 2.0], [2.0, 2.0]]
+
+    Reference: Xiang et al., "SUBP", NeurIPS 2023 (block scores and BPAR).
+    """
+    _checks.choice("criterion", criterion, ("l1", "l2", "bpar"))
+    kh, kw, cin, cout = kernel.shape
+    blocks = jnp.moveaxis(kernel.astype(jnp.float32).reshape(kh * kw, cin, cout // block, block), 2, 0)
+    blocks = jnp.swapaxes(blocks, 1, 2).reshape(cout // block, cin, -1)
+    l1 = jnp.abs(blocks).sum(-1)
+    if criterion == "l1":
+        return l1
+    l2 = jnp.sqrt(jnp.square(blocks).sum(-1))
+    if criterion == "l2":
+        return l2
+    unit = blocks / jnp.where(l2 == 0, 1, l2)[..., None]
+    cosine = jnp.abs(jnp.einsum("gid,gjd->gij", unit, unit, precision=jax.lax.Precision.HIGHEST))
+    redundancy = _normalise(cosine.sum(1))
+    return _normalise(l1) - alpha * jnp.where(l2 == 0, 1.0, redundancy)
+
+
+def _normalise(rows: Float[Array, "groups cin"]) -> Float[Array, "groups cin"]:
+    """Rows divided by their sums; an all-zero row stays zero."""
+    total = rows.sum(-1, keepdims=True)
+    return rows / jnp.where(total == 0, 1, total)

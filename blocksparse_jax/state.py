@@ -1,0 +1,223 @@
+"""The optax state of every sparse method, and what can be read from it: masks, layouts, the weights of the forward pass."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from blocksparse_jax import tree
+from blocksparse_jax.layout import BlockLayout, ConsecutiveGroups, Dense, is_layout, mask_to_layout
+from blocksparse_jax.masks import straight_through
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What is fixed about a method: static, so it costs nothing in a jitted step.
+
+    Attributes:
+      method: the method's name, for reports.
+      density: target density over the chosen leaves.
+      group_size: filters in a group as asked for; None where the pattern has no groups.
+      straight_through: the forward pass uses `w * mask` and gradients pass to all weights (`masked`).
+      rule: weights -> mask, for methods whose mask follows the weights at every step; None = the stored masks.
+      skips: an update of the masks applies no gradient.
+
+    Example:
+      >>> Spec("rigl", 0.1, skips=True).straight_through
+      False
+
+    Reference: ours.
+    """
+
+    method: str
+    density: float
+    group_size: int | None = None
+    straight_through: bool = False
+    rule: Callable[[Array], Array] | None = None
+    skips: bool = False
+
+
+class SparseState(NamedTuple):
+    """Optax state of a sparse method.
+
+    Attributes:
+      count: int32, updates so far.
+      masks: the params' structure; bool arrays of the leaf's shape, the scalar True for a dense (or packed) leaf.
+      layouts: the params' structure; `BlockLayout`, `ConsecutiveGroups` or `Dense()`.
+      skip_gradient: bool, whether the last update moved the topology instead of applying a gradient.
+      spec: what is fixed about the method (static).
+
+    Example:
+      >>> SparseState._fields
+      ('count', 'masks', 'layouts', 'skip_gradient', 'spec')
+
+    Reference: ours.
+    """
+
+    count: jax.Array  # int32[]
+    masks: PyTree
+    layouts: PyTree
+    skip_gradient: jax.Array  # bool[]
+    spec: Spec
+
+
+def is_sparse_state(node: Any) -> TypeGuard[SparseState]:
+    """True for the state of a sparse method inside an optimizer state."""
+    return isinstance(node, SparseState)
+
+
+def sparse_states(state: PyTree) -> list[SparseState]:
+    """The states of all sparse methods inside an optimizer state, whatever wraps them.
+
+    Args:
+      state: an optimizer state.
+
+    Returns:
+      The states, outermost first.
+
+    Raises:
+      ValueError: there is none.
+
+    Example:
+      >>> sparse_states(optax.sgd(0.1).init({"w": jnp.ones(2)}))
+      Traceback (most recent call last):
+      ...
+      ValueError: state: expected the state of a chain that holds a sparse method (hrbp_prune, rigl, ...), found none in EmptyState
+
+    Reference: ours.
+    """
+    found = [node for node in jax.tree.leaves(state, is_leaf=is_sparse_state) if is_sparse_state(node)]
+    if not found:
+        kind = type(state[0] if type(state) is tuple and state else state).__name__
+        raise ValueError(f"state: expected the state of a chain that holds a sparse method (hrbp_prune, rigl, ...), found none in {kind}")
+    return found
+
+
+def get_masks(state: PyTree) -> PyTree:
+    """The masks in an optimizer state.
+
+    Args:
+      state: the state of a transformation that holds a sparse method, under any wrappers.
+
+    Returns:
+      A tree of the params' structure: bool masks of the leaves' shapes, and the scalar True for dense leaves (it broadcasts, so
+      `jax.tree.map(jnp.multiply, params, masks)` works in either order). Where several methods share a leaf: what all of them keep.
+
+    Raises:
+      ValueError: there is no sparse method in the state.
+
+    Example:
+      >>> import blocksparse_jax as bsj
+      >>> state = bsj.rigl(0.5, until=10).init({"w": jnp.ones((3, 3, 8, 8)), "b": jnp.ones(8)})
+      >>> int(bsj.get_masks(state)["w"].sum()), bool(bsj.get_masks(state)["b"])
+      (288, True)
+
+    Reference: ours.
+    """
+    return _merge([s.masks for s in sparse_states(state)], _both, jnp.asarray(True))
+
+
+def get_layouts(state: PyTree) -> PyTree:
+    """The block layouts in an optimizer state; hand them to `conv`, to a layer's `layouts` collection or to `pack_tree`.
+
+    A method whose kept count changes in training (`subp`) keeps masks only; its layouts are read from them here, outside of jit.
+
+    Args:
+      state: the state of a transformation that holds a sparse method, under any wrappers.
+
+    Returns:
+      A tree of the params' structure: a `BlockLayout`, or `Dense()` for leaves that are dense or whose pattern has no layout.
+
+    Raises:
+      ValueError: there is no sparse method in the state, or layouts must be read from masks that are traced.
+
+    Example:
+      >>> import blocksparse_jax as bsj
+      >>> params = {"w": jnp.ones((3, 3, 8, 8)), "b": jnp.ones(8)}
+      >>> layouts = bsj.get_layouts(bsj.hrbp_prune(0.75, group_size=4, block_density=1).init(params))
+      >>> layouts["w"].packed_shape, layouts["b"]
+      ((2, 2, 9, 4), Dense())
+
+    Reference: ours.
+    """
+    resolved = [jax.tree.map(_resolve, s.layouts, s.masks, is_leaf=_is_node) for s in sparse_states(state)]
+    return _merge(resolved, lambda a, b: b if isinstance(a, Dense) else a, Dense())
+
+
+def masked(params: PyTree, state: PyTree) -> PyTree:
+    """The weights of the forward pass: one training loop for every method.
+
+    The identity for hard methods, whose pruned weights are zero already; for straight-through methods (SR-STE, soft SUBP) `w * mask`
+    with the gradient passed to all weights.
+
+    Args:
+      params: the parameters.
+      state: the optimizer state.
+
+    Returns:
+      A tree of the params' structure.
+
+    Raises:
+      ValueError: the state is of another tree.
+
+    Example:
+      >>> import blocksparse_jax as bsj
+      >>> params = {"w": jnp.arange(4.0).reshape(4, 1)}
+      >>> state = bsj.sr_ste(2, 4, where=lambda name, leaf: True).init(params)
+      >>> bsj.masked(params, state)["w"].reshape(-1).tolist()
+      [0.0, 0.0, 2.0, 3.0]
+
+    Reference: Zhou et al., ICLR 2021; Xiang et al., "SUBP", NeurIPS 2023.
+    """
+    for sparse in sparse_states(state):
+        if sparse.spec.straight_through:
+            rule = sparse.spec.rule
+            nodes = tree.match("state", sparse.masks, params)
+            leaves = [
+                straight_through(w, mask if rule is None else rule(w)) if jnp.ndim(mask) else w
+                for w, mask in zip(jax.tree.leaves(params), nodes, strict=True)
+            ]
+            params = jax.tree.unflatten(jax.tree.structure(params), leaves)
+    return params
+
+
+def hard_masks(state: PyTree) -> PyTree:
+    """As `get_masks`, with the scalar True for the leaves of straight-through methods, whose pruned weights live on."""
+    trees = [jax.tree.map(lambda m: jnp.asarray(True), s.masks) if s.spec.straight_through else s.masks for s in sparse_states(state)]
+    return _merge(trees, _both, jnp.asarray(True))
+
+
+def _is_node(node: Any) -> bool:
+    return is_layout(node) or isinstance(node, optax.MaskedNode)
+
+
+def _both(a: Array, b: Array) -> Array:
+    """The masks' intersection, without broadcasting two scalars of dense leaves into arrays."""
+    return a & b if jnp.ndim(a) and jnp.ndim(b) else (a if jnp.ndim(a) else b)
+
+
+def _resolve(layout: Any, mask: Any) -> Any:
+    if not isinstance(layout, ConsecutiveGroups) or not jnp.ndim(mask):
+        return Dense() if isinstance(layout, ConsecutiveGroups) else layout
+    if isinstance(mask, jax.core.Tracer):
+        raise ValueError("state: this method's kept count changes, so get_layouts reads it from the masks: call it outside of jit")
+    return mask_to_layout(mask, jnp.arange(mask.shape[3]).reshape(-1, layout.group_size))
+
+
+def _merge(trees: list[PyTree], combine: Callable[[Any, Any], Any], absent: Any) -> PyTree:
+    """One tree from those of several methods: `optax.MaskedNode` marks leaves that a method does not see (multi_transform)."""
+
+    def two(a: Any, b: Any) -> Any:
+        if isinstance(a, optax.MaskedNode) or isinstance(b, optax.MaskedNode):
+            return b if isinstance(a, optax.MaskedNode) else a
+        return combine(a, b)
+
+    merged = trees[0]
+    for other in trees[1:]:
+        merged = jax.tree.map(two, merged, other, is_leaf=_is_node)
+    return jax.tree.map(lambda node: absent if isinstance(node, optax.MaskedNode) else node, merged, is_leaf=_is_node)

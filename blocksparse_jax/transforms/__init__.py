@@ -1,0 +1,1 @@
+"""The optax transformations: one file for each family of methods."""

@@ -1,0 +1,108 @@
+"""N:M sparsity with straight-through gradients: STE and SR-STE."""
+
+import dataclasses
+
+import optax
+from jaxtyping import Array, Bool, Float
+
+from blocksparse_jax import _checks, tree
+from blocksparse_jax.layout import Dense
+from blocksparse_jax.masks import Axis, n_of_m
+from blocksparse_jax.scores import magnitude
+from blocksparse_jax.state import Spec
+from blocksparse_jax.transforms._base import Drawn, Leaf, sparse_transformation
+
+
+@dataclasses.dataclass(frozen=True)
+class _LargestOfRun:
+    """weights -> N:M mask; compares by value, so it can sit in a static field."""
+
+    n: int
+    m: int
+    axis: Axis
+
+    def __call__(self, weights: Float[Array, "..."]) -> Bool[Array, "..."]:
+        return n_of_m(magnitude(weights), self.n, self.m, self.axis)
+
+
+def sr_ste(
+    n: int = 2, m: int = 4, decay: float = 2e-4, *, axis: Axis = "input", where: tree.Where | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """SR-STE: the forward pass uses the n largest of each m weights, all weights are trained.
+
+    The gradient `g` taken at `w~ = mask * w` (from `masked(params, state)`) goes to all weights, plus `decay * (1 - mask) * w`; the mask
+    is the one of the present weights at every step.
+
+    Args:
+      n: kept weights in a run.
+      m: length of a run, a divisor of the axis.
+      decay: lambda, the pull of pruned weights towards zero.
+      axis: "input": runs over input channels (the authors' NHWC form); "kernel": over (channel, y, x) of one filter.
+      where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.
+
+    Returns:
+      An optax transformation for the head of the chain, before momentum and weight decay.
+
+    Raises:
+      ValueError: bad n, m or decay; at init, a leaf whose axis m does not divide, by name.
+
+    Example:
+      >>> import blocksparse_jax as bsj, jax.numpy as jnp
+      >>> params = {"conv": jnp.arange(1.0, 9.0).reshape(1, 1, 8, 1)}
+      >>> tx = bsj.sr_ste(2, 4, decay=0.1)
+      >>> state = tx.init(params)
+      >>> grads = {"conv": jnp.zeros((1, 1, 8, 1))}
+      >>> [round(u, 3) for u in tx.update(grads, state, params)[0]["conv"].reshape(-1).tolist()]
+      [0.1, 0.2, 0.0, 0.0, 0.5, 0.6, 0.0, 0.0]
+
+    Reference: Zhou et al., "Learning N:M fine-grained structured sparse neural networks from scratch", ICLR 2021, equation 9.
+    """
+    _checks.positive_int("m", m)
+    if _checks.positive_int("n", n) > m:
+        raise ValueError(f"n: expected at most m={m}, got {n}")
+    if decay < 0:
+        raise ValueError(f"decay: expected a number of at least 0, got {decay!r}")
+    rule = _LargestOfRun(n, m, _checks.choice("axis", axis, ("input", "kernel")))
+
+    def draw(chosen: dict[str, Array]) -> Drawn:
+        drawn = {}
+        for name, leaf in chosen.items():
+            try:
+                drawn[name] = (rule(leaf), Dense())
+            except ValueError as error:
+                raise ValueError(f"params[{name!r}]: {error}") from error
+        return drawn
+
+    def redraw(count: Array, leaves: dict[str, Leaf]) -> Drawn:
+        del count
+        return draw({name: leaf.weights for name, leaf in leaves.items()})
+
+    spec = Spec("sr-ste" if decay else "ste", n / m, straight_through=True, rule=rule)
+    return sparse_transformation(spec, where=where, draw=draw, redraw=redraw, decay=decay)
+
+
+def ste(n: int = 2, m: int = 4, *, axis: Axis = "input", where: tree.Where | None = None) -> optax.GradientTransformationExtraArgs:
+    """STE: N:M sparsity with the plain straight-through gradient, `sr_ste` with decay 0.
+
+    Args:
+      n: kept weights in a run.
+      m: length of a run.
+      axis: as in `sr_ste`.
+      where: as in `sr_ste`.
+
+    Returns:
+      An optax transformation.
+
+    Raises:
+      ValueError: as `sr_ste`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"conv": jnp.ones((1, 1, 8, 1))}
+      >>> tx = ste(2, 4)
+      >>> float(tx.update(params, tx.init(params), params)[0]["conv"].sum())
+      8.0
+
+    Reference: Zhou et al., ICLR 2021, equation 4.
+    """
+    return sr_ste(n, m, 0.0, axis=axis, where=where)

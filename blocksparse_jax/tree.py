@@ -1,0 +1,148 @@
+"""Pytrees of parameters: names of leaves, which leaves are sparse, and state leaves that belong to a parameter."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jaxtyping import Array, PyTree
+
+Where = Callable[[str, Array], bool]
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """The name of a leaf: its keys joined by `/`, without the `/value` that ends nnx paths.
+
+    Args:
+      path: a key path of `jax.tree_util`.
+
+    Returns:
+      The name, e.g. `"Conv_0/kernel"`.
+
+    Example:
+      >>> [path_name(path) for path, _ in jax.tree.leaves_with_path({"Conv_0": {"kernel": 1.0}})]
+      ['Conv_0/kernel']
+
+    Reference: ours.
+    """
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
+def conv_kernels(name: str, leaf: Array) -> bool:
+    """The default choice of sparse leaves: conv kernels except the stem.
+
+    A conv kernel is a leaf `[kh, kw, cin, cout]`; the stem is one whose name holds "stem" or that reads at most 4 input channels
+    (images); depthwise kernels read one channel each and stay dense by the same rule.
+
+    Args:
+      name: the leaf's path name.
+      leaf: the parameter.
+
+    Returns:
+      Whether the leaf is sparse.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> conv_kernels("stem/kernel", jnp.zeros((3, 3, 3, 64))), conv_kernels("Conv_1/kernel", jnp.zeros((3, 3, 64, 64)))
+      (False, True)
+
+    Reference: the dense layers of Xiang et al., "SUBP", NeurIPS 2023 (stem and classifier).
+    """
+    return leaf.ndim == 4 and leaf.shape[2] > 4 and "stem" not in name.lower()
+
+
+def choose(where: Where | None, params: PyTree) -> dict[str, Array]:
+    """The sparse leaves of a tree, by name.
+
+    Args:
+      where: predicate on a leaf's name and the leaf; None means `conv_kernels`.
+      params: any pytree of arrays.
+
+    Returns:
+      Name -> leaf, in tree order.
+
+    Raises:
+      ValueError: no leaf is chosen, or two leaves have one name.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> list(choose(None, {"a": jnp.zeros((3, 3, 8, 8)), "b": jnp.zeros(8)}))
+      ['a']
+
+    Reference: ours.
+    """
+    where = conv_kernels if where is None else where
+    if not callable(where):
+        raise ValueError(f"where: expected a predicate (name, leaf) -> bool, got {where!r}")
+    leaves = [(path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(params)]
+    chosen = {name: leaf for name, leaf in leaves if where(name, leaf)}
+    if not chosen:
+        shapes = ", ".join(f"{name}{list(leaf.shape)}" for name, leaf in leaves[:8])
+        raise ValueError(f"where: no leaf of params was chosen, expected at least one of: {shapes}; pass where=lambda name, leaf: ...")
+    if len({name for name, _ in leaves}) != len(leaves):
+        raise ValueError("params: two leaves have the same path name; rename one so that layers can be told apart")
+    return chosen
+
+
+def match(name: str, tree: PyTree, params: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:
+    """The nodes of `tree` at the leaves of `params`.
+
+    Args:
+      name: the argument's name, for the error.
+      tree: a tree with the structure of `params`.
+      params: any pytree.
+      is_leaf: what counts as one node of `tree`.
+
+    Returns:
+      One node for each leaf of `params`.
+
+    Raises:
+      ValueError: `tree` has another structure.
+
+    Example:
+      >>> match("masks", {"a": 1}, {"a": 2})
+      [1]
+
+    Reference: ours.
+    """
+    expected, got = jax.tree.structure(params), jax.tree.structure(tree, is_leaf=is_leaf)
+    if is_leaf is None and expected == got:
+        return jax.tree.leaves(tree)
+    try:
+        return expected.flatten_up_to(tree)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: expected the tree structure of params, {expected}, got {got}; was it made from another model?") from error
+
+
+def map_state(function: Callable[..., Any], params: PyTree, state: PyTree, *rest: PyTree, is_leaf: Callable[[Any], bool]) -> PyTree:
+    """Maps over the leaves of an optimizer state, telling which parameter each one belongs to.
+
+    A state leaf belongs to a parameter when its key path ends with the parameter's: moments, traces and accumulators of any
+    transformation do, whatever wraps it (chain, inject_hyperparams, MultiSteps, multi_transform); counts do not.
+
+    Args:
+      function: called as `function(name | None, leaf, *rest_leaves)`, name = the parameter's path name.
+      params: any pytree.
+      state: an optimizer state.
+      *rest: states of the same structure.
+      is_leaf: nodes of `state` to hand over whole, with name None.
+
+    Returns:
+      A state of the same structure.
+
+    Example:
+      >>> import optax, jax.numpy as jnp
+      >>> params = {"w": jnp.ones(2)}
+      >>> state = optax.trace(0.9).init(params)
+      >>> map_state(lambda name, leaf: name, params, state, is_leaf=lambda x: False).trace
+      {'w': 'w'}
+
+    Reference: ours.
+    """
+    owners: Mapping[tuple[Any, ...], str] = {path: path_name(path) for path, _ in jax.tree.leaves_with_path(params)}
+    lengths = sorted({len(path) for path in owners}, reverse=True)
+
+    def call(path: tuple[Any, ...], leaf: Any, *others: Any) -> Any:
+        owner = None if is_leaf(leaf) else next((owners[tail] for n in lengths if (tail := path[len(path) - n :]) in owners), None)
+        return function(owner, leaf, *others)
+
+    return jax.tree.map_with_path(call, state, *rest, is_leaf=is_leaf)

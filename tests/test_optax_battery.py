@@ -1,0 +1,248 @@
+"""Every transformation under everything that optax users do to it."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import blocksparse_jax as bsj
+
+
+def _fixed(params):
+    return bsj.fixed_masks(bsj.random_masks(jax.random.key(3), params, 0.7))
+
+
+METHODS = {
+    "hrbp": lambda p: bsj.hrbp_prune(0.7, group_size=16),
+    "hrbp-gradient": lambda p: bsj.hrbp_prune(0.7, group_size=16, scores="gradient"),
+    "hrbp-dynamic": lambda p: bsj.hrbp_prune(0.7, group_size=16, block_density=1.0, update=bsj.periodic(3), drop_fraction=0.6),
+    "rigl": lambda p: bsj.rigl(0.7, update_every=3, until=1000, drop_fraction=0.6),
+    "gradual": lambda p: bsj.gradual_magnitude(0.7, start=2, end=20, update_every=3),
+    "subp-hard": lambda p: bsj.subp(0.5, block=16, start=2, end=20, update_every=3, soft=False),
+    "fixed": _fixed,
+    "random-channel": lambda p: bsj.fixed_masks(layouts=bsj.random_channel_layouts(jax.random.key(0), p, 0.7)),
+    "subp": lambda p: bsj.subp(0.5, block=16, start=2, end=20, update_every=3),
+    "sr-ste": lambda p: bsj.sr_ste(2, 4),
+    "ste": lambda p: bsj.ste(1, 4, axis="kernel"),
+}
+HARD = [name for name in METHODS if name not in ("subp", "sr-ste", "ste")]
+DYNAMIC = ["hrbp-dynamic", "rigl", "subp-hard", "gradual"]
+OPTIMIZERS = {
+    "sgd": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "adamw": lambda: optax.adamw(1e-2, weight_decay=1e-2),
+    "lion": lambda: optax.lion(1e-3),
+    "lamb": lambda: optax.lamb(1e-3),
+}
+
+
+def _noise(params, step):
+    """Fresh, full gradients: nothing in them knows about masks."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(11), step), len(leaves))
+    return jax.tree.unflatten(structure, [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)])
+
+
+def _train(tx, params, steps, start=0, state=None):
+    update = jax.jit(tx.update)
+    state = tx.init(params) if state is None else state
+    for step in range(start, start + steps):
+        updates, state = update(_noise(params, step), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def _assert_zeros(params, masks):
+    for p, m in zip(jax.tree.leaves(params), jax.tree.leaves(masks), strict=True):
+        assert not np.any(np.asarray(p)[~np.broadcast_to(m, p.shape)])
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["fp32", "bf16"])
+def test_jit_equals_eager_keeps_dtypes_and_never_recompiles(name, dtype, params):
+    params = jax.tree.map(lambda p: p.astype(dtype), params)
+    tx = bsj.keep_zeros(optax.chain(METHODS[name](params), optax.sgd(0.1, momentum=0.9)))
+    state = eager_state = tx.init(params)
+    traced = jax.jit(chex.assert_max_traces(tx.update, n=1))
+    for step in range(8):
+        grads = _noise(params, step)
+        updates, state = traced(grads, state, params)
+        if step < 4:
+            eager_updates, eager_state = tx.update(grads, eager_state, params)
+            tolerance = 1e-6 if dtype == jnp.float32 else 1e-2
+            chex.assert_trees_all_close(updates, eager_updates, rtol=tolerance, atol=tolerance)
+            chex.assert_trees_all_equal(bsj.get_masks(state), bsj.get_masks(eager_state))
+        chex.assert_trees_all_equal_dtypes(updates, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
+        params = optax.apply_updates(params, updates)
+    chex.assert_trees_all_equal_structs(bsj.get_masks(state), params)
+
+
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_zeros_are_exact_after_noisy_steps(name, optimizer, params):
+    """200 steps of full noise through momentum, Adam and weight decay; every step's zeros are checked in the end of each leg."""
+    tx = bsj.keep_zeros(optax.chain(METHODS[name](params), optax.add_decayed_weights(1e-2), OPTIMIZERS[optimizer]()))
+    state = None
+    for leg in range(4):
+        params, state = _train(tx, params, 50, 50 * leg, state)
+        masks = bsj.get_masks(state)
+        _assert_zeros(params, masks)
+        assert any(not bool(m.all()) for m in jax.tree.leaves(masks))
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_moments_of_pruned_and_regrown_weights_are_reset(name, optimizer, params):
+    tx = bsj.keep_zeros(optax.chain(METHODS[name](params), OPTIMIZERS[optimizer]()))
+    update, state = jax.jit(tx.update), tx.init(params)
+    grown_ever = 0
+    for step in range(10):
+        before = bsj.get_masks(state)
+        updates, state = update(_noise(params, step), state, params)
+        params = optax.apply_updates(params, updates)
+        for path, moment in jax.tree.leaves_with_path(state[1]):
+            keys = [k for k in ("conv1", "conv2") if k in jax.tree_util.keystr(path)]
+            if not keys or "kernel" not in jax.tree_util.keystr(path):
+                continue
+            was, now = (np.asarray(t[keys[0]]["kernel"]) for t in (before, bsj.get_masks(state)))
+            grown_ever += int((now & ~was).sum())
+            assert not np.any(np.asarray(moment)[~(was & now)])
+            assert np.any(np.asarray(moment)[was & now]) or step == 0
+    assert grown_ever > 0 or name == "gradual"
+
+
+@pytest.mark.parametrize("name", ["rigl", "hrbp-dynamic"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_topology_step_applies_no_gradient(name, optimizer, params):
+    """Weights that stay do not move, nor do their moments, whatever momentum and weight decay would do; dense leaves too."""
+    tx = bsj.keep_zeros(optax.chain(METHODS[name](params), optax.add_decayed_weights(1e-2), OPTIMIZERS[optimizer]()))
+    params, state = _train(tx, params, 3)
+    updates, after = jax.jit(tx.update)(_noise(params, 3), state, params)
+    assert bool(after[0].skip_gradient)
+    expected = jax.tree.map(lambda p, m: jnp.where(m, 0, -p), params, bsj.get_masks(after))
+    chex.assert_trees_all_equal(updates, expected)
+    assert not np.any(updates["stem"]["kernel"])
+    for path, old in jax.tree.leaves_with_path(state[2]):
+        if old.ndim and "stem" in jax.tree_util.keystr(path):
+            new = dict(jax.tree.leaves_with_path(after[2]))[path]
+            np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_inject_hyperparams_inside_with_a_schedule(name, params):
+    schedule = optax.piecewise_constant_schedule(0.1, {3: 0.1})
+    tx = bsj.keep_zeros(optax.chain(METHODS[name](params), optax.inject_hyperparams(optax.sgd)(learning_rate=schedule, momentum=0.9)))
+    plain = bsj.keep_zeros(optax.chain(METHODS[name](params), optax.sgd(schedule, momentum=0.9)))
+    (a, state), (b, _) = _train(tx, params, 6), _train(plain, params, 6)
+    chex.assert_trees_all_close(a, b, rtol=1e-6, atol=1e-6)
+    assert float(state[1].hyperparams["learning_rate"]) == pytest.approx(0.01)
+    if name in HARD:
+        _assert_zeros(a, bsj.get_masks(state))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_multi_steps_outside(name, params):
+    """Gradients accumulated over two micro-steps equal one step on their mean; masks are read through the wrapper."""
+    tx = bsj.keep_zeros(optax.chain(METHODS[name](params), optax.sgd(0.1, momentum=0.9)))
+    multi = optax.MultiSteps(tx, every_k_schedule=2)
+    params_multi, state_multi = _train(multi, params, 10)
+    update, state = jax.jit(tx.update), tx.init(params)
+    plain, current = params, params
+    for step in range(0, 10, 2):
+        # MultiSteps' parameters are those of its last real step, so both micro-gradients have the same dtype and shape only.
+        grads = jax.tree.map(lambda a, b: (a + b) / 2, _noise(current, step), _noise(current, step + 1))
+        updates, state = update(grads, state, plain)
+        plain = optax.apply_updates(plain, updates)
+    chex.assert_trees_all_close(params_multi, plain, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_equal(bsj.get_masks(state_multi), bsj.get_masks(state))
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("fixed", "random-channel")])
+def test_multi_transform_outside(name, params):
+    """Two labels, two optimizers: the method sees its own leaves only, and masks come back for the whole tree."""
+    labels = {"stem": "plain", "conv1": "sparse", "conv2": "sparse", "classifier": "plain"}
+    inner = bsj.keep_zeros(optax.chain(METHODS[name](params), optax.adam(1e-2)))
+    tx = optax.multi_transform({"sparse": inner, "plain": optax.sgd(0.1)}, labels)
+    params, state = _train(tx, params, 8)
+    masks = bsj.get_masks(state)
+    chex.assert_trees_all_equal_structs(masks, params)
+    assert masks["conv1"]["kernel"].shape == (3, 3, 16, 32)
+    assert masks["stem"]["kernel"].shape == ()
+    assert jax.tree.structure(bsj.get_layouts(state), is_leaf=bsj.is_layout) == jax.tree.structure(params)
+    chex.assert_trees_all_equal_shapes(bsj.masked(params, state), params)
+    if name in HARD:
+        _assert_zeros(params, masks)
+
+
+def test_two_methods_in_multi_transform_merge(params):
+    def only(layer):
+        return lambda name, leaf: name.startswith(layer)
+
+    def chain(method):
+        return bsj.keep_zeros(optax.chain(method, optax.sgd(0.1)))
+
+    transforms = {"a": chain(bsj.rigl(0.5, until=9, where=only("conv1/kernel"))), "b": chain(bsj.sr_ste(2, 4, where=only("conv2")))}
+    tx = optax.multi_transform(transforms | {"c": optax.sgd(0.1)}, {"stem": "c", "conv1": "a", "conv2": "b", "classifier": "c"})
+    params, state = _train(tx, params, 3)
+    masks = bsj.get_masks(state)
+    assert masks["conv1"]["kernel"].mean() == pytest.approx(0.5, abs=1e-3)
+    assert masks["conv2"]["kernel"].mean() == 0.5
+    forward = bsj.masked(params, state)
+    np.testing.assert_array_equal(forward["conv1"]["kernel"], params["conv1"]["kernel"])
+    assert np.mean(np.asarray(forward["conv2"]["kernel"]) == 0) == 0.5
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_extra_args_pass_through(name, params):
+    """A transformation behind the method gets its extra argument; `params` may be given by name."""
+    tx = bsj.keep_zeros(optax.chain(METHODS[name](params), optax.scale_by_backtracking_linesearch(max_backtracking_steps=2)))
+    state = tx.init(params)
+
+    def loss(p):
+        return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(p))
+
+    value, grads = jax.value_and_grad(loss)(params)
+    updates, _ = tx.update(grads, state, params=params, value=value, grad=grads, value_fn=loss)
+    chex.assert_trees_all_equal_shapes(updates, params)
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_chain_order_does_not_break_zeros(name, params):
+    """The method behind the optimizer's transformations: other numbers, but zeros all the same."""
+    tx = bsj.keep_zeros(optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.9), METHODS[name](params), optax.scale(-0.1)))
+    params, state = _train(tx, params, 12)
+    _assert_zeros(params, bsj.get_masks(state))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_params_are_required(name, params):
+    for tx in (METHODS[name](params), bsj.keep_zeros(METHODS[name](params))):
+        with pytest.raises(ValueError, match="params: "):
+            tx.update(params, tx.init(params))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_init_and_update_trace_abstractly(name, params):
+    tx = bsj.keep_zeros(optax.chain(METHODS[name](params), optax.adam(1e-3)))
+    shapes = jax.eval_shape(tx.init, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, tx.init(params))
+    jitted = jax.jit(tx.init)(params)
+    chex.assert_trees_all_equal(bsj.get_masks(jitted), bsj.get_masks(tx.init(params)))
+
+
+def test_masks_are_the_same_for_the_same_key(params):
+    for make in (lambda k: bsj.rigl(0.5, until=9, key=k), lambda k: bsj.hrbp_prune(0.7, group_size=8, scores="random", key=k)):
+        a, b, c = (bsj.get_masks(make(jax.random.key(k)).init(params)) for k in (1, 1, 2))
+        chex.assert_trees_all_equal(a, b)
+        assert float(bsj.sad(a, c).total) > 0.1
+
+
+def test_a_gradient_masking_transform_alone_would_not_do(params):
+    """What keep_zeros is for: without it momentum moves weights that a topology step has just pruned."""
+    tx = optax.chain(METHODS["rigl"](params), optax.sgd(0.1, momentum=0.9))
+    params, state = _train(tx, params, 30)
+    masks = bsj.get_masks(state)
+    pruned = np.asarray(params["conv1"]["kernel"])[~np.asarray(masks["conv1"]["kernel"])]
+    assert np.mean(pruned != 0) > 0.5
