@@ -5,9 +5,7 @@
 Data runs left to right and so do imports. Masks and layouts live in the optax state; a layer takes `(kernel, layout)`.
 """
 
-from blocksparse_jax import linen as linen
-from blocksparse_jax import metrics as metrics
-from blocksparse_jax import nnx as nnx
+from blocksparse_jax import linen, metrics, nnx
 from blocksparse_jax.grouping import hrbp_groups, kept_score, random_groups
 from blocksparse_jax.layout import BlockLayout, ConsecutiveGroups, Dense, is_layout, layout_to_mask, mask_to_layout, validate
 from blocksparse_jax.masks import apply_masks
@@ -25,3 +23,45 @@ from blocksparse_jax.transforms.straight_through import sr_ste, ste
 from blocksparse_jax.transforms.subp import subp
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "BlockLayout",
+    "ConsecutiveGroups",
+    "Dense",
+    "SparseState",
+    "apply_masks",
+    "available_implementations",
+    "choose_implementation",
+    "conv",
+    "dense_kernel_gradient",
+    "fixed_masks",
+    "get_layouts",
+    "get_masks",
+    "gradual_magnitude",
+    "hrbp_groups",
+    "hrbp_prune",
+    "is_layout",
+    "keep_zeros",
+    "kept_score",
+    "layout_to_mask",
+    "linen",
+    "mask_to_layout",
+    "masked",
+    "metrics",
+    "nnx",
+    "pack",
+    "pack_tree",
+    "periodic",
+    "random_channel_layouts",
+    "random_groups",
+    "random_masks",
+    "rigl",
+    "sad",
+    "sr_ste",
+    "ste",
+    "subp",
+    "summarize",
+    "unpack",
+    "unpack_tree",
+    "validate",
+]

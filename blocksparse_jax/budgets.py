@@ -103,6 +103,9 @@ def block_counts(
     Returns:
       Layer name -> `(kept, kept_taps)`.
 
+    Raises:
+      ValueError: with all channels kept, `block_density` is still below the target.
+
     Example:
       >>> block_counts({"a": (3, 3, 64, 64)}, {"a": 0.1}, block_density=1 / 3, channel_blocks={"a": 1})
       {'a': (19, 3)}
@@ -112,6 +115,12 @@ def block_counts(
     target = sum(densities[name] * math.prod(shape) for name, shape in shapes.items())
     size = sum(math.prod(shape) for shape in shapes.values())
     taps = {name: max(1, math.ceil(block_density * shape[0] * shape[1] - 1e-9)) for name, shape in shapes.items()}
+    most = sum(taps[name] * shape[2] * shape[3] for name, shape in shapes.items())
+    if target > most + TOLERANCE * size:
+        raise ValueError(
+            f"block_density: {block_density:.4g} keeps at most {most / size:.4f} of the weights, but the sparsity asks for density "
+            f"{target / size:.4f}; raise block_density or the sparsity"
+        )
     best, best_error = {}, math.inf
     for name, count in _tap_choices(shapes, taps):
         trial = taps if name is None else {**taps, name: count}
@@ -146,9 +155,7 @@ def _channel_counts(
     error = sum(units[name] * step[name] for name in shapes) - target
     while True:
         move = 1 if error < 0 else -1
-        open_ = [
-            name for name in shapes if 1 <= units[name] + move <= most[name] and abs(error + move * step[name]) < abs(error) - 1e-6
-        ]
+        open_ = [name for name in shapes if 1 <= units[name] + move <= most[name] and abs(error + move * step[name]) < abs(error) - 1e-6]
         if not open_:
             return {name: units[name] * runs[name] for name in shapes}
         best = min(open_, key=lambda name: (abs(units[name] + move - ideal[name]) / ideal[name], abs(error + move * step[name])))

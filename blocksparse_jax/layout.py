@@ -136,9 +136,7 @@ def validate(layout: BlockLayout) -> BlockLayout:
                 f"layout.{name}: expected an integer array [groups={filters.shape[0]}, n], got {array.dtype}{list(array.shape)}"
             )
     if not np.array_equal(np.sort(filters, axis=None), np.arange(cout)):
-        raise ValueError(
-            f"layout.filters: {filters.shape} indices must hold each filter 0..{cout - 1} exactly once (shape={layout.shape})"
-        )
+        raise ValueError(f"layout.filters: {filters.shape} indices must hold each filter 0..{cout - 1} exactly once (shape={layout.shape})")
     for name, array, bound in (("channels", channels, cin), ("taps", taps, kh * kw)):
         if array.size and (array.min() < 0 or array.max() >= bound):
             raise ValueError(f"layout.{name}: index {array.min()}..{array.max()} out of range, expected 0..{bound - 1}")
@@ -222,19 +220,21 @@ def mask_to_layout(mask: Bool[Array, "kh kw cin cout"], filters: Int[Array, "gro
     groups = _equal_filters(flat) if filters is None else _checks.concrete("filters", filters)
     if groups.ndim != 2 or not np.array_equal(np.sort(groups, axis=None), np.arange(cout)):
         raise ValueError(f"filters: expected int[groups, group_size] holding each filter 0..{cout - 1} once, got shape {groups.shape}")
-    channels, taps = [], []
+    channel_lists, tap_lists = [], []
     for g, members in enumerate(groups):
         block = flat[:, :, members]
-        kept_channels, kept_taps = block.any((0, 2)), block.any((1, 2))
+        kept_channels, kept_taps = np.asarray(block.any((0, 2))), np.asarray(block.any((1, 2)))
         if not (block == (kept_taps[:, None, None] & kept_channels[None, :, None])).all():
-            raise ValueError(f"mask: group {g} (filters {members[:4].tolist()}...) is not one block of channels x taps; run it masked-dense")
-        channels.append(np.flatnonzero(kept_channels))
-        taps.append(np.flatnonzero(kept_taps))
-    counts = {(len(c), len(t)) for c, t in zip(channels, taps)}
+            raise ValueError(
+                f"mask: group {g} (filters {members[:4].tolist()}...) is not one block of channels x taps; run it masked-dense"
+            )
+        channel_lists.append(np.flatnonzero(kept_channels))
+        tap_lists.append(np.flatnonzero(kept_taps))
+    counts = {(len(c), len(t)) for c, t in zip(channel_lists, tap_lists)}
     if len(counts) != 1:
         raise ValueError(f"mask: groups keep different (channels, taps) counts {sorted(counts)[:4]}, expected one; run it masked-dense")
-    arrays = (jnp.asarray(np.array(a), jnp.int32) for a in (groups, channels, taps))
-    return BlockLayout(*arrays, shape=(kh, kw, cin, cout))
+    channels, taps = jnp.asarray(np.array(channel_lists), jnp.int32), jnp.asarray(np.array(tap_lists), jnp.int32)
+    return BlockLayout(jnp.asarray(groups, jnp.int32), channels, taps, (kh, kw, cin, cout))
 
 
 def _equal_filters(flat: np.ndarray) -> np.ndarray:

@@ -238,13 +238,12 @@ def _window(
 ) -> tuple[tuple[int, int], tuple[tuple[int, int], tuple[int, int]], tuple[int, int]]:
     """Strides, explicit padding and dilation as tuples of ints."""
     stride, spread = _pair("strides", strides), _pair("dilation", dilation)
+    pads: Padding = padding
     if isinstance(padding, str):
         reach = [(k - 1) * d + 1 for k, d in zip(shape[:2], spread, strict=True)]
         pads = lax.padtype_to_pads(x.shape[1:3], reach, stride, _checks.choice("padding", padding.upper(), ("SAME", "VALID")))
-    else:
-        pads = padding
     try:
-        (top, bottom), (left, right) = pads
+        (top, bottom), (left, right) = pads  # type: ignore[str-unpack]
         explicit = ((int(top), int(bottom)), (int(left), int(right)))
     except (TypeError, ValueError):
         raise ValueError(f'padding: expected "SAME", "VALID" or ((top, bottom), (left, right)), got {padding!r}') from None

@@ -33,7 +33,9 @@ def pack(kernel: Float[Array, "kh kw cin cout"], layout: BlockLayout) -> Float[A
     Reference: ours.
     """
     if jnp.shape(kernel) != layout.shape:
-        raise ValueError(f"kernel: expected shape {layout.shape} of the layout, got {jnp.shape(kernel)}; was the layout made for another layer?")
+        raise ValueError(
+            f"kernel: expected shape {layout.shape} of the layout, got {jnp.shape(kernel)}; was the layout made for another layer?"
+        )
     kh, kw, cin, cout = layout.shape
     return jnp.asarray(kernel).reshape(kh * kw, cin, cout).at[block_index(layout)].get(mode="promise_in_bounds", unique_indices=True)
 

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from blocksparse_jax import tree
-from blocksparse_jax.layout import BlockLayout, ConsecutiveGroups, Dense, is_layout, mask_to_layout
+from blocksparse_jax.layout import ConsecutiveGroups, Dense, is_layout, mask_to_layout
 from blocksparse_jax.masks import straight_through
 
 
@@ -59,7 +59,7 @@ class SparseState(NamedTuple):
     Reference: ours.
     """
 
-    count: jax.Array  # int32[]
+    count: jax.Array  # type: ignore[assignment]  # int32[]; optax names it so, tuple.count or not
     masks: PyTree
     layouts: PyTree
     skip_gradient: jax.Array  # bool[]

@@ -104,13 +104,16 @@ def match(name: str, tree: PyTree, params: PyTree, is_leaf: Callable[[Any], bool
 
     Reference: ours.
     """
-    expected, got = jax.tree.structure(params), jax.tree.structure(tree, is_leaf=is_leaf)
+    expected: Any = jax.tree.structure(params)
+    got: Any = jax.tree.structure(tree, is_leaf=is_leaf)
     if is_leaf is None and expected == got:
         return jax.tree.leaves(tree)
     try:
         return expected.flatten_up_to(tree)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{name}: expected the tree structure of params, {expected}, got {got}; was it made from another model?") from error
+        raise ValueError(
+            f"{name}: expected the tree structure of params, {expected}, got {got}; was it made from another model?"
+        ) from error
 
 
 def map_state(function: Callable[..., Any], params: PyTree, state: PyTree, *rest: PyTree, is_leaf: Callable[[Any], bool]) -> PyTree:

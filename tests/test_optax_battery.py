@@ -64,6 +64,7 @@ def test_jit_equals_eager_keeps_dtypes_and_never_recompiles(name, dtype, params)
     params = jax.tree.map(lambda p: p.astype(dtype), params)
     tx = bsj.keep_zeros(optax.chain(METHODS[name](params), optax.sgd(0.1, momentum=0.9)))
     state = eager_state = tx.init(params)
+    chex.clear_trace_counter()
     traced = jax.jit(chex.assert_max_traces(tx.update, n=1))
     for step in range(8):
         grads = _noise(params, step)

@@ -1,7 +1,7 @@
 """The frame of every sparse method: choose leaves, draw masks, redraw them on a schedule, mask or bend the gradient."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ class Leaf(NamedTuple):
     layout: Layout
 
 
-Drawn = dict[str, tuple[Array, Layout]]
+Drawn = Mapping[str, tuple[Array, Layout]]
 Draw = Callable[[dict[str, Array]], Drawn]
 Redraw = Callable[[Any, dict[str, Leaf]], Drawn]
 
@@ -76,7 +76,9 @@ def sparse_transformation(
         weights = jax.tree.leaves(params)
         skip = jnp.asarray(False)
         active = {
-            name: Leaf(*leaf) for name, leaf in zip(names, zip(weights, grads, masks, layouts, strict=True), strict=True) if jnp.ndim(leaf[2])
+            name: Leaf(*leaf)
+            for name, leaf in zip(names, zip(weights, grads, masks, layouts, strict=True), strict=True)
+            if jnp.ndim(leaf[2])
         }
         if redraw is not None and active:
             _same_shapes(active)

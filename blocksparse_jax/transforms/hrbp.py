@@ -67,7 +67,7 @@ def hrbp_prune(
     _checks.positive_int("group_size", group_size)
     _checks.positive_int("channel_block", channel_block)
     _checks.fraction("drop_fraction", drop_fraction, high_open=False)
-    if not 0 < _checks.fraction("block_density", block_density, high_open=False):
+    if not _checks.fraction("block_density", block_density, high_open=False) > 0:
         raise ValueError("block_density: expected a number in (0, 1], got 0; 1 keeps whole kernels")
     if isinstance(scores, str):
         _checks.choice("scores", scores, ("magnitude", "gradient", "random"))

@@ -70,8 +70,7 @@ def keep_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformat
             return jnp.where(was & now, value, jnp.zeros_like(value)) if jnp.ndim(now) else value
 
         projected = [
-            project(u, w, m)
-            for u, w, m in zip(*(tree.match("updates", t, params) for t in (new_updates, params, after)), strict=True)
+            project(u, w, m) for u, w, m in zip(*(tree.match("updates", t, params) for t in (new_updates, params, after)), strict=True)
         ]
         new_state = tree.map_state(reset, params, new_state, state, is_leaf=is_sparse_state)
         return jax.tree.unflatten(jax.tree.structure(params), projected), new_state

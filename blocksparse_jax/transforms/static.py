@@ -10,7 +10,7 @@ from blocksparse_jax import _checks, budgets, layout, tree
 from blocksparse_jax import masks as masks_
 from blocksparse_jax import scores as scores_
 from blocksparse_jax.layout import BlockLayout, Dense, is_layout
-from blocksparse_jax.state import Spec
+from blocksparse_jax.state import SparseState, Spec
 from blocksparse_jax.transforms._base import Drawn, sparse_transformation
 
 
@@ -53,9 +53,6 @@ def fixed_masks(masks: PyTree | None = None, *, layouts: PyTree | None = None) -
     known = {name: node if isinstance(node, BlockLayout) else _layout_or_dense(node) for name, node in given.items()}
 
     def draw(chosen: dict[str, Array]) -> Drawn:
-        missing = [name for name in given if name not in chosen]
-        if missing:
-            raise ValueError(f"masks: {missing[0]!r} is no leaf of params, expected names among {list(chosen)[:8]}; made from another model?")
         drawn = {}
         for name, leaf in chosen.items():
             node = given[name]
@@ -71,7 +68,16 @@ def fixed_masks(masks: PyTree | None = None, *, layouts: PyTree | None = None) -
 
     if any(isinstance(node, jax.core.Tracer) for node in jax.tree.leaves(list(given.values()))):
         raise ValueError("masks: their values are read on the host, but they are traced; call fixed_masks outside of jit")
-    return sparse_transformation(spec, where=lambda name, leaf: name in given, draw=draw)
+    method = sparse_transformation(spec, where=lambda name, leaf: name in given, draw=draw)
+
+    def init(params: PyTree) -> SparseState:
+        names = [tree.path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+        missing = [name for name in given if name not in names]
+        if missing:
+            raise ValueError(f"masks: {missing[0]!r} is no leaf of params, expected names among {names[:8]}; made from another model?")
+        return method.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, method.update)
 
 
 def _layout_or_dense(mask: Array) -> BlockLayout | Dense:

@@ -97,7 +97,8 @@ def subp(
             kernel = jnp.where(leaf.mask, leaf.weights, 0) if version == 2 else leaf.weights
             scores = block_scores(kernel, leaf.layout.group_size, criterion, alpha)
             blocks = soft_blocks(jax.random.fold_in(update_key, i), scores, sparsity, rho, tau)
-            drawn[name] = (one_by_n(blocks, leaf.mask.shape), leaf.layout)
+            shape = _checks.kernel_shape(f"params[{name!r}]", leaf.mask.shape)
+            drawn[name] = (one_by_n(blocks, shape), leaf.layout)
         return drawn
 
     return sparse_transformation(

@@ -1,0 +1,218 @@
+"""Bad input: the message names the argument, the value and what was expected."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import blocksparse_jax as bsj
+
+KERNEL = jnp.ones((3, 3, 16, 32))
+LAYOUT = bsj.hrbp_groups(jnp.ones((3, 3, 16, 32)), group_size=16, kept=4, kept_taps=3)
+X = jnp.ones((2, 8, 8, 16))
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan"), "high", None])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda s: bsj.hrbp_prune(s, group_size=16),
+        lambda s: bsj.rigl(s, until=10),
+        lambda s: bsj.subp(s, start=0, end=1),
+        lambda s: bsj.gradual_magnitude(s, start=0, end=1),
+        lambda s: bsj.random_masks(jax.random.key(0), {"w": KERNEL}, s),
+        lambda s: bsj.random_channel_layouts(jax.random.key(0), {"w": KERNEL}, s),
+    ],
+    ids=["hrbp", "rigl", "subp", "gradual", "random", "random-channel"],
+)
+def test_sparsity_outside_its_range(make, sparsity):
+    with pytest.raises(ValueError, match=r"sparsity: expected a number in \[0.0, 1.0\), got "):
+        make(sparsity)
+
+
+BAD_METHODS = {
+    "group_size: expected an integer of at least 1, got 0": lambda: bsj.hrbp_prune(0.5, group_size=0),
+    "group_size: expected an integer of at least 1, got 2.5": lambda: bsj.hrbp_prune(0.5, group_size=2.5),
+    "channel_block: expected an integer of at least 1, got -8": lambda: bsj.hrbp_prune(0.5, group_size=8, channel_block=-8),
+    "block_density: expected a number in": lambda: bsj.hrbp_prune(0.5, group_size=8, block_density=0.0),
+    "did you mean 'magnitude'": lambda: bsj.hrbp_prune(0.5, group_size=8, scores="magnitud"),
+    "update: expected None or a schedule": lambda: bsj.hrbp_prune(0.5, group_size=8, update=100),
+    "drop_fraction: expected a number": lambda: bsj.rigl(0.5, until=10, drop_fraction=1.5),
+    "update_every: expected an integer of at least 1, got 0": lambda: bsj.rigl(0.5, until=10, update_every=0),
+    "until: expected a step after start=20, got 10": lambda: bsj.rigl(0.5, start=20, until=10),
+    "end: expected a step after start=5": lambda: bsj.gradual_magnitude(0.5, start=5, end=5),
+    "initial_sparsity: expected at most": lambda: bsj.gradual_magnitude(0.5, start=0, end=5, initial_sparsity=0.7),
+    "block: expected an integer": lambda: bsj.subp(0.5, block=0, start=0, end=1),
+    "did you mean 'l1'": lambda: bsj.subp(0.5, criterion="l11", start=0, end=1),
+    "did you mean 'cubic'": lambda: bsj.subp(0.5, schedule="cubik", start=0, end=1),
+    "version: expected 1": lambda: bsj.subp(0.5, version=3, start=0, end=1),
+    "tau: expected a number above 0": lambda: bsj.subp(0.5, tau=0.0, start=0, end=1),
+    "n: expected at most m=4, got 5": lambda: bsj.sr_ste(5, 4),
+    "m: expected an integer": lambda: bsj.sr_ste(2, 0),
+    "decay: expected a number of at least 0": lambda: bsj.sr_ste(2, 4, -1.0),
+    "did you mean 'input'": lambda: bsj.sr_ste(2, 4, axis="inputs"),
+    "masks: expected either masks or layouts": lambda: bsj.fixed_masks(),
+    "masks: expected dtype bool at 'w'": lambda: bsj.fixed_masks({"w": jnp.ones(3)}),
+    "masks: expected at least one bool array": lambda: bsj.fixed_masks({"w": jnp.asarray(True)}),
+    "every: expected an integer": lambda: bsj.periodic(0),
+}
+
+
+@pytest.mark.parametrize("message", BAD_METHODS)
+def test_bad_arguments_of_methods(message):
+    with pytest.raises(ValueError, match=message.replace("[", r"\[").replace("(", r"\(")):
+        BAD_METHODS[message]()
+
+
+def test_traced_sparsity_says_why():
+    with pytest.raises(ValueError, match="sparsity: shapes depend on it"):
+        jax.jit(lambda s: bsj.hrbp_prune(s, group_size=8).init({"w": KERNEL}))(0.5)
+
+
+@pytest.mark.parametrize(
+    "method", [bsj.hrbp_prune(0.5, group_size=8, where=lambda n, p: True), bsj.subp(0.5, start=0, end=1, where=lambda n, p: True)]
+)
+def test_wrong_rank_names_the_leaf(method):
+    with pytest.raises(ValueError, match=r"params\['dense'\]: expected a conv kernel \(kh, kw, cin, cout\).*got \(4, 4\)"):
+        method.init({"dense": jnp.ones((4, 4))})
+
+
+def test_n_of_m_names_the_layer_it_does_not_fit():
+    with pytest.raises(ValueError, match=r"params\['conv'\]: m: 4 does not divide the input axis of length 6; exclude the layer"):
+        bsj.sr_ste(2, 4).init({"conv": jnp.ones((3, 3, 6, 8))})
+
+
+def test_nothing_to_prune_lists_the_leaves():
+    with pytest.raises(ValueError, match=r"where: no leaf of params was chosen.*bias\[8\]"):
+        bsj.rigl(0.5, until=10).init({"bias": jnp.ones(8)})
+
+
+@pytest.mark.parametrize("budget", [{"conv9": 0.5}, "erkk"])
+def test_unknown_budget(budget):
+    with pytest.raises(
+        ValueError, match=r"budget: ('conv9' is no sparse layer|expected one of 'uniform', 'erk', 'er', got 'erkk'; did you mean 'erk')"
+    ):
+        bsj.rigl(0.5, until=10, budget=budget).init({"conv": KERNEL})
+
+
+def test_an_unreachable_density_warns_with_what_it_got():
+    with pytest.warns(UserWarning, match="sparsity: density 0.1000 cannot be reached by whole blocks, the nearest is off by 0.0250"):
+        bsj.hrbp_prune(0.9, group_size=8).init({"w": jnp.ones((1, 1, 8, 8))})
+
+
+def test_masks_of_another_tree():
+    state = bsj.rigl(0.5, until=10).init({"w": KERNEL})
+    with pytest.raises(ValueError, match="masks: expected the tree structure of params"):
+        bsj.apply_masks({"other": {"w": KERNEL}}, bsj.get_masks(state))
+    with pytest.raises(ValueError, match="masks: expected shape"):
+        bsj.apply_masks({"w": jnp.ones((3, 3, 8, 8))}, bsj.get_masks(state))
+    with pytest.raises(ValueError, match="state: expected the tree structure of params"):
+        bsj.rigl(0.5, until=10).update({"b": {"w": KERNEL}}, state, {"b": {"w": KERNEL}})
+    with pytest.raises(ValueError, match="'w' is no leaf of params"):
+        bsj.fixed_masks(bsj.get_masks(state)).init({"conv": KERNEL})
+    with pytest.raises(ValueError, match="masks: expected shape"):
+        bsj.fixed_masks(bsj.get_masks(state)).init({"w": jnp.ones((3, 3, 8, 8))})
+    with pytest.raises(ValueError, match="layouts: expected the tree structure of params"):
+        bsj.pack_tree({"w": KERNEL, "b": KERNEL}, None, {"w": LAYOUT})
+    with pytest.raises(ValueError, match="masks_b: "):
+        bsj.sad(bsj.get_masks(state), {"x": jnp.asarray(True), "y": jnp.asarray(True)})
+
+
+def test_packed_values_with_a_dense_state():
+    tx = bsj.keep_zeros(optax.chain(bsj.rigl(0.5, until=10), optax.sgd(0.1)))
+    state = tx.init({"w": KERNEL})
+    small = {"w": jnp.ones((2, 4, 3, 16))}
+    with pytest.raises(ValueError, match="packed values go with the packed state"):
+        tx.update(small, state, small)
+
+
+def test_no_sparse_method_in_the_state():
+    state = optax.adam(0.1).init({"w": KERNEL})
+    for read in (bsj.get_masks, bsj.get_layouts, lambda s: bsj.masked({"w": KERNEL}, s), lambda s: bsj.summarize({"w": KERNEL}, s)):
+        with pytest.raises(ValueError, match="state: expected the state of a chain that holds a sparse method"):
+            read(state)
+    with pytest.raises(ValueError, match="state: expected the state of a chain"):
+        bsj.keep_zeros(optax.sgd(0.1)).init({"w": KERNEL})
+
+
+BAD_CONVS = {
+    "x: expected rank 4": lambda: bsj.conv(X[0], KERNEL, LAYOUT),
+    "a kernel of rank 4": lambda: bsj.conv(X, KERNEL[0], LAYOUT),
+    "x: expected 16 channels": lambda: bsj.conv(X[..., :8], KERNEL, LAYOUT),
+    "was the layout made for another layer": lambda: bsj.conv(X, KERNEL[..., :16], LAYOUT),
+    "layout: expected a BlockLayout or Dense": lambda: bsj.conv(X, KERNEL, None),
+    "data_format: expected one of 'NHWC', 'CHWN', got 'NCHW'; did you mean": lambda: bsj.conv(X, KERNEL, LAYOUT, data_format="NCHW"),
+    "implementation: expected one of .*, got 'tritn'; did you mean 'triton'": lambda: bsj.conv(X, KERNEL, LAYOUT, implementation="tritn"),
+    "kernel_gradient: expected one of": lambda: bsj.conv(X, KERNEL, LAYOUT, kernel_gradient="full"),
+    "kernel_gradient: 'dense' needs the dense kernel": lambda: bsj.conv(X, bsj.pack(KERNEL, LAYOUT), LAYOUT, kernel_gradient="dense"),
+    "padding: expected one of 'SAME', 'VALID'": lambda: bsj.conv(X, KERNEL, LAYOUT, padding="SAMEE"),
+    "padding: expected pixels of at least 0": lambda: bsj.conv(X, KERNEL, LAYOUT, padding=((-1, 0), (0, 0))),
+    'padding: expected "SAME"': lambda: bsj.conv(X, KERNEL, LAYOUT, padding=1),
+    "strides: expected two integers of at least 1": lambda: bsj.conv(X, KERNEL, LAYOUT, strides=(0, 1)),
+    "dilation: expected two integers": lambda: bsj.conv(X, KERNEL, LAYOUT, dilation=2),
+    "smaller than the reach of the kernel": lambda: bsj.conv(X[:, :2, :2], KERNEL, LAYOUT, padding="VALID"),
+    "packed: a Dense": lambda: bsj.conv(X, KERNEL, bsj.Dense(), packed=True),
+    "kernel: expected shape": lambda: bsj.pack(KERNEL[..., :16], LAYOUT),
+    "values: expected packed shape": lambda: bsj.unpack(KERNEL, LAYOUT),
+    "dy: expected the convolution's output shape": lambda: bsj.dense_kernel_gradient(X, X[:, :4], (3, 3)),
+}
+
+
+@pytest.mark.parametrize("message", BAD_CONVS)
+def test_bad_arguments_of_conv(message):
+    with pytest.raises(ValueError, match=message):
+        BAD_CONVS[message]()
+
+
+@pytest.mark.parametrize("name", [n for n, why in bsj.available_implementations().items() if why is not None])
+def test_an_implementation_that_cannot_serve_says_why(name):
+    with pytest.raises(NotImplementedError, match=f"implementation='{name}': "):
+        bsj.conv(X, KERNEL, LAYOUT, implementation=name)
+
+
+def test_a_shape_that_is_both_dense_and_packed_must_be_named():
+    layout = bsj.mask_to_layout(jnp.ones((1, 1, 1, 4), bool))
+    kernel = jnp.arange(4.0).reshape(1, 1, 1, 4)
+    with pytest.raises(ValueError, match="say which with packed=True or packed=False"):
+        bsj.conv(jnp.ones((1, 2, 2, 1)), kernel, layout)
+    assert bsj.conv(jnp.ones((1, 2, 2, 1)), kernel, layout, packed=True).shape == (1, 2, 2, 4)
+
+
+def _bad(**fields):
+    good = {name: getattr(LAYOUT, name) for name in ("filters", "channels", "taps", "shape", "channel_block")}
+    return bsj.BlockLayout(**(good | fields))
+
+
+BAD_LAYOUTS = {
+    "layout: expected a BlockLayout": lambda: bsj.Dense(),
+    "layout.filters: .* exactly once": lambda: _bad(filters=LAYOUT.filters.at[0, 0].set(5).at[0, 1].set(5)),
+    "layout.channels: index .* out of range, expected 0..15": lambda: _bad(channels=LAYOUT.channels.at[0, 3].set(16)),
+    "layout.taps: index .* out of range, expected 0..8": lambda: _bad(taps=LAYOUT.taps.at[0, 0].set(-1)),
+    "layout.channels: each row must be strictly ascending": lambda: _bad(channels=LAYOUT.channels[:, ::-1]),
+    "layout.channels: expected an integer array": lambda: _bad(channels=LAYOUT.channels.astype(float)),
+    "layout.taps: expected an integer array": lambda: _bad(taps=LAYOUT.taps[:1]),
+    "layout.channel_block: 3 must divide": lambda: _bad(channel_block=3),
+    "layout.channels: expected aligned runs": lambda: _bad(channel_block=4, channels=LAYOUT.channels.at[:].set(jnp.arange(1, 5))),
+    "layout.shape: expected a conv kernel": lambda: _bad(shape=(3, 3, 16)),
+}
+
+
+@pytest.mark.parametrize("message", BAD_LAYOUTS)
+def test_validate_names_the_field(message):
+    with pytest.raises(ValueError, match=message):
+        bsj.validate(BAD_LAYOUTS[message]())
+
+
+BAD_MASKS = {
+    "mask.shape: expected a conv kernel": lambda: bsj.mask_to_layout(jnp.ones((3, 3), bool)),
+    "mask: expected dtype bool": lambda: bsj.mask_to_layout(jnp.ones((3, 3, 2, 2))),
+    "is not one block of channels x taps": lambda: bsj.mask_to_layout(jnp.ones((3, 3, 2, 2), bool).at[0, 0, 0].set(False)),
+    "groups keep different": lambda: bsj.mask_to_layout(jnp.ones((1, 1, 2, 2), bool).at[0, 0, 0, 0].set(False)),
+    "filters: expected int": lambda: bsj.mask_to_layout(jnp.ones((1, 1, 2, 2), bool), jnp.array([[0, 0]])),
+}
+
+
+@pytest.mark.parametrize("message", BAD_MASKS)
+def test_masks_without_a_layout_say_where(message):
+    with pytest.raises(ValueError, match=message):
+        BAD_MASKS[message]()
