@@ -156,7 +156,8 @@ class Summary:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(c.ljust(w) if i in (0, 1, 5) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))) for line in table]
         rule = "-" * max(map(len, lines))
-        foot = f"{self.method}: sparse layers keep {self.density:.4f} (target {self.target_density:.4f}), all parameters {self.total_density:.4f}"
+        sparse = f"{self.method}: sparse layers keep {self.density:.4f} (target {self.target_density:.4f})"
+        foot = f"{sparse}, all parameters {self.total_density:.4f}"
         return "\n".join(line.rstrip() for line in [lines[0], rule, *lines[1:], rule, foot])
 
 

@@ -62,7 +62,8 @@ def unpack(values: Float[Array, "groups kept kept_taps group_size"], layout: Blo
     """
     if jnp.shape(values) != layout.packed_shape:
         raise ValueError(
-            f"values: expected packed shape (groups, kept, kept_taps, group_size) = {layout.packed_shape} of the layout, got {jnp.shape(values)}"
+            f"values: expected packed shape (groups, kept, kept_taps, group_size) = {layout.packed_shape} of the layout, "
+            f"got {jnp.shape(values)}"
         )
     kh, kw, cin, cout = layout.shape
     flat = jnp.zeros((kh * kw, cin, cout), jnp.asarray(values).dtype)

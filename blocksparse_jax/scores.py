@@ -13,7 +13,7 @@ Criterion = Literal["l1", "l2", "bpar"]
 
 
 def magnitude(weights: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`|w|`, in float32.
+    """`|w|`, in float32; NaN scores 0, so that counts stay exact when a gradient overflows.
 
     Args:
       weights: any shape.
@@ -27,7 +27,8 @@ def magnitude(weights: Float[Array, "..."]) -> Float[Array, "..."]:
 
     Reference: Zhu & Gupta, "To prune, or not to prune", 2017.
     """
-    return jnp.abs(weights.astype(jnp.float32))
+    size = jnp.abs(weights.astype(jnp.float32))
+    return jnp.where(jnp.isnan(size), 0, size)
 
 
 def random(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:

@@ -37,7 +37,7 @@ def test_the_total_density_is_within_half_a_point(shapes, sparsity, block_densit
         return budgets.block_counts(shapes, densities, block_density=block_density, channel_blocks=dict.fromkeys(shapes, 1))
 
     if 1 - sparsity > math.ceil(block_density * 9 - 1e-9) / 9 + 0.01:
-        with pytest.raises(ValueError, match="block_density: .* keeps at most .* of the weights, but the sparsity asks for density"):
+        with pytest.raises(ValueError, match=r"block_density: .* keeps at most .* of the weights, but the sparsity asks for density"):
             count()
         return
     counts = count()

@@ -102,7 +102,7 @@ def test_dynamic_hrbp_keeps_groups_and_counts_and_follows_the_gradient(params):
     params = bsj.apply_masks(params, bsj.get_masks(state))
     before = bsj.get_layouts(state)["conv1"]["kernel"]
     grads = jax.tree.map(jnp.zeros_like, params)
-    absent = [c for c in range(16) if c not in before.channels[0].tolist()][0]
+    absent = next(c for c in range(16) if c not in before.channels[0].tolist())
     grads["conv1"]["kernel"] = grads["conv1"]["kernel"].at[:, :, absent, :].set(100.0)
     for step in range(3):
         updates, state = tx.update(grads, state, params)

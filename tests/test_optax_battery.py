@@ -233,6 +233,17 @@ def test_init_and_update_trace_abstractly(name, params):
     chex.assert_trees_all_equal(bsj.get_masks(jitted), bsj.get_masks(tx.init(params)))
 
 
+@pytest.mark.parametrize("name", ["rigl", "hrbp-dynamic", "hrbp-gradient", "gradual"])
+def test_counts_stay_exact_when_a_gradient_is_nan(name, params):
+    tx = METHODS[name](params)
+    state, counts = tx.init(params), []
+    for _ in range(5):
+        _, state = tx.update(jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params), state, params)
+        counts.append([int(m.sum()) for m in jax.tree.leaves(bsj.get_masks(state))])
+    assert name == "gradual" or all(c == counts[0] for c in counts)
+    assert all(min(c) > 0 for c in counts)
+
+
 def test_masks_are_the_same_for_the_same_key(params):
     for make in (lambda k: bsj.rigl(0.5, until=9, key=k), lambda k: bsj.hrbp_prune(0.7, group_size=8, scores="random", key=k)):
         a, b, c = (bsj.get_masks(make(jax.random.key(k)).init(params)) for k in (1, 1, 2))

@@ -54,7 +54,8 @@ def gradual_magnitude(
       >>> int(bsj.get_masks(state)["w"].sum())
       288
 
-    Reference: Zhu & Gupta, "To prune, or not to prune", 2017, equation 1.
+    Reference: Zhu & Gupta, "To prune, or not to prune", 2017, equation 1. At least one weight a layer, and the pruning step at `end`
+    where it is no multiple of `update_every`, are ours.
     """
     _checks.fraction("sparsity", sparsity)
     _checks.fraction("initial_sparsity", initial_sparsity)

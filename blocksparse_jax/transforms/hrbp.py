@@ -166,6 +166,6 @@ def move_channels(
 def _run_scores(layout: BlockLayout, array: Float[Array, "kh kw cin cout"]) -> Float[Array, "groups runs"]:
     """`|array|` summed over each group's filters and kept taps, and over each run of channels."""
     kh, kw, cin, cout = layout.shape
-    size = jnp.abs(array.astype(jnp.float32)).reshape(kh * kw, cin, cout)
+    size = scores_.magnitude(array).reshape(kh * kw, cin, cout)
     blocks = size[layout.taps[:, :, None], :, layout.filters[:, None, :]]  # [groups, kept_taps, group_size, cin]
     return blocks.sum((1, 2)).reshape(blocks.shape[0], -1, layout.channel_block).sum(-1)

@@ -1,0 +1,181 @@
+"""Slow, plain NumPy transcriptions of the methods, written from their definitions: what the library's transformations are compared with.
+
+Conv kernels are HWIO, `[kh, kw, cin, cout]`. Ties: the higher score wins, equal scores go to the lower index in C order.
+"""
+
+import itertools
+import math
+
+import numpy as np
+
+
+def largest(scores, count):
+    """Mask of the `count` largest scores, ties to the lower index in C order."""
+    scores = np.asarray(scores, np.float64)
+    flat = scores.reshape(-1)
+    order = sorted(range(flat.size), key=lambda i: (-flat[i], i))
+    mask = np.zeros(flat.size, bool)
+    mask[order[:count]] = True
+    return mask.reshape(scores.shape)
+
+
+def floor(number):
+    """The floor of a real number given in floating point: 28.999999 stands for 29."""
+    return math.floor(number + 1e-4)
+
+
+def erk_densities(shapes, density):
+    """`density_l = eps * sum(shape) / prod(shape)`; layers above 1 become dense and eps is solved again (Evci et al., RigL, ICML 2020)."""
+    dense = set()
+    while True:
+        sizes = [math.prod(s) for s in shapes]
+        room = density * sum(sizes) - sum(sizes[i] for i in dense)
+        eps = room / sum(sum(s) for i, s in enumerate(shapes) if i not in dense)
+        over = {i for i, s in enumerate(shapes) if i not in dense and eps * sum(s) / math.prod(s) > 1}
+        if not over:
+            return [1.0 if i in dense else eps * sum(s) / math.prod(s) for i, s in enumerate(shapes)]
+        dense |= over
+
+
+def cubic_sparsity(step, start, end, initial, final, power=3):
+    """`s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (t_1 - t_0))^power` inside [start, end] (Zhu & Gupta, ICLR workshop 2018, eq. 1)."""
+    return final + (initial - final) * (1 - (step - start) / (end - start)) ** power
+
+
+def gradual_mask(kernel, mask, sparsity):
+    """The `round((1 - s) * size)` largest `|w * mask|`; a pruned weight never comes before an active one."""
+    scores = np.where(mask, np.abs(kernel), -1.0)
+    return largest(scores, round((1 - sparsity) * kernel.size)) & mask
+
+
+def n_m_mask(kernel, n, m, axis):
+    """The `n` largest `|w|` of each `m` consecutive weights along the reduction axis (Zhou et al., ICLR 2021).
+
+    `axis="input"`: consecutive input channels at one tap of one filter. `axis="kernel"`: consecutive in each filter's weights, in the
+    order (channel, y, x).
+    """
+    kh, kw, cin, cout = kernel.shape
+    mask = np.zeros(kernel.shape, bool)
+    for f in range(cout):
+        if axis == "input":
+            runs = [[(y, x, c, f) for c in range(cin)] for y in range(kh) for x in range(kw)]
+        else:
+            runs = [[(y, x, c, f) for c in range(cin) for y in range(kh) for x in range(kw)]]
+        for run in runs:
+            assert len(run) % m == 0
+            for first in range(0, len(run), m):
+                group = run[first : first + m]
+                for position, kept in zip(group, largest([abs(kernel[p]) for p in group], n)):
+                    mask[position] = kept
+    return mask
+
+
+def sr_ste_gradient(gradient, kernel, mask, decay):
+    """`g(w~) + lambda (1 - mask) w`: the gradient that the optimizer sees (Zhou et al., ICLR 2021)."""
+    return gradient + decay * (1 - mask) * kernel
+
+
+def sad(mask_a, mask_b):
+    """Sparse Architecture Divergence `||E_b - E_a||_1`, normalised by the size (Zhou et al., ICLR 2021)."""
+    return float(np.abs(mask_b.astype(float) - mask_a.astype(float)).sum()) / mask_a.size
+
+
+def rigl_due(step, start, until, every):
+    """Whether the topology changes at this step."""
+    return start < step < until and (step - start) % every == 0
+
+
+def rigl_drop_count(step, n_on, start, until, drop_fraction):
+    """`floor(alpha / 2 (1 + cos(pi t / T_end)) n_on)` with t counted from `start` (Evci et al., RigL, ICML 2020), before the floor."""
+    return drop_fraction / 2 * (1 + math.cos(math.pi * (step - start) / (until - start))) * n_on
+
+
+def rigl_mask(kernel, gradient, mask, n_drop):
+    """Keeps the largest `|w * mask|`, grows the largest dense `|gradient|` among all the others (Evci et al., RigL, ICML 2020, alg. 1)."""
+    kept = largest(np.where(mask, np.abs(kernel), -1.0), int(mask.sum()) - n_drop)
+    grown = largest(np.where(kept, -1.0, np.abs(gradient)), n_drop)
+    return kept | grown
+
+
+def subp_block(filters, block):
+    """The largest divisor of the filter count that is at most `block`."""
+    return max(d for d in range(1, filters + 1) if filters % d == 0 and d <= block)
+
+
+def subp_scores(kernel, mask, block, criterion, version=2, alpha=1.0):
+    """Scores `[groups, cin]` of the blocks of `block` consecutive filters x one input channel (Xiang et al., SUBP, NeurIPS 2023)."""
+    cin, cout = kernel.shape[2:]
+    weights = kernel.astype(np.float64) * (mask if version == 2 else 1)
+    scores = np.zeros((cout // block, cin))
+    for g in range(cout // block):
+        blocks = [weights[:, :, c, g * block : (g + 1) * block].reshape(-1) for c in range(cin)]
+        if criterion == "l1":
+            scores[g] = [np.abs(b).sum() for b in blocks]
+        elif criterion == "l2":
+            scores[g] = [np.sqrt((b**2).sum()) for b in blocks]
+        else:
+            scores[g] = _angular_redundancy(blocks, alpha)
+    return scores
+
+
+def _angular_redundancy(blocks, alpha):
+    """`l_j / sum l - alpha r_j / sum r`, l the L1 norm, `r_j = sum_i |cos(b_i, b_j)|`; a zero block's normalised r is 1."""
+    norms = [np.linalg.norm(b) for b in blocks]
+    length = [np.abs(b).sum() for b in blocks]
+    redundancy = [0.0] * len(blocks)
+    for j, i in itertools.product(range(len(blocks)), repeat=2):
+        if norms[i] > 0 and norms[j] > 0:
+            redundancy[j] += abs(blocks[i] @ blocks[j]) / (norms[i] * norms[j])
+    scores = []
+    for j in range(len(blocks)):
+        share = length[j] / sum(length) if sum(length) > 0 else 0.0
+        scores.append(share - alpha * (redundancy[j] / sum(redundancy) if norms[j] > 0 else 1.0))
+    return scores
+
+
+def subp_rho(step, start, end, every, schedule):
+    """The growth schedule, 0 before `start` (all regrown) and 1 from `end` on (Xiang et al., SUBP, NeurIPS 2023)."""
+    t = min(max((step - start) / (end - start), 0.0), 1.0)
+    if schedule == "cubic":
+        return t**3
+    if schedule == "linear":
+        return t
+    if schedule == "cos":
+        return 1 - math.cos(math.pi * t / 2)
+    epochs = (end - start) / every
+    return (1 - math.exp(-0.05 * epochs * t)) / (1 - math.exp(-0.05 * epochs))
+
+
+def subp_counts(sparsity, channels, rho):
+    """Blocks removed and blocks regrown in each group: `floor(P C)`, `floor((P - P rho) C)`."""
+    return floor(sparsity * channels), floor((sparsity - sparsity * rho) * channels)
+
+
+def subp_probabilities(removed_scores, tau):
+    """`softmax(x / tau)`, x = the removed blocks' scores divided by their L2 norm (0 when all of them are 0)."""
+    scores = np.asarray(removed_scores, np.float64)
+    norm = np.sqrt((scores**2).sum())
+    x = scores / norm if norm > 0 else np.zeros_like(scores)
+    weights = np.exp((x - x.max()) / tau)
+    return weights / weights.sum()
+
+
+def draws_without_replacement(probabilities, count):
+    """Exact probability of every set of `count` items drawn one by one without replacement, in proportion to `probabilities`."""
+    sets = {frozenset(s): 0.0 for s in itertools.combinations(range(len(probabilities)), count)}
+    for order in itertools.permutations(range(len(probabilities)), count):
+        chance, left = 1.0, 1.0
+        for item in order:
+            chance *= probabilities[item] / left
+            left -= probabilities[item]
+        sets[frozenset(order)] += chance
+    return sets
+
+
+def subp_channels(mask, block):
+    """Kept input channels `[groups, cin]` of a mask of whole blocks."""
+    cin, cout = mask.shape[2:]
+    blocks = mask.reshape(-1, cin, cout // block, block)
+    kept = blocks.all((0, 3))
+    assert (kept == blocks.any((0, 3))).all(), "a block is kept in part"
+    return kept.T

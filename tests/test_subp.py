@@ -1,0 +1,290 @@
+"""SUBP equals its plain NumPy reference: scores, schedule, exact counts, gradients and whole runs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import references as ref
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import blocksparse_jax as bsj
+from blocksparse_jax.schedules import progress
+from blocksparse_jax.scores import block_scores
+from blocksparse_jax.transforms.subp import soft_blocks
+
+few = settings(max_examples=12, deadline=None)
+CRITERIA = ["l1", "l2", "bpar"]
+
+
+def conv_kernels(path, leaf):
+    return leaf.ndim == 4
+
+
+def random_kernel(seed, shape):
+    """Weights on a grid, so that sums are exact and many blocks tie."""
+    return (np.random.default_rng(seed).integers(-1, 2, shape) / 2).astype(np.float32)
+
+
+def normal(seed, shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def channels_of(state, block):
+    return ref.subp_channels(np.asarray(bsj.get_masks(state)["conv"]), block)
+
+
+@functools.cache
+def compiled(**options):
+    """Jitted `init(params)` and `update(key, kernel, state)`: neither another key nor another hypothesis example compiles again."""
+
+    def method(key):
+        return bsj.subp(where=conv_kernels, key=key, **options)
+
+    def update(key, kernel, state):
+        return method(key).update({"conv": jnp.zeros_like(kernel)}, state, {"conv": kernel})[1]
+
+    return jax.jit(method(None).init), jax.jit(update)
+
+
+def run_subp(kernels, seed=0, **options):
+    """Kept blocks, `[groups, cin]`, before the first update and after each of the updates with `kernels`."""
+    block = ref.subp_block(kernels[0].shape[-1], options.get("block", 16))
+    init, update = compiled(**options)
+    state = init({"conv": kernels[0]})
+    yield channels_of(state, block)
+    for kernel in kernels:
+        state = update(jax.random.key(seed), kernel, state)
+        yield channels_of(state, block)
+
+
+def assert_top(scores, kept, count):
+    """`kept` holds the `count` largest of `scores`, exact ties to the lower index; scores equal up to rounding may come either way."""
+    expected = ref.largest(scores, count)
+    assert kept.sum() == count
+    if (kept != expected).any():
+        assert scores[kept].min() > scores[~kept].max() - 1e-5
+
+
+# scores and the plain top-k
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize(("shape", "block"), [((1, 1, 1, 4), 4), ((3, 3, 13, 20), 10), ((2, 3, 16, 6), 1)])
+def test_block_scores(shape, block, criterion):
+    kernel = normal(0, shape) * (np.arange(shape[2]) % 5 != 3)[:, None]  # some channels are zero
+    expected = ref.subp_scores(kernel, np.ones(shape, bool), block, criterion, alpha=0.7)
+    np.testing.assert_allclose(block_scores(kernel, block, criterion, 0.7), expected, rtol=1e-5, atol=1e-6)
+
+
+@few
+@given(
+    shape=st.sampled_from([(1, 1, 1, 4), (2, 3, 6, 12)]),
+    criterion=st.sampled_from(CRITERIA),
+    version=st.sampled_from([1, 2]),
+    sparsity=st.sampled_from([0.0, 0.6]),
+    seed=st.integers(0, 999),
+)
+def test_masks_before_start_between_and_from_end_on(shape, criterion, version, sparsity, seed):
+    """All kept at first and at start; in between the best blocks for certain plus exactly the regrown; from end on plain top-k."""
+    block, cin = 4, shape[2]
+    kernels = [random_kernel(seed + t, shape) for t in range(4)]
+    options = {"block": block, "criterion": criterion, "schedule": "linear", "start": 0, "end": 2, "version": version, "alpha": 0.7}
+    masks = list(run_subp(kernels, seed, sparsity=sparsity, **options))
+    assert masks[0].all()
+    assert masks[1].all()
+    for t in (1, 2, 3):
+        element_mask = np.repeat(masks[t], block, axis=0).T[None, None]  # [1, 1, cin, cout]
+        scores = ref.subp_scores(kernels[t], element_mask, block, criterion, version, alpha=0.7)
+        removed, regrown = ref.subp_counts(sparsity, cin, ref.subp_rho(t, 0, 2, 1, "linear"))
+        assert regrown == 0 or t == 1
+        for g in range(len(scores)):
+            kept = masks[t + 1][g]
+            assert kept.sum() == cin - removed + regrown
+            if regrown == 0:
+                assert_top(scores[g], kept, cin - removed)
+                if criterion != "bpar":
+                    np.testing.assert_array_equal(kept, ref.largest(scores[g], cin - removed))
+            elif criterion != "bpar":
+                assert kept[ref.largest(scores[g], cin - removed)].all()
+
+
+def test_bpar_by_hand():
+    """Blocks of 2 filters: two parallel ones, one orthogonal to both, one zero: l/sum(l) = .4 .2 .4 0, r/sum(r) = .4 .4 .2 and 1."""
+    kernel = np.zeros((1, 1, 4, 2), np.float32)
+    kernel[0, 0, :, :] = [[2, 0], [1, 0], [0, 2], [0, 0]]
+    scores = ref.subp_scores(kernel, np.ones_like(kernel), 2, "bpar")
+    np.testing.assert_allclose(scores, [[0.0, -0.2, 0.2, -1.0]], atol=1e-12)
+    for sparsity, expected in [(0.25, [1, 1, 1, 0]), (0.5, [1, 0, 1, 0]), (0.75, [0, 0, 1, 0])]:
+        *_, kept = run_subp([kernel] * 3, sparsity=sparsity, block=2, criterion="bpar", start=0, end=1)
+        assert kept.astype(int).tolist() == [expected]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 3.0])
+def test_alpha_weighs_the_redundancy(alpha):
+    """Two long parallel blocks and a short orthogonal one: redundancy decides only when alpha is large."""
+    kernel = np.zeros((1, 1, 3, 2), np.float32)
+    kernel[0, 0] = [[3, 0], [2.5, 0], [0, 2]]
+    scores = ref.subp_scores(kernel, np.ones_like(kernel), 2, "bpar", alpha=alpha)[0]
+    *_, kept = run_subp([kernel] * 3, sparsity=0.4, block=2, criterion="bpar", start=0, end=1, alpha=alpha)
+    np.testing.assert_array_equal(kept[0], ref.largest(scores, 2))
+    assert kept[0].tolist() == ([True, True, False] if alpha == 0 else [True, False, True])
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_all_equal_weights_keep_the_first_channels(criterion, value):
+    kernel = np.full((3, 3, 8, 8), value, np.float32)
+    *_, kept = run_subp([kernel] * 3, sparsity=0.5, block=4, criterion=criterion, start=0, end=1)
+    assert (kept == [True] * 4 + [False] * 4).all()
+
+
+def test_version_2_does_not_see_what_it_pruned_and_version_1_does():
+    """A pruned block whose weight grew under the soft gradient comes back by its score in V1 only."""
+    first, then = np.ones((1, 1, 4, 1), np.float32), np.ones((1, 1, 4, 1), np.float32)
+    first[0, 0, :, 0], then[0, 0, :, 0] = [4, 3, 2, 1], [4, 3, 2, 9]
+    for version, expected in [(1, [1, 1, 0, 1]), (2, [1, 1, 1, 0])]:
+        *_, kept = run_subp([first] * 3 + [then], sparsity=0.25, block=1, start=0, end=1, version=version)
+        assert kept.astype(int).tolist() == [expected]
+
+
+# schedule and counts
+
+
+FOUR_CURVES = [(curve, 0.6, 20) for curve in ("cubic", "linear", "cos", "exp")]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "sparsity", "cin"), [*FOUR_CURVES, ("linear", 0.29, 100), ("cubic", 0.5, 13), ("exp", 0.0, 5), ("cos", 0.9, 1)]
+)
+def test_counts_after_every_update(schedule, sparsity, cin):
+    """Every group keeps `C - floor(P C) + floor((P - P rho) C)`; between the updates nothing moves; floats do not steal a block."""
+    start, end, every, cout = 4, 24, 2, 6
+    kernel = normal(0, (1, 1, cin, cout))
+    options = {"block": 3, "schedule": schedule, "start": start, "end": end, "update_every": every}
+    masks = list(run_subp([kernel] * 29, sparsity=sparsity, **options))
+    seen = set()
+    for t in range(29):
+        if t % every:
+            np.testing.assert_array_equal(masks[t + 1], masks[t])
+        else:
+            removed, regrown = ref.subp_counts(sparsity, cin, ref.subp_rho(t, start, end, every, schedule))
+            assert (masks[t + 1].sum(1) == cin - removed + regrown).all(), t
+            seen.add(regrown)
+    assert masks[start + 1].all()
+    assert sparsity * cin < 5 or len(seen) > 4
+
+
+def test_floor_of_an_exact_product():
+    """0.29 * 100 is 28.999999999999996 in floating point and 29 blocks in the definition."""
+    *_, kept = run_subp([normal(0, (1, 1, 100, 2))] * 3, sparsity=0.29, block=2, start=0, end=1)
+    assert kept.sum(1).tolist() == [71]
+
+
+@pytest.mark.parametrize(("sparsity", "cin", "step", "left"), [(0.9, 100, 178, 1), (0.6, 300, 175, 5)])
+def test_float32_does_not_lose_a_block_of_a_wide_layer(sparsity, cin, step, left):
+    """`P (1 - step / 180) C` is a whole number here, and a bit less in float32."""
+    scores = jnp.asarray(normal(0, (3, cin)))
+    kept = soft_blocks(jax.random.key(0), scores, sparsity, progress("linear", step, 0, 180))
+    assert kept.sum(1).tolist() == [cin - round(sparsity * cin) + left] * 3
+
+
+@pytest.mark.parametrize(("cout", "block", "used"), [(20, 16, 10), (7, 16, 7), (13, 4, 1)])
+def test_a_block_that_does_not_divide_falls_to_the_largest_divisor(cout, block, used):
+    params = {"conv": normal(0, (3, 3, 8, cout))}
+    init, update = compiled(sparsity=0.5, block=block, start=0, end=1)
+    state = init(params)
+    for _ in range(3):
+        state = update(jax.random.key(0), params["conv"], state)
+    layout = bsj.get_layouts(state)["conv"]
+    assert layout.filters.tolist() == np.arange(cout).reshape(-1, used).tolist()
+    assert layout.packed_shape == (cout // used, 4, 9, used)
+    np.testing.assert_array_equal(bsj.layout_to_mask(layout), bsj.get_masks(state)["conv"])
+    expected = [ref.largest(s, 4) for s in ref.subp_scores(params["conv"], np.ones_like(params["conv"]), used, "l1")]
+    np.testing.assert_array_equal(channels_of(state, used), expected)
+
+
+def test_the_soft_phase_has_a_layout_of_the_regrown_size():
+    kernel = normal(0, (3, 3, 8, 8))
+    init, update = compiled(sparsity=0.75, block=4, schedule="linear", start=0, end=4)
+    state = init({"conv": kernel})
+    for kept in (8, 6, 5, 3, 2):  # 8 - 6 + floor(6 (1 - t / 4))
+        state = update(jax.random.key(0), kernel, state)
+        layout = bsj.get_layouts(state)["conv"]
+        assert layout.packed_shape == (2, kept, 9, 4)
+        np.testing.assert_array_equal(bsj.layout_to_mask(layout), bsj.get_masks(state)["conv"])
+
+
+# gradients and whole runs
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_gradients_soft_and_hard(soft):
+    kernel, grad = normal(0, (3, 3, 8, 8)), normal(1, (3, 3, 8, 8))
+    params, grads = {"conv": kernel, "bias": np.ones(3, np.float32)}, {"conv": grad, "bias": np.full(3, 2, np.float32)}
+    tx = bsj.subp(0.5, block=4, start=0, end=1, soft=soft, decay=0.3, where=conv_kernels)
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    for _ in range(3):
+        updates, state = update(grads, state, params)
+    mask = np.asarray(bsj.get_masks(state)["conv"])
+    assert mask.mean() == 0.5
+    expected = ref.sr_ste_gradient(grad, kernel, mask, 0.3) if soft else grad * mask
+    np.testing.assert_allclose(updates["conv"], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], grads["bias"])
+    if soft:
+        forward, pullback = jax.vjp(lambda p: bsj.masked(p, state), params)
+        np.testing.assert_array_equal(forward["conv"], kernel * mask)
+        np.testing.assert_array_equal(pullback(grads)[0]["conv"], grad)  # straight through
+
+
+@pytest.mark.parametrize(("soft", "version"), [(True, 1), (True, 2), (False, 2), (False, 1)])
+@pytest.mark.parametrize("criterion", ["l1", "bpar"])
+def test_trajectory_with_momentum_and_weight_decay(soft, version, criterion):
+    """28 steps on `0.5 sum(a (w~ - target)^2)`: NumPy follows, taking from the library only which removed blocks were drawn."""
+    start, end, every, block, sparsity, shape = 4, 20, 4, 4, 0.6, (3, 3, 10, 8)
+    rate, momentum, weight_decay, decay = 0.1, 0.9, 1e-2, 0.2
+    kernel, target, curvature = normal(0, shape), normal(1, shape), np.abs(normal(2, shape))
+    method = bsj.subp(
+        sparsity, block=block, criterion=criterion, start=start, end=end, update_every=every, soft=soft, version=version, decay=decay,
+        where=conv_kernels, key=jax.random.key(3),
+    )  # fmt: skip
+    tx = bsj.keep_zeros(optax.chain(method, optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum=momentum)))
+
+    def loss(params, state):
+        return 0.5 * (curvature * (bsj.masked(params, state)["conv"] - target) ** 2).sum()
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params, state), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = {"conv": jnp.asarray(kernel)}
+    state, trace = tx.init(params), np.zeros(shape)
+    old = mask = np.ones(shape, bool)
+    for t in range(28):
+        params, state = step(params, state)
+        grad = curvature * (kernel * mask - target)
+        if t % every == 0:
+            removed, regrown = ref.subp_counts(sparsity, 10, ref.subp_rho(t, start, end, every, "cubic"))
+            scores = ref.subp_scores(kernel, mask, block, criterion, version)
+            drawn = channels_of(state, block)
+            for group_scores, kept in zip(scores, drawn):
+                best = ref.largest(group_scores, 10 - removed)
+                assert kept[best].all()
+                assert kept.sum() == 10 - removed + regrown
+            mask = np.broadcast_to(np.repeat(drawn, block, axis=0).T, shape)
+            if not soft:
+                kernel, trace = kernel * (old & mask), trace * (old & mask)
+        grad = ref.sr_ste_gradient(grad, kernel, mask, decay) if soft else grad * mask
+        trace = momentum * trace + grad + weight_decay * kernel
+        kernel = kernel - rate * trace
+        trace = trace if soft else trace * (old & mask)  # keep_zeros: a newly grown weight leaves its first step without momentum
+        old = mask
+        np.testing.assert_array_equal(bsj.get_masks(state)["conv"], mask)
+        np.testing.assert_allclose(params["conv"], kernel, rtol=1e-4, atol=1e-5)
+        assert mask.all() or np.asarray(params["conv"])[~mask].any() == soft
+    assert mask.mean() == 0.4
