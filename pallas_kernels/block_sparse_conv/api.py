@@ -1,0 +1,208 @@
+"""The door: argument checks, the choice of an implementation, and the custom derivative."""
+
+import difflib
+import functools
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.block_sparse_conv import dense, tiles, xla
+from pallas_kernels.block_sparse_conv.spec import Choice, ConvSpec, Implementation
+
+IMPLEMENTATIONS: dict[str, Implementation] = {"xla": xla.IMPLEMENTATION, "dense": dense.IMPLEMENTATION}
+NOT_BUILT = {
+    "cpu": "not built in this version: the native C++ kernels (jax.ffi) are still to come; use 'xla'",
+    "triton": "not built in this version: the Triton GPU kernels are still to come; use 'xla'",
+    "mosaic_gpu": "not built in this version: the Mosaic GPU kernels are still to come; use 'xla'",
+}
+
+
+def available_implementations() -> dict[str, str | None]:
+    """The implementations by name: None for one that can be used, else the reason why not.
+
+    Returns:
+      `{name: None | reason}`.
+
+    Example:
+      >>> available_implementations()["xla"] is None
+      True
+
+    Reference: ours.
+    """
+    return {**dict.fromkeys(IMPLEMENTATIONS), **NOT_BUILT}
+
+
+def choose_implementation(spec: ConvSpec) -> Choice:
+    """What `implementation=None` picks for a convolution, and why.
+
+    Args:
+      spec: the static sizes.
+
+    Returns:
+      The name, the reason, and what each pass runs.
+
+    Example:
+      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4, kept_taps=3, group_size=4)
+      >>> choose_implementation(spec).implementation
+      'xla'
+
+    Reference: ours.
+    """
+    return Choice("xla", "the only implementation built for this backend that does just the kept work", tiles.choose(spec))
+
+
+def block_sparse_conv(
+    x: Float[Array, "cin h w n"],
+    values: Float[Array, "groups kept kept_taps group_size"],
+    filters: Int[Array, "groups group_size"],
+    channels: Int[Array, "groups kept"],
+    taps: Int[Array, "groups kept_taps"],
+    *,
+    kernel_shape: tuple[int, int, int, int],
+    strides: tuple[int, int] = (1, 1),
+    padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0)),
+    dilation: tuple[int, int] = (1, 1),
+    implementation: str | Implementation | None = None,
+    channel_block: int = 1,
+    precision: Any = None,
+) -> Float[Array, "cout ho wo n"]:
+    """Convolves with a conv kernel of which only blocks are kept, in the activation layout (C, H, W, N).
+
+    For each group g, `y[filters[g]] = W_g X_g` with `W_g` the `group_size x (kept * kept_taps)` packed weights and `X_g` the rows of the
+    padded input at the group's channels, shifted by its taps. The gradients with respect to `x` and `values` do only the kept work too;
+    second derivatives are not defined.
+
+    Args:
+      x: activations `[cin, h, w, n]`, float32, bfloat16 or float16.
+      values: packed weights `[groups, kept, kept_taps, group_size]`; cast to `x.dtype`, products are accumulated in float32.
+      filters: a partition of `range(cout)`; as all index arrays it may be traced: new contents do not recompile, and are not checked.
+      channels: the kept input channels of each group, without repeats.
+      taps: the kept kernel positions `y * kw + x` of each group, without repeats.
+      kernel_shape: `(kh, kw, cin, cout)` of the conv kernel.
+      strides: step in pixels `(y, x)`.
+      padding: zeros around the image in pixels `((top, bottom), (left, right))`.
+      dilation: distance between taps in pixels `(y, x)`.
+      implementation: None picks one (see `choose_implementation`); or a name from `available_implementations()`; or a record of one's own.
+      channel_block: channels come in aligned runs of this many.
+      precision: as in `jax.lax.dot_general`.
+
+    Returns:
+      `y [cout, ho, wo, n]` in `x.dtype`.
+
+    Raises:
+      ValueError: an argument does not fit the others; the message names it.
+      NotImplementedError: the named implementation cannot serve this convolution; the message says why.
+
+    Example:
+      >>> x = jnp.ones((4, 5, 5, 2))
+      >>> values = jnp.ones((2, 3, 1, 2))
+      >>> filters, channels = jnp.array([[0, 2], [1, 3]]), jnp.array([[0, 1, 2], [1, 2, 3]])
+      >>> y = block_sparse_conv(x, values, filters, channels, jnp.array([[4], [0]]), kernel_shape=(3, 3, 4, 4))
+      >>> y.shape, float(y[0, 0, 0, 0])
+      ((4, 3, 3, 2), 3.0)
+
+    Reference: ours; the block of Ma et al., "HRBP", CPAL 2024.
+    """
+    spec = _spec(x, values, filters, channels, taps, kernel_shape, strides, padding, dilation, channel_block, precision)
+    chosen = _resolve(spec, implementation)
+    if values.size == 0:
+        return jnp.zeros_like(x, shape=spec.out_shape)
+    operands = _vary_alike(x, values, *(jnp.asarray(index, jnp.int32) for index in (filters, channels, taps)))
+    return _conv(spec, chosen, *operands)
+
+
+def _vary_alike(*operands: jax.Array) -> list[jax.Array]:
+    """Inside shard_map: marks each operand as varying over the mesh axes that any operand varies over."""
+    axes = [jax.typeof(a).manual_axis_type.varying for a in operands]
+    union = frozenset().union(*axes)
+    return [jax.lax.pcast(a, tuple(union - own), to="varying") if union - own else a for a, own in zip(operands, axes)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _conv(spec, implementation, x, values, filters, channels, taps):
+    return implementation.forward(spec, x, values.astype(x.dtype), filters, channels, taps)
+
+
+def _conv_fwd(spec, implementation, x, values, filters, channels, taps):
+    return _conv(spec, implementation, x, values, filters, channels, taps), (x, values, filters, channels, taps)
+
+
+def _conv_bwd(spec, implementation, residuals, dy):
+    x, values, *index = residuals
+    dx = implementation.input_gradient(spec, dy, values.astype(x.dtype), *index)
+    dvalues = implementation.weight_gradient(spec, x, dy, *index)
+    return dx, dvalues.astype(values.dtype), None, None, None
+
+
+_conv.defvjp(_conv_fwd, _conv_bwd)
+
+
+def _resolve(spec: ConvSpec, wanted: str | Implementation | None) -> Implementation:
+    """The implementation; ValueError for an unknown name, NotImplementedError for one that cannot serve this convolution."""
+    if wanted is None:
+        wanted = choose_implementation(spec).implementation
+    if isinstance(wanted, Implementation):
+        implementation, reason = wanted, wanted.supports(spec)
+    else:
+        names = available_implementations()
+        if wanted not in names:
+            near = difflib.get_close_matches(str(wanted), names, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"implementation: expected None or one of {', '.join(map(repr, names))}, got {wanted!r}{hint}")
+        implementation = IMPLEMENTATIONS.get(wanted)
+        reason = implementation.supports(spec) if implementation else NOT_BUILT[wanted]
+    if reason or implementation is None:
+        raise NotImplementedError(f"implementation={wanted if isinstance(wanted, str) else wanted.name!r}: {reason}")
+    return implementation
+
+
+def _pair(name: str, value: Any, least: int) -> tuple[int, int]:
+    try:
+        pair = tuple(operator.index(v) for v in value)
+    except TypeError:
+        pair = ()
+    if len(pair) != 2 or min(pair) < least:
+        raise ValueError(f"{name}: expected two integers of at least {least}, got {value!r}")
+    return pair
+
+
+def _spec(x, values, filters, channels, taps, kernel_shape, strides, padding, dilation, channel_block, precision) -> ConvSpec:
+    """Checks the arguments against each other and gathers the static sizes."""
+    if x.ndim != 4 or min(x.shape) < 1 or x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ValueError(f"x: expected float32, bfloat16 or float16 [cin, h, w, n] without empty axes, got {x.dtype}{list(x.shape)}")
+    if values.ndim != 4 or not jnp.issubdtype(values.dtype, jnp.floating):
+        raise ValueError(f"values: expected floats [groups, kept, kept_taps, group_size], got {values.dtype}{list(values.shape)}")
+    if len(kernel_shape) != 4 or min(kernel_shape) < 1:
+        raise ValueError(f"kernel_shape: expected (kh, kw, cin, cout) with positive sizes, got {tuple(kernel_shape)}")
+    kh, kw, cin, cout = (int(s) for s in kernel_shape)
+    groups, kept, kept_taps, group_size = values.shape
+    if x.shape[0] != cin:
+        raise ValueError(f"x: expected (C, H, W, N) with C = {cin} (kernel_shape={tuple(kernel_shape)}), got shape {x.shape}")
+    if groups * group_size != cout:
+        raise ValueError(f"values: groups * group_size = {groups} * {group_size} must be cout={cout} (kernel_shape={tuple(kernel_shape)})")
+    if kept > cin or kept_taps > kh * kw:
+        raise ValueError(f"values: keeps {kept} channels of {cin} and {kept_taps} taps of {kh * kw} (shape {values.shape})")
+    for name, array, length in (("filters", filters, group_size), ("channels", channels, kept), ("taps", taps, kept_taps)):
+        if array.shape != (groups, length) or not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{name}: expected integers [{groups}, {length}] beside values {values.shape}, got {array.dtype}{array.shape}")
+    if channel_block < 1 or kept % channel_block or cin % channel_block:
+        raise ValueError(f"channel_block: {channel_block} must divide kept={kept} and cin={cin}")
+    try:
+        vertical, horizontal = padding
+    except (TypeError, ValueError):
+        raise ValueError(f"padding: expected ((top, bottom), (left, right)) in pixels, got {padding!r}") from None
+    spec = ConvSpec(
+        cin=cin, height=x.shape[1], width=x.shape[2], batch=x.shape[3], kernel=(kh, kw), cout=cout,
+        groups=groups, kept=kept, kept_taps=kept_taps, group_size=group_size,
+        strides=_pair("strides", strides, 1), dilation=_pair("dilation", dilation, 1),
+        padding=(_pair("padding[0]", vertical, 0), _pair("padding[1]", horizontal, 0)),
+        dtype=jnp.dtype(x.dtype).name, channel_block=int(channel_block), precision=precision,
+    )  # fmt: skip
+    if min(spec.out_shape) < 1:
+        raise ValueError(
+            f"x: images of {x.shape[1:3]} with padding {spec.padding} are smaller than the reach of the kernel, {spec.reach} + 1"
+        )
+    return spec

@@ -1,0 +1,129 @@
+"""What a block-sparse convolution is (ConvSpec: static sizes) and what serves it (Implementation: three passes)."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+Pair = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvSpec:
+    """The static sizes of one block-sparse convolution; hashable, the key of every choice.
+
+    Attributes:
+      cin: input channels.
+      height, width: input size in pixels.
+      batch: images.
+      kernel: `(kh, kw)`.
+      cout: output channels, `groups * group_size`.
+      groups, kept, kept_taps, group_size: the shape of the packed values.
+      strides, dilation: `(y, x)`.
+      padding: `((top, bottom), (left, right))`.
+      dtype: name of the activations' dtype.
+      channel_block: channels come in aligned runs of this many.
+      precision: as in `jax.lax.dot_general`.
+
+    Example:
+      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4, kept_taps=3, group_size=4)
+      >>> spec.out_height, spec.density
+      (3, 0.16666666666666666)
+
+    Reference: ours.
+    """
+
+    cin: int
+    height: int
+    width: int
+    batch: int
+    kernel: Pair
+    cout: int
+    groups: int
+    kept: int
+    kept_taps: int
+    group_size: int
+    strides: Pair = (1, 1)
+    padding: tuple[Pair, Pair] = ((0, 0), (0, 0))
+    dilation: Pair = (1, 1)
+    dtype: str = "float32"
+    channel_block: int = 1
+    precision: Any = None
+
+    @property
+    def reach(self) -> Pair:
+        """Offset of the last tap, `(kernel - 1) * dilation`, in pixels."""
+        return (self.kernel[0] - 1) * self.dilation[0], (self.kernel[1] - 1) * self.dilation[1]
+
+    @property
+    def out_height(self) -> int:
+        """Height of the output in pixels (below 1: the kernel does not fit)."""
+        return (self.height + sum(self.padding[0]) - self.reach[0] - 1) // self.strides[0] + 1
+
+    @property
+    def out_width(self) -> int:
+        """Width of the output in pixels (below 1: the kernel does not fit)."""
+        return (self.width + sum(self.padding[1]) - self.reach[1] - 1) // self.strides[1] + 1
+
+    @property
+    def in_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the input `(cin, h, w, n)`."""
+        return self.cin, self.height, self.width, self.batch
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the output `(cout, ho, wo, n)`."""
+        return self.cout, self.out_height, self.out_width, self.batch
+
+    @property
+    def packed_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the packed values `(groups, kept, kept_taps, group_size)`."""
+        return self.groups, self.kept, self.kept_taps, self.group_size
+
+    @property
+    def density(self) -> float:
+        """Fraction of the conv kernel's weights that are kept."""
+        return math.prod(self.packed_shape) / (math.prod(self.kernel) * self.cin * self.cout)
+
+
+Pass = Callable[..., jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to run the convolution: three passes, each doing only the kept work.
+
+    Attributes:
+      name: what the caller writes.
+      supports: `spec -> None`, or the reason why it cannot serve that spec on this machine.
+      forward: `(spec, x, values, filters, channels, taps) -> y`.
+      input_gradient: `(spec, dy, values, filters, channels, taps) -> dx`.
+      weight_gradient: `(spec, x, dy, filters, channels, taps) -> dvalues`, float32.
+
+    Reference: ours.
+    """
+
+    name: str
+    supports: Callable[[ConvSpec], str | None]
+    forward: Pass
+    input_gradient: Pass
+    weight_gradient: Pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What `implementation=None` picks for a spec, and why.
+
+    Attributes:
+      implementation: its name.
+      reason: one line.
+      details: what each pass runs, `{"forward": ..., "input_gradient": ..., "weight_gradient": ...}`.
+
+    Reference: ours.
+    """
+
+    implementation: str
+    reason: str
+    details: dict[str, str]

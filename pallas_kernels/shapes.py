@@ -1,0 +1,123 @@
+"""Named layers of real networks: the same shapes feed the tuner, the benchmark and the tests."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.block_sparse_conv.spec import ConvSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One conv layer.
+
+    Attributes:
+      name: network and place.
+      cin, cout: channels.
+      size: height and width of the input in pixels.
+      stride: step in pixels.
+      kernel: side of the conv kernel in taps.
+
+    Reference: VGG-19 and ResNet-32 (width 2) on 32x32 images, as used by Wang et al., "GraSP", ICLR 2020.
+    """
+
+    name: str
+    cin: int
+    cout: int
+    size: int
+    stride: int = 1
+    kernel: int = 3
+
+
+VGG19 = (
+    Layer("vgg19 64@32", 64, 64, 32),
+    Layer("vgg19 64-128@16", 64, 128, 16),
+    Layer("vgg19 128@16", 128, 128, 16),
+    Layer("vgg19 128-256@8", 128, 256, 8),
+    Layer("vgg19 256@8", 256, 256, 8),
+    Layer("vgg19 256-512@4", 256, 512, 4),
+    Layer("vgg19 512@4", 512, 512, 4),
+    Layer("vgg19 512@2", 512, 512, 2),
+)
+RESNET32 = (
+    Layer("resnet32x2 32@32", 32, 32, 32),
+    Layer("resnet32x2 32-64@32/2", 32, 64, 32, 2),
+    Layer("resnet32x2 64@16", 64, 64, 16),
+    Layer("resnet32x2 64-128@16/2", 64, 128, 16, 2),
+    Layer("resnet32x2 128@8", 128, 128, 8),
+)
+OTHERS = (
+    Layer("digits 16-32@8", 16, 32, 8),
+    Layer("digits 32-64@8/2", 32, 64, 8, 2),
+    Layer("resnet50 64@56", 64, 64, 56),
+    Layer("resnet50 128@28", 128, 128, 28),
+    Layer("resnet50 512@7", 512, 512, 7),
+    Layer("resnet50 1x1 64-256@56", 64, 256, 56, 1, 1),
+    Layer("resnet50 1x1 512-128@28", 512, 128, 28, 1, 1),
+    Layer("resnet50 1x1 512-2048@7", 512, 2048, 7, 1, 1),
+    Layer("resnet50 1x1 512-1024@28/2", 512, 1024, 28, 2, 1),
+)
+
+
+def layer_spec(
+    layer: Layer, *, sparsity: float, batch: int, group_size: int = 32, kept_taps: int | None = None, dtype: str = "float32"
+) -> ConvSpec:
+    """The convolution of a layer at a sparsity, SAME padding; the kept channels follow from the density.
+
+    `kept = round((1 - sparsity) * cin * kernel^2 / kept_taps)`, at least 1.
+
+    Args:
+      layer: the layer.
+      sparsity: fraction of the weights removed.
+      batch: images.
+      group_size: filters in a group, at most `cout`.
+      kept_taps: taps that each group keeps; None: a third of the kernel (3 of 9), as HRBP.
+      dtype: name of the activations' dtype.
+
+    Returns:
+      The static sizes.
+
+    Example:
+      >>> layer_spec(VGG19[0], sparsity=0.9, batch=128).packed_shape
+      (2, 19, 3, 32)
+
+    Reference: ours.
+    """
+    area = layer.kernel**2
+    kept_taps = kept_taps or max(1, area // 3)
+    group_size = min(group_size, layer.cout)
+    total = max((-(-layer.size // layer.stride) - 1) * layer.stride + layer.kernel - layer.size, 0)
+    edge = (total // 2, total - total // 2)
+    return ConvSpec(
+        cin=layer.cin, height=layer.size, width=layer.size, batch=batch, kernel=(layer.kernel, layer.kernel), cout=layer.cout,
+        groups=layer.cout // group_size, kept=min(layer.cin, max(1, round((1 - sparsity) * layer.cin * area / kept_taps))),
+        kept_taps=kept_taps, group_size=group_size, strides=(layer.stride, layer.stride), padding=(edge, edge), dtype=dtype,
+    )  # fmt: skip
+
+
+def random_operands(spec: ConvSpec, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Random operands of a convolution.
+
+    Args:
+      spec: the static sizes.
+      seed: of NumPy's generator.
+
+    Returns:
+      `(x, dy, values, filters, channels, taps)`.
+
+    Example:
+      >>> [a.shape for a in random_operands(layer_spec(VGG19[7], sparsity=0.9, batch=2))][2:]
+      [(16, 154, 3, 32), (16, 32), (16, 154), (16, 3)]
+
+    Reference: ours.
+    """
+    rng = np.random.default_rng(seed)
+
+    def subsets(count: int, bound: int) -> jax.Array:
+        return jnp.asarray(np.sort(rng.permuted(np.tile(np.arange(bound), (spec.groups, 1)), axis=1)[:, :count], axis=1), jnp.int32)
+
+    x, dy, values = (jnp.asarray(rng.standard_normal(s), spec.dtype) for s in (spec.in_shape, spec.out_shape, spec.packed_shape))
+    filters = jnp.asarray(np.sort(rng.permutation(spec.cout).reshape(spec.groups, -1), axis=1), jnp.int32)
+    return x, dy, values, filters, subsets(spec.kept, spec.cin), subsets(spec.kept_taps, spec.kernel[0] * spec.kernel[1])

@@ -1,0 +1,114 @@
+"""`python -m pallas_kernels.tune`: measures every XLA formulation on this machine and rewrites the table that picks among them."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import tyro
+from rich.progress import track
+
+from pallas_kernels import measure, shapes
+from pallas_kernels.block_sparse_conv import ConvSpec, tiles, xla
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """About 15 minutes on two quiet cores.
+
+    Attributes:
+      seconds: time per shape and pass, after compilation.
+      only: a part of the name of the layers to measure again; the other entries of the table stay. Empty: all.
+      table: the file to write.
+    """
+
+    seconds: float = 0.8
+    only: str = ""
+    table: Path = tiles.TABLE
+
+
+def cases() -> dict[str, ConvSpec]:
+    """The tuned convolutions by name: the benchmark's, and others around them.
+
+    Returns:
+      Static sizes by name.
+
+    Example:
+      >>> len(cases()) > 60
+      True
+
+    Reference: ours.
+    """
+    found = {}
+
+    def add(layer: shapes.Layer, sparsity: float, batch: int, group_size: int = 32, kept_taps: int | None = None) -> None:
+        spec = shapes.layer_spec(layer, sparsity=sparsity, batch=batch, group_size=group_size, kept_taps=kept_taps)
+        found[f"{layer.name} {sparsity:.0%} n{batch} {'x'.join(map(str, spec.packed_shape))}"] = spec
+
+    for sparsity in (0.8, 0.9, 0.95):
+        for layer in shapes.VGG19 + shapes.RESNET32:
+            add(layer, sparsity, 128)
+    for layer in shapes.OTHERS:
+        for sparsity in (0.5, 0.9) if layer.kernel == 1 else (0.8, 0.9):
+            add(layer, sparsity, 64 if layer.name.startswith("digits") else 16)
+    for layer in (shapes.VGG19[2], shapes.VGG19[4], shapes.VGG19[6], shapes.RESNET32[2]):
+        add(layer, 0.5, 128)
+        add(layer, 0.9, 16)
+        add(layer, 0.9, 1)
+        add(layer, 0.9, 64, 16, 9)
+        add(layer, 0.9, 64, 64, 9)
+        add(layer, 0.7, 64, 16)
+    return found
+
+
+def measure_case(spec: ConvSpec, seconds: float) -> dict[str, dict[str, float]]:
+    """The least time of each formulation in each pass, in alternation.
+
+    Args:
+      spec: the static sizes.
+      seconds: time per pass, about.
+
+    Returns:
+      `{pass: {formulation: milliseconds}}`.
+
+    Example:
+      >>> spec = ConvSpec(cin=2, height=3, width=3, batch=1, kernel=(1, 1), cout=2, groups=1, kept=1, kept_taps=1, group_size=2)
+      >>> sorted(measure_case(spec, 0.0)) == sorted(tiles.PASSES)
+      True
+
+    Reference: ours.
+    """
+    x, dy, values, *index = shapes.random_operands(spec)
+    operands = {"forward": (x, values), "input_gradient": (dy, values), "weight_gradient": (x, dy)}
+    milliseconds = {}
+    for name, activations in operands.items():
+        calls = {
+            key: functools.partial(jax.jit(functools.partial(getattr(formulation, name), spec)), *activations, *index)
+            for key, formulation in xla.FORMULATIONS.items()
+            if tiles.supports(key, spec) is None
+        }
+        milliseconds[name] = {key: round(min(t), 4) for key, t in measure.alternate(calls, seconds=seconds, rounds=3).items()}
+    return milliseconds
+
+
+def main(config: Config) -> None:
+    """Measures and writes the table.
+
+    Args:
+      config: what to measure.
+
+    Reference: ours.
+    """
+    measure.steady_memory()
+    old = {entry["name"]: entry for entry in json.loads(config.table.read_text())["entries"]} if config.only else {}
+    todo = {name: spec for name, spec in cases().items() if config.only in name}
+    for name, spec in track(todo.items(), "tuning", total=len(todo)):
+        old[name] = {"name": name, "features": tiles.features(spec), "milliseconds": measure_case(spec, config.seconds)}
+        jax.clear_caches()
+    rows = ",\n".join(json.dumps(entry) for entry in old.values())
+    config.table.write_text(f'{{"environment": {json.dumps(measure.environment())},\n"entries": [\n{rows}\n]}}\n')
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
