@@ -35,7 +35,9 @@ def positive_int(name: str, value: Any) -> int:
 def fraction(name: str, value: Any, *, low: float = 0.0, high: float = 1.0, high_open: bool = True) -> float:
     """The value as a float; ValueError unless it is a concrete number in [low, high) (or [low, high])."""
     if isinstance(value, jax.core.Tracer):
-        raise ValueError(f"{name}: shapes depend on it, so it must be a Python number, got a traced value; keep it out of inject_hyperparams")
+        raise ValueError(
+            f"{name}: shapes depend on it, so it must be a Python number, got a traced value; keep it out of inject_hyperparams"
+        )
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -1,0 +1,39 @@
+"""MobileNet v1: its pointwise convs may be block-sparse, its depthwise convs stay dense."""
+
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from experiments.models.layers import DepthwiseConv, Parts, scaled
+
+BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))  # (channels, stride)
+
+
+class MobileNetV1(nn.Module):
+    """A 3x3 stem, 13 blocks of a depthwise 3x3 and a pointwise conv, global mean pool, classifier.
+
+    Attributes:
+      num_classes: of the classifier.
+      width: factor on all channels.
+      stem_kind: `"cifar"` (stride 1) or `"imagenet"` (stride 2).
+      parts: the network's settings.
+
+    Reference: Howard et al., "MobileNets", 2017, table 1.
+    """
+
+    num_classes: int
+    width: float = 1
+    stem_kind: str = "cifar"
+    parts: Parts = Parts()
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n classes"]:
+        """Logits of NHWC images."""
+        parts = self.parts
+        x = parts.conv(scaled(32, self.width), 3, 2 if self.stem_kind == "imagenet" else 1, name="stem")(parts.images(images))
+        x = nn.relu(parts.norm(train, name="stem_norm")(x))
+        for i, (features, strides) in enumerate(BLOCKS, 1):
+            x = DepthwiseConv(3, strides, parts, name=f"block{i}_depthwise")(x)
+            x = nn.relu(parts.norm(train, name=f"block{i}_depthwise_norm")(x))
+            x = parts.conv(scaled(features, self.width), 1, name=f"block{i}_pointwise")(x)
+            x = nn.relu(parts.norm(train, name=f"block{i}_pointwise_norm")(x))
+        return parts.classifier(x, self.num_classes)

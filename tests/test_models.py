@@ -1,0 +1,268 @@
+"""The zoo: published sizes, one function in both data formats, and no transposed activations between stem and pool."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from jax import lax
+
+import blocksparse_jax as bsj
+from blocksparse_jax.tree import conv_kernels, path_name
+from experiments.models import create, names
+from experiments.models.layers import DepthwiseConv, Parts, max_pool
+
+PUBLISHED = {  # options -> parameters: torchvision's for 1000 classes; the CIFAR ResNets of GraSP (1x1 conv and norm as shortcuts)
+    ("resnet20", 10, 1, "cifar"): 272_474,
+    ("resnet32", 10, 2, "cifar"): 1_860_522,
+    ("resnet56", 10, 1, "cifar"): 855_770,
+    ("vgg19", 10, 1, "cifar"): 20_035_018,
+    ("resnet18", 1000, 1, "imagenet"): 11_689_512,
+    ("resnet34", 1000, 1, "imagenet"): 21_797_672,
+    ("resnet50", 1000, 1, "imagenet"): 25_557_032,
+    ("resnet50_v1_5", 1000, 1, "imagenet"): 25_557_032,
+    ("mobilenet_v1", 1000, 1, "imagenet"): 4_231_976,
+}
+
+
+def abstract(name, *, num_classes=10, size=32, batch=2, **options):
+    """The model, the shapes of its variables and of its images; nothing is computed."""
+    model, images = create(name, num_classes=num_classes, **options), jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32)
+    return model, jax.eval_shape(model.init, jax.random.key(0), images), images
+
+
+def block_layout(shape, seed=0):
+    """Random blocks: two groups, a quarter of the channels, a third of the taps."""
+    kh, kw, cin, cout = shape
+    rng = np.random.default_rng(seed)
+    channels = np.stack([np.sort(rng.permutation(cin)[: cin // 4]) for _ in range(2)])
+    taps = np.stack([np.sort(rng.permutation(kh * kw)[: -(-kh * kw // 3)]) for _ in range(2)])
+    arrays = (jnp.asarray(a, jnp.int32) for a in (rng.permutation(cout).reshape(2, -1), channels, taps))
+    return bsj.BlockLayout(*arrays, shape=tuple(shape))
+
+
+def sparse_layouts(params):
+    """Blocks for the convs that are sparse by default; the 1x1 shortcuts stay dense."""
+
+    def layout(path, leaf):
+        name = path_name(path)
+        return block_layout(leaf.shape, len(name)) if conv_kernels(name, leaf) and "downsample" not in name else bsj.Dense()
+
+    return jax.tree_util.tree_map_with_path(layout, params)
+
+
+def on_layouts(f, layouts, *trees):
+    return jax.tree.map(f, layouts, *trees, is_leaf=bsj.is_layout)
+
+
+def random_variables(variables):
+    """Values for the shapes of `model.init`, small for kernels, around 1 for norms."""
+    leaves, structure = jax.tree.flatten(variables)
+    rng = np.random.default_rng(0)
+    values = [
+        rng.normal(size=s.shape) * math.sqrt(2 / math.prod(s.shape[:-1])) if len(s.shape) > 1 else rng.uniform(0.5, 1.5, s.shape)
+        for s in leaves
+    ]
+    return jax.tree.unflatten(structure, [jnp.asarray(v, jnp.float32) for v in values])
+
+
+@pytest.mark.parametrize(("options", "expected"), PUBLISHED.items(), ids=str)
+def test_parameter_counts_are_the_published_ones(options, expected):
+    name, classes, width, stem = options
+    size = 224 if stem == "imagenet" else 32
+    model, variables, images = abstract(name, num_classes=classes, width=width, stem=stem, size=size)
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"])) == expected
+    logits, _ = jax.eval_shape(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]), variables, images)
+    assert (logits.shape, logits.dtype) == ((2, classes), jnp.float32)
+
+
+@pytest.mark.parametrize("name", names())
+def test_names_tell_what_stays_dense(name):
+    _, variables, _ = abstract(name, dtype=jnp.bfloat16)
+    kernels = [(path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(variables["params"]) if leaf.ndim == 4]
+    assert kernels[[n for n, _ in kernels].index("stem/kernel")][1].shape[2] == 3
+    assert variables["params"]["classifier"]["kernel"].shape[1] == 10
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+    dense = [n for n, leaf in kernels if not conv_kernels(n, leaf)]
+    assert dense == [n for n, _ in kernels if n == "stem/kernel" or "depthwise" in n]
+    shortcuts = {n: leaf.shape for n, leaf in kernels if "downsample" in n}
+    assert all(shape[:2] == (1, 1) for shape in shortcuts.values())
+    assert (len(shortcuts) > 1) == name.startswith("resnet")
+
+
+def test_resnet50_v1_5_strides_in_the_3x3():
+    def strides(name):
+        model, variables, images = abstract(name, stem="imagenet", size=64)
+        _, state = jax.eval_shape(lambda v, x: model.apply(v, x, capture_intermediates=True, mutable=["intermediates"]), variables, images)
+        return [state["intermediates"]["stage2_block1"][f"conv{i}"]["__call__"][0].shape[1] for i in (1, 2, 3)]
+
+    assert strides("resnet50") == [8, 8, 8]
+    assert strides("resnet50_v1_5") == [16, 8, 8]
+
+
+@pytest.mark.parametrize("options", [{"nam": "resnt20"}, {"stem": "imagnet"}, {"data_format": "CHW"}])
+def test_a_typo_gets_the_nearest_option(options):
+    name = options.pop("nam", "cnn")
+    near = {"resnt20": "resnet20"}.get(name, "imagenet" if "stem" in options else "CHWN")
+    with pytest.raises(ValueError, match=f"did you mean '{near}'"):
+        create(name, num_classes=10, **options)
+
+
+def test_the_imagenet_stem_is_refused_where_there_is_none():
+    with pytest.raises(ValueError, match="stem: 'vgg19' has only the 'cifar' stem"):
+        create("vgg19", num_classes=10, stem="imagenet")
+
+
+@pytest.mark.parametrize(("size", "strides", "padding"), [(2, 2, 0), (3, 2, 1), (3, 1, 1)])
+@pytest.mark.parametrize("side", [6, 7])
+def test_max_pool_equals_reduce_window(size, strides, padding, side):
+    x, pads = jax.random.normal(jax.random.key(0), (2, side, side + 1, 3)), ((padding, padding),) * 2
+    want = nn.max_pool(x, (size, size), (strides, strides), pads)
+    weight = jax.random.normal(jax.random.key(1), want.shape)
+    want, pull = jax.vjp(lambda x: nn.max_pool(x, (size, size), (strides, strides), pads), x)
+    got, mine = jax.vjp(lambda x: max_pool(x, size, strides, padding), x)
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_allclose(mine(weight)[0], pull(weight)[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+def test_depthwise_conv_equals_the_grouped_convolution(strides):
+    x, kernel = jax.random.normal(jax.random.key(0), (2, 7, 6, 5)), jax.random.normal(jax.random.key(1), (3, 3, 1, 5))
+    pads, dimensions = ((1, 1), (1, 1)), ("NHWC", "HWIO", "NHWC")
+    want = lax.conv_general_dilated(x, kernel, (strides, strides), pads, dimension_numbers=dimensions, feature_group_count=5)
+    variables = {"params": {"kernel": kernel}}
+    nhwc = DepthwiseConv(3, strides, Parts("NHWC")).apply(variables, x)
+    chwn = DepthwiseConv(3, strides, Parts("CHWN")).apply(variables, x.transpose(3, 1, 2, 0)).transpose(3, 1, 2, 0)
+    np.testing.assert_allclose(nhwc, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(chwn, want, rtol=1e-5, atol=1e-5)
+
+
+FAMILIES = [
+    ("cnn", {"width": 0.25}, 8),
+    ("cnn", {"width": 0.125}, 20),
+    ("resnet20", {"width": 0.5}, 8),
+    ("vgg19", {"width": 0.125}, 16),
+    ("resnet50_v1_5", {"width": 0.125, "stem": "imagenet"}, 64),
+    ("mobilenet_v1", {"width": 0.25}, 16),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "size"), FAMILIES, ids=str)
+def test_both_data_formats_are_one_function(name, options, size):
+    model, variables, _ = abstract(name, size=size, **options)
+    variables, images = random_variables(variables), jax.random.normal(jax.random.key(0), (4, size, size, 3))
+
+    @jax.jit
+    def outputs(variables, images):
+        return [
+            m.apply(variables, images, train=True, mutable=["batch_stats"])
+            for m in (model, create(name, num_classes=10, data_format="NHWC", **options))
+        ]
+
+    chwn, nhwc = outputs(variables, images)
+    for a, b in zip(jax.tree.leaves(chwn), jax.tree.leaves(nhwc), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
+def training_step(model):
+    """A whole step, `(params, batch_stats, layouts, images, labels) -> (params, batch_stats, loss, grads)`: loss, gradients, SGD."""
+
+    def step(params, batch_stats, layouts, images, labels):
+        def loss_fn(params):
+            variables = {"params": params, "batch_stats": batch_stats, "layouts": layouts}
+            logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new["batch_stats"]
+
+        (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), batch_stats, loss, grads
+
+    return step
+
+
+def test_packed_sparse_and_masked_training_steps_agree():
+    model, variables, _ = abstract("cnn", size=8, width=0.25)
+    variables = random_variables(variables)
+    params, layouts = variables["params"], sparse_layouts(variables["params"])
+    kept = on_layouts(lambda node, p: bsj.layout_to_mask(node) if isinstance(node, bsj.BlockLayout) else jnp.asarray(True), layouts, params)
+    params = jax.tree.map(lambda p, m: p * m, params, kept)
+    values = on_layouts(lambda node, p: bsj.pack(p, node) if isinstance(node, bsj.BlockLayout) else p, layouts, params)
+    images, labels = jax.random.normal(jax.random.key(0), (8, 8, 8, 3)), jnp.arange(8)
+    step = jax.jit(training_step(model))
+    _, _, loss, grads = step(params, variables["batch_stats"], {}, images, labels)
+    _, _, sparse_loss, sparse_grads = step(params, variables["batch_stats"], layouts, images, labels)
+    _, _, packed_loss, packed_grads = step(values, variables["batch_stats"], layouts, images, labels)
+    np.testing.assert_allclose([sparse_loss, packed_loss], [loss, loss], rtol=1e-5)
+    unpacked = on_layouts(lambda node, g: bsj.unpack(g, node) if isinstance(node, bsj.BlockLayout) else g, layouts, packed_grads)
+    for a, b, want, mask in zip(*map(jax.tree.leaves, (sparse_grads, unpacked, grads, kept)), strict=True):
+        np.testing.assert_allclose(a, want * mask, rtol=1e-3, atol=2e-4)
+        np.testing.assert_allclose(b, want * mask, rtol=1e-3, atol=2e-4)
+
+
+INSTRUCTION = re.compile(
+    r"^\s*(?:ROOT )?%?([\w.-]+) = \w+\[([\d,]*)\]\{([\d,]*)[^}]*\} ([\w-]+)\((?:\w+\[\S+ )?%?([\w.-]+)(.*)", re.MULTILINE
+)
+
+
+def moved_activations(text, least):
+    """The transposes and layout-changing copies of arrays of at least `least` elements in a compiled program, fused ones too.
+
+    A transpose that only renames the axes of the same bytes (a bitcast) moves nothing and does not count.
+    """
+    found = {
+        name: (_numbers(dims), _numbers(order), op, operand, rest) for name, dims, order, op, operand, rest in INSTRUCTION.findall(text)
+    }
+    moved = []
+    for name, (dims, order, op, operand, rest) in found.items():
+        if op not in ("transpose", "copy") or math.prod(dims) < least or operand not in found:
+            continue
+        permutation = _numbers(re.search(r"dimensions=\{([\d,]*)\}", rest)[1]) if op == "transpose" else list(range(len(dims)))
+        before = [axis for axis in found[operand][1] if found[operand][0][axis] > 1]
+        after = [permutation[axis] for axis in order if dims[axis] > 1]
+        if before != after:
+            moved.append(f"{op} {name} {dims}")
+    return moved
+
+
+def _numbers(text):
+    return [int(number) for number in text.split(",") if number]
+
+
+def compiled_step(name, data_format, size, batch, **options):
+    model, variables, images = abstract(name, size=size, batch=batch, data_format=data_format, **options)
+    layouts = sparse_layouts(variables["params"])
+    values = jax.eval_shape(
+        lambda params: on_layouts(lambda node, p: bsj.pack(p, node) if isinstance(node, bsj.BlockLayout) else p, layouts, params),
+        variables["params"],
+    )
+    labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    return jax.jit(training_step(model)).lower(values, variables["batch_stats"], layouts, images, labels).compile().as_text()
+
+
+def test_moved_activations_counts_transposes_and_not_bitcasts():
+    x = jax.ShapeDtypeStruct((8, 16, 32), jnp.float32)
+
+    def count(f):
+        return len(moved_activations(jax.jit(f).lower(x).compile().as_text(), 8 * 16 * 32))
+
+    assert count(lambda x: jnp.sin(x) + 1) == 0
+    assert count(lambda x: jnp.sin(x).reshape(8, 1, 16, 32).transpose(1, 0, 2, 3)) == 0
+    assert count(lambda x: jnp.sin(x).transpose(2, 0, 1)) > 0
+    assert len(moved_activations(jax.jit(lambda x: jnp.sin(x).T).lower(x).compile().as_text(), 8 * 16 * 32 + 1)) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "batch", "least", "options"),
+    [("cnn", 8, 64, 16 * 16 * 64, {"width": 0.25}), ("resnet20", 16, 64, 4 * 4 * 64 * 64, {})],
+)
+def test_a_chwn_training_step_moves_no_activations(name, size, batch, least, options):
+    """`least` is the smallest activation between stem and pool; images and weights are smaller, and may be transposed."""
+    moved = moved_activations(compiled_step(name, "CHWN", size, batch, **options), least)
+    assert moved == []
+
+
+def test_an_nhwc_training_step_moves_activations():
+    assert len(moved_activations(compiled_step("cnn", "NHWC", 8, 64, width=0.25), 16 * 16 * 64)) >= 6
