@@ -1,8 +1,25 @@
 """Shared fixtures: a small network's parameters, and warnings of third parties that are not ours to mend."""
 
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
+
+# What one test (or one xdist worker) has compiled, the others need not compile again.
+_RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+_CACHE = Path(tempfile.gettempdir()) / f"blocksparse_jax-tests-{_RUN}"
+jax.config.update("jax_compilation_cache_dir", str(_CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def pytest_unconfigure(config):
+    """The process that began the run removes the cache."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 @pytest.fixture

@@ -61,27 +61,27 @@ def _assert_zeros(params, masks):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["fp32", "bf16"])
 def test_jit_equals_eager_keeps_dtypes_and_never_recompiles(name, dtype, params):
+    """Over two updates of the masks; the step that moves them runs eagerly too."""
     params = jax.tree.map(lambda p: p.astype(dtype), params)
     tx = bsj.keep_zeros(optax.chain(METHODS[name](params), optax.sgd(0.1, momentum=0.9)))
-    state = eager_state = tx.init(params)
+    state = first = tx.init(params)
     chex.clear_trace_counter()
     traced = jax.jit(chex.assert_max_traces(tx.update, n=1))
-    for step in range(8):
+    for step in range(7):
         grads = _noise(params, step)
-        updates, state = traced(grads, state, params)
-        if step < 4:
-            eager_updates, eager_state = tx.update(grads, eager_state, params)
+        updates, new_state = traced(grads, state, params)
+        if step == 3:
+            eager_updates, eager_state = tx.update(grads, state, params)
             tolerance = 1e-6 if dtype == jnp.float32 else 1e-2
             chex.assert_trees_all_close(updates, eager_updates, rtol=tolerance, atol=tolerance)
-            chex.assert_trees_all_equal(bsj.get_masks(state), bsj.get_masks(eager_state))
+            chex.assert_trees_all_equal(bsj.get_masks(new_state), bsj.get_masks(eager_state))
         chex.assert_trees_all_equal_dtypes(updates, params)
-        chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
-        params = optax.apply_updates(params, updates)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new_state, first)
+        params, state = optax.apply_updates(params, updates), new_state
     chex.assert_trees_all_equal_structs(bsj.get_masks(state), params)
 
 
-@pytest.mark.parametrize("name", HARD)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("name", "optimizer"), [(n, o) for n in HARD for o in OPTIMIZERS if o == "adamw" or n in ("rigl", "fixed")])
 def test_zeros_are_exact_after_noisy_steps(name, optimizer, params):
     """200 steps of full noise through momentum, Adam and weight decay; every step's zeros are checked in the end of each leg."""
     tx = bsj.keep_zeros(optax.chain(METHODS[name](params), optax.add_decayed_weights(1e-2), OPTIMIZERS[optimizer]()))
@@ -93,8 +93,7 @@ def test_zeros_are_exact_after_noisy_steps(name, optimizer, params):
         assert any(not bool(m.all()) for m in jax.tree.leaves(masks))
 
 
-@pytest.mark.parametrize("name", DYNAMIC)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("name", "optimizer"), [(n, o) for n in DYNAMIC for o in OPTIMIZERS if o == "adamw" or n == "rigl"])
 def test_moments_of_pruned_and_regrown_weights_are_reset(name, optimizer, params):
     tx = bsj.keep_zeros(optax.chain(METHODS[name](params), OPTIMIZERS[optimizer]()))
     update, state = jax.jit(tx.update), tx.init(params)
@@ -114,8 +113,7 @@ def test_moments_of_pruned_and_regrown_weights_are_reset(name, optimizer, params
     assert grown_ever > 0 or name == "gradual"
 
 
-@pytest.mark.parametrize("name", ["rigl", "hrbp-dynamic"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("name", "optimizer"), [*(("rigl", o) for o in OPTIMIZERS), ("hrbp-dynamic", "adamw")])
 def test_a_topology_step_applies_no_gradient(name, optimizer, params):
     """Weights that stay do not move, nor do their moments, whatever momentum and weight decay would do; dense leaves too."""
     tx = bsj.keep_zeros(optax.chain(METHODS[name](params), optax.add_decayed_weights(1e-2), OPTIMIZERS[optimizer]()))

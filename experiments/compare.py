@@ -1,0 +1,146 @@
+"""The main job: `python -m experiments.compare` trains one small CNN on real images with six methods and prints one table.
+
+Digits (scikit-learn, 1797 real images), 90% sparsity, 2:4 for SR-STE. Digits is tiny: the table proves the road, it claims no accuracy.
+The step times are measured afterwards, all methods and executions in turn in one process. About 100 seconds on 2 CPU cores.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from experiments.config import TrainConfig
+from experiments.environment import commit, device, versions
+from experiments.loop import Trainer, stepper
+from experiments.methods import METHODS
+from experiments.timing import alternate, median_iqr
+from experiments.train import Run
+
+COMPARED = ("dense", "hrbp", "hrbp-dynamic", "subp", "sr-ste", "rigl")
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """What is compared.
+
+    Attributes:
+      out: folder of the run folders; None is runs/compare-DATE-TIME.
+      methods: names of the registry.
+      sparsity: fraction removed (sr-ste keeps 2 of 4).
+      epochs: of each training.
+      repetitions: timed steps of each method and execution.
+      seed: of everything.
+      smoke: one epoch and few repetitions, to see that all of it runs.
+    """
+
+    out: str | None = None
+    methods: tuple[str, ...] = COMPARED
+    sparsity: float = 0.9
+    epochs: int = 12
+    repetitions: int = 20
+    seed: int = 0
+    smoke: bool = False
+
+
+def main(config: CompareConfig) -> dict[str, Any]:
+    """Trains with every method, times the steps and prints the table.
+
+    Args:
+      config: what is compared.
+
+    Returns:
+      What comparison.json holds: `rows`, one for each method, device, versions and commit.
+
+    Raises:
+      ValueError: an unknown method, or `out` holds runs already.
+
+    Reference: ours.
+    """
+    if config.smoke:
+        config = dataclasses.replace(config, epochs=1, repetitions=3)
+    out = Path(config.out or time.strftime("runs/compare-%Y%m%d-%H%M%S"))
+    base = TrainConfig(sparsity=config.sparsity, epochs=config.epochs, seed=config.seed, log_every=10)
+    runs = {name: Run(dataclasses.replace(base, method=name, out=str(out / name), **_options(name))) for name in config.methods}
+    console, results = Console(), {}
+    for name, run in runs.items():
+        results[name] = run.train() or {}
+        console.print(f"{name}: test accuracy {results[name]['test_accuracy']:.2%} after {results[name]['train_seconds']:.0f} s")
+    times = alternate(_steppers(runs), config.repetitions)
+    rows = []
+    for name, result in results.items():
+        timed = {form: median_iqr(times[name, form]) for form in ("masked", "packed") if (name, form) in times}
+        row = {key: result[key] for key in ("method", "test_accuracy", "density", "kept_flops_fraction")}
+        for form in ("masked", "packed"):
+            row[f"{form}_step_ms_median"], row[f"{form}_step_ms_iqr"] = timed.get(form, (None, None))
+        rows.append(row)
+    report = {
+        "dataset": base.dataset,
+        "model": base.model,
+        "sparsity": config.sparsity,
+        "epochs": config.epochs,
+        "seed": config.seed,
+        "dense_step_ms_median": median_iqr(times["dense", "masked"])[0] if "dense" in runs else None,
+        "rows": rows,
+        "device": device(),
+        "versions": versions(),
+        "commit": commit(),
+    }
+    (out / "comparison.json").write_text(json.dumps(report, indent=2) + "\n")
+    console.print(_table(report), width=None if console.is_terminal else 120)
+    print(f"run folders, pictures and comparison.json: {out}")
+    return report
+
+
+def _options(method: str) -> dict[str, Any]:
+    """SUBP compiles anew at each update, since its blocks change in number: two updates and wide blocks keep the job short."""
+    return {"update_every": 88, "block": 32} if method == "subp" else {}
+
+
+def _steppers(runs: dict[str, Run]) -> dict[tuple[str, str], Any]:
+    """For every run and execution that it has: a function that makes one training step from the trained state."""
+    steppers = {}
+    for name, run in runs.items():
+        images, labels = next(run.data.train_batches(0, run.config.batch_size, run.config.seed))
+        for form in ("masked", "packed") if METHODS[name].has_layout else ("masked",):
+            trainer = Trainer(dataclasses.replace(run.config, execution=form), run.data.image_shape, run.data.num_classes, run.length)
+            trainer.init()
+            steppers[name, form] = stepper(trainer, trainer.to(form, run.state), run.length.total, images, labels)
+    return steppers
+
+
+def _table(report: dict[str, Any]) -> Table:
+    table = Table(title=f"{report['model']} on {report['dataset']}, {report['epochs']} epochs, {report['device']}")
+    for column in ("method", "test accuracy", "density", "kept FLOPs", "masked step", "packed step", "dense step"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    dense = report["dense_step_ms_median"]
+
+    def ms(value: float | None) -> str:
+        return "—" if value is None else f"{value:.1f} ms"
+
+    for row in report["rows"]:
+        packed = row["packed_step_ms_median"]
+        faster = f" ({dense / packed:.2f}x)" if packed and dense else ""
+        table.add_row(
+            row["method"],
+            f"{row['test_accuracy']:.2%}",
+            f"{row['density']:.4f}",
+            f"{row['kept_flops_fraction']:.1%}",
+            "—" if row["method"] == "dense" else ms(row["masked_step_ms_median"]),
+            ms(packed) + faster,
+            ms(dense),
+        )
+    return table
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(CompareConfig, prog="python -m experiments.compare"))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,71 @@
+"""Tests a trained network again: `python -m experiments.evaluate --run runs/a` prints its test accuracy and a table of its layers."""
+
+import dataclasses
+import sys
+from typing import Any
+
+import tyro
+
+import blocksparse_jax as bsj
+from experiments.data import load
+from experiments.loop import Trainer
+from experiments.methods import Length
+from experiments.run_folder import RunFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Which run to test.
+
+    Attributes:
+      run: its folder.
+      step: of the checkpoint; None takes the last.
+      data_dir: where the data sets are; None takes the run's.
+    """
+
+    run: str
+    step: int | None = None
+    data_dir: str | None = None
+
+
+def main(config: EvaluateConfig) -> dict[str, Any]:
+    """Restores a checkpoint, tests it and prints what it finds.
+
+    Args:
+      config: which run.
+
+    Returns:
+      `{"step": ..., "test_accuracy": ...}`.
+
+    Raises:
+      ValueError: the folder is not a run's, or its checkpoint cannot be read.
+      FileNotFoundError: the data set is not prepared.
+
+    Reference: ours.
+    """
+    folder = RunFolder(config.run)
+    train = folder.config()
+    step = folder.latest() if config.step is None else config.step
+    if step is None:
+        raise ValueError(
+            f"{folder.path}: has no checkpoint yet; go on with the run: python -m experiments.train ... --out {config.run} --resume"
+        )
+    data = load(train.dataset, config.data_dir or train.data_dir)
+    per_epoch = data.steps_per_epoch(train.batch_size)
+    trainer = Trainer(train, data.image_shape, data.num_classes, Length(per_epoch, per_epoch * train.epochs))
+    fresh = trainer.init()
+    state, _ = folder.restore(step, (trainer.to(folder.meta(step)["form"], fresh), trainer.masks(fresh)))
+    accuracy = trainer.evaluate(state, data.test_batches(train.batch_size))
+    print(f"{train.method} on {train.dataset}, step {step}: test accuracy {accuracy:.2%}")
+    if trainer.recipe.transform is not None:
+        dense = trainer.to("masked", state)
+        print(bsj.summarize(dense.params, dense.opt_state))
+    return {"step": step, "test_accuracy": accuracy}
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(EvaluateConfig, prog="python -m experiments.evaluate"))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

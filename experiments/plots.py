@@ -1,0 +1,85 @@
+"""Pictures: learning curves of runs, and the block structure of masks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+import blocksparse_jax as bsj
+
+
+def learning_curves(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Draws the loss, the accuracies, and the density with the SAD, over the epochs of a run.
+
+    Args:
+      rows: of metrics.jsonl.
+      path: of the PNG.
+
+    Reference: ours.
+    """
+    epochs = [row for row in rows if row["kind"] == "epoch"]
+    x = [row["epoch"] + 1 for row in epochs]
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for ax, names in zip(axes, (("loss",), ("train_accuracy", "test_accuracy"), ("density", "sad")), strict=True):
+        for name in names:
+            ax.plot(x, [row[name] for row in epochs], marker=".", label=name.replace("_", " "))
+        ax.set_xlabel("epoch")
+        ax.grid(alpha=0.3)
+        ax.legend()
+    _save(figure, path)
+
+
+def block_structure(masks: Any, layouts: Any, path: str | Path | None = None) -> Figure:
+    """Draws each sparse layer's kernel-wise mask, filters x input channels, the filters of a group side by side.
+
+    A pixel is one kernel slice, its shade the fraction of kept taps. Lines part the groups.
+
+    Args:
+      masks: tree of bool masks, scalars for dense leaves.
+      layouts: tree of layouts, or {}: then the filters keep their order.
+      path: of the PNG; None only returns the figure.
+
+    Returns:
+      The figure.
+
+    Reference: ours; the kernel-wise mask of Ma et al., "HRBP", CPAL 2024.
+    """
+    named = [
+        (jax.tree_util.keystr(key, simple=True, separator="/"), np.asarray(mask))
+        for key, mask in jax.tree_util.tree_flatten_with_path(masks)[0]
+    ]
+    nodes = jax.tree.leaves(layouts, is_leaf=bsj.is_layout) or [bsj.Dense()] * len(named)
+    sparse = [(name, mask, node) for (name, mask), node in zip(named, nodes, strict=True) if mask.ndim == 4]
+    columns = min(4, max(1, len(sparse)))
+    rows = max(1, -(-len(sparse) // columns))
+    figure = Figure(figsize=(3.2 * columns, 3.2 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for ax in axes:
+        ax.set_axis_off()
+    if not sparse:
+        figure.suptitle("dense: no layer has a mask")
+    for ax, (name, mask, node) in zip(axes, sparse):
+        kernels = mask.mean((0, 1)).T
+        ax.set_axis_on()
+        if isinstance(node, bsj.BlockLayout):
+            kernels = kernels[np.asarray(node.filters).reshape(-1)]
+            for group in range(1, node.filters.shape[0]):
+                ax.axhline(group * node.filters.shape[1] - 0.5, color="tab:red", linewidth=0.6)
+        ax.imshow(kernels, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        ax.set_title(f"{name}\ndensity {mask.mean():.3f}", fontsize=8)
+        ax.set_xlabel("input channel", fontsize=7)
+        ax.set_ylabel("filter, by group" if isinstance(node, bsj.BlockLayout) else "filter", fontsize=7)
+        ax.tick_params(labelsize=6)
+    if path is not None:
+        _save(figure, path)
+    return figure
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    FigureCanvasAgg(figure).print_png(str(path))

@@ -1,0 +1,302 @@
+"""The command line, the run folder, stop and resume, and the errors a user meets."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from experiments import compare, evaluate, tables
+from experiments.config import TrainConfig, resolve
+from experiments.run_folder import RunFolder
+from experiments.train import Run, cli
+
+TINY = TrainConfig(
+    model="cnn", width=0.25, sparsity=0.8, group_size=16, block=16, batch_size=128, epochs=3, update_every=5, log_every=4, lr=0.05
+)
+PER_EPOCH = 11
+TIMES = ("step_ms_median", "step_ms_iqr")
+RESULT = {
+    *("method", "dataset", "model", "seed", "sparsity", "density", "test_accuracy", "kept_flops_fraction", "step_ms_median"),
+    *("step_ms_iqr", "epochs", "versions", "device", "execution", "precision", "commit"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_cache(tmp_path_factory):
+    """Equal programs of different trainers are compiled once."""
+    for directory, seconds in ((str(tmp_path_factory.mktemp("jax")), 0.1), (None, 1.0)):
+        jax.config.update("jax_compilation_cache_dir", directory)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+        compilation_cache.reset_cache()
+        if directory:
+            yield
+
+
+def config(tmp_path, **options):
+    return dataclasses.replace(TINY, **({"out": str(tmp_path / "run")} | options))
+
+
+def flags(settings):
+    given = {k: v for k, v in dataclasses.asdict(settings).items() if v is not None}
+    return [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def error_of(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli(arguments)
+    text = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "Traceback" not in text
+    return text
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One whole run of packed dynamic HRBP."""
+    settings = config(tmp_path_factory.mktemp("finished"), method="hrbp-dynamic")
+    run = Run(settings)
+    result = run.train()
+    return settings, run, result
+
+
+def test_the_command_of_the_readme(tmp_path):
+    command = "-m experiments.train --dataset digits --model cnn --method hrbp --sparsity 0.9 --epochs 1 --seed 0 --width 0.25 --out"
+    cached = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}  # the compile_cache above
+    done = subprocess.run([sys.executable, *command.split(), str(tmp_path / "a")], capture_output=True, text=True, env=os.environ | cached)
+    assert done.returncode == 0, done.stderr
+    assert "test accuracy" in done.stdout
+    assert "conv1/kernel" in done.stdout
+    assert json.loads((tmp_path / "a" / "result.json").read_text())["density"] == pytest.approx(0.1, abs=0.002)
+
+
+def test_run_folder(finished):
+    settings, run, result = finished
+    folder = run.folder.path
+    assert set(result) >= RESULT
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert TrainConfig(**json.loads((folder / "config.json").read_text())) == run.config == resolve(settings)
+    assert result["density"] == pytest.approx(0.2, abs=0.001)
+    assert result["test_accuracy"] > 0.3
+    assert 0.19 < result["kept_flops_fraction"] < 0.5  # the stem, dense, weighs more in a small network
+    assert result["step_ms_median"] > 0
+    rows = run.folder.metrics()
+    epochs = [row for row in rows if row["kind"] == "epoch"]
+    assert [row["step"] for row in epochs] == [PER_EPOCH, 2 * PER_EPOCH, 3 * PER_EPOCH]
+    assert epochs[0]["sad"] > 0
+    assert epochs[-1]["lr"] < epochs[0]["lr"]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [4, 8, 12, 16, 20, 24, 28, 32]
+    for picture in ("learning_curves.png", "block_structure.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    assert run.folder.latest() == 3 * PER_EPOCH
+
+
+def test_evaluate_gives_the_accuracy_of_the_run(finished, capsys):
+    _, run, result = finished
+    assert evaluate.main(evaluate.EvaluateConfig(run=str(run.folder.path)))["test_accuracy"] == result["test_accuracy"]
+    assert "hrbp-dynamic" in capsys.readouterr().out
+
+
+def test_resume_of_an_ended_run_changes_nothing(finished):
+    settings, run, result = finished
+    before = (run.folder.path / "metrics.jsonl").read_text()
+    assert Run(settings, resume=True).train() == result
+    assert (run.folder.path / "metrics.jsonl").read_text() == before
+
+
+def assert_same_run(resumed, run):
+    assert jax.tree.structure(resumed.state) == jax.tree.structure(run.state) or resumed.trainer is not run.trainer
+    for a, b in zip(jax.tree.leaves(resumed.state), jax.tree.leaves(run.state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    rows, expected = ([{k: v for k, v in r.items() if k not in TIMES} for r in run.folder.metrics()] for run in (resumed, run))
+    assert rows == expected
+
+
+@pytest.mark.parametrize("stop", [PER_EPOCH, 18])
+def test_resume_gives_the_same_bits(finished, tmp_path, stop):
+    settings, run, _ = finished
+    settings = dataclasses.replace(settings, out=str(tmp_path / "again"))
+    assert Run(settings).train(stop_after=stop) is None
+    resumed = Run(settings, resume=True)
+    assert resumed.step == stop
+    resumed.train()
+    assert_same_run(resumed, run)
+
+
+@pytest.mark.parametrize("step", [20, 30])  # subp: in its soft phase, and after it, packed
+def test_resume_after_a_crash_gives_the_same_bits(tmp_path, monkeypatch, step):
+    run = Run(config(tmp_path, method="subp", out=str(tmp_path / "whole")))
+    run.train()
+    settings = config(tmp_path, method="subp", checkpoint_every=7)
+    crashing = Run(settings)
+    inner = crashing.trainer.step
+
+    def crash(state, number, images, labels):
+        if number == step:
+            raise KeyboardInterrupt
+        return inner(state, number, images, labels)
+
+    monkeypatch.setattr(crashing.trainer, "step", crash)
+    with pytest.raises(KeyboardInterrupt):
+        crashing.train()
+    resumed = Run(settings, resume=True)
+    assert resumed.step == {20: 14, 30: 28}[step]
+    assert resumed.state.form == {20: "sparse", 30: "packed"}[step]
+    resumed.train()
+    assert_same_run(resumed, run)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "nearest"),
+    [
+        ("dataset", "cifar1O", "cifar10"),
+        ("model", "resnet33", "resnet3"),
+        ("method", "hrpb", "hrbp"),
+        ("execution", "paked", "packed"),
+        ("precision", "bfloat", "bfloat16"),
+        ("optimizer", "sdg", "sgd"),
+    ],
+)
+def test_a_typo_names_the_nearest_option(tmp_path, capsys, flag, value, nearest):
+    text = error_of(capsys, [f"--{flag}", value, "--out", str(tmp_path / "run")])
+    assert f"{flag}: " in text
+    assert value in text
+    assert f"did you mean '{nearest}" in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--sparsity", "1.0"], "sparsity: expected a number in [0.0, 1.0)"),
+        (["--group-size", "0"], "group_size: expected an integer of at least 1"),
+        (["--method", "rigl", "--execution", "packed"], "hrbp, hrbp-dynamic, subp, random-channel"),
+        (["--dataset", "cifar10"], "python -m experiments.prepare_data --dataset cifar10"),
+        (["--batch-size", "4096"], "batch_size: "),
+        (["--implementation", "cuda"], "did you mean 'cpu'?"),
+        (["--implementation", "mosaic_gpu"], "cannot run here"),
+        (["--method", "sr-ste", "--m", "5"], "conv1/kernel"),
+        (["--stem", "imagenet"], "stem: "),
+    ],
+)
+def test_bad_input_ends_with_one_line(tmp_path, capsys, arguments, words):
+    data = ["--data-dir", str(tmp_path / "data")]
+    assert words in error_of(capsys, [*arguments, *data, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_folder_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert "--resume" in error_of(capsys, ["--out", str(tmp_path / "run")])
+    assert "config.json: missing" in error_of(capsys, ["--out", str(tmp_path / "run"), "--resume"])
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+@pytest.fixture
+def stopped(finished, tmp_path):
+    """A copy of the finished run, as if stopped before its end."""
+    settings, run, _ = finished
+    settings = dataclasses.replace(settings, out=str(tmp_path / "copy"))
+    subprocess.run(["cp", "-r", str(run.folder.path), settings.out], check=True)
+    folder = RunFolder(settings.out)
+    (folder.path / "result.json").unlink()
+    return settings, folder
+
+
+def test_resume_with_another_config_names_the_fields(stopped, capsys):
+    settings, _ = stopped
+    text = error_of(capsys, [*flags(dataclasses.replace(settings, sparsity=0.5, seed=3)), "--resume"])
+    assert "seed 0 -> 3" in text
+    assert "sparsity 0.8 -> 0.5" in text
+    assert "epochs" not in text
+
+
+@pytest.mark.parametrize(("text", "words"), [("{", "not JSON"), ("[]", "other fields"), ('{"dataset": "digits"}', "other fields")])
+def test_a_garbled_config_is_named(stopped, capsys, text, words):
+    settings, folder = stopped
+    (folder.path / "config.json").write_text(text)
+    message = error_of(capsys, [*flags(settings), "--resume"])
+    assert "config.json" in message
+    assert words in message
+
+
+def test_a_truncated_checkpoint_is_named_and_the_one_before_works(stopped, capsys):
+    settings, folder = stopped
+    last = folder.path / "checkpoints" / str(3 * PER_EPOCH)
+    for file in last.rglob("d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    message = error_of(capsys, [*flags(settings), "--resume"])
+    assert f"{last}: " in message
+    assert "is damaged" in message
+    assert "delete the folder" in message
+    subprocess.run(["rm", "-r", str(last)], check=True)
+    resumed = Run(settings, resume=True)
+    assert resumed.step == 2 * PER_EPOCH
+    resumed.train()
+
+
+def test_a_garbled_row_of_metrics_is_named(stopped, capsys):
+    settings, folder = stopped
+    path = folder.path / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, lines[0][:10]]))  # cut short by a stop: left out
+    assert len(folder.metrics()) == len(lines)
+    path.write_text("\n".join([lines[0][:10], *lines[1:]]))
+    message = error_of(capsys, [*flags(settings), "--resume"])
+    assert "metrics.jsonl" in message
+    assert "line 1" in message
+
+
+def test_evaluate_of_no_run(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json: missing"):
+        evaluate.main(evaluate.EvaluateConfig(run=str(tmp_path)))
+
+
+def test_compare_prints_one_table(tmp_path, capsys):
+    settings = compare.CompareConfig(out=str(tmp_path / "all"), methods=("dense", "hrbp", "sr-ste"), smoke=True)
+    report = compare.main(settings)
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("method", "test accuracy", "density", "kept FLOPs", "masked step", "packed step", "dense step"))
+    dense, hrbp, sr_ste = report["rows"]
+    assert dense["density"] == 1
+    assert dense["kept_flops_fraction"] == 1
+    assert dense["packed_step_ms_median"] is None
+    assert hrbp["packed_step_ms_median"] > 0
+    assert hrbp["kept_flops_fraction"] < 0.3
+    assert sr_ste["density"] == pytest.approx(0.5)
+    assert sr_ste["packed_step_ms_median"] is None
+    assert json.loads((tmp_path / "all" / "comparison.json").read_text()) == report
+    assert (tmp_path / "all" / "hrbp" / "result.json").exists()
+
+
+def test_tables_are_generated_and_checked(tmp_path):
+    rows = [
+        {"model": "vgg19", "sparsity": s, "execution": e, "data_format": f, "step_ms_median": 10.0, "speed_up_over_dense": 2.0}
+        for s, e, f in [
+            (0.0, "dense", "NHWC"),
+            (0.0, "dense", "CHWN"),
+            (0.9, "masked", "NHWC"),
+            (0.9, "sparse", "CHWN"),
+            (0.9, "packed", "CHWN"),
+        ]
+    ]
+    report = {"rows": rows, "device": "a cpu", "versions": {"python": "3.11", "jax": "0.10"}, "commit": None}
+    (tmp_path / "bench_training_cpu.json").write_text(json.dumps(report))
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- table:bench_training_cpu -->\n<!-- /table -->\nafter\n")
+    settings = tables.TablesConfig(readme=readme, results=tmp_path)
+    with pytest.raises(ValueError, match="stale tables: <!-- table:bench_training_cpu -->"):
+        tables.main(dataclasses.replace(settings, check=True))
+    tables.main(settings)
+    assert "| vgg19 | 90% | 10 / 10 | 10 (2.00x) |" in readme.read_text()
+    assert readme.read_text().endswith("after\n")
+    tables.main(dataclasses.replace(settings, check=True))
+    readme.write_text("<!-- table:nothing -->\n<!-- /table -->\n")
+    with pytest.raises(ValueError, match="there: bench_training_cpu"):
+        tables.main(settings)
