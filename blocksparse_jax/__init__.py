@@ -6,6 +6,7 @@ Data runs left to right and so do imports. Masks and layouts live in the optax s
 """
 
 from blocksparse_jax import linen, metrics, nnx
+from blocksparse_jax.column_grouping import ColumnBlocks, block_fill, dsb_groups, rumi_groups
 from blocksparse_jax.grouping import hrbp_groups, kept_score, random_groups
 from blocksparse_jax.layout import BlockLayout, ConsecutiveGroups, Dense, is_layout, layout_to_mask, mask_to_layout, validate
 from blocksparse_jax.masks import apply_masks
@@ -26,14 +27,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockLayout",
+    "ColumnBlocks",
     "ConsecutiveGroups",
     "Dense",
     "SparseState",
     "apply_masks",
     "available_implementations",
+    "block_fill",
     "choose_implementation",
     "conv",
     "dense_kernel_gradient",
+    "dsb_groups",
     "fixed_masks",
     "get_layouts",
     "get_masks",
@@ -56,6 +60,7 @@ __all__ = [
     "random_groups",
     "random_masks",
     "rigl",
+    "rumi_groups",
     "sad",
     "sr_ste",
     "ste",

@@ -42,7 +42,7 @@ def hrbp_groups(
     best final score wins; ties go to the lower index everywhere.
 
     Args:
-      scores: `[kh, kw, cin, cout]`, finite, higher = keep.
+      scores: `[kh, kw, cin, cout]`, higher = keep; NaN counts as 0.
       group_size: filters in a group; divides `cout`.
       kept: input channels that a group keeps.
       kept_taps: kernel positions that a group keeps, the same for all its channels (HRBP++ below `kh * kw`).
@@ -144,7 +144,8 @@ def _sizes(shape: Sequence[int], group_size: int, kept: int, kept_taps: int, cha
 @functools.partial(jax.jit, static_argnames=("group_size", "kept", "kept_taps", "channel_block"))
 def _hrbp_groups(scores: Array, filters: Array | None, *, group_size: int, kept: int, kept_taps: int, channel_block: int) -> BlockLayout:
     kh, kw, cin, cout = scores.shape
-    table = scores.astype(jnp.float32).reshape(kh * kw, cin // channel_block, channel_block, cout).sum(2).transpose(2, 0, 1)
+    table = jnp.nan_to_num(scores.astype(jnp.float32), posinf=1e30, neginf=-1e30)  # corrupted scores still give a valid layout
+    table = table.reshape(kh * kw, cin // channel_block, channel_block, cout).sum(2).transpose(2, 0, 1)
     if kept_taps == kh * kw:
         table = table.sum(1, keepdims=True)  # no choice of taps: one score for a kernel slice
     counts = _Counts(group_size, runs=kept // channel_block, taps=min(kept_taps, table.shape[1]))
@@ -264,9 +265,9 @@ def _choose(sums: Float[Array, "groups taps runs"], taps: Array, counts: _Counts
 def _cosine_order(table: _Table, group_size: int) -> Int[Array, " cout"]:
     """Greedy groups: the strongest free filter takes the free filters whose scores are most similar to its own."""
     rows = table.reshape(len(table), -1)
-    strength = jnp.nan_to_num(rows.sum(1))
+    strength = rows.sum(1)
     unit = rows / jnp.maximum(jnp.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
-    similar = jnp.nan_to_num(jnp.matmul(unit, unit.T, precision="highest"))
+    similar = jnp.matmul(unit, unit.T, precision="highest")
 
     def take(free: Array, _: None) -> tuple[Array, Array]:
         seed = jnp.argmax(jnp.where(free, strength, -jnp.inf))

@@ -37,6 +37,7 @@ class CompareConfig:
       repetitions: timed steps of each method and execution.
       seed: of everything.
       smoke: one epoch and few repetitions, to see that all of it runs.
+      results: a second place for comparison.json; the README's table reads experiments/results/compare_digits_cpu.json.
     """
 
     out: str | None = None
@@ -46,6 +47,7 @@ class CompareConfig:
     repetitions: int = 20
     seed: int = 0
     smoke: bool = False
+    results: str | None = None
 
 
 def main(config: CompareConfig) -> dict[str, Any]:
@@ -91,8 +93,9 @@ def main(config: CompareConfig) -> dict[str, Any]:
         "versions": versions(),
         "commit": commit(),
     }
-    (out / "comparison.json").write_text(json.dumps(report, indent=2) + "\n")
-    console.print(_table(report), width=None if console.is_terminal else 120)
+    for path in filter(None, (out / "comparison.json", config.results)):
+        Path(path).write_text(json.dumps(report, indent=2) + "\n")
+    Console(width=None if console.is_terminal else 120).print(_table(report))
     print(f"run folders, pictures and comparison.json: {out}")
     return report
 
@@ -108,8 +111,10 @@ def _steppers(runs: dict[str, Run]) -> dict[tuple[str, str], Any]:
     for name, run in runs.items():
         images, labels = next(run.data.train_batches(0, run.config.batch_size, run.config.seed))
         for form in ("masked", "packed") if METHODS[name].has_layout else ("masked",):
-            trainer = Trainer(dataclasses.replace(run.config, execution=form), run.data.image_shape, run.data.num_classes, run.length)
-            trainer.init()
+            trainer = run.trainer
+            if form != run.config.execution:
+                trainer = Trainer(dataclasses.replace(run.config, execution=form), run.data.image_shape, run.data.num_classes, run.length)
+                trainer.init()
             steppers[name, form] = stepper(trainer, trainer.to(form, run.state), run.length.total, images, labels)
     return steppers
 

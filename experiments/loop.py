@@ -91,8 +91,7 @@ class Trainer:
 
         Reference: ours.
         """
-        images = jnp.zeros((1, *self._image_shape), jnp.float32)
-        variables = jax.jit(functools.partial(self.model("masked").init, train=False))(jax.random.key(self.config.seed), images)
+        variables = _init(self.model("masked"), jax.random.key(self.config.seed), self._image_shape)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         self.recipe = METHODS[self.config.method].build(self.config, self._length, params)
         self._tx = optimizer(self.config, self.recipe, self._length)
@@ -277,6 +276,11 @@ def stepper(trainer: Trainer, state: State, step: int, images: Array, labels: Ar
         return box[0], metrics
 
     return call
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _init(model: Any, key: Array, image_shape: tuple[int, ...]) -> Any:
+    return model.init(key, jnp.zeros((1, *image_shape), jnp.float32), train=False)
 
 
 @jax.jit

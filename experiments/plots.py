@@ -59,7 +59,7 @@ def block_structure(masks: Any, layouts: Any, path: str | Path | None = None) ->
     rows = max(1, -(-len(sparse) // columns))
     figure = Figure(figsize=(3.2 * columns, 3.2 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax in axes:
         ax.set_axis_off()
     if not sparse:

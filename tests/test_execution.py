@@ -45,13 +45,15 @@ def train(**options):
     return trainer, state, np.array(losses)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("method", ["hrbp", "hrbp-dynamic", "subp", "random-channel"])
+@pytest.mark.parametrize(
+    ("method", "optimizer"),
+    [("hrbp", "sgd"), ("hrbp", "adam"), ("hrbp-dynamic", "sgd"), ("hrbp-dynamic", "adam"), ("subp", "sgd"), ("random-channel", "sgd")],
+)
 def test_executions_agree(method, optimizer):
     lr = {"sgd": 0.02, "adam": 1e-3}[optimizer]
     runs = {e: train(method=method, optimizer=optimizer, lr=lr, execution=e) for e in ("masked", "sparse", "packed")}
     _, masked_state, losses = runs["masked"]
-    assert losses[-5:].mean() < losses[:5].mean()
+    assert losses.min() < 0.8 * losses[0]
     assert [run[1].form for run in runs.values()] == ["masked", "sparse", "packed"]
     masks = runs["masked"][0].masks(masked_state)
     for trainer, state, other in runs.values():
@@ -63,7 +65,7 @@ def test_executions_agree(method, optimizer):
 
 
 def test_dynamic_masks_move_only_at_topology_steps():
-    trainer = trainer_of(method="hrbp-dynamic", execution="packed")
+    trainer = trainer_of(method="hrbp-dynamic", execution="packed", drop_fraction=0.9)
     state, moved = trainer.init(), []
     masks = trainer.masks(state)
     for step, (images, labels) in enumerate(load("digits").train_batches(0, 16, 0)):
@@ -109,8 +111,8 @@ def test_new_masks_do_not_recompile():
     assert len(traces) == 2  # one packed step, one topology step
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_in_its_default_execution(method):
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.has_layout])
+def test_masked_only_methods_train(method):
     trainer = trainer_of(method=method)
     state = trainer.init()
     for step, (images, labels) in enumerate(load("digits").train_batches(0, 16, 0)):
@@ -118,7 +120,10 @@ def test_every_method_trains_in_its_default_execution(method):
             break
         state, metrics = trainer.step(state, step, images, labels)
     assert np.isfinite(float(metrics.loss))
-    assert state.form == ("sparse" if method == "subp" else "packed" if METHODS[method].has_layout else "masked")
+    assert state.form == "masked"
+    expected = {"dense": 1.0, "sr-ste": 0.5, "ste": 0.5}.get(method, 0.2)
+    if method != "gradual":  # which is half way at step 12
+        assert float(bsj.metrics.density(trainer.masks(state))) == pytest.approx(expected, abs=0.002)
 
 
 def test_bfloat16_keeps_float32_parameters():

@@ -68,7 +68,7 @@ def check_layout(layout, case):
         assert block.sum() == group_size * kept * kept_taps
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(case=st.sampled_from(CASES), kind=st.sampled_from(KINDS), seed=st.integers(0, 2**20))
 def test_hrbp_groups_is_a_partition_with_exact_counts(case, kind, seed):
     scores = draw(kind, case[0], seed)
@@ -93,7 +93,7 @@ def test_hrbp_groups_never_keeps_less_than_consecutive_or_random_groups(case):
         return kept_score(scores, hrbp_groups(scores, filters=filters, **options))
 
     gains = []
-    for kind, seed in itertools.product(KINDS, range(6)):
+    for kind, seed in itertools.product(KINDS, range(4)):
         scores = draw(kind, shape, seed)
         groupings = [np.arange(shape[3]), *(rng.permutation(shape[3]) for _ in range(10))]
         others = fixed(scores, np.stack(groupings).reshape(len(groupings), -1, group_size))
@@ -206,8 +206,8 @@ def test_other_dtypes_and_corrupted_scores_still_give_a_valid_layout():
     check_layout(hrbp_groups(scores.astype(jnp.bfloat16), **sizes(case)), case)
     for bad in (jnp.nan, jnp.inf, -jnp.inf):
         for case in (CASES[1], CASES[4]):
-            scores = draw("iid", case[0], 0)
-            check_layout(hrbp_groups(scores.at[0, 0, 0, 1::3].set(bad), **sizes(case)), case)
+            for bad_scores in (draw("iid", case[0], 0).at[0, 0, 0, 1::3].set(bad), jnp.full(case[0], bad)):
+                check_layout(hrbp_groups(bad_scores, **sizes(case)), case)
 
 
 @pytest.mark.parametrize("case", CASES)

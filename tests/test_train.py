@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments import compare, evaluate, tables
+from experiments import compare, evaluate, plots, tables
 from experiments.config import TrainConfig, resolve
 from experiments.run_folder import RunFolder
 from experiments.train import Run, cli
@@ -94,6 +94,16 @@ def test_run_folder(finished):
     for picture in ("learning_curves.png", "block_structure.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     assert run.folder.latest() == 3 * PER_EPOCH
+
+
+def test_block_structure_draws_each_sparse_layer(finished):
+    _, run, _ = finished
+    masks, layouts = run.trainer.masks(run.state), run.trainer.layouts(run.state)
+    drawn = [ax for ax in plots.block_structure(masks, layouts).axes if ax.images]
+    assert [ax.get_title().split("\n")[0] for ax in drawn] == ["conv1/kernel", "conv2/kernel", "conv3/kernel"]
+    kernels = np.asarray(masks["conv1"]["kernel"]).mean((0, 1)).T[np.asarray(layouts["conv1"]["kernel"].filters).reshape(-1)]
+    np.testing.assert_allclose(drawn[0].images[0].get_array(), kernels)
+    assert len(drawn[0].lines) == layouts["conv1"]["kernel"].filters.shape[0] - 1
 
 
 def test_evaluate_gives_the_accuracy_of_the_run(finished, capsys):

@@ -28,9 +28,9 @@ def rigl(
     """RigL: drops the smallest weights and grows the connections with the largest gradient.
 
     Every `update_every` steps after `start`, before `until`, each layer with n active weights drops `floor(f * n)`,
-    `f = drop_fraction / 2 * (1 + cos(pi * (t - start) / (until - start)))`, keeps the largest `|w|` and grows as many of the largest `|g|` among all others, the
-    just dropped ones included. Grown weights start at zero with fresh moments (under `keep_zeros`), and that step applies no gradient.
-    Masks start at random. The gradient must be the full one, as any dense execution gives it.
+    `f = drop_fraction / 2 * (1 + cos(pi * (t - start) / (until - start)))`, keeps the largest `|w|` and grows as many of the largest
+    `|g|` among all others, the just dropped ones included. Grown weights start at zero with fresh moments (under `keep_zeros`), and that
+    step applies no gradient. Masks start at random. The gradient must be the full one, as any dense execution gives it.
 
     Args:
       sparsity: fraction of the chosen weights to remove, in [0, 1).
