@@ -8,7 +8,7 @@ turn in one process. Each must first agree with the masked dense convolution. Lo
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,12 +24,11 @@ from rich.table import Table
 from experiments.environment import commit, device, versions
 from experiments.timing import median_iqr
 from pallas_kernels import measure, shapes
-from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, available_implementations, block_sparse_conv, tiles, xla
+from pallas_kernels.block_sparse_conv import ConvSpec, available_implementations, choose_implementation, tiles, xla
 
 RESULTS = Path(__file__).parent / "results"
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}
 TOLERANCE = 1e-5  # relative to the largest value
-MODES = ("forward", "forward + gradients")
 CHOSEN, MASKED, DENSE = "chosen", "masked dense", ("dense NHWC", "dense CHWN")
 
 
@@ -92,7 +91,7 @@ def main(config: KernelConfig) -> dict[str, Any]:
     for layer, sparsity in track(cases, "measuring", console=Console(stderr=True)):
         size = {"batch": config.batch, "group_size": config.group_size, "kept_taps": config.kept_taps}
         spec = shapes.layer_spec(layer, sparsity=sparsity, **size)
-        about = {"layer": layer.name, "sparsity": sparsity, **_sizes(spec), "picked": tiles.choose(spec)}
+        about = {"layer": layer.name, "sparsity": sparsity, **_sizes(spec), "picked": choose_implementation(spec).details}
         rows += [about | result | origin for result in _measure(spec, config)]
         jax.clear_caches()
     report = origin | {"config": dataclasses.asdict(config), "rows": rows}
@@ -117,19 +116,19 @@ def _measure(spec: ConvSpec, config: KernelConfig) -> list[dict[str, Any]]:
     formulations = {f"xla:{name}": f for name, f in xla.FORMULATIONS.items() if f.supports(spec) is None}
     others = [name for name, reason in available_implementations().items() if reason is None and name not in ("xla", "dense")]
     sparse = formulations | {name: name for name in others} | {CHOSEN: None}
-    convs: dict[str, tuple[Callable, jax.Array, jax.Array, jax.Array]] = {
-        name: (functools.partial(_sparse, spec, implementation, *index), x, values, dy) for name, implementation in sparse.items()
-    }
     kernel, mask = _dense_kernel(spec, values, *index)
     nhwc = [a.transpose(3, 1, 2, 0) for a in (x, dy)]
-    convs[MASKED] = (lambda x, k: _dense(spec, x, jnp.where(mask, k, 0), "NHWC"), nhwc[0], kernel, nhwc[1])
-    convs[DENSE[0]] = (functools.partial(_dense, spec, layout="NHWC"), nhwc[0], kernel, nhwc[1])
-    convs[DENSE[1]] = (functools.partial(_dense, spec, layout="CHWN"), x, kernel, dy)
+    convs: dict[str, tuple[Callable[..., jax.Array], Sequence[jax.Array]]] = {
+        name: (functools.partial(shapes.convolve, spec, implementation), (x, values, dy, *index)) for name, implementation in sparse.items()
+    }
+    convs[MASKED] = (lambda x, k, mask: _dense(spec, "NHWC", x, jnp.where(mask, k, 0)), (nhwc[0], kernel, nhwc[1], mask))
+    convs[DENSE[0]] = (functools.partial(_dense, spec, "NHWC"), (nhwc[0], kernel, nhwc[1]))
+    convs[DENSE[1]] = (functools.partial(_dense, spec, "CHWN"), (x, kernel, dy))
+    programs = {name: measure.programs(conv) for name, (conv, _) in convs.items()}
 
     rows = []
-    for mode in MODES:
-        programs = {name: jax.jit(_pass(mode, conv)) for name, (conv, *_) in convs.items()}
-        calls = {name: functools.partial(program, *convs[name][1:]) for name, program in programs.items()}
+    for mode in tiles.MODES:
+        calls = {name: functools.partial(programs[name][mode], *operands) for name, (_, operands) in convs.items()}
         _check(spec, {name: calls[name]() for name in (*sparse, MASKED)}, index)
         times = measure.alternate(calls, seconds=config.seconds)
         median = {name: median_iqr(t)[0] for name, t in times.items()}
@@ -146,25 +145,7 @@ def _measure(spec: ConvSpec, config: KernelConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def _pass(mode: str, conv: Callable) -> Callable:
-    if mode == "forward":
-        return lambda x, weights, dy: (conv(x, weights),)
-
-    def both(x: jax.Array, weights: jax.Array, dy: jax.Array) -> tuple[jax.Array, ...]:
-        y, pullback = jax.vjp(conv, x, weights)
-        return y, *pullback(dy)
-
-    return both
-
-
-def _sparse(spec: ConvSpec, implementation: str | Implementation | None, filters, channels, taps, x, values) -> jax.Array:
-    return block_sparse_conv(
-        x, values, filters, channels, taps, kernel_shape=(*spec.kernel, spec.cin, spec.cout), strides=spec.strides, padding=spec.padding,
-        dilation=spec.dilation, implementation=implementation,
-    )  # fmt: skip
-
-
-def _dense(spec: ConvSpec, x: jax.Array, kernel: jax.Array, layout: str) -> jax.Array:
+def _dense(spec: ConvSpec, layout: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax.conv_general_dilated(x, kernel, spec.strides, spec.padding, dimension_numbers=(layout, "HWIO", layout))
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.block_sparse_conv import tiles
+
 
 def steady_memory() -> bool:
     """Tells glibc to keep freed memory, so that page faults on large buffers are not counted as the kernels' time.
@@ -68,6 +70,33 @@ def alternate(calls: Mapping[str, Callable[[], Any]], *, seconds: float, rounds:
         for name in quick:
             times[name].append(once(calls[name]))
     return {name: [1e3 * t for t in taken] for name, taken in times.items()}
+
+
+def programs(conv: Callable[..., jax.Array]) -> dict[str, Callable[..., tuple[jax.Array, ...]]]:
+    """The programs that are timed: the convolution alone, and with both gradients as in training.
+
+    Args:
+      conv: `(x, weights, *index) -> y`.
+
+    Returns:
+      Jitted functions `(x, weights, dy, *index) -> (y,)` or `(y, dx, dweights)`, by the names of `tiles.MODES`.
+
+    Example:
+      >>> one = jax.numpy.ones(())
+      >>> [len(program(one, one, one)) for program in programs(lambda x, w: x * w).values()]
+      [1, 3]
+
+    Reference: ours.
+    """
+
+    def forward(x: jax.Array, weights: jax.Array, dy: jax.Array, *index: jax.Array) -> tuple[jax.Array, ...]:
+        return (conv(x, weights, *index),)
+
+    def training(x: jax.Array, weights: jax.Array, dy: jax.Array, *index: jax.Array) -> tuple[jax.Array, ...]:
+        y, pullback = jax.vjp(lambda x, weights: conv(x, weights, *index), x, weights)
+        return y, *pullback(dy)
+
+    return dict(zip(tiles.MODES, (jax.jit(forward), jax.jit(training))))
 
 
 def environment() -> dict[str, Any]:

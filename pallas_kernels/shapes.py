@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.block_sparse_conv.spec import ConvSpec
+from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, block_sparse_conv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,3 +121,29 @@ def random_operands(spec: ConvSpec, seed: int = 0) -> tuple[jax.Array, jax.Array
     x, dy, values = (jnp.asarray(rng.standard_normal(s), spec.dtype) for s in (spec.in_shape, spec.out_shape, spec.packed_shape))
     filters = jnp.asarray(np.sort(rng.permutation(spec.cout).reshape(spec.groups, -1), axis=1), jnp.int32)
     return x, dy, values, filters, subsets(spec.kept, spec.cin), subsets(spec.kept_taps, spec.kernel[0] * spec.kernel[1])
+
+
+def convolve(spec: ConvSpec, implementation: str | Implementation | None, x: jax.Array, values: jax.Array, *index: jax.Array) -> jax.Array:
+    """`block_sparse_conv` with the geometry of a spec.
+
+    Args:
+      spec: the static sizes.
+      implementation: as in `block_sparse_conv`.
+      x: activations `[cin, h, w, n]`.
+      values: packed weights.
+      *index: filters, channels, taps.
+
+    Returns:
+      `[cout, ho, wo, n]`.
+
+    Example:
+      >>> x, _, values, *index = random_operands(layer_spec(OTHERS[0], sparsity=0.9, batch=2))
+      >>> convolve(layer_spec(OTHERS[0], sparsity=0.9, batch=2), None, x, values, *index).shape
+      (32, 8, 8, 2)
+
+    Reference: ours.
+    """
+    return block_sparse_conv(
+        x, values, *index, kernel_shape=(*spec.kernel, spec.cin, spec.cout), strides=spec.strides, padding=spec.padding,
+        dilation=spec.dilation, implementation=implementation,
+    )  # fmt: skip

@@ -37,6 +37,7 @@ def test_the_readme_example_runs_on_any_pytree(kind):
     state = tx.init(params)
     updates, state = tx.update(grads, state, params)
     params = optax.apply_updates(params, updates)
+    assert isinstance(state[0], bsj.SparseState)
     masks, layouts = bsj.get_masks(state), bsj.get_layouts(state)
     kernel = kernel_of(params)
     layout = next(node for node in jax.tree.leaves(layouts, is_leaf=bsj.is_layout) if isinstance(node, bsj.BlockLayout))

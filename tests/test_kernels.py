@@ -47,10 +47,7 @@ CASES = {
 
 
 def conv(spec: ConvSpec, name: str | None, x, values, *index):
-    return block_sparse_conv(
-        x, values, *index, kernel_shape=(*spec.kernel, spec.cin, spec.cout), strides=spec.strides, padding=spec.padding,
-        dilation=spec.dilation, implementation=IMPLEMENTATIONS.get(name, name),
-    )  # fmt: skip
+    return shapes.convolve(spec, IMPLEMENTATIONS.get(name, name), x, values, *index)
 
 
 def masked_dense(spec: ConvSpec, x, values, filters, channels, taps):
@@ -321,29 +318,29 @@ def test_the_seam_takes_any_implementation():
 
         return run
 
-    mine = Implementation("mine", lambda spec: "no batches of 3" if spec.batch == 3 else None, *map(spy, tiles.PASSES))
+    mine = Implementation("mine", lambda spec: "no batches of 3" if spec.batch == 3 else None, *map(spy, xla.PASSES))
     x, dy, values, *index = shapes.random_operands(dataclasses.replace(BASE, batch=2))
     run = functools.partial(block_sparse_conv, kernel_shape=(3, 3, 9, 8), implementation=mine)
     jax.jit(lambda x, v, dy: jax.vjp(lambda x, v: run(x, v, *index), x, v)[1](dy))(x, values, dy)
-    assert sorted(calls) == sorted(tiles.PASSES)
+    assert sorted(calls) == sorted(xla.PASSES)
     x, _, values, *index = shapes.random_operands(BASE)
     with pytest.raises(NotImplementedError, match="'mine': no batches of 3"):
         run(x, values, *index)
 
 
-def test_the_choice_is_the_fastest_at_the_tuned_shapes_and_can_be_told():
+def test_the_choice_loses_at_most_a_tenth_at_the_tuned_shapes_and_can_be_told():
     cases, entries = tune.cases(), json.loads(tiles.TABLE.read_text())["entries"]
     assert {entry["name"] for entry in entries} == set(cases)
     for entry in entries:
-        spec = cases[entry["name"]]
+        spec, times = cases[entry["name"]], entry["milliseconds"]
         assert entry["features"] == tiles.features(spec)
-        for name, formulation in tiles.choose(spec, "cpu").items():
-            times = entry["milliseconds"][name]
-            assert formulation in xla.FORMULATIONS
-            assert times[formulation] == min(times.values())
+        for mode, gradients in tiles.MODES.items():
+            chosen = tiles.choose(dataclasses.replace(spec, gradients=gradients), "cpu")
+            assert times[mode][chosen] <= 1.1 * min(times[mode].values()), (entry["name"], mode)
     choice = choose_implementation(BASE)
     assert choice.implementation == "xla"
-    assert choice.details == tiles.choose(BASE)
+    assert choice.details["forward"] == tiles.choose(BASE)
+    assert choice.details["forward + gradients"] == tiles.choose(dataclasses.replace(BASE, gradients=True))
 
 
 @settings(max_examples=200, deadline=None)
@@ -351,9 +348,7 @@ def test_the_choice_is_the_fastest_at_the_tuned_shapes_and_can_be_told():
 def test_something_supported_is_chosen_for_any_shape(spec, backend):
     many = dataclasses.replace(spec, groups=spec.groups * 16, cout=spec.cout * 16)
     for any_spec in (spec, many):
-        for name, formulation in tiles.choose(any_spec, backend).items():
-            assert name in tiles.PASSES
-            assert xla.FORMULATIONS[formulation].supports(any_spec) is None
+        assert xla.FORMULATIONS[tiles.choose(any_spec, backend)].supports(any_spec) is None
 
 
 def test_tuning_rewrites_one_entry_and_keeps_the_others(tmp_path):
@@ -380,7 +375,7 @@ def test_the_benchmark_checks_times_and_writes(tmp_path, capsys):
     config = bench_kernels.KernelConfig(quick=True, layers="resnet32x2 128@8", out=str(out))
     report = bench_kernels.main(config)
     assert json.loads(out.read_text()) == json.loads(json.dumps(report))
-    assert [row["mode"] for row in report["rows"]] == list(bench_kernels.MODES)
+    assert [row["mode"] for row in report["rows"]] == list(tiles.MODES)
     wanted = {"shape", "density", "tile", "device", "versions", "commit", "regret", "ms"}
     assert all(wanted <= set(row) for row in report["rows"])
     assert "resnet32x2 128@8" in capsys.readouterr().out

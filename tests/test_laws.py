@@ -10,8 +10,6 @@ from jax import lax
 
 import blocksparse_jax as bsj
 
-jax.config.update("jax_numpy_rank_promotion", "allow")
-
 
 @st.composite
 def layouts(draw, max_kernel=3):
@@ -26,7 +24,7 @@ def layouts(draw, max_kernel=3):
     return bsj.random_groups(key, shape, group_size=group_size, kept=kept, kept_taps=kept_taps, channel_block=channel_block)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=10)
 @given(layouts(), st.sampled_from([jnp.float32, jnp.bfloat16]))
 def test_pack_and_unpack_are_inverse(layout, dtype):
     kernel = jax.random.normal(jax.random.key(1), layout.shape, dtype)
@@ -40,7 +38,7 @@ def test_pack_and_unpack_are_inverse(layout, dtype):
     assert not np.any(np.asarray(gradient, np.float32)[~np.asarray(mask)])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=10)
 @given(layouts())
 def test_a_layout_is_a_partition_with_exact_counts(layout):
     bsj.validate(layout)
@@ -73,7 +71,7 @@ def _close(got, want, tolerance, what):
     assert np.abs(got - want).max(initial=0) <= tolerance * max(1.0, np.abs(want).max(initial=0)), what
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 @given(
     layout=layouts(),
     size=st.tuples(st.integers(5, 9), st.integers(5, 9)),
@@ -155,4 +153,4 @@ def test_the_choice_can_be_told():
     choice = bsj.choose_implementation(jnp.ones((2, 8, 8, 64)), layout)
     assert bsj.available_implementations()[choice.implementation] is None
     assert choice.reason
-    assert set(choice.details) == {"forward", "input_gradient", "weight_gradient"}
+    assert set(choice.details) == {"forward", "forward + gradients"}

@@ -1,5 +1,6 @@
 """The door: argument checks, the choice of an implementation, and the custom derivative."""
 
+import dataclasses
 import difflib
 import functools
 import operator
@@ -42,7 +43,7 @@ def choose_implementation(spec: ConvSpec) -> Choice:
       spec: the static sizes.
 
     Returns:
-      The name, the reason, and what each pass runs.
+      The name, the reason, and the formulation that runs without and with gradients.
 
     Example:
       >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4, kept_taps=3, group_size=4)
@@ -51,7 +52,8 @@ def choose_implementation(spec: ConvSpec) -> Choice:
 
     Reference: ours.
     """
-    return Choice("xla", "the only implementation built for this backend that does just the kept work", tiles.choose(spec))
+    details = {mode: tiles.choose(dataclasses.replace(spec, gradients=gradients)) for mode, gradients in tiles.MODES.items()}
+    return Choice("xla", "the only implementation built in this version that does just the kept work", details)
 
 
 def block_sparse_conv(
@@ -127,10 +129,13 @@ def _conv(spec, implementation, x, values, filters, channels, taps):
 
 
 def _conv_fwd(spec, implementation, x, values, filters, channels, taps):
-    return _conv(spec, implementation, x, values, filters, channels, taps), (x, values, filters, channels, taps)
+    spec = dataclasses.replace(spec, gradients=True)
+    y = implementation.forward(spec, x, values.astype(x.dtype), filters, channels, taps)
+    return y, (x, values, filters, channels, taps)
 
 
 def _conv_bwd(spec, implementation, residuals, dy):
+    spec = dataclasses.replace(spec, gradients=True)
     x, values, *index = residuals
     dx = implementation.input_gradient(spec, dy, values.astype(x.dtype), *index)
     dvalues = implementation.weight_gradient(spec, x, dy, *index)

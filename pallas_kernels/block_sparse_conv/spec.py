@@ -26,6 +26,7 @@ class ConvSpec:
       dtype: name of the activations' dtype.
       channel_block: channels come in aligned runs of this many.
       precision: as in `jax.lax.dot_general`.
+      gradients: whether the gradients follow in the same program (the passes then share gathered rows).
 
     Example:
       >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4, kept_taps=3, group_size=4)
@@ -51,6 +52,7 @@ class ConvSpec:
     dtype: str = "float32"
     channel_block: int = 1
     precision: Any = None
+    gradients: bool = False
 
     @property
     def reach(self) -> Pair:
@@ -119,7 +121,7 @@ class Choice:
     Attributes:
       implementation: its name.
       reason: one line.
-      details: what each pass runs, `{"forward": ..., "input_gradient": ..., "weight_gradient": ...}`.
+      details: the formulation that runs, `{"forward": ..., "forward + gradients": ...}`.
 
     Reference: ours.
     """

@@ -1,8 +1,9 @@
-"""Which formulation each pass of the XLA implementation runs: a tuned table on CPUs, a simple rule elsewhere."""
+"""Which formulation the XLA implementation runs: a tuned table on CPUs, a simple rule elsewhere."""
 
 import functools
 import json
 import math
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 
 from pallas_kernels.block_sparse_conv.spec import ConvSpec
 
-PASSES = ("forward", "input_gradient", "weight_gradient")
+MODES = {"forward": False, "forward + gradients": True}  # what is measured, and `ConvSpec.gradients`
 TABLE = Path(__file__).with_name("tuned_xla.json")
 UNROLLED_GROUPS = 8  # compile time grows with the groups: beyond this many, only a loop or one batched product
 GATHER_COST = 4  # the rule's price of a kept multiplication against a dense one
@@ -39,29 +40,34 @@ def supports(name: str, spec: ConvSpec) -> str | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(spec: ConvSpec, backend: str | None = None) -> dict[str, str]:
-    """The formulation of each pass: the fastest at the nearest tuned shape (in log space), else by the rule.
+def choose(spec: ConvSpec, backend: str | None = None) -> str:
+    """The formulation for a spec: the fastest at the tuned shapes nearby, else by the rule.
+
+    Each tuned shape at distance d (in log space, see `features`) votes with the weight `exp(-d^2)`; the least mean of
+    `log(time / best time)` wins. Neighbours smooth the noise of single measurements.
 
     Args:
-      spec: the static sizes.
+      spec: the static sizes, and whether the gradients follow.
       backend: "cpu", "gpu" or "tpu"; None: JAX's default.
 
     Returns:
-      `{"forward": name, "input_gradient": name, "weight_gradient": name}`.
+      Its name.
 
     Example:
       >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4, kept_taps=3, group_size=4)
-      >>> choose(spec, "tpu")["forward"]
+      >>> choose(spec, "tpu")
       'rows_batched'
 
     Reference: ours.
     """
     table = _table()
     if (backend or jax.default_backend()) != table["environment"]["device"]:
-        return dict.fromkeys(PASSES, _rule(spec))
+        return _rule(spec)
     here = features(spec)
-    entry = min(table["entries"], key=lambda e: math.dist(here, e["features"]))
-    return {p: _fastest(entry["milliseconds"][p], spec) for p in PASSES}
+    distances = [math.dist(here, entry["features"]) ** 2 for entry in table["entries"]]
+    weights = [math.exp(min(distances) - d) for d in distances]
+    mode = next(mode for mode, gradients in MODES.items() if gradients == spec.gradients)
+    return _fastest(spec, [entry["milliseconds"][mode] for entry in table["entries"]], weights)
 
 
 def features(spec: ConvSpec) -> list[float]:
@@ -93,8 +99,15 @@ def features(spec: ConvSpec) -> list[float]:
     return [round(math.log2(s), 3) for s in sides]
 
 
-def _fastest(milliseconds: dict[str, float], spec: ConvSpec) -> str:
-    return min((name for name in milliseconds if supports(name, spec) is None), key=milliseconds.__getitem__)
+def _fastest(spec: ConvSpec, measured: list[dict[str, float]], weights: list[float]) -> str:
+    """The formulation with the least weighted mean of `log(time / best time)`."""
+    loss, votes = defaultdict[str, float](float), defaultdict[str, float](float)
+    for milliseconds, weight in zip(measured, weights):
+        best = min(milliseconds.values())
+        for name in milliseconds:
+            loss[name] += weight * math.log(milliseconds[name] / best)
+            votes[name] += weight
+    return min((name for name in loss if votes[name] > 0 and supports(name, spec) is None), key=lambda name: loss[name] / votes[name])
 
 
 def _rule(spec: ConvSpec) -> str:
