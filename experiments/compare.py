@@ -43,7 +43,7 @@ class CompareConfig:
     out: str | None = None
     methods: tuple[str, ...] = COMPARED
     sparsity: float = 0.9
-    epochs: int = 12
+    epochs: int = 10
     repetitions: int = 20
     seed: int = 0
     smoke: bool = False

@@ -96,7 +96,7 @@ def _hrbp_dynamic(config: "TrainConfig", length: Length, params: Any) -> Recipe:
 
 def _subp(config: "TrainConfig", length: Length, params: Any) -> Recipe:
     """The paper's epochs 10 to 180 of 250 (the 250 is ours), as whole update periods."""
-    every = min(config.update_every or length.steps_per_epoch, max(1, length.total // 4))
+    every = min(config.update_every or length.steps_per_epoch, max(1, length.total // 3))
     start, end = (round(length.total * epoch / 250 / every) * every for epoch in (10, 180))
     end = max(end, start + every)
     transform = bsj.subp(

@@ -1,5 +1,7 @@
 """Laws that hold for every layout: packing, masks, and the convolution with its gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,12 +31,18 @@ def layouts(draw, max_kernel=3):
 def test_pack_and_unpack_are_inverse(layout, dtype):
     kernel = jax.random.normal(jax.random.key(1), layout.shape, dtype)
     mask = bsj.layout_to_mask(layout)
-    packed = bsj.pack(kernel, layout)
+
+    @jax.jit
+    def both_ways(kernel):
+        packed = bsj.pack(kernel, layout)
+        gradient = jax.grad(lambda k: jnp.sum(bsj.pack(k, layout).astype(jnp.float32) ** 2))(kernel)
+        return packed, bsj.unpack(packed, layout), bsj.pack(bsj.unpack(packed, layout), layout), gradient
+
+    packed, unpacked, again, gradient = both_ways(kernel)
     assert packed.shape == layout.packed_shape
     assert packed.dtype == kernel.dtype
-    np.testing.assert_array_equal(bsj.unpack(packed, layout), jnp.where(mask, kernel, 0))
-    np.testing.assert_array_equal(bsj.pack(bsj.unpack(packed, layout), layout), packed)
-    gradient = jax.grad(lambda k: jnp.sum(bsj.pack(k, layout).astype(jnp.float32) ** 2))(kernel)
+    np.testing.assert_array_equal(unpacked, np.where(mask, kernel, 0))
+    np.testing.assert_array_equal(again, packed)
     assert not np.any(np.asarray(gradient, np.float32)[~np.asarray(mask)])
 
 
@@ -106,16 +114,20 @@ def test_conv_and_its_gradients_equal_masked_dense(
     def reference(x, kernel):
         return _reference(x, kernel, mask, strides, padding, dilation)
 
-    y, pull = jax.vjp(ours, x, kernel)
-    wide = (x.astype(jnp.float32), kernel.astype(jnp.float32))
-    want, want_pull = jax.vjp(reference, *wide)
-    assert y.dtype == dtype
-    _close(y, want, tolerance, "values")
-    dy = jax.random.normal(keys[2], y.shape, dtype)
-    (dx, dkernel), (want_dx, want_dkernel) = pull(dy), want_pull(dy.astype(jnp.float32))
+    @functools.partial(jax.jit, static_argnums=0)
+    def with_gradients(function, dy, *arguments):
+        y, pull = jax.vjp(function, *arguments)
+        return y, *pull(dy.astype(y.dtype))
+
+    wide = x.astype(jnp.float32), kernel.astype(jnp.float32)
+    dy = jax.random.normal(keys[2], jax.eval_shape(reference, *wide).shape, dtype)
+    y, dx, dkernel = with_gradients(ours, dy, x, kernel)
+    want, want_dx, want_dkernel = with_gradients(reference, dy, *wide)
     if form == "full-gradient":
-        want_dkernel = jax.vjp(lambda k: _reference(wide[0], k, True, strides, padding, dilation), wide[1])[1](dy.astype(jnp.float32))[0]
-    assert (dx.dtype, dkernel.dtype) == (dtype, dtype)
+        whole = functools.partial(_reference, mask=True, strides=strides, padding=padding, dilation=dilation)
+        _, _, want_dkernel = with_gradients(whole, dy, *wide)
+    assert (y.dtype, dx.dtype, dkernel.dtype) == (dtype, dtype, dtype)
+    _close(y, want, tolerance, "values")
     _close(dx, want_dx, tolerance, "input gradient")
     _close(dkernel, want_dkernel, tolerance, "kernel gradient")
     if form != "full-gradient":

@@ -27,7 +27,9 @@ def test_every_command_names_a_module_and_a_target_that_exist():
     for module in modules:
         assert (ROOT / Path(*module.split("."))).with_suffix(".py").exists(), module
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"make (\w+)", README)):
+    targets = {first or second for first, second in re.findall(r"^make (\w+)|`make (\w+)`", README, re.MULTILINE)}
+    assert {"train", "test"} <= targets
+    for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 

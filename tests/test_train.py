@@ -32,7 +32,6 @@ def compile_cache(tmp_path_factory):
     """Equal programs of different trainers are compiled once."""
     for directory, seconds in ((str(tmp_path_factory.mktemp("jax")), 0.1), (None, 1.0)):
         jax.config.update("jax_compilation_cache_dir", directory)
-        jax.config.update("jax_disable_most_optimizations", directory is not None)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
         compilation_cache.reset_cache()
         if directory:
