@@ -106,7 +106,8 @@ def get_masks(state: PyTree) -> PyTree:
 
     Returns:
       A tree of the params' structure: bool masks of the leaves' shapes, and the scalar True for dense leaves (it broadcasts, so
-      `jax.tree.map(jnp.multiply, params, masks)` works in either order). Where several methods share a leaf: what all of them keep.
+      `jax.tree.map(jnp.multiply, params, masks)` works in either order). Where several methods share a leaf: what all of them keep. A
+      subtree that `optax.multi_transform` hides whole from the method comes back as one True; the functions here take it so.
 
     Raises:
       ValueError: there is no sparse method in the state.
@@ -177,19 +178,20 @@ def masked(params: PyTree, state: PyTree) -> PyTree:
     for sparse in sparse_states(state):
         if sparse.spec.straight_through:
             rule = sparse.spec.rule
-            nodes = tree.match("state", sparse.masks, params)
+            nodes = tree.match("state", sparse.masks, params, is_leaf=_is_node)
             leaves = [
-                straight_through(w, mask if rule is None else rule(w)) if jnp.ndim(mask) else w
+                w if isinstance(mask, optax.MaskedNode) or not jnp.ndim(mask) else straight_through(w, mask if rule is None else rule(w))
                 for w, mask in zip(jax.tree.leaves(params), nodes, strict=True)
             ]
             params = jax.tree.unflatten(jax.tree.structure(params), leaves)
     return params
 
 
-def hard_masks(state: PyTree) -> PyTree:
-    """As `get_masks`, with the scalar True for the leaves of straight-through methods, whose pruned weights live on."""
+def hard_masks(state: PyTree, params: PyTree) -> list[Array]:
+    """The masks at the leaves of `params`, the scalar True for straight-through methods, whose pruned weights live on."""
     trees = [jax.tree.map(lambda m: jnp.asarray(True), s.masks) if s.spec.straight_through else s.masks for s in sparse_states(state)]
-    return _merge(trees, _both, jnp.asarray(True))
+    nodes = tree.match("state", _merge(trees, _both, optax.MaskedNode()), params, is_leaf=_is_node)
+    return [jnp.asarray(True) if isinstance(node, optax.MaskedNode) else node for node in nodes]
 
 
 def _is_node(node: Any) -> bool:
@@ -212,12 +214,18 @@ def _resolve(layout: Any, mask: Any) -> Any:
 def _merge(trees: list[PyTree], combine: Callable[[Any, Any], Any], absent: Any) -> PyTree:
     """One tree from those of several methods: `optax.MaskedNode` marks leaves that a method does not see (multi_transform)."""
 
-    def two(a: Any, b: Any) -> Any:
+    def two(path: Any, a: Any, b: Any) -> Any:
         if isinstance(a, optax.MaskedNode) or isinstance(b, optax.MaskedNode):
             return b if isinstance(a, optax.MaskedNode) else a
         return combine(a, b)
 
     merged = trees[0]
     for other in trees[1:]:
-        merged = jax.tree.map(two, merged, other, is_leaf=_is_node)
+        nodes = jax.tree.leaves_with_path(other, is_leaf=_is_node)
+        hidden = {path for path, node in nodes if isinstance(node, optax.MaskedNode)}  # leaves, or whole subtrees
+
+        def stop(path: Any, node: Any, hidden: set = hidden) -> bool:
+            return path in hidden or _is_node(node)
+
+        merged = jax.tree_util.tree_map_with_path(two, merged, other, is_leaf=stop, is_leaf_takes_path=True)
     return jax.tree.map(lambda node: absent if isinstance(node, optax.MaskedNode) else node, merged, is_leaf=_is_node)

@@ -88,7 +88,7 @@ def match(name: str, tree: PyTree, params: PyTree, is_leaf: Callable[[Any], bool
 
     Args:
       name: the argument's name, for the error.
-      tree: a tree with the structure of `params`.
+      tree: a tree with the structure of `params`; one node may stand for a whole subtree (as of masks read through multi_transform).
       params: any pytree.
       is_leaf: what counts as one node of `tree`.
 
@@ -110,6 +110,10 @@ def match(name: str, tree: PyTree, params: PyTree, is_leaf: Callable[[Any], bool
         return jax.tree.leaves(tree)
     try:
         return expected.flatten_up_to(tree)
+    except (ValueError, TypeError):
+        pass
+    try:
+        return jax.tree.leaves(jax.tree.broadcast(tree, params, is_leaf=is_leaf), is_leaf=is_leaf)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{name}: expected the tree structure of params, {expected}, got {got}; was it made from another model?"

@@ -52,7 +52,7 @@ class BenchConfig:
     batch_size: int = 128
     precision: str = "float32"
     implementation: str | None = None
-    repetitions: int = 7
+    repetitions: int = 5
     out: str | None = None
     quick: bool = False
 

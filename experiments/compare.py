@@ -36,7 +36,7 @@ class CompareConfig:
       epochs: of each training.
       repetitions: timed steps of each method and execution.
       seed: of everything.
-      smoke: one epoch and few repetitions, to see that all of it runs.
+      smoke: one epoch of a narrow network and few repetitions, to see that all of it runs.
       results: a second place for comparison.json; the README's table reads experiments/results/compare_digits_cpu.json.
     """
 
@@ -67,7 +67,8 @@ def main(config: CompareConfig) -> dict[str, Any]:
     if config.smoke:
         config = dataclasses.replace(config, epochs=1, repetitions=3)
     out = Path(config.out or time.strftime("runs/compare-%Y%m%d-%H%M%S"))
-    base = TrainConfig(sparsity=config.sparsity, epochs=config.epochs, seed=config.seed, log_every=10)
+    width = 0.25 if config.smoke else 1
+    base = TrainConfig(width=width, sparsity=config.sparsity, epochs=config.epochs, seed=config.seed, log_every=10)
     runs = {name: Run(dataclasses.replace(base, method=name, out=str(out / name), **_options(name))) for name in config.methods}
     console, results = Console(), {}
     for name, run in runs.items():

@@ -48,9 +48,9 @@ def keep_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformat
     def update(updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any) -> tuple[PyTree, PyTree]:
         if params is None:
             raise ValueError("params: keep_zeros projects the weights, expected tx.update(grads, state, params), got None")
-        before = hard_masks(state)
+        before = hard_masks(state, params)
         new_updates, new_state = inner.update(updates, state, params, **extra_args)
-        after = hard_masks(new_state)
+        after = hard_masks(new_state, params)
         methods = sparse_states(new_state)
         skips = any(s.spec.skips for s in methods)
         skip = jnp.any(jnp.stack([s.skip_gradient for s in methods]))
@@ -59,8 +59,8 @@ def keep_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformat
             update = jnp.where(skip, jnp.zeros_like(update), update) if skips else update
             return jnp.where(mask, update, -weight) if jnp.ndim(mask) else update
 
-        nodes = zip(*(tree.match("state", t, params) for t in (params, before, after)), strict=True)
-        owned = {tree.path_name(path): node for (path, _), node in zip(jax.tree.leaves_with_path(params), nodes, strict=True)}
+        leaves = jax.tree.leaves_with_path(params)
+        owned = {tree.path_name(path): (leaf, *m) for (path, leaf), m in zip(leaves, zip(before, after, strict=True), strict=True)}
 
         def reset(name: str | None, new: Any, old: Any) -> Any:
             if name is None or jnp.shape(new) != jnp.shape(owned[name][0]) or not jnp.issubdtype(jnp.result_type(new), jnp.inexact):
@@ -69,9 +69,8 @@ def keep_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformat
             value = jnp.where(skip, old, new) if skips else new
             return jnp.where(was & now, value, jnp.zeros_like(value)) if jnp.ndim(now) else value
 
-        projected = [
-            project(u, w, m) for u, w, m in zip(*(tree.match("updates", t, params) for t in (new_updates, params, after)), strict=True)
-        ]
+        new = tree.match("updates", new_updates, params)
+        projected = [project(u, leaf, mask) for u, (_, leaf), mask in zip(new, leaves, after, strict=True)]
         new_state = tree.map_state(reset, params, new_state, state, is_leaf=is_sparse_state)
         return jax.tree.unflatten(jax.tree.structure(params), projected), new_state
 
