@@ -62,12 +62,13 @@ def fixed_masks(masks: PyTree | None = None, *, layouts: PyTree | None = None) -
             drawn[name] = (layout.layout_to_mask(node) if isinstance(node, BlockLayout) else jnp.asarray(node), known[name])
         return drawn
 
-    def spec(chosen: dict[str, Array]) -> Spec:
-        kept = sum(n.density * np.prod(n.shape) if isinstance(n, BlockLayout) else int(np.sum(n)) for n in given.values())
-        return Spec("fixed", float(kept / sum(leaf.size for leaf in chosen.values())))
-
     if any(isinstance(node, jax.core.Tracer) for node in jax.tree.leaves(list(given.values()))):
         raise ValueError("masks: their values are read on the host, but they are traced; call fixed_masks outside of jit")
+    kept = sum(n.density * np.prod(n.shape) if isinstance(n, BlockLayout) else np.asarray(n).sum() for n in given.values())
+
+    def spec(chosen: dict[str, Array]) -> Spec:
+        return Spec("fixed", float(kept / sum(leaf.size for leaf in chosen.values())))
+
     method = sparse_transformation(spec, where=lambda name, leaf: name in given, draw=draw)
 
     def init(params: PyTree) -> SparseState:
