@@ -19,9 +19,11 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m experiments.bench_kernels --device cpu
 	$(BIN)/python -m experiments.bench_training
+	$(BIN)/python -m experiments.bench_inference
 	$(BIN)/python -m experiments.tables
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt $(wildcard cpu_kernels/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test]"
+	$(BIN)/python -c "import blocksparse_jax as bsj; print('kernels:', {name: reason or 'ready' for name, reason in bsj.available_implementations().items()})"
 	touch $@

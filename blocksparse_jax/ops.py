@@ -178,8 +178,8 @@ def choose_implementation(
     Example:
       >>> import blocksparse_jax as bsj
       >>> layout = bsj.mask_to_layout(jnp.ones((3, 3, 4, 8), bool))
-      >>> choose_implementation(jnp.ones((1, 5, 5, 4)), layout).implementation
-      'xla'
+      >>> choose_implementation(jnp.ones((1, 5, 5, 4)), layout).implementation in ("cpu", "xla")
+      True
 
     Reference: ours.
     """

@@ -1,4 +1,4 @@
-"""`python -m pallas_kernels.tune`: measures every XLA formulation on this machine and rewrites the table that picks among them."""
+"""`python -m pallas_kernels.tune`: measures the XLA formulations and the native kernels here, and rewrites the table that picks."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ import tyro
 from rich.progress import track
 
 from pallas_kernels import measure, shapes
-from pallas_kernels.block_sparse_conv import ConvSpec, tiles, xla
+from pallas_kernels.block_sparse_conv import ConvSpec, cpu, tiles, xla
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def cases() -> dict[str, ConvSpec]:
 
 
 def measure_case(spec: ConvSpec, seconds: float) -> dict[str, dict[str, float]]:
-    """The median time of each formulation, alone and with both gradients, in alternation.
+    """The median time of each formulation and of the native kernels, alone and with both gradients, in alternation.
 
     Args:
       spec: the static sizes.
@@ -83,7 +83,7 @@ def measure_case(spec: ConvSpec, seconds: float) -> dict[str, dict[str, float]]:
     """
     x, dy, values, *index = shapes.random_operands(spec)
     calls: dict[str, dict[str, Callable]] = {mode: {} for mode in tiles.MODES}
-    for name, formulation in xla.FORMULATIONS.items():
+    for name, formulation in (xla.FORMULATIONS | {tiles.NATIVE: cpu.IMPLEMENTATION}).items():
         if formulation.supports(spec) is None:
             for mode, program in measure.programs(functools.partial(shapes.convolve, spec, formulation)).items():
                 calls[mode][name] = functools.partial(program, x, values, dy, *index)

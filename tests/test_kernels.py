@@ -125,6 +125,8 @@ def test_any_geometry(spec, name, seed):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @every_implementation
 def test_half_precision_accumulates_in_single(name, dtype):
+    if (name, dtype) == ("cpu", "float16"):
+        pytest.skip("refused: test_native.py")
     check(dataclasses.replace(CASES["same"], dtype=dtype), name, tolerance=2e-2)
     spec = dataclasses.replace(BASE, cin=300, kept=290, kept_taps=9, dtype=dtype)
     x, _, values, *index = shapes.random_operands(spec)

@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_sparse_conv import dense, tiles, xla
+from pallas_kernels.block_sparse_conv import cpu, dense, tiles, xla
 from pallas_kernels.block_sparse_conv.spec import Choice, ConvSpec, Implementation
 
-IMPLEMENTATIONS: dict[str, Implementation] = {"xla": xla.IMPLEMENTATION, "dense": dense.IMPLEMENTATION}
+IMPLEMENTATIONS: dict[str, Implementation] = {"xla": xla.IMPLEMENTATION, "cpu": cpu.IMPLEMENTATION, "dense": dense.IMPLEMENTATION}
 NOT_BUILT = {
-    "cpu": "not built in this version: the native C++ kernels (jax.ffi) are still to come; use 'xla'",
     "triton": "not built in this version: the Triton GPU kernels are still to come; use 'xla'",
     "mosaic_gpu": "not built in this version: the Mosaic GPU kernels are still to come; use 'xla'",
 }
@@ -33,7 +32,7 @@ def available_implementations() -> dict[str, str | None]:
 
     Reference: ours.
     """
-    return {**dict.fromkeys(IMPLEMENTATIONS), **NOT_BUILT}
+    return {**dict.fromkeys(IMPLEMENTATIONS), "cpu": cpu.unavailable(), **NOT_BUILT}
 
 
 def choose_implementation(spec: ConvSpec) -> Choice:
@@ -47,13 +46,21 @@ def choose_implementation(spec: ConvSpec) -> Choice:
 
     Example:
       >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4, kept_taps=3, group_size=4)
-      >>> choose_implementation(spec).implementation
-      'xla'
+      >>> choose_implementation(spec).implementation in ("cpu", "xla")
+      True
 
     Reference: ours.
     """
     details = {mode: tiles.choose(dataclasses.replace(spec, gradients=gradients)) for mode, gradients in tiles.MODES.items()}
-    return Choice("xla", "the only implementation built in this version that does just the kept work", details)
+    absent = cpu.IMPLEMENTATION.supports(spec)
+    if absent:
+        return Choice("xla", f"the one that does just the kept work here; 'cpu': {absent}", details)
+    gain = tiles.native_gain(spec)
+    if gain < 1:
+        return Choice("xla", f"1/{1 / gain:.2f} the time of the native kernels at the tuned shapes nearby", details)
+    return Choice(
+        "cpu", f"the native kernels: {gain:.1f}x as fast as XLA at the tuned shapes nearby", dict.fromkeys(tiles.MODES, cpu.variant())
+    )
 
 
 def block_sparse_conv(

@@ -1,4 +1,4 @@
-"""Which formulation the XLA implementation runs: a tuned table on CPUs, a simple rule elsewhere."""
+"""Which formulation the XLA implementation runs, and whether the native kernels are faster: a tuned table on CPUs, else a simple rule."""
 
 import functools
 import json
@@ -13,6 +13,7 @@ from pallas_kernels.block_sparse_conv.spec import ConvSpec
 
 MODES = {"forward": False, "forward + gradients": True}  # what is measured, and `ConvSpec.gradients`
 TABLE = Path(__file__).with_name("tuned_xla.json")
+NATIVE = "cpu"  # the native kernels' name in the table
 UNROLLED_GROUPS = 8  # compile time grows with the groups: beyond this many, only a loop or one batched product
 GATHER_COST = 4  # the rule's price of a kept multiplication against a dense one
 
@@ -63,11 +64,45 @@ def choose(spec: ConvSpec, backend: str | None = None) -> str:
     table = _table()
     if (backend or jax.default_backend()) != table["environment"]["device"]:
         return _rule(spec)
-    here = features(spec)
-    distances = [math.dist(here, entry["features"]) ** 2 for entry in table["entries"]]
-    weights = [math.exp(min(distances) - d) for d in distances]
     mode = next(mode for mode, gradients in MODES.items() if gradients == spec.gradients)
-    return _fastest(spec, [entry["milliseconds"][mode] for entry in table["entries"]], weights)
+    return _fastest(spec, [_xla(entry["milliseconds"][mode]) for entry in table["entries"]], _weights(spec))
+
+
+@functools.lru_cache(maxsize=4096)
+def native_gain(spec: ConvSpec) -> float:
+    """How many times as fast as the best XLA formulation the native CPU kernels are, by the same votes, over both modes.
+
+    Args:
+      spec: the static sizes.
+
+    Returns:
+      The weighted geometric mean of `XLA's time / native time`.
+
+    Example:
+      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4, kept_taps=3, group_size=4)
+      >>> native_gain(spec) > 0
+      True
+
+    Reference: ours.
+    """
+    logs, total = 0.0, 0.0
+    for entry, weight in zip(_table()["entries"], _weights(spec)):
+        for milliseconds in entry["milliseconds"].values():
+            if NATIVE in milliseconds:
+                logs += weight * math.log(min(_xla(milliseconds).values()) / milliseconds[NATIVE])
+                total += weight
+    return math.exp(logs / total) if total else 1.0
+
+
+def _xla(milliseconds: dict[str, float]) -> dict[str, float]:
+    return {name: ms for name, ms in milliseconds.items() if name != NATIVE}
+
+
+def _weights(spec: ConvSpec) -> list[float]:
+    """The votes of the tuned shapes."""
+    here = features(spec)
+    distances = [math.dist(here, entry["features"]) ** 2 for entry in _table()["entries"]]
+    return [math.exp(min(distances) - d) for d in distances]
 
 
 def features(spec: ConvSpec) -> list[float]:

@@ -1,0 +1,317 @@
+// The XLA FFI handlers: they check every buffer, choose the variant, and cut the passes into tasks.
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "parallel.h"
+#include "problem.h"
+
+namespace ffi = xla::ffi;
+
+namespace block_sparse {
+namespace {
+
+using Sizes = ffi::Span<const int64_t>;
+using Index = ffi::Buffer<ffi::S32>;
+
+ffi::Error invalid(const std::string& message) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, "block_sparse_conv: " + message); }
+
+std::string shape_of(const ffi::AnyBuffer::Dimensions& dims) {
+  std::string out = "[";
+  for (size_t i = 0; i < dims.size(); ++i) out += (i ? ", " : "") + std::to_string(dims[i]);
+  return out + "]";
+}
+
+// ---- the variant --------------------------------------------------------------------------------------------------------------------
+
+std::vector<const Variant*> supported() {  // best first
+  std::vector<const Variant*> out;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  [[maybe_unused]] const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
+#if defined(HAVE_AVX512_BF16)
+  if (wide && __builtin_cpu_supports("avx512bf16")) out.push_back(&avx512_bf16());
+#endif
+#if defined(HAVE_AVX512)
+  if (wide) out.push_back(&avx512());
+#endif
+#if defined(HAVE_AVX2)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) out.push_back(&avx2());
+#endif
+  out.push_back(&portable());
+  return out;
+}
+
+const Variant* find_variant(std::string_view name) {
+  static const std::vector<const Variant*> all = supported();
+  for (const Variant* variant : all)
+    if (name.empty() || name == variant->name) return variant;
+  return nullptr;
+}
+
+// ---- scratch memory: kept by each thread --------------------------------------------------------------------------------------------
+
+void* scratch(size_t bytes) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  static thread_local std::unique_ptr<void, Free> memory;
+  static thread_local size_t size = 0;
+  if (bytes > size) {
+    memory.reset();
+    size = (bytes + 4095) / 4096 * 4096;
+    memory.reset(std::aligned_alloc(64, size));
+  }
+  return memory.get();
+}
+
+// ---- what a call is -----------------------------------------------------------------------------------------------------------------
+
+struct Geometry {
+  Sizes kernel, strides, padding, dilation;  // (y, x); padding: top, left
+};
+
+// One axis of the image, forward: a grid of output positions that reads the input.
+struct AxisTaps {
+  std::vector<int64_t> offset;
+  std::vector<uint8_t> active;
+  Axis axis(int64_t count, int64_t source_size, int64_t source_step, int64_t target_step, int64_t target_offset) const {
+    return {count, source_size, source_step, target_step, target_offset, int64_t(offset.size()), offset.data(), active.data()};
+  }
+};
+
+AxisTaps output_taps(int64_t kernel, int64_t padding, int64_t dilation) {
+  AxisTaps out;
+  for (int64_t t = 0; t < kernel; ++t) out.offset.push_back(t * dilation - padding), out.active.push_back(1);
+  return out;
+}
+
+// Input positions phase, phase + stride, ...: each reads one output position for the taps that meet the stride.
+AxisTaps input_taps(int64_t kernel, int64_t padding, int64_t dilation, int64_t stride, int64_t phase) {
+  AxisTaps out;
+  for (int64_t t = 0; t < kernel; ++t) {
+    const int64_t distance = phase + padding - t * dilation, rest = (distance % stride + stride) % stride;
+    out.offset.push_back((distance - rest) / stride), out.active.push_back(rest == 0);
+  }
+  return out;
+}
+
+struct Call {
+  const Variant* variant;
+  const Passes* passes;
+  Problem problem;
+  int64_t height, width, images, out_height, out_width;
+  Geometry geometry;
+};
+
+// Fills `call` from the operands, or says what is wrong. `values` are the packed values, or their gradient.
+ffi::Error check(const ffi::AnyBuffer& x, const ffi::AnyBuffer& y, const ffi::AnyBuffer& values, const Index& filters, const Index& channels,
+                 const Index& taps, bool values_are_gradient, const Geometry& geometry, std::string_view variant, Call& call) {
+  if (geometry.kernel.size() != 2 || geometry.strides.size() != 2 || geometry.padding.size() != 2 || geometry.dilation.size() != 2)
+    return invalid("kernel, strides, padding and dilation must have two numbers each");
+  for (int i = 0; i < 2; ++i) {
+    const int64_t bound = int64_t(1) << 30;
+    if (geometry.kernel[i] < 1 || geometry.strides[i] < 1 || geometry.dilation[i] < 1 || geometry.padding[i] < 0 ||
+        std::max({geometry.kernel[i], geometry.strides[i], geometry.dilation[i], geometry.padding[i]}) > bound)
+      return invalid("kernel, strides and dilation must be at least 1 and padding at least 0");
+  }
+  const auto xs = x.dimensions(), ys = y.dimensions(), vs = values.dimensions();
+  if (xs.size() != 4 || ys.size() != 4 || vs.size() != 4)
+    return invalid("expected x [cin, h, w, n], y [cout, ho, wo, n], values [groups, kept, kept_taps, group_size], got " + shape_of(xs) + ", " +
+                   shape_of(ys) + ", " + shape_of(vs));
+  const auto type = x.element_type();
+  if ((type != ffi::F32 && type != ffi::BF16) || y.element_type() != type || values.element_type() != (values_are_gradient ? ffi::F32 : type))
+    return invalid("x, y and values must be all float32 or all bfloat16 (the gradient of the values float32)");
+  Problem& p = call.problem;
+  p = {};
+  p.cin = xs[0], p.cout = ys[0], p.groups = vs[0], p.kept = vs[1], p.kept_taps = vs[2], p.group_size = vs[3];
+  p.kernel_width = geometry.kernel[1];
+  call.height = xs[1], call.width = xs[2], call.images = xs[3], call.out_height = ys[1], call.out_width = ys[2];
+  call.geometry = geometry;
+  if (ys[3] != xs[3]) return invalid("x " + shape_of(xs) + " and y " + shape_of(ys) + " have different numbers of images");
+  if (p.groups * p.group_size != p.cout) return invalid("values " + shape_of(vs) + ": groups * group_size is not cout of y " + shape_of(ys));
+  const int64_t rows[3] = {p.group_size, p.kept, p.kept_taps}, bounds[3] = {p.cout, p.cin, geometry.kernel[0] * geometry.kernel[1]};
+  const Index* index[3] = {&filters, &channels, &taps};
+  const char* names[3] = {"filters", "channels", "taps"};
+  for (int i = 0; i < 3; ++i) {
+    const auto dims = index[i]->dimensions();
+    if (dims.size() != 2 || dims[0] != p.groups || dims[1] != rows[i])
+      return invalid(std::string(names[i]) + " " + shape_of(dims) + " do not fit values " + shape_of(vs));
+    std::vector<uint8_t> seen(i == 0 ? bounds[i] : 0);
+    for (int64_t j = 0; j < dims[0] * dims[1]; ++j) {
+      const int32_t at = index[i]->typed_data()[j];
+      if (at < 0 || at >= bounds[i])
+        return invalid(std::string(names[i]) + ": " + std::to_string(at) + " is outside of [0, " + std::to_string(bounds[i]) + ")");
+      if (i == 0 && seen[at]++) return invalid("filters: " + std::to_string(at) + " stands in two places");
+    }
+  }
+  p.filters = filters.typed_data(), p.channels = channels.typed_data(), p.taps = taps.typed_data();
+  call.variant = find_variant(variant);
+  if (!call.variant) return invalid("this CPU has no variant '" + std::string(variant) + "'");
+  call.passes = type == ffi::F32 ? &call.variant->float32 : &call.variant->bfloat16;
+  return ffi::Error::Success();
+}
+
+Grid output_grid(const Call& c, const AxisTaps& y, const AxisTaps& x) {
+  return {y.axis(c.out_height, c.height, c.geometry.strides[0], 1, 0), x.axis(c.out_width, c.width, c.geometry.strides[1], 1, 0), c.images,
+          c.width, c.height * c.width * c.images, c.out_width, c.out_height * c.out_width * c.images};
+}
+
+// The values in the form that the pass wants; `memory` keeps them.
+const float* prepare(ffi::ThreadPool& pool, const Call& c, const void* values, bool input_gradient, std::vector<float>& memory) {
+  const int64_t size = c.passes->prepared_size(c.problem, input_gradient);
+  if (!size) return static_cast<const float*>(values);
+  memory.resize(size);
+  parallel_for(pool, c.problem.groups, [&](int64_t g) { c.passes->prepare(c.problem, values, input_gradient, {g, g + 1}, memory.data()); });
+  return memory.data();
+}
+
+Range part(int64_t total, int64_t i, int64_t parts) { return {total * i / parts, total * (i + 1) / parts}; }
+int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int64_t kTasksPerThread = 6;
+constexpr int64_t kTaskBytes = 400 << 10;     // panel and sums of a task, in the L2 cache
+constexpr int64_t kMostVectors = 72;          // of a task: long runs of memory, one visit to the weights
+constexpr int64_t kPanelRows = 96;
+constexpr int64_t kPartialSums = 16;          // tasks of the weight gradient: fixed, so that sums do not depend on the number of threads
+
+// Vectors in a task of a product with so many rows in its panel and in its sums; a multiple of the register tile.
+int64_t vectors_at_once(const Call& c, int64_t vectors, int64_t tasks, int64_t panel, int64_t sums) {
+  const int64_t bytes = (std::min(panel, kPanelRows) + sums) * c.variant->lanes * 4, tile = c.variant->tile;
+  return std::clamp<int64_t>(std::min({vectors / tasks, kTaskBytes / bytes, kMostVectors}) / tile, 1, kMostVectors) * tile;
+}
+
+// ---- the passes ---------------------------------------------------------------------------------------------------------------------
+
+ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values, Index filters, Index channels, Index taps,
+                   ffi::Result<ffi::AnyBuffer> y, Sizes kernel, Sizes strides, Sizes padding, Sizes dilation, std::string_view variant) {
+  Call c;
+  if (auto error = check(x, *y, values, filters, channels, taps, false, {kernel, strides, padding, dilation}, variant, c); error.failure())
+    return error;
+  const AxisTaps rows = output_taps(kernel[0], padding[0], dilation[0]), columns = output_taps(kernel[1], padding[1], dilation[1]);
+  const Grid grid = output_grid(c, rows, columns);
+  std::vector<float> prepared;
+  c.problem.values = prepare(pool, c, values.untyped_data(), false, prepared);
+  c.problem.source = x.untyped_data(), c.problem.target = y->untyped_data();
+  const int64_t vectors = up(grid.positions(), c.variant->lanes);
+  const int64_t wanted = kTasksPerThread * pool.num_threads();
+  const int64_t chunk = vectors_at_once(c, vectors, wanted, c.problem.kept * c.problem.kept_taps, c.problem.group_size);
+  const int64_t chunks = vectors < wanted && c.problem.groups == 1 ? vectors : up(vectors, chunk);
+  const int64_t splits = std::clamp<int64_t>(up(wanted, chunks), 1, c.problem.groups);
+  const size_t bytes = c.passes->forward_scratch(c.problem, grid, up(vectors, chunks));
+  parallel_for(pool, chunks * splits, [&](int64_t i) {
+    c.passes->forward(c.problem, grid, part(vectors, i / splits, chunks), part(c.problem.groups, i % splits, splits), scratch(bytes));
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error input_gradient(ffi::ThreadPool pool, ffi::AnyBuffer dy, ffi::AnyBuffer values, Index filters, Index channels, Index taps,
+                          ffi::Result<ffi::AnyBuffer> dx, Sizes kernel, Sizes strides, Sizes padding, Sizes dilation,
+                          std::string_view variant) {
+  Call c;
+  if (auto error = check(*dx, dy, values, filters, channels, taps, false, {kernel, strides, padding, dilation}, variant, c); error.failure())
+    return error;
+  std::vector<float> prepared;
+  c.problem.values = prepare(pool, c, values.untyped_data(), true, prepared);
+  c.problem.source = dy.untyped_data(), c.problem.target = dx->untyped_data();
+  const int64_t wanted = kTasksPerThread * pool.num_threads();
+  struct Phase {
+    AxisTaps rows, columns;
+    Grid grid = {};
+    int64_t vectors = 0, chunks = 0;
+  };
+  std::vector<Phase> phases;
+  int64_t total = 0;
+  for (int64_t y = 0; y < std::min(strides[0], c.height); ++y)
+    for (int64_t x = 0; x < std::min(strides[1], c.width); ++x) {
+      phases.push_back({input_taps(kernel[0], padding[0], dilation[0], strides[0], y), input_taps(kernel[1], padding[1], dilation[1], strides[1], x)});
+      Phase& phase = phases.back();
+      phase.grid = {phase.rows.axis(up(c.height - y, strides[0]), c.out_height, 1, strides[0], y),
+                    phase.columns.axis(up(c.width - x, strides[1]), c.out_width, 1, strides[1], x), c.images,
+                    c.out_width, c.out_height * c.out_width * c.images, c.width, c.height * c.width * c.images};
+      phase.vectors = up(phase.grid.positions(), c.variant->lanes);
+      phase.chunks = up(phase.vectors, vectors_at_once(c, phase.vectors, wanted, c.problem.group_size * c.problem.kept_taps, c.problem.cin));
+      total += phase.chunks;
+    }
+  const int64_t parts = std::clamp<int64_t>(up(wanted, std::max<int64_t>(total, 1)) / 2, 1, up(c.problem.cin, 8));
+  size_t bytes = 0;
+  for (const Phase& phase : phases)
+    bytes = std::max(bytes, c.passes->input_gradient_scratch(c.problem, phase.grid, up(phase.vectors, phase.chunks), up(c.problem.cin, parts)));
+  parallel_for(pool, total * parts, [&](int64_t i) {
+    int64_t chunk = i / parts, which = 0;
+    while (chunk >= phases[which].chunks) chunk -= phases[which++].chunks;
+    const Phase& phase = phases[which];
+    c.passes->input_gradient(c.problem, phase.grid, part(phase.vectors, chunk, phase.chunks), part(c.problem.cin, i % parts, parts), scratch(bytes));
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error weight_gradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer dy, Index filters, Index channels, Index taps,
+                           ffi::Result<ffi::AnyBuffer> dvalues, Sizes kernel, Sizes strides, Sizes padding, Sizes dilation,
+                           std::string_view variant) {
+  Call c;
+  if (auto error = check(x, dy, *dvalues, filters, channels, taps, true, {kernel, strides, padding, dilation}, variant, c); error.failure())
+    return error;
+  const AxisTaps rows = output_taps(kernel[0], padding[0], dilation[0]), columns = output_taps(kernel[1], padding[1], dilation[1]);
+  const Grid grid = output_grid(c, rows, columns);
+  c.problem.source = x.untyped_data(), c.problem.other = dy.untyped_data(), c.problem.target = dvalues->untyped_data();
+  const int64_t total = c.problem.kept * c.problem.kept_taps, size = total * c.problem.group_size, groups = c.problem.groups;
+  const int64_t blocks = up(up(grid.positions(), c.variant->lanes), c.variant->run);
+  const int64_t spans = std::clamp<int64_t>(up(kPartialSums, groups), 1, blocks);  // of positions, each with sums of its own
+  const int64_t parts = std::clamp<int64_t>(up(kPartialSums, groups * spans), 1, up(total, 6));
+  float* out = static_cast<float*>(c.problem.target);
+  std::vector<float> partial((spans - 1) * groups * size);
+  const size_t bytes = c.passes->weight_gradient_scratch(c.problem, grid);
+  parallel_for(pool, groups * spans * parts, [&](int64_t i) {
+    const int64_t group = i / (spans * parts), span = i / parts % spans;
+    float* sums = (span ? partial.data() + (span - 1) * groups * size : out) + group * size;
+    const Range rows = part(total, i % parts, parts);
+    if (!span) std::fill(sums + rows.begin * c.problem.group_size, sums + rows.end * c.problem.group_size, 0.0f);
+    c.passes->weight_gradient(c.problem, grid, group, rows, part(blocks, span, spans), sums, scratch(bytes));
+  });
+  for (int64_t span = 1; span < spans; ++span)
+    for (int64_t i = 0; i < groups * size; ++i) out[i] += partial[(span - 1) * groups * size + i];
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace block_sparse
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#define HANDLER(symbol, function)                                                                                       \
+  EXPORT XLA_FFI_Error* symbol(XLA_FFI_CallFrame*);                                                                     \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, function,                                                                       \
+                                ffi::Ffi::Bind()                                                                        \
+                                    .Ctx<ffi::ThreadPool>()                                                             \
+                                    .Arg<ffi::AnyBuffer>()                                                              \
+                                    .Arg<ffi::AnyBuffer>()                                                              \
+                                    .Arg<ffi::Buffer<ffi::S32>>()                                                       \
+                                    .Arg<ffi::Buffer<ffi::S32>>()                                                       \
+                                    .Arg<ffi::Buffer<ffi::S32>>()                                                       \
+                                    .Ret<ffi::AnyBuffer>()                                                              \
+                                    .Attr<ffi::Span<const int64_t>>("kernel")                                           \
+                                    .Attr<ffi::Span<const int64_t>>("strides")                                          \
+                                    .Attr<ffi::Span<const int64_t>>("padding")                                          \
+                                    .Attr<ffi::Span<const int64_t>>("dilation")                                         \
+                                    .Attr<std::string_view>("variant"))
+
+HANDLER(BlockSparseConvForward, block_sparse::forward);
+HANDLER(BlockSparseConvInputGradient, block_sparse::input_gradient);
+HANDLER(BlockSparseConvWeightGradient, block_sparse::weight_gradient);
+
+// The variants that this CPU can run, best first, separated by commas.
+EXPORT const char* BlockSparseConvVariants() {
+  static const std::string names = [] {
+    std::string out;
+    for (const block_sparse::Variant* variant : block_sparse::supported()) out += (out.empty() ? "" : ",") + std::string(variant->name);
+    return out;
+  }();
+  return names.c_str();
+}

@@ -1,0 +1,78 @@
+// Where the lanes of a vector of positions lie in the source and in the target, and which of them a tap reaches.
+
+struct Lanes {
+  int64_t source, target;                             // element of lane 0
+  int32_t source_at[kLanes], target_at[kLanes];       // of each lane, from there
+  bool source_run, target_run;                        // the lanes lie side by side
+  Bits live;                                          // lanes that are positions of the grid
+};
+
+// A few vectors with their masks: rows[v * taps_y + ty] and columns[v * taps_x + tx] say for which lanes the tap reads inside the image.
+struct Vectors {
+  Lanes* lanes;
+  Bits *rows, *columns;
+  int64_t taps_y, taps_x;
+  Bits reached(int64_t v, int64_t ty, int64_t tx) const { return rows[v * taps_y + ty] & columns[v * taps_x + tx]; }
+};
+
+// Hands out aligned pieces of the scratch memory; without memory it only counts.
+struct Scratch {
+  char* next;
+  size_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* out = reinterpret_cast<T*>(next + used);
+    used += (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    return out;
+  }
+};
+
+inline Vectors take_vectors(Scratch& scratch, const Grid& grid, int64_t count) {
+  Vectors out;
+  out.taps_y = grid.y.taps, out.taps_x = grid.x.taps;
+  out.lanes = scratch.take<Lanes>(count);
+  out.rows = scratch.take<Bits>(count * out.taps_y);
+  out.columns = scratch.take<Bits>(count * out.taps_x);
+  return out;
+}
+
+inline void mark(const Axis& axis, int64_t position, Bits lanes, Bits* masks) {
+  for (int64_t t = 0; t < axis.taps; ++t) {
+    const int64_t at = position * axis.source_step + axis.offset[t];
+    if (axis.active[t] && at >= 0 && at < axis.source_size) masks[t] |= lanes;
+  }
+}
+
+inline void describe(const Grid& grid, int64_t vector, int64_t v, const Vectors& out) {
+  Lanes& lanes = out.lanes[v];
+  Bits *rows = out.rows + v * out.taps_y, *columns = out.columns + v * out.taps_x;
+  for (int64_t t = 0; t < out.taps_y; ++t) rows[t] = 0;
+  for (int64_t t = 0; t < out.taps_x; ++t) columns[t] = 0;
+  const int64_t first = vector * kLanes, pixel = first / grid.images;
+  int64_t image = first - pixel * grid.images, x = pixel % grid.x.count, y = pixel / grid.x.count;
+  lanes.live = 0, lanes.source_run = lanes.target_run = true;
+  for (int lane = 0; lane < kLanes;) {
+    if (y >= grid.y.count) {
+      for (; lane < kLanes; ++lane) lanes.source_at[lane] = lanes.target_at[lane] = 0;
+      break;
+    }
+    const int64_t source = (y * grid.y.source_step * grid.source_width + x * grid.x.source_step) * grid.images + image;
+    const int64_t target_y = y * grid.y.target_step + grid.y.target_offset, target_x = x * grid.x.target_step + grid.x.target_offset;
+    const int64_t target = (target_y * grid.target_width + target_x) * grid.images + image;
+    if (lane == 0) lanes.source = source, lanes.target = target;
+    lanes.source_run &= source - lanes.source == lane;
+    lanes.target_run &= target - lanes.target == lane;
+    const int64_t left = grid.images - image;
+    const int run = left < kLanes - lane ? int(left) : kLanes - lane;
+    const Bits bits = Bits(((1u << run) - 1) << lane);
+    for (int i = 0; i < run; ++i) {
+      lanes.source_at[lane + i] = int32_t(source - lanes.source) + i;
+      lanes.target_at[lane + i] = int32_t(target - lanes.target) + i;
+    }
+    lanes.live |= bits;
+    mark(grid.y, y, bits, rows);
+    mark(grid.x, x, bits, columns);
+    lane += run, image = 0;
+    if (++x == grid.x.count) x = 0, ++y;
+  }
+}

@@ -1,0 +1,75 @@
+// What one pass of a block-sparse convolution is: sizes, grids of positions, operands. Plain data, no templates:
+// shared by the handlers and by every variant of the kernels.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace block_sparse {
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// One image axis of a grid of positions. Position j of the grid reads the source at j * source_step + offset[tap], for the taps that are
+// active and where that lies in [0, source_size); it writes the target at j * target_step + target_offset.
+struct Axis {
+  int64_t count, source_size, source_step, target_step, target_offset;
+  int64_t taps;
+  const int64_t* offset;
+  const uint8_t* active;
+};
+
+// Positions (y, x, image), numbered in this order. The source and the target are [channel, y, x, image].
+struct Grid {
+  Axis y, x;
+  int64_t images;
+  int64_t source_width, source_pitch;  // pixels in a row, elements in a channel
+  int64_t target_width, target_pitch;
+  int64_t positions() const { return y.count * x.count * images; }
+};
+
+// forward:          source = x,  target = y
+// input gradient:   source = dy, target = dx; one grid for each phase of the strides
+// weight gradient:  source = x,  other = dy (at the grid's own positions), target = dvalues
+struct Problem {
+  int64_t cin, cout, groups, kept, kept_taps, group_size, kernel_width;
+  const void* source;
+  const void* other;
+  const float* values;   // [groups, kept, kept_taps, group_size], or what the variant's prepare_* made of it
+  const int32_t* filters;
+  const int32_t* channels;
+  const int32_t* taps;
+  void* target;
+};
+
+// The three passes for one element type. A vector is a run of `Variant::lanes` positions of the grid.
+struct Passes {
+  // Packs the values of some groups for the pass; null: the kernels read the float32 values as they are.
+  int64_t (*prepared_size)(const Problem&, bool input_gradient);  // floats for all groups
+  void (*prepare)(const Problem&, const void* values, bool input_gradient, Range groups, float* prepared);
+  // Positions come in vectors; a call takes a range of them, and scratch memory of the size asked for.
+  size_t (*forward_scratch)(const Problem&, const Grid&, int64_t vectors);
+  void (*forward)(const Problem&, const Grid&, Range vectors, Range groups, void* scratch);
+  size_t (*input_gradient_scratch)(const Problem&, const Grid&, int64_t vectors, int64_t channels);
+  void (*input_gradient)(const Problem&, const Grid&, Range vectors, Range channels, void* scratch);
+  // Adds to the sums of the group's rows (kept channel, kept tap) over blocks of `Variant::run` vectors.
+  size_t (*weight_gradient_scratch)(const Problem&, const Grid&);
+  void (*weight_gradient)(const Problem&, const Grid&, int64_t group, Range rows, Range blocks, float* sums, void* scratch);
+};
+
+struct Variant {
+  const char* name;
+  int64_t lanes;       // positions in a vector
+  int64_t tile;        // vectors in a register tile
+  int64_t run;         // vectors in a block of the weight gradient
+  Passes float32, bfloat16;
+};
+
+const Variant& avx512_bf16();
+const Variant& avx512();
+const Variant& avx2();
+const Variant& portable();
+
+}  // namespace block_sparse

@@ -1,0 +1,112 @@
+"""The native CPU implementation: C++ kernels of `cpu_kernels/`, called through `jax.ffi` on XLA's own thread pool."""
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels
+from pallas_kernels.block_sparse_conv.spec import ConvSpec, Implementation
+
+LIBRARY = "libblock_sparse_conv.so"
+VARIABLE = "BLOCKSPARSE_JAX_CPU_VARIANT"  # forces a variant, for tests: avx512_bf16, avx512, avx2 or portable
+DTYPES = ("float32", "bfloat16")
+PASSES = {
+    "forward": "BlockSparseConvForward",
+    "input_gradient": "BlockSparseConvInputGradient",
+    "weight_gradient": "BlockSparseConvWeightGradient",
+}
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """The library with its handlers registered, or the reason why it is absent."""
+    found = [path for folder in pallas_kernels.__path__ if (path := Path(folder) / LIBRARY).is_file()]
+    if not found:
+        return "the native library is not built: that takes a C++17 compiler (g++ or clang++); with one, `pip install` this package again"
+    try:
+        library = ctypes.CDLL(str(found[0]))
+        for symbol in PASSES.values():
+            jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
+        library.BlockSparseConvVariants.restype = ctypes.c_char_p
+    except (OSError, AttributeError) as error:
+        return f"the native library does not load ({error}); `pip install` this package again"
+    return library
+
+
+def unavailable() -> str | None:
+    """Why the native kernels cannot run here: None where they can.
+
+    Returns:
+      None, or the reason.
+
+    Reference: ours.
+    """
+    library = _library()
+    if isinstance(library, str):
+        return library
+    if jax.default_backend() != "cpu":
+        return f"runs on CPUs, and JAX's default device here is {jax.default_backend()!r}"
+    return None
+
+
+def variants() -> list[str]:
+    """The variants that this CPU can run, best first.
+
+    Returns:
+      Of avx512_bf16, avx512, avx2 and portable; empty where the library is absent.
+
+    Reference: ours.
+    """
+    library = _library()
+    return [] if isinstance(library, str) else library.BlockSparseConvVariants().decode().split(",")
+
+
+def variant() -> str:
+    """The variant that runs: the one that the environment variable `BLOCKSPARSE_JAX_CPU_VARIANT` asks for, else the best.
+
+    Returns:
+      One of `variants()`.
+
+    Raises:
+      ValueError: this CPU cannot run the one that is asked for.
+
+    Reference: ours.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted and wanted not in variants():
+        raise ValueError(f"{VARIABLE}: expected one of {', '.join(variants())}, those that this CPU can run, got {wanted!r}")
+    return wanted or variants()[0]
+
+
+def _supports(spec: ConvSpec) -> str | None:
+    if reason := unavailable():
+        return reason
+    return None if spec.dtype in DTYPES else f"computes in {' and '.join(DTYPES)}, not in {spec.dtype}; cast x, or use 'xla'"
+
+
+def _call(name: str, spec: ConvSpec, shape: tuple[int, ...], dtype: str, *operands: jax.Array) -> jax.Array:
+    """One pass: operands and the result have the layouts of the C++ handlers."""
+    out = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), manual_axis_type=jax.typeof(operands[0]).manual_axis_type)
+    call = jax.ffi.ffi_call(PASSES[name], out, vmap_method="sequential")
+    numbers = {"kernel": spec.kernel, "strides": spec.strides, "padding": [low for low, _ in spec.padding], "dilation": spec.dilation}
+    return call(*operands, variant=variant(), **{key: np.asarray(value, np.int64) for key, value in numbers.items()})
+
+
+def _forward(spec: ConvSpec, x, values, filters, channels, taps):
+    return _call("forward", spec, spec.out_shape, spec.dtype, x, values, filters, channels, taps)
+
+
+def _input_gradient(spec: ConvSpec, dy, values, filters, channels, taps):
+    return _call("input_gradient", spec, spec.in_shape, spec.dtype, dy, values, filters, channels, taps)
+
+
+def _weight_gradient(spec: ConvSpec, x, dy, filters, channels, taps):
+    return _call("weight_gradient", spec, spec.packed_shape, "float32", x, dy, filters, channels, taps)
+
+
+IMPLEMENTATION = Implementation("cpu", _supports, _forward, _input_gradient, _weight_gradient)
