@@ -1,7 +1,8 @@
 """Times whole training steps: `python -m experiments.bench_training` (about 8 minutes on 2 CPU cores; `--quick` about one).
 
 For each network and sparsity: dense (NHWC and CHWN; the faster one is the baseline), masked, sparse and packed execution of static
-HRBP, step by step in turn in one process. The losses of the first step must agree before anything is timed. Slower rows are reported too.
+HRBP, step by step in turn in one process. Dense convolutions run as a matrix product per tap where that is faster than XLA's convolution
+(`experiments/models/taps.py`). The losses of the first step must agree before anything is timed. Slower rows are reported too.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from experiments.environment import commit, device, versions
 from experiments.loop import Trainer, stepper
 from experiments.methods import Length
 from experiments.timing import alternate, median_iqr
+from pallas_kernels import measure
 
 RESULTS = Path(__file__).parent / "results"
 STEP = 1  # its number: no mask update falls on it
@@ -74,8 +76,15 @@ def main(config: BenchConfig) -> dict[str, Any]:
     out = Path(config.out) if config.out else RESULTS / f"bench_training_{jax.default_backend()}.json"
     if config.quick:
         config = dataclasses.replace(config, models=("resnet20",), sparsities=config.sparsities[:1], width=2, batch_size=32, repetitions=5)
+    measure.steady_memory()
     rows = [row for model in config.models for row in _bench(config, model)]
-    report = {"rows": rows, "device": device(), "versions": versions(), "commit": commit(), "config": dataclasses.asdict(config)}
+    report = {
+        "rows": rows,
+        "device": device(),
+        "versions": versions(),
+        "commit": commit(),
+        "config": dataclasses.asdict(dataclasses.replace(config, out=None)),
+    }
     if config.out or not config.quick:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(report, indent=2) + "\n")

@@ -23,6 +23,7 @@ from experiments.timing import alternate, median_iqr
 from experiments.train import Run
 
 COMPARED = ("dense", "hrbp", "hrbp-dynamic", "subp", "sr-ste", "rigl")
+SMOKE = ("dense", "hrbp", "subp", "sr-ste")  # every execution, and blocks whose number changes; the others take long to compile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class CompareConfig:
       epochs: of each training.
       repetitions: timed steps of each method and execution.
       seed: of everything.
-      smoke: one epoch of a narrow network and few repetitions, to see that all of it runs.
+      smoke: one epoch of a narrow network and few repetitions, to see that all of it runs; without `--methods`, four of them.
       results: a second place for comparison.json; the README's table reads experiments/results/compare_digits_cpu.json.
     """
 
@@ -65,7 +66,8 @@ def main(config: CompareConfig) -> dict[str, Any]:
     Reference: ours.
     """
     if config.smoke:
-        config = dataclasses.replace(config, epochs=1, repetitions=3)
+        methods = SMOKE if config.methods == COMPARED else config.methods
+        config = dataclasses.replace(config, methods=methods, epochs=1, repetitions=3)
     out = Path(config.out or time.strftime("runs/compare-%Y%m%d-%H%M%S"))
     width = 0.25 if config.smoke else 1
     base = TrainConfig(width=width, sparsity=config.sparsity, epochs=config.epochs, seed=config.seed, log_every=10)

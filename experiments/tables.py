@@ -80,9 +80,9 @@ def table(name: str, results: Path = RESULTS) -> str:
         )
     report = json.loads(path.read_text())
     versions = report["versions"]
-    below = f"{report['device']}; Python {versions['python']}, jax {versions['jax']}" + (
-        f"; commit {report['commit']}" if report["commit"] else ""
-    )
+    torch = f", PyTorch {versions['torch']}" if "torch" in versions else ""
+    commit = f"; commit {report['commit']}" if report["commit"] else ""
+    below = f"{report['device']}; Python {versions['python']}, jax {versions['jax']}{torch}{commit}"
     return f"{TABLES[kind](report)}\n{below}\n"
 
 
@@ -142,34 +142,68 @@ def _compare(report: dict[str, Any]) -> str:
 
 
 def _kernels(report: dict[str, Any]) -> str:
-    """bench_kernels: a row for each layer and sparsity, forward and forward + gradients; geometric means below."""
+    """bench_kernels: what all shapes come to, then the layers at the sparsity nearest to 90%."""
     modes = ("forward", "forward + gradients")
-    found = {(r["layer"], r["sparsity"], r["mode"]): r for r in report["rows"]}
     lines = []
-    for layer, sparsity in dict.fromkeys((layer, sparsity) for layer, sparsity, _ in found):
-        cells = [layer, f"{sparsity:.0%}"]
+    for line in report["summary"]:
+        ends = [f"{line[end]['speed_up']:.2f}x ({line[end]['layer']})" for end in ("worst", "best")]
+        cells = [line["against"], f"{line['sparsity']:.0%}", line["mode"], f"**{line['geometric_mean']:.2f}x**", *ends]
+        lines.append([*cells, f"{len(line['slower'])} of {line['shapes']}"])
+    columns = ["against", "sparsity", "pass", "geometric mean", "worst layer", "best layer", "slower than it"]
+    total = markdown(columns, lines, left=3)
+    shown = min({row["sparsity"] for row in report["rows"]}, key=lambda sparsity: abs(sparsity - 0.9))
+    found = {(r["layer"], r["mode"]): r for r in report["rows"] if r["sparsity"] == shown}
+    torch = any("speed_up_over_torch" in row for row in report["rows"])
+    lines = []
+    for layer in dict.fromkeys(layer for layer, _ in found):
+        cells = [layer]
         for mode in modes:
-            row = found[layer, sparsity, mode]
+            row = found[layer, mode]
             ms = {name: times["median"] for name, times in row["ms"].items()}
-            cells += [f"{ms['dense NHWC']:.1f} / {ms['dense CHWN']:.1f}", f"{ms['masked dense']:.1f}"]
-            cells.append(f"{ms['chosen']:.1f} ({row['speed_up_over_dense']:.2f}x)")
+            cells.append(f"{ms[row['best_dense']]:.1f} ({row['best_dense'].removeprefix('dense ')})")
+            cells += [f"{min(ms[name] for name in ms if name.startswith('PyTorch')):.1f}"] if torch else []
+            cells += [f"{ms['masked dense']:.1f}", f"{ms['chosen']:.1f} ({row['speed_up_over_dense']:.2f}x)"]
         lines.append(cells)
-    for sparsity in dict.fromkeys(row["sparsity"] for row in report["rows"]):
-        cells = ["**geometric mean**", f"{sparsity:.0%}"]
-        for mode in modes:
-            ups = [r["speed_up_over_dense"] for r in report["rows"] if (r["sparsity"], r["mode"]) == (sparsity, mode)]
-            cells += ["", "", f"**{statistics.geometric_mean(ups):.2f}x**"]
-        lines.append(cells)
-    columns = ("dense NHWC / CHWN, ms", "masked, ms", "block-sparse, ms")
-    heads = [f"{mode}: {column}" for mode in modes for column in columns]
+    columns = ["dense, ms", *(["PyTorch dense, ms"] if torch else []), "masked, ms", "block-sparse, ms"]
+    layers = markdown([f"layer at {shown:.0%}", *(f"{mode}: {column}" for mode in modes for column in columns)], lines)
     regrets = sorted(row["regret"] for row in report["rows"])
-    note = (
-        f"The picked formulation against the fastest of the same run: median {statistics.median(regrets):+.0%}, worst {regrets[-1]:+.0%}.\n"
-    )
-    return markdown(["layer", "sparsity", *heads], lines, left=2) + "\n" + note
+    note = f"What is picked against the fastest that was measured: median {statistics.median(regrets):+.0%}, worst {regrets[-1]:+.0%}.\n"
+    return f"{total}\n{layers}\n{note}"
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"bench_kernels": _kernels, "bench_training": _training, "compare": _compare}
+def _inference(report: dict[str, Any]) -> str:
+    """bench_inference: a row for each network and pattern, the fastest dense ones first; a column for each batch and thread count."""
+    places = list(dict.fromkeys((row["batch"], row["threads"]) for row in report["rows"]))
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in report["rows"]):
+        rows = [row for row in report["rows"] if row["model"] == model]
+        kinds = [
+            ("XLA", "", ""),
+            ("PyTorch", "", ""),
+            *sorted({("packed", r["flops"], r["pattern"]) for r in rows if r["flops"]}, reverse=True),
+        ]
+        for who, flops, pattern in kinds:
+            mine = [r for r in rows if r["execution"].startswith(who) and (r["flops"], r["pattern"]) in ((flops, pattern), ("", "dense"))]
+            if not mine:
+                continue
+            cells = [model, f"SUBP {pattern}" if flops else f"dense, {who}", f"{mine[0]['gflops']:.2f}", f"{mine[0]['weights_mb']:.0f}"]
+            for place in places:
+                row = min((r for r in mine if (r["batch"], r["threads"]) == place), key=lambda r: r["ms_median"])
+                ups = [f"{row[key]:.2f}x" for key in ("speed_up_over_xla", "speed_up_over_pytorch") if key in row and flops]
+                cells.append(f"{row['ms_median']:.1f}" + (f" ({', '.join(ups)})" if ups else ""))
+            lines.append(cells)
+    heads = [f"batch {batch}, {threads} thread{'s' * (threads > 1)}, ms" for batch, threads in places]
+    others = " and ".join(name for name, key in (("XLA", "xla"), ("PyTorch", "pytorch")) if f"speed_up_over_{key}" in report["rows"][0])
+    note = f"In brackets: times faster than the fastest dense {others}. GFLOPs are multiply-adds per image, as the papers count them.\n"
+    return markdown(["network", "weights", "GFLOPs", "MB", *heads], lines, left=2) + "\n" + note
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "bench_kernels": _kernels,
+    "bench_training": _training,
+    "bench_inference": _inference,
+    "compare": _compare,
+}
 
 
 if __name__ == "__main__":

@@ -29,9 +29,15 @@ PUBLISHED = {  # options -> parameters: torchvision's for 1000 classes; the CIFA
 }
 
 
-def abstract(name, *, num_classes=10, size=32, batch=2, **options):
+def made(name, *, num_classes=10, blocks=None, **options):
+    """The model by name; `blocks` makes a ResNet shallower: every kind of block stays, and compiling takes a fraction."""
+    model = create(name, num_classes=num_classes, **options)
+    return model if blocks is None else model.clone(blocks=blocks)
+
+
+def abstract(name, *, size=32, batch=2, **options):
     """The model, the shapes of its variables and of its images; nothing is computed."""
-    model, images = create(name, num_classes=num_classes, **options), jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32)
+    model, images = made(name, **options), jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32)
     return model, jax.eval_shape(model.init, jax.random.key(0), images), images
 
 
@@ -144,10 +150,12 @@ def test_depthwise_conv_equals_the_grouped_convolution(strides):
 FAMILIES = [
     ("cnn", {"width": 0.25}, 8),
     ("cnn", {"width": 0.125}, 20),
-    ("resnet20", {"width": 0.5}, 8),
+    ("resnet20", {"width": 0.5, "blocks": (1, 2, 1)}, 8),
     ("vgg19", {"width": 0.125}, 16),
-    ("resnet50_v1_5", {"width": 0.125, "stem": "imagenet"}, 64),
+    ("resnet50_v1_5", {"width": 0.125, "stem": "imagenet", "blocks": (1, 2, 1, 1)}, 64),
     ("mobilenet_v1", {"width": 0.25}, 16),
+    pytest.param("resnet20", {"width": 0.5}, 8, marks=pytest.mark.slow),
+    pytest.param("resnet50_v1_5", {"width": 0.125, "stem": "imagenet"}, 64, marks=pytest.mark.slow),
 ]
 
 
@@ -158,10 +166,7 @@ def test_both_data_formats_are_one_function(name, options, size):
 
     @jax.jit
     def outputs(variables, images):
-        return [
-            m.apply(variables, images, train=True, mutable=["batch_stats"])
-            for m in (model, create(name, num_classes=10, data_format="NHWC", **options))
-        ]
+        return [m.apply(variables, images, train=True, mutable=["batch_stats"]) for m in (model, made(name, data_format="NHWC", **options))]
 
     chwn, nhwc = outputs(variables, images)
     for a, b in zip(jax.tree.leaves(chwn), jax.tree.leaves(nhwc), strict=True):
@@ -256,7 +261,11 @@ def test_moved_activations_counts_transposes_and_not_bitcasts():
 
 @pytest.mark.parametrize(
     ("name", "size", "batch", "least", "options"),
-    [("cnn", 8, 64, 16 * 16 * 64, {"width": 0.25}), ("resnet20", 16, 64, 4 * 4 * 64 * 64, {})],
+    [
+        ("cnn", 8, 64, 16 * 16 * 64, {"width": 0.25}),
+        ("resnet20", 16, 64, 4 * 4 * 64 * 64, {"blocks": (1, 2, 1)}),
+        pytest.param("resnet20", 16, 64, 4 * 4 * 64 * 64, {}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_chwn_training_step_moves_no_activations(name, size, batch, least, options):
     """`least` is the smallest activation between stem and pool; images and weights are smaller, and may be transposed."""

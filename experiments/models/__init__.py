@@ -17,6 +17,7 @@ from experiments.models.cnn import CNN
 from experiments.models.layers import Parts
 from experiments.models.mobilenet import MobileNetV1
 from experiments.models.resnet import CIFAR_DEPTHS, IMAGENET_BLOCKS, ResNet
+from experiments.models.taps import PIXELS
 from experiments.models.vgg import VGG19
 
 __all__ = ["create", "names"]
@@ -47,6 +48,7 @@ def create(
     dtype: Any = jnp.float32,
     implementation: str | None = None,
     kernel_gradient: str = "masked",
+    tap_pixels: int = PIXELS,
 ) -> nn.Module:
     """A network by name.
 
@@ -59,6 +61,7 @@ def create(
       dtype: of the computation; params stay float32.
       implementation: of the block-sparse convs, as in `blocksparse_jax.conv`.
       kernel_gradient: `"masked"` or `"dense"`, as in `blocksparse_jax.conv`.
+      tap_pixels: dense convs of many channels with at most so many output pixels run as a matrix product per tap, on a CPU.
 
     Returns:
       A linen module: `model.init(key, images)`, `model.apply(variables, images, train=True, mutable=["batch_stats"])`.
@@ -77,7 +80,7 @@ def create(
     _choice("data_format", data_format, ("CHWN", "NHWC"))
     if stem == "imagenet" and name not in (*IMAGENET_BLOCKS, "mobilenet_v1"):
         raise ValueError(f"stem: {name!r} has only the 'cifar' stem, got 'imagenet'; use resnet18/34/50, resnet50_v1_5 or mobilenet_v1")
-    parts = Parts(data_format, dtype, implementation, kernel_gradient)
+    parts = Parts(data_format, dtype, implementation, kernel_gradient, tap_pixels)
     if name == "cnn":
         return CNN(num_classes, width, parts)
     if name == "vgg19":

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
 
-from blocksparse_jax.linen import BlockSparseConv
+from experiments.models.taps import PIXELS, Conv
 
 HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 HE_DEPTHWISE = nn.initializers.variance_scaling(2.0, "fan_in", "normal")  # fan_out would count all filters, each tap feeds one
@@ -25,6 +25,7 @@ class Parts:
       dtype: of the computation (params and statistics stay float32).
       implementation: of the block-sparse convs, as in `blocksparse_jax.conv`.
       kernel_gradient: `"masked"` or `"dense"`, as in `blocksparse_jax.conv`.
+      tap_pixels: dense convs of many channels with at most so many output pixels run as a matrix product per tap, on a CPU.
 
     Example:
       >>> Parts().conv(64, 3, name="conv").padding
@@ -37,15 +38,16 @@ class Parts:
     dtype: Any = jnp.float32
     implementation: str | None = None
     kernel_gradient: str = "masked"
+    tap_pixels: int = PIXELS
 
     @property
     def channel_axis(self) -> int:
         """The axis of the channels."""
         return 0 if self.data_format == "CHWN" else -1
 
-    def conv(self, features: int, size: int, strides: int = 1, *, name: str) -> BlockSparseConv:
+    def conv(self, features: int, size: int, strides: int = 1, *, name: str) -> Conv:
         """A `size x size` conv without bias, padded by `size // 2` on each side as in the published (PyTorch) networks."""
-        return BlockSparseConv(
+        return Conv(
             features,
             (size, size),
             strides,
@@ -56,6 +58,7 @@ class Parts:
             data_format=self.data_format,
             implementation=self.implementation,
             kernel_gradient=self.kernel_gradient,
+            tap_pixels=self.tap_pixels,
             name=name,
         )
 
