@@ -77,7 +77,7 @@ def test_packed_leaves_shrink_with_the_density(params):
 @pytest.mark.parametrize("optimizer", [optax.sgd(0.05, momentum=0.9), optax.adamw(1e-2), optax.lamb(1e-3)], ids=["sgd", "adamw", "lamb"])
 def test_packed_training_is_ordinary_training_of_a_smaller_tree(params, optimizer):
     """The same gradients move packed and dense parameters alike, step by step, with the same tx."""
-    tx = bsj.keep_zeros(optax.chain(bsj.hrbp_prune(0.8, group_size=16), optimizer))
+    tx = bsj.keep_zeros(optax.chain(bsj.hrbp_prune(0.7, group_size=16), optimizer))
     state = tx.init(params)
     params = bsj.apply_masks(params, bsj.get_masks(state))
     layouts = bsj.get_layouts(state)
@@ -97,7 +97,7 @@ def test_packed_training_is_ordinary_training_of_a_smaller_tree(params, optimize
 def test_dynamic_hrbp_keeps_groups_and_counts_and_follows_the_gradient(params):
     """Grown channels are those of the largest gradient; filters, taps and counts stay; that step applies no gradient."""
     due = bsj.periodic(2, until=100)
-    method = bsj.hrbp_prune(0.5, group_size=16, block_density=1.0, update=due, drop_fraction=0.5)
+    method = bsj.hrbp_prune(0.75, group_size=16, block_density=1.0, update=due, drop_fraction=0.5)
     tx = bsj.keep_zeros(optax.chain(method, optax.sgd(0.1, momentum=0.9)))
     state = tx.init(params)
     params = bsj.apply_masks(params, bsj.get_masks(state))

@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import blocksparse_jax as bsj
 from experiments.config import TrainConfig, resolve
@@ -16,18 +16,21 @@ from experiments.loop import Trainer
 from experiments.methods import METHODS, Length
 
 STEPS = 50
-BASE = TrainConfig(model="cnn", width=0.25, sparsity=0.8, group_size=16, block=16, batch_size=16, update_every=10, epochs=1, lr=0.02)
+BASE = TrainConfig(
+    model="cnn", width=0.25, sparsity=0.8, group_size=16, block=16, batch_size=16, update_every=10, epochs=1, drop_fraction=0.9
+)
+LR = {"sgd": 0.02, "adam": 1e-3}  # small: rounding may turn a maximum or a ReLU of nearly equal values, and training then drifts apart
+EVERY = {"subp": 16}  # each of its updates compiles anew
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_cache(tmp_path_factory):
-    """Equal programs of different trainers are compiled once."""
-    for directory, seconds in ((str(tmp_path_factory.mktemp("jax")), 0.1), (None, 1.0)):
-        jax.config.update("jax_compilation_cache_dir", directory)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
-        compilation_cache.reset_cache()
-        if directory:
-            yield
+class Trained(NamedTuple):
+    """A run of STEPS steps: the losses, the steps that moved masks, and how often the training step was traced."""
+
+    trainer: Trainer
+    state: Any
+    losses: np.ndarray
+    moved: list[int]
+    traces: int
 
 
 def trainer_of(**options):
@@ -35,52 +38,70 @@ def trainer_of(**options):
     return Trainer(config, (8, 8, 1), 10, Length(STEPS, STEPS))
 
 
-def train(**options):
-    trainer = trainer_of(**options)
-    state, losses = trainer.init(), []
-    for step, (images, labels) in enumerate(load("digits").train_batches(0, 16, 0)):
-        if step == STEPS:
-            break
+def batches(steps=STEPS):
+    for step, batch in zip(range(steps), load("digits").train_batches(0, BASE.batch_size, 0)):
+        yield step, *batch
+
+
+@functools.cache
+def train(method, execution, optimizer="sgd", precision="float32"):
+    every = EVERY.get(method, BASE.update_every)
+    trainer = trainer_of(method=method, execution=execution, optimizer=optimizer, precision=precision, lr=LR[optimizer], update_every=every)
+    traces, body = [], trainer._train_step
+
+    @functools.wraps(body)
+    def counted(*args, **kwargs):
+        traces.append(1)
+        return body(*args, **kwargs)
+
+    trainer._step = jax.jit(counted, static_argnames="dense_gradient", donate_argnums=0)
+    state, losses, moved = trainer.init(), [], []
+    masks = trainer.masks(state)
+    for step, images, labels in batches():
         state, metrics = trainer.step(state, step, images, labels)
         losses.append(float(metrics.loss))
-    return trainer, state, np.array(losses)
+        before, masks = masks, trainer.masks(state)
+        if not all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(masks), strict=True)):
+            moved.append(step)
+    return Trained(trainer, state, np.array(losses), moved, len(traces))
+
+
+# The least loss as a fraction of the first: 0.818, 0.939, 0.803, 0.733, 0.910 and 0.812 were measured; without learning 0.976 and more.
+LEARNT = {
+    ("hrbp", "sgd"): 0.87,
+    ("hrbp-dynamic", "adam"): 0.96,
+    ("subp", "sgd"): 0.87,
+    ("random-channel", "sgd"): 0.8,
+    ("hrbp", "adam"): 0.935,
+    ("hrbp-dynamic", "sgd"): 0.87,
+}
+VARIANTS = [("hrbp", "adam"), ("hrbp-dynamic", "sgd")]  # the other pairs hold both methods and both optimizers
 
 
 @pytest.mark.parametrize(
-    ("method", "optimizer"),
-    [("hrbp", "sgd"), ("hrbp", "adam"), ("hrbp-dynamic", "sgd"), ("hrbp-dynamic", "adam"), ("subp", "sgd"), ("random-channel", "sgd")],
+    ("method", "optimizer"), [pytest.param(*case, marks=[pytest.mark.slow] if case in VARIANTS else []) for case in LEARNT]
 )
 def test_executions_agree(method, optimizer):
-    lr = {"sgd": 0.02, "adam": 1e-3}[optimizer]
-    runs = {e: train(method=method, optimizer=optimizer, lr=lr, execution=e) for e in ("masked", "sparse", "packed")}
-    _, masked_state, losses = runs["masked"]
-    assert losses.min() < 0.95 * losses[0]
-    assert [run[1].form for run in runs.values()] == ["masked", "sparse", "packed"]
-    masks = runs["masked"][0].masks(masked_state)
-    for trainer, state, other in runs.values():
-        np.testing.assert_allclose(other, losses, atol=1e-4)
-        jax.tree.map(np.testing.assert_array_equal, trainer.masks(state), masks)
-        kept = jax.tree.map(jnp.multiply, trainer.to("masked", state).params, masks)
-        expected = jax.tree.map(jnp.multiply, masked_state.params, masks)
+    runs = {e: train(method, e, optimizer) for e in ("masked", "sparse", "packed")}
+    losses = runs["masked"].losses
+    assert losses.min() < LEARNT[method, optimizer] * losses[0]
+    assert [run.state.form for run in runs.values()] == ["masked", "sparse", "packed"]
+    masks = runs["masked"].trainer.masks(runs["masked"].state)
+    expected = jax.tree.map(jnp.multiply, runs["masked"].state.params, masks)
+    for run in runs.values():
+        np.testing.assert_allclose(run.losses, losses, atol=1e-4)
+        jax.tree.map(np.testing.assert_array_equal, run.trainer.masks(run.state), masks)
+        kept = jax.tree.map(jnp.multiply, run.trainer.to("masked", run.state).params, masks)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), kept, expected)
 
 
 def test_dynamic_masks_move_only_at_topology_steps():
-    trainer = trainer_of(method="hrbp-dynamic", execution="packed", drop_fraction=0.9)
-    state, moved = trainer.init(), []
-    masks = trainer.masks(state)
-    for step, (images, labels) in enumerate(load("digits").train_batches(0, 16, 0)):
-        if step == 40:
-            break
-        state, _ = trainer.step(state, step, images, labels)
-        before, masks = masks, trainer.masks(state)
-        if not all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(masks), strict=True)):
-            moved.append(step)
-    assert moved == [10, 20, 30]  # not 40 and on: the last quarter of training keeps its masks
+    # not 40 and on: the last quarter of training keeps its masks
+    assert train("hrbp-dynamic", "packed", "adam").moved == [10, 20, 30]
 
 
 def test_packed_state_shrinks_with_the_density():
-    dense, packed = trainer_of(method="dense").init(), trainer_of(method="hrbp", execution="packed").init()
+    dense, packed = trainer_of(method="dense").init(), train("hrbp", "packed").state
 
     def floats(tree):
         return sum(leaf.size for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating))
@@ -89,42 +110,25 @@ def test_packed_state_shrinks_with_the_density():
         assert floats(getattr(packed, part)) < 0.35 * floats(getattr(dense, part))
 
 
-def test_to_is_exact_both_ways():
-    trainer = trainer_of(method="hrbp", execution="packed")
-    state = trainer.init()
-    images, labels = next(load("digits").train_batches(0, 16, 0))
-    state, _ = trainer.step(state, 0, images, labels)
-    again = trainer.to("packed", trainer.to("sparse", state))
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(state), jax.tree.leaves(again))
-    assert jax.tree.structure(state) == jax.tree.structure(again)
+@pytest.mark.parametrize(("method", "optimizer"), [("hrbp", "sgd"), ("hrbp-dynamic", "adam")])
+def test_to_is_exact_both_ways(method, optimizer):
+    run = train(method, "packed", optimizer)
+    again = run.trainer.to("packed", run.trainer.to("sparse", run.state))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(run.state), jax.tree.leaves(again))
+    assert jax.tree.structure(run.state) == jax.tree.structure(again)
 
 
 def test_new_masks_do_not_recompile():
-    trainer = trainer_of(method="hrbp-dynamic", execution="packed")
-    state = trainer.init()
-    traces = []
-    body = trainer._train_step
-
-    @functools.wraps(body)
-    def counted(*args, **kwargs):
-        traces.append(1)
-        return body(*args, **kwargs)
-
-    trainer._step = jax.jit(counted, static_argnames="dense_gradient", donate_argnums=0)
-    for step, (images, labels) in enumerate(load("digits").train_batches(0, 16, 0)):
-        if step == 35:
-            break
-        state, _ = trainer.step(state, step, images, labels)
-    assert len(traces) == 2  # one packed step, one topology step
+    run = train("hrbp-dynamic", "packed", "adam")
+    assert len(run.moved) == 3
+    assert run.traces == 2  # one packed step, one topology step
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.has_layout])
 def test_masked_only_methods_train(method):
     trainer = trainer_of(method=method)
     state = trainer.init()
-    for step, (images, labels) in enumerate(load("digits").train_batches(0, 16, 0)):
-        if step == 12:
-            break
+    for step, images, labels in batches(12):
         state, metrics = trainer.step(state, step, images, labels)
     assert np.isfinite(float(metrics.loss))
     assert state.form == "masked"
@@ -134,15 +138,14 @@ def test_masked_only_methods_train(method):
 
 
 def test_bfloat16_keeps_float32_parameters():
-    _trainer, state, losses = train(method="hrbp", execution="packed", precision="bfloat16")
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
-    assert losses[-5:].mean() < losses[:5].mean()
-    full = train(method="hrbp", execution="packed")[2]
-    assert 1e-7 < np.abs(losses - full).max() < 0.3  # bf16 was used, and is close
+    half, full = train("hrbp", "packed", precision="bfloat16"), train("hrbp", "packed")
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.state.params)} == {jnp.dtype("float32")}
+    assert half.losses[-5:].mean() < half.losses[:5].mean()
+    assert 1e-7 < np.abs(half.losses - full.losses).max() < 0.3  # bf16 was used, and is close
 
 
 def test_random_channel_drops_whole_channels():
-    trainer = trainer_of(method="random-channel")
-    layouts = [x for x in jax.tree.leaves(trainer.init().layouts, is_leaf=bsj.is_layout) if isinstance(x, bsj.BlockLayout)]
+    state = train("random-channel", "packed").state
+    layouts = [x for x in jax.tree.leaves(state.layouts, is_leaf=bsj.is_layout) if isinstance(x, bsj.BlockLayout)]
     assert layouts
     assert all(layout.filters.shape[0] == 1 for layout in layouts)

@@ -23,7 +23,7 @@ CASES = [
     ((3, 3, 8, 12), 4, 4, 3, 2),
     ((3, 3, 16, 24), 8, 5, 9, 1),
     ((1, 3, 1, 6), 3, 1, 2, 1),
-    ((3, 3, 16, 128), 16, 4, 4, 1),  # too large for the exact exchanges
+    ((3, 3, 17, 128), 16, 4, 4, 1),  # too large for the exact exchanges
 ]
 KINDS = ["iid", "heavy", "rows", "columns", "clusters", "tap_clusters", "binary", "equal", "zero"]
 
@@ -50,6 +50,10 @@ def sizes(case):
     return dict(zip(("group_size", "kept", "kept_taps", "channel_block"), case[1:]))
 
 
+mask_of = jax.jit(layout_to_mask)
+score_of = jax.jit(kept_score)
+
+
 def check_layout(layout, case):
     shape, group_size, kept, kept_taps, channel_block = case
     validate(layout)
@@ -58,7 +62,7 @@ def check_layout(layout, case):
     assert layout.packed_shape == (shape[3] // group_size, kept, kept_taps, group_size)
     assert (np.diff(layout.filters, axis=1) > 0).all()
     assert (np.diff(layout.filters[:, 0]) > 0).all()
-    mask = np.asarray(layout_to_mask(layout)).reshape(-1, *shape[2:])
+    mask = np.asarray(mask_of(layout)).reshape(-1, *shape[2:])
     assert (mask.any((0, 2)).sum(), mask.any((1, 2)).sum()) >= (kept, kept_taps)
     for members in np.asarray(layout.filters):
         block = mask[:, :, members]
@@ -76,8 +80,8 @@ def test_hrbp_groups_is_a_partition_with_exact_counts(case, kind, seed):
     check_layout(layout, case)
     again = hrbp_groups(scores, **sizes(case))
     assert all((a == b).all() for a, b in zip(jax.tree.leaves(layout), jax.tree.leaves(again)))
-    kept = np.asarray(scores)[np.asarray(layout_to_mask(layout))].sum(dtype=np.float64)
-    np.testing.assert_allclose(kept_score(scores, layout), kept, rtol=1e-5)
+    kept = np.asarray(scores)[np.asarray(mask_of(layout))].sum(dtype=np.float64)
+    np.testing.assert_allclose(score_of(scores, layout), kept, rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -85,7 +89,6 @@ def test_hrbp_groups_never_keeps_less_than_consecutive_or_random_groups(case):
     shape, group_size = case[:2]
     options = sizes(case)
     rng = np.random.default_rng(0)
-    best = jax.jit(lambda scores: kept_score(scores, hrbp_groups(scores, **options)))
 
     @jax.jit
     @functools.partial(jax.vmap, in_axes=(None, 0))
@@ -97,7 +100,7 @@ def test_hrbp_groups_never_keeps_less_than_consecutive_or_random_groups(case):
         scores = draw(kind, shape, seed)
         groupings = [np.arange(shape[3]), *(rng.permutation(shape[3]) for _ in range(10))]
         others = fixed(scores, np.stack(groupings).reshape(len(groupings), -1, group_size))
-        ours = float(best(scores))
+        ours = float(score_of(scores, hrbp_groups(scores, **options)))
         assert ours >= float(others.max()) * (1 - 1e-5), (kind, seed)
         gains.append(ours > float(others.mean()) * 1.01)
     assert np.mean(gains) > 0.3  # it searches at all
@@ -130,7 +133,7 @@ def test_hrbp_groups_finds_the_optimum_of_small_layers(case):
     for seed in range(12):
         scores = draw(["iid", "heavy", "rows"][seed % 3], case[0], seed)
         layout = hrbp_groups(scores, **sizes(case))
-        ratios.append(float(kept_score(scores, layout)) / optimum(scores, *case[1:4]))
+        ratios.append(float(score_of(scores, layout)) / optimum(scores, *case[1:4]))
     assert max(ratios) < 1 + 1e-5
     assert min(ratios) > 0.97
     assert np.mean(np.array(ratios) > 1 - 1e-5) > 0.7
@@ -141,7 +144,7 @@ def test_hrbp_groups_recovers_planted_blocks(case):
     planted = random_groups(jax.random.key(3), case[0], **sizes(case))
     scores = layout_to_mask(planted) + 0.3 * jax.random.uniform(jax.random.key(4), case[0])
     found = hrbp_groups(scores, **sizes(case))
-    assert (layout_to_mask(found) == layout_to_mask(planted)).all()
+    np.testing.assert_array_equal(mask_of(found), mask_of(planted))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
@@ -215,10 +218,11 @@ def test_random_groups(case):
     draw_groups = jax.jit(lambda key: random_groups(key, case[0], **sizes(case)))
     layouts = [draw_groups(key) for key in jax.random.split(jax.random.key(0), 200)]
     check_layout(layouts[0], case)
-    masks = np.mean([layout_to_mask(layout) for layout in layouts], axis=0)
+    masks = np.mean([mask_of(layout) for layout in layouts], axis=0)
     density = layouts[0].density
     assert np.abs(masks - density).max() < 5.5 * np.sqrt(density * (1 - density) / 200) + 1e-6  # every weight is equally likely
-    together = np.mean([(layout.filters == 0).any(1) @ (layout.filters == case[0][3] - 1).any(1) for layout in layouts])
+    filters = np.stack([layout.filters for layout in layouts])
+    together = np.mean(((filters == 0).any(2) & (filters == case[0][3] - 1).any(2)).any(1))
     assert abs(together - (case[1] - 1) / (case[0][3] - 1)) < 0.2
 
 

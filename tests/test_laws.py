@@ -12,46 +12,73 @@ from jax import lax
 
 import blocksparse_jax as bsj
 
+# (kh, kw, cin, cout), group_size, kept, kept_taps, channel_block
+SIZES = [
+    ((3, 3, 5, 16), 8, 2, 4, 1),
+    ((1, 1, 4, 9), 3, 3, 1, 1),
+    ((2, 3, 6, 6), 2, 4, 6, 2),  # aligned runs, all taps
+    ((3, 1, 1, 8), 8, 1, 2, 1),  # one group, one channel
+    ((1, 2, 10, 3), 1, 10, 1, 2),  # groups of one filter, all channels
+    ((2, 2, 3, 4), 2, 3, 4, 1),  # everything kept
+]
+
+POOL = st.sampled_from(SIZES)
+mask_of = jax.jit(bsj.layout_to_mask)
+
+
+@functools.cache
+def drawing(shape, group_size, kept, kept_taps, channel_block):
+    """Jitted `key -> layout`, so that another key does not compile again."""
+    return jax.jit(
+        lambda key: bsj.random_groups(key, shape, group_size=group_size, kept=kept, kept_taps=kept_taps, channel_block=channel_block)
+    )
+
 
 @st.composite
-def layouts(draw, max_kernel=3):
-    """Any layout: rectangular kernels, 1x1, aligned runs of channels, everything kept or next to nothing."""
+def layouts(draw, sizes=POOL):
+    """A random layout of one of a few sizes: its shapes are compiled, its contents are not."""
+    return drawing(*draw(sizes))(jax.random.key(draw(st.integers(0, 2**16))))
+
+
+@st.composite
+def any_sizes(draw, max_kernel=3):
+    """Any sizes: rectangular kernels, 1x1, aligned runs of channels, everything kept or next to nothing."""
     kh, kw = draw(st.integers(1, max_kernel)), draw(st.integers(1, max_kernel))
     channel_block = draw(st.sampled_from([1, 1, 2]))
     cin, groups, group_size = channel_block * draw(st.integers(1, 5)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 8]))
     kept = channel_block * draw(st.integers(1, cin // channel_block))
-    kept_taps = draw(st.integers(1, kh * kw))
-    key = jax.random.key(draw(st.integers(0, 2**16)))
-    shape = (kh, kw, cin, groups * group_size)
-    return bsj.random_groups(key, shape, group_size=group_size, kept=kept, kept_taps=kept_taps, channel_block=channel_block)
+    return (kh, kw, cin, groups * group_size), group_size, kept, draw(st.integers(1, kh * kw)), channel_block
 
 
-@settings(deadline=None, max_examples=10)
-@given(layouts(), st.sampled_from([jnp.float32, jnp.bfloat16]))
-def test_pack_and_unpack_are_inverse(layout, dtype):
-    kernel = jax.random.normal(jax.random.key(1), layout.shape, dtype)
-    mask = bsj.layout_to_mask(layout)
+@functools.partial(jax.jit, static_argnums=2)
+def both_ways(kernel, layout, dtype):
+    kernel = kernel.astype(dtype)
+    packed = bsj.pack(kernel, layout)
+    gradient = jax.grad(lambda k: jnp.sum(bsj.pack(k, layout).astype(jnp.float32) ** 2))(kernel)
+    return kernel, packed, bsj.unpack(packed, layout), bsj.pack(bsj.unpack(packed, layout), layout), gradient
 
-    @jax.jit
-    def both_ways(kernel):
-        packed = bsj.pack(kernel, layout)
-        gradient = jax.grad(lambda k: jnp.sum(bsj.pack(k, layout).astype(jnp.float32) ** 2))(kernel)
-        return packed, bsj.unpack(packed, layout), bsj.pack(bsj.unpack(packed, layout), layout), gradient
 
-    packed, unpacked, again, gradient = both_ways(kernel)
+def check_packing(layout, dtype, seed):
+    mask = np.asarray(mask_of(layout))
+    kernel = np.random.default_rng(seed).normal(size=layout.shape).astype(np.float32)
+    kernel, packed, unpacked, again, gradient = both_ways(kernel, layout, dtype)
     assert packed.shape == layout.packed_shape
-    assert packed.dtype == kernel.dtype
+    assert packed.dtype == kernel.dtype == dtype
     np.testing.assert_array_equal(unpacked, np.where(mask, kernel, 0))
     np.testing.assert_array_equal(again, packed)
-    assert not np.any(np.asarray(gradient, np.float32)[~np.asarray(mask)])
+    assert not np.any(np.asarray(gradient, np.float32)[~mask])
 
 
-@settings(deadline=None, max_examples=10)
-@given(layouts())
-def test_a_layout_is_a_partition_with_exact_counts(layout):
+@settings(deadline=None, max_examples=30)
+@given(layouts(), st.sampled_from([jnp.float32, jnp.bfloat16]), st.integers(0, 99))
+def test_pack_and_unpack_are_inverse(layout, dtype, seed):
+    check_packing(layout, dtype, seed)
+
+
+def check_partition(layout):
     bsj.validate(layout)
     kh, kw, cin, cout = layout.shape
-    mask = np.asarray(bsj.layout_to_mask(layout)).reshape(kh * kw, cin, cout)
+    mask = np.asarray(mask_of(layout)).reshape(kh * kw, cin, cout)
     seen = np.zeros(cout, int)
     for filters, channels, taps in zip(*(np.asarray(a) for a in (layout.filters, layout.channels, layout.taps)), strict=True):
         seen[filters] += 1
@@ -63,7 +90,22 @@ def test_a_layout_is_a_partition_with_exact_counts(layout):
     again = bsj.mask_to_layout(mask.reshape(layout.shape), layout.filters)
     for name in ("filters", "channels", "taps"):
         np.testing.assert_array_equal(getattr(again, name), getattr(layout, name))
-    np.testing.assert_array_equal(bsj.layout_to_mask(bsj.mask_to_layout(mask.reshape(layout.shape))), mask.reshape(layout.shape))
+    read = bsj.mask_to_layout(mask.reshape(layout.shape))  # groups of equal masks are merged
+    np.testing.assert_array_equal(mask_of(read), mask.reshape(layout.shape))
+
+
+@settings(deadline=None, max_examples=30)
+@given(layouts())
+def test_a_layout_is_a_partition_with_exact_counts(layout):
+    check_partition(layout)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=60)
+@given(layouts(any_sizes()), st.sampled_from([jnp.float32, jnp.bfloat16]))
+def test_laws_of_layouts_of_any_size(layout, dtype):
+    check_packing(layout, dtype, 0)
+    check_partition(layout)
 
 
 def _reference(x, kernel, mask, strides, padding, dilation):
@@ -79,9 +121,75 @@ def _close(got, want, tolerance, what):
     assert np.abs(got - want).max(initial=0) <= tolerance * max(1.0, np.abs(want).max(initial=0)), what
 
 
-@settings(deadline=None, max_examples=12)
+@functools.partial(jax.jit, static_argnames=("strides", "padding", "dilation", "data_format", "form", "implementation"))
+def _ours(dy, x, kernel, layout, *, data_format, form, **options):
+    if form == "full-gradient":
+        options["kernel_gradient"] = "dense"
+
+    def function(x, kernel):
+        if data_format == "CHWN":
+            x = x.transpose(3, 1, 2, 0)
+        kernel = bsj.pack(kernel, layout) if form == "packed" else kernel
+        y = bsj.conv(x, kernel, layout, packed=form == "packed", data_format=data_format, **options)
+        return y.transpose(3, 1, 2, 0) if data_format == "CHWN" else y
+
+    y, pull = jax.vjp(function, x, kernel)
+    return y, *pull(dy.astype(y.dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("strides", "padding", "dilation"))
+def _wanted(dy, x, kernel, mask, **options):
+    y, pull = jax.vjp(lambda x, kernel: _reference(x, kernel, mask, **options), x, kernel)
+    return y, *pull(dy)
+
+
+def check_conv(layout, size, batch, strides, dilation, padding, data_format, form, dtype, implementation, seed=2):
+    """Every option of the door against `lax.conv_general_dilated` on masked weights; the reference runs in float32."""
+    rng, window = np.random.default_rng(seed), {"strides": strides, "padding": padding, "dilation": dilation}
+    kernel, x = (jnp.asarray(rng.normal(size=s), dtype) for s in (layout.shape, (batch, *size, layout.shape[2])))
+    mask = mask_of(layout)
+    wide = x.astype(jnp.float32), kernel.astype(jnp.float32)
+    shape = jax.eval_shape(functools.partial(_reference, **window), *wide, mask).shape
+    dy = jnp.asarray(rng.normal(size=shape), dtype)
+    y, dx, dkernel = _ours(dy, x, kernel, layout, data_format=data_format, form=form, implementation=implementation, **window)
+    want, want_dx, want_dkernel = _wanted(dy.astype(jnp.float32), *wide, mask, **window)
+    if form == "full-gradient":
+        _, _, want_dkernel = _wanted(dy.astype(jnp.float32), *wide, jnp.ones_like(mask), **window)
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    assert (y.dtype, dx.dtype, dkernel.dtype) == (dtype, dtype, dtype)
+    _close(y, want, tolerance, "values")
+    _close(dx, want_dx, tolerance, "input gradient")
+    _close(dkernel, want_dkernel, tolerance, "kernel gradient")
+    if form != "full-gradient":
+        assert not np.any(np.asarray(dkernel, np.float32)[~np.asarray(mask)])
+
+
+# layout's sizes, image, batch, strides, dilation, padding, data format, form, dtype, implementation: every value of each, in many pairs
+CONVS = [
+    (SIZES[0], (5, 9), 2, (2, 1), (1, 2), "SAME", "NHWC", "dense", jnp.float32, None),
+    (SIZES[0], (8, 6), 5, (1, 1), (1, 1), ((0, 2), (1, 0)), "CHWN", "packed", jnp.bfloat16, "xla"),
+    (SIZES[0], (7, 7), 1, (1, 3), (2, 1), ((3, 1), (0, 4)), "CHWN", "full-gradient", jnp.float32, "xla"),
+    (SIZES[1], (6, 5), 5, (3, 2), (2, 2), "VALID", "CHWN", "packed", jnp.float32, None),
+    (SIZES[1], (9, 8), 1, (1, 1), (1, 1), "SAME", "NHWC", "full-gradient", jnp.bfloat16, "dense"),
+    (SIZES[2], (8, 9), 2, (1, 2), (2, 1), "VALID", "NHWC", "packed", jnp.float32, "xla"),
+    (SIZES[2], (6, 6), 5, (2, 2), (1, 1), ((0, 2), (1, 0)), "NHWC", "full-gradient", jnp.float32, None),
+    (SIZES[3], (9, 5), 1, (3, 1), (1, 1), "SAME", "CHWN", "dense", jnp.bfloat16, None),
+    (SIZES[3], (7, 8), 2, (1, 1), (2, 2), ((3, 1), (0, 4)), "NHWC", "packed", jnp.float32, "dense"),
+    (SIZES[4], (5, 5), 2, (2, 3), (1, 2), ((3, 1), (0, 4)), "CHWN", "dense", jnp.float32, "xla"),
+    (SIZES[5], (6, 8), 5, (1, 1), (2, 1), "VALID", "CHWN", "dense", jnp.float32, "dense"),
+]
+
+
+@pytest.mark.parametrize("case", CONVS, ids=lambda case: "-".join(map(str, (*case[0][0], *case[6:8], case[8].__name__, case[9]))))
+def test_conv_and_its_gradients_equal_masked_dense(case):
+    for seed in range(3):
+        check_conv(drawing(*case[0])(jax.random.key(seed)), *case[1:], seed=seed)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=100)
 @given(
-    layout=layouts(),
+    layout=layouts(any_sizes()),
     size=st.tuples(st.integers(5, 9), st.integers(5, 9)),
     batch=st.sampled_from([1, 2, 5]),
     strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
@@ -92,46 +200,8 @@ def _close(got, want, tolerance, what):
     dtype=st.sampled_from([jnp.float32, jnp.float32, jnp.bfloat16]),
     implementation=st.sampled_from([None, "xla", "dense"]),
 )
-def test_conv_and_its_gradients_equal_masked_dense(
-    layout, size, batch, strides, dilation, padding, data_format, form, dtype, implementation
-):
-    """Every option of the door against `lax.conv_general_dilated` on masked weights; the reference runs in float32."""
-    keys = jax.random.split(jax.random.key(2), 3)
-    kernel = jax.random.normal(keys[0], layout.shape, dtype)
-    x = jax.random.normal(keys[1], (batch, *size, layout.shape[2]), dtype)
-    mask = bsj.layout_to_mask(layout)
-    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
-    options = {"strides": strides, "padding": padding, "dilation": dilation, "implementation": implementation, "data_format": data_format}
-    if form == "full-gradient":
-        options["kernel_gradient"] = "dense"
-
-    def ours(x, kernel):
-        if data_format == "CHWN":
-            x = x.transpose(3, 1, 2, 0)
-        y = bsj.conv(x, bsj.pack(kernel, layout) if form == "packed" else kernel, layout, packed=form == "packed", **options)
-        return y.transpose(3, 1, 2, 0) if data_format == "CHWN" else y
-
-    def reference(x, kernel):
-        return _reference(x, kernel, mask, strides, padding, dilation)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def with_gradients(function, dy, *arguments):
-        y, pull = jax.vjp(function, *arguments)
-        return y, *pull(dy.astype(y.dtype))
-
-    wide = x.astype(jnp.float32), kernel.astype(jnp.float32)
-    dy = jax.random.normal(keys[2], jax.eval_shape(reference, *wide).shape, dtype)
-    y, dx, dkernel = with_gradients(ours, dy, x, kernel)
-    want, want_dx, want_dkernel = with_gradients(reference, dy, *wide)
-    if form == "full-gradient":
-        whole = functools.partial(_reference, mask=True, strides=strides, padding=padding, dilation=dilation)
-        _, _, want_dkernel = with_gradients(whole, dy, *wide)
-    assert (y.dtype, dx.dtype, dkernel.dtype) == (dtype, dtype, dtype)
-    _close(y, want, tolerance, "values")
-    _close(dx, want_dx, tolerance, "input gradient")
-    _close(dkernel, want_dkernel, tolerance, "kernel gradient")
-    if form != "full-gradient":
-        assert not np.any(np.asarray(dkernel, np.float32)[~np.asarray(mask)])
+def test_conv_of_any_size_equals_masked_dense(**case):
+    check_conv(**case)
 
 
 def test_dense_kernel_gradient_is_the_full_one():
@@ -154,7 +224,7 @@ def test_new_layouts_of_one_shape_do_not_recompile():
 
     x, kernel = jnp.ones((1, 6, 6, 8)), jax.random.normal(jax.random.key(0), (3, 3, 8, 8))
     for seed in range(4):
-        layout = bsj.random_groups(jax.random.key(seed), (3, 3, 8, 8), group_size=4, kept=3, kept_taps=4)
+        layout = drawing((3, 3, 8, 8), 4, 3, 4, 1)(jax.random.key(seed))
         want = _reference(x, kernel, bsj.layout_to_mask(layout), (1, 1), "SAME", (1, 1))
         np.testing.assert_allclose(step(x, kernel, layout), want, rtol=1e-5, atol=1e-5)
     assert len(traces) == 1

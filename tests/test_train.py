@@ -9,7 +9,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import compare, evaluate, plots, tables
 from experiments.config import TrainConfig, resolve
@@ -25,17 +24,6 @@ RESULT = {
     *("method", "dataset", "model", "seed", "sparsity", "density", "test_accuracy", "kept_flops_fraction", "step_ms_median"),
     *("step_ms_iqr", "epochs", "versions", "device", "execution", "precision", "commit"),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_cache(tmp_path_factory):
-    """Equal programs of different trainers are compiled once."""
-    for directory, seconds in ((str(tmp_path_factory.mktemp("jax")), 0.1), (None, 1.0)):
-        jax.config.update("jax_compilation_cache_dir", directory)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
-        compilation_cache.reset_cache()
-        if directory:
-            yield
 
 
 def config(tmp_path, **options):
@@ -67,7 +55,7 @@ def finished(tmp_path_factory):
 
 def test_the_command_of_the_readme(tmp_path):
     command = "-m experiments.train --dataset digits --model cnn --method hrbp --sparsity 0.9 --epochs 1 --seed 0 --width 0.25 --out"
-    cached = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}  # the compile_cache above
+    cached = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}  # of conftest
     done = subprocess.run([sys.executable, *command.split(), str(tmp_path / "a")], capture_output=True, text=True, env=os.environ | cached)
     assert done.returncode == 0, done.stderr
     assert "test accuracy" in done.stdout
@@ -127,36 +115,41 @@ def assert_same_run(resumed, run):
     assert rows == expected
 
 
-@pytest.mark.parametrize("stop", [PER_EPOCH, 18])
-def test_resume_gives_the_same_bits(finished, tmp_path, stop):
+def test_resume_gives_the_same_bits(finished, tmp_path):
+    """Stopped at an epoch's end and in the middle of one."""
     settings, run, _ = finished
     settings = dataclasses.replace(settings, out=str(tmp_path / "again"))
-    assert Run(settings).train(stop_after=stop) is None
+    assert Run(settings).train(stop_after=PER_EPOCH) is None
     resumed = Run(settings, resume=True)
-    assert resumed.step == stop
+    assert resumed.step == PER_EPOCH
+    assert resumed.train(stop_after=18) is None
+    resumed = Run(settings, resume=True)
+    assert resumed.step == 18
     resumed.train()
     assert_same_run(resumed, run)
 
 
-@pytest.mark.parametrize("step", [20, 30])  # subp: in its soft phase, and after it, packed
-def test_resume_after_a_crash_gives_the_same_bits(tmp_path, monkeypatch, step):
-    run = Run(config(tmp_path, method="subp", out=str(tmp_path / "whole")))
+def test_resume_after_crashes_gives_the_same_bits(tmp_path, monkeypatch):
+    """SUBP crashes in its soft phase, and again after it, packed."""
+    options = {"method": "subp", "update_every": PER_EPOCH}
+    run = Run(config(tmp_path, out=str(tmp_path / "whole"), **options))
     run.train()
-    settings = config(tmp_path, method="subp", checkpoint_every=7)
-    crashing = Run(settings)
-    inner = crashing.trainer.step
+    settings = config(tmp_path, checkpoint_every=7, **options)
+    resumed = Run(settings)
+    for crash_at, last, form in ((20, 14, "sparse"), (30, 28, "packed")):
+        inner = resumed.trainer.step
 
-    def crash(state, number, images, labels):
-        if number == step:
-            raise KeyboardInterrupt
-        return inner(state, number, images, labels)
+        def crash(state, number, images, labels, inner=inner, crash_at=crash_at):
+            if number == crash_at:
+                raise KeyboardInterrupt
+            return inner(state, number, images, labels)
 
-    monkeypatch.setattr(crashing.trainer, "step", crash)
-    with pytest.raises(KeyboardInterrupt):
-        crashing.train()
-    resumed = Run(settings, resume=True)
-    assert resumed.step == {20: 14, 30: 28}[step]
-    assert resumed.state.form == {20: "sparse", 30: "packed"}[step]
+        monkeypatch.setattr(resumed.trainer, "step", crash)
+        with pytest.raises(KeyboardInterrupt):
+            resumed.train()
+        resumed = Run(settings, resume=True)
+        assert resumed.step == last
+        assert resumed.state.form == form
     resumed.train()
     assert_same_run(resumed, run)
 
