@@ -9,6 +9,7 @@
 #define UNROLL _Pragma("GCC unroll 16")
 
 constexpr int64_t kDepth = 96;        // rows of a panel: it shares the L1 cache with the weights that it meets
+constexpr int64_t kCaches = 12 << 20;  // bytes: a larger target is written past the caches
 constexpr int64_t kRun = 64;          // vectors of positions in a block of the weight gradient
 
 // Element types. kPair = 2: two bfloat16 of the summed axis lie side by side in one 32-bit lane.
@@ -204,7 +205,8 @@ inline void multiply_tile(int64_t width, int64_t count, int64_t rows, const floa
 }
 
 template <class E>
-inline void write(E* row, const Lanes& lanes, Vector values) {
+inline void write(E* row, const Lanes& lanes, Vector values, bool past_caches) {
+  if (past_caches && lanes.target_run && lanes.live == kAll && stream(row + lanes.target, values)) return;
   if (lanes.target_run) store_some(row + lanes.target, values, lanes.live);
   else scatter_some(row + lanes.target, lanes.target_at, values, lanes.live);
 }
@@ -228,16 +230,18 @@ inline ProductScratch<E> take_product(Scratch& scratch, const Problem& p, const 
   return out;
 }
 
-// The sums to the target, row by row over all tiles; `index` null: rows in order.
+// The sums to the target, row by row over all tiles; `index` null: rows in order, of `all` in the target.
 template <class E>
-void write_all(const ProductScratch<E>& s, const Tiles& tiles, int64_t rows, const Grid& grid, const int32_t* index, E* target) {
+void write_all(const ProductScratch<E>& s, const Tiles& tiles, int64_t rows, const Grid& grid, int64_t all, const int32_t* index, E* target) {
+  const bool past_caches = grid.target_pitch * all * int64_t(sizeof(E)) > kCaches;
   for (int64_t row = 0; row < rows; ++row) {
     E* out = target + (index ? index[row] : row) * grid.target_pitch;
     for (int64_t i = 0; i < tiles.count(); ++i) {
       const int64_t begin = tiles.begin(i), width = tiles.width(i);
-      for (int64_t v = 0; v < width; ++v) write(out, s.vectors.lanes[begin + v], load(s.sums + (begin * rows + row * width + v) * kLanes));
+      for (int64_t v = 0; v < width; ++v) write(out, s.vectors.lanes[begin + v], load(s.sums + (begin * rows + row * width + v) * kLanes), past_caches);
     }
   }
+  if (past_caches) fence();
 }
 
 // ---- the forward pass ---------------------------------------------------------------------------------------------------------------
@@ -278,7 +282,7 @@ void forward(const Problem& p, const Grid& grid, Range range, Range groups, void
         multiply_tile<M, true>(width, to - from, block->rows, s.panel + begin * block->rows * kLanes, &a, block->at, c, block->first, ahead);
       }
     }
-    if (block->last) write_all(s, tiles, filters, grid, p.filters + block->group * filters, static_cast<E*>(p.target));
+    if (block->last) write_all(s, tiles, filters, grid, p.cout, p.filters + block->group * filters, static_cast<E*>(p.target));
     Block<E>* old = block;
     block = done ? nullptr : next, next = old;
   }
@@ -332,7 +336,7 @@ void input_gradient(const Problem& p, const Grid& grid, Range range, Range chann
     Block<E>* old = block;
     block = done ? nullptr : next, next = old;
   }
-  write_all(s, tiles, wanted, grid, nullptr, static_cast<E*>(p.target) + channels.begin * grid.target_pitch);
+  write_all(s, tiles, wanted, grid, p.cin, nullptr, static_cast<E*>(p.target) + channels.begin * grid.target_pitch);
 }
 
 // ---- the weight gradient ------------------------------------------------------------------------------------------------------------

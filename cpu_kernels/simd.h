@@ -96,6 +96,12 @@ inline void store_some(BFloat16* p, Vector v, Bits bits) {
   const __m512i out = _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40));
   _mm256_mask_storeu_epi16(p, bits, _mm512_cvtepi32_epi16(out));
 }
+// A full vector past the caches: for targets that are larger than they are. Fence before another thread reads.
+inline bool stream(float* p, Vector v) {
+  if (reinterpret_cast<uintptr_t>(p) % 64) return false;
+  _mm512_stream_ps(p, (__m512)v);
+  return true;
+}
 // Sums of four vectors' lanes.
 inline void sum4(const Vector* v, float* out) {
   const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps((__m512)v[0], (__m512)v[1]), _mm512_unpackhi_ps((__m512)v[0], (__m512)v[1]));
@@ -148,6 +154,16 @@ inline void store_some(float* p, Vector v, Bits bits) {
     if (bits >> i & 1) p[i] = v[i];
 }
 #endif
+
+template <class E>
+inline bool stream(E*, Vector) {
+  return false;
+}
+inline void fence() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
 
 inline float sum(Vector v) {
   for (int half = kLanes / 2; half > 0; half /= 2)
