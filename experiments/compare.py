@@ -21,6 +21,7 @@ from experiments.loop import Trainer, stepper
 from experiments.methods import METHODS
 from experiments.timing import alternate, median_iqr
 from experiments.train import Run
+from pallas_kernels import measure
 
 COMPARED = ("dense", "hrbp", "hrbp-dynamic", "subp", "sr-ste", "rigl")
 SMOKE = ("dense", "hrbp", "subp", "sr-ste")  # every execution, and blocks whose number changes; the others take long to compile
@@ -68,6 +69,7 @@ def main(config: CompareConfig) -> dict[str, Any]:
     if config.smoke:
         methods = SMOKE if config.methods == COMPARED else config.methods
         config = dataclasses.replace(config, methods=methods, epochs=1, repetitions=3)
+    measure.steady_memory()
     out = Path(config.out or time.strftime("runs/compare-%Y%m%d-%H%M%S"))
     width = 0.25 if config.smoke else 1
     base = TrainConfig(width=width, sparsity=config.sparsity, epochs=config.epochs, seed=config.seed, log_every=10)

@@ -25,6 +25,7 @@ from experiments.loop import Metrics, State, Trainer
 from experiments.methods import Length, learning_rate
 from experiments.run_folder import RunFolder
 from experiments.timing import StepTimer, median_iqr
+from pallas_kernels import measure
 
 
 class Sums(NamedTuple):
@@ -230,6 +231,7 @@ def main(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
 
     Reference: ours.
     """
+    measure.steady_memory()
     result = Run(config, resume).train()
     assert result is not None
     return result
