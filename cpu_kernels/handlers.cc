@@ -117,15 +117,17 @@ ffi::Error check(const ffi::AnyBuffer& x, const ffi::AnyBuffer& y, const ffi::An
   if (geometry.kernel.size() != 2 || geometry.strides.size() != 2 || geometry.padding.size() != 2 || geometry.dilation.size() != 2)
     return invalid("kernel, strides, padding and dilation must have two numbers each");
   for (int i = 0; i < 2; ++i) {
-    const int64_t bound = int64_t(1) << 30;
+    const int64_t bound = 1 << 20;
     if (geometry.kernel[i] < 1 || geometry.strides[i] < 1 || geometry.dilation[i] < 1 || geometry.padding[i] < 0 ||
         std::max({geometry.kernel[i], geometry.strides[i], geometry.dilation[i], geometry.padding[i]}) > bound)
-      return invalid("kernel, strides and dilation must be at least 1 and padding at least 0");
+      return invalid("kernel, strides and dilation must be at least 1, padding at least 0, and none above 2^20");
   }
   const auto xs = x.dimensions(), ys = y.dimensions(), vs = values.dimensions();
   if (xs.size() != 4 || ys.size() != 4 || vs.size() != 4)
     return invalid("expected x [cin, h, w, n], y [cout, ho, wo, n], values [groups, kept, kept_taps, group_size], got " + shape_of(xs) + ", " +
                    shape_of(ys) + ", " + shape_of(vs));
+  for (const auto& dims : {xs, ys, vs})
+    if (*std::min_element(dims.begin(), dims.end()) < 1) return invalid("an axis is empty: " + shape_of(dims));
   const auto type = x.element_type();
   if ((type != ffi::F32 && type != ffi::BF16) || y.element_type() != type || values.element_type() != (values_are_gradient ? ffi::F32 : type))
     return invalid("x, y and values must be all float32 or all bfloat16 (the gradient of the values float32)");

@@ -82,6 +82,8 @@ BAD = {
     "a negative channel": (lambda x, v, f, c, t: call(x, v, f, c.at[0, 0].set(-1), t), "channels: -1 is outside of"),
     "a channel out of range": (lambda x, v, f, c, t: call(x, v, f, c.at[2, 12].set(40), t), r"channels: 40 is outside of \[0, 40\)"),
     "a tap out of range": (lambda x, v, f, c, t: call(x, v, f, c, t.at[2, 3].set(9)), r"taps: 9 is outside of \[0, 9\)"),
+    "nothing kept": (lambda x, v, f, c, t: call(x, v[:, :0], f, c[:, :0], t), r"an axis is empty: .3, 0, 4, 16."),
+    "a huge stride": (lambda x, v, f, c, t: call(x, v, f, c, t, strides=np.array([1, 2**40])), "none above"),
     "a rank": (lambda x, v, f, c, t: call(x[0], v, f, c, t), "expected x .cin, h, w, n."),
     "too few channels": (lambda x, v, f, c, t: call(x, v, f, c[:, 1:], t), r"channels \[3, 12\] do not fit"),
     "other images": (lambda x, v, f, c, t: call(x, v, f, c, t, out=(48, 9, 7, 4)), "different numbers of images"),
