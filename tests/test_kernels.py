@@ -338,11 +338,13 @@ def test_the_choice_loses_at_most_a_tenth_at_the_tuned_shapes_and_can_be_told():
         assert entry["features"] == tiles.features(spec)
         for mode, gradients in tiles.MODES.items():
             chosen = tiles.choose(dataclasses.replace(spec, gradients=gradients), "cpu")
-            assert times[mode][chosen] <= 1.1 * min(times[mode].values()), (entry["name"], mode)
-    choice = choose_implementation(BASE)
+            formulations = {name: ms for name, ms in times[mode].items() if name != tiles.NATIVE}
+            assert times[mode][chosen] <= 1.1 * min(formulations.values()), (entry["name"], mode)
+    half = dataclasses.replace(BASE, dtype="float16")  # not among the native kernels' dtypes
+    choice = choose_implementation(half)
     assert choice.implementation == "xla"
-    assert choice.details["forward"] == tiles.choose(BASE)
-    assert choice.details["forward + gradients"] == tiles.choose(dataclasses.replace(BASE, gradients=True))
+    assert choice.details["forward"] == tiles.choose(half)
+    assert choice.details["forward + gradients"] == tiles.choose(dataclasses.replace(half, gradients=True))
 
 
 @settings(max_examples=200, deadline=None)

@@ -91,7 +91,8 @@ def _supports(spec: ConvSpec) -> str | None:
 
 def _call(name: str, spec: ConvSpec, shape: tuple[int, ...], dtype: str, *operands: jax.Array) -> jax.Array:
     """One pass: operands and the result have the layouts of the C++ handlers."""
-    out = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), manual_axis_type=jax.typeof(operands[0]).manual_axis_type)
+    like = jax.typeof(operands[0])  # inside shard_map: the result varies over the mesh as the operands do
+    out = like.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False)
     call = jax.ffi.ffi_call(PASSES[name], out, vmap_method="sequential")
     numbers = {"kernel": spec.kernel, "strides": spec.strides, "padding": [low for low, _ in spec.padding], "dilation": spec.dilation}
     return call(*operands, variant=variant(), **{key: np.asarray(value, np.int64) for key, value in numbers.items()})

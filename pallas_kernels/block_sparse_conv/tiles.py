@@ -44,7 +44,7 @@ def supports(name: str, spec: ConvSpec) -> str | None:
 def choose(spec: ConvSpec, backend: str | None = None) -> str:
     """The formulation for a spec: the fastest at the tuned shapes nearby, else by the rule.
 
-    Each tuned shape at distance d (in log space, see `features`) votes with the weight `exp(-d^2)`; the least mean of
+    Each tuned shape at distance d (in log space, see `features`) votes with the weight `exp(-2 d^2)`; the least mean of
     `log(time / best time)` wins. Neighbours smooth the noise of single measurements.
 
     Args:
@@ -102,7 +102,7 @@ def _weights(spec: ConvSpec) -> list[float]:
     """The votes of the tuned shapes."""
     here = features(spec)
     distances = [math.dist(here, entry["features"]) ** 2 for entry in _table()["entries"]]
-    return [math.exp(min(distances) - d) for d in distances]
+    return [math.exp(2 * (min(distances) - d)) for d in distances]
 
 
 def features(spec: ConvSpec) -> list[float]:
