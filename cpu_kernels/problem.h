@@ -37,7 +37,7 @@ struct Problem {
   int64_t cin, cout, groups, kept, kept_taps, group_size, kernel_width;
   const void* source;
   const void* other;
-  const float* values;   // [groups, kept, kept_taps, group_size], or what the variant's prepare_* made of it
+  const float* values;   // [groups, kept, kept_taps, group_size], or what the variant's `prepare` made of it
   const int32_t* filters;
   const int32_t* channels;
   const int32_t* taps;

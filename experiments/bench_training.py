@@ -1,4 +1,4 @@
-"""Times whole training steps: `python -m experiments.bench_training` (about 8 minutes on 2 CPU cores; `--quick` about one).
+"""Times whole training steps: `python -m experiments.bench_training` (about 7 minutes on 2 CPU cores; `--quick` about one).
 
 For each network and sparsity: dense (NHWC and CHWN; the faster one is the baseline), masked, sparse and packed execution of static
 HRBP, step by step in turn in one process. Dense convolutions run as a matrix product per tap where that is faster than XLA's convolution

@@ -1,7 +1,7 @@
 """The main job: `python -m experiments.compare` trains one small CNN on real images with six methods and prints one table.
 
 Digits (scikit-learn, 1797 real images), 90% sparsity, 2:4 for SR-STE. Digits is tiny: the table proves the road, it claims no accuracy.
-The step times are measured afterwards, all methods and executions in turn in one process. About three minutes on 2 CPU cores.
+The step times are measured afterwards, all methods and executions in turn in one process. About two minutes on 2 CPU cores.
 """
 
 import dataclasses
