@@ -1,7 +1,7 @@
 """`BlockSparseConv` for Flax linen: `nn.Conv` whose kernel may be block-sparse, and the convolution that both Flax layers share."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ Padding = str | int | Sequence[int | Pair]
 class BlockSparseConv(nn.Module):
     """A 2-D convolution with `nn.Conv`'s parameters and defaults, which does only the kept work where its kernel has a layout.
 
-    `y = x * kernel + bias`. The layouts ride in a collection of their own, `layouts`, with the params' structure:
+    `y = activation(scale * (x * kernel + bias) + shift + residual)`, what follows `bias` given in the call: at inference a batch norm, a
+    shortcut and a ReLU in the same pass over memory. The layouts ride in a collection of their own, `layouts`, with the params' structure:
     `model.apply({"params": params, "layouts": layouts, ...}, x)`. A leaf is a `BlockLayout`, `Dense()` or absent (= dense). Where it is
     a `BlockLayout`, the param `kernel` may be the dense array `[kh, kw, cin, cout]` or the packed values
     `[groups, kept, kept_taps, group_size]`.
@@ -74,11 +75,23 @@ class BlockSparseConv(nn.Module):
     kernel_gradient: str = "masked"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def __call__(
+        self,
+        x: Float[Array, "..."],
+        *,
+        scale: Float[Array, " cout"] | None = None,
+        shift: Float[Array, " cout"] | None = None,
+        residual: Float[Array, "..."] | None = None,
+        activation: Literal["relu"] | None = None,
+    ) -> Float[Array, "..."]:
         """Convolves.
 
         Args:
           x: activations `[n, h, w, cin]` (also without or with more batch axes, as `nn.Conv`), or `[cin, h, w, n]` with `"CHWN"`.
+          scale, shift: one number for each feature; a batch norm at inference has `scale = gamma / sqrt(var + epsilon)` and
+            `shift = beta - mean * scale`.
+          residual: added to the output; in its shape.
+          activation: `"relu"` or None.
 
         Returns:
           Activations in the same format with `features` channels.
@@ -91,7 +104,19 @@ class BlockSparseConv(nn.Module):
             kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         layout = self.get_variable("layouts", "kernel", Dense())
-        return convolve(self, "/".join(self.path) or type(self).__name__, x, kernel, bias, layout, shape)
+        return convolve(
+            self,
+            "/".join(self.path) or type(self).__name__,
+            x,
+            kernel,
+            bias,
+            layout,
+            shape,
+            scale=scale,
+            shift=shift,
+            residual=residual,
+            activation=activation,
+        )
 
 
 def channel_axis(data_format: str) -> int:
@@ -148,6 +173,11 @@ def convolve(
     bias: Float[Array, " cout"] | None,
     layout: Any,
     shape: tuple[int, int, int, int],
+    *,
+    scale: Float[Array, " cout"] | None = None,
+    shift: Float[Array, " cout"] | None = None,
+    residual: Float[Array, "..."] | None = None,
+    activation: Literal["relu"] | None = None,
 ) -> Float[Array, "..."]:
     """The forward pass of both Flax layers.
 
@@ -159,6 +189,9 @@ def convolve(
       bias: `[cout]` or None.
       layout: a `BlockLayout` or `Dense()`.
       shape: `(kh, kw, cin, cout)`.
+      scale, shift: of the output, `[cout]` or None.
+      residual: as the output, or None.
+      activation: `"relu"` or None.
 
     Returns:
       Activations in `layer.data_format`.
@@ -177,6 +210,9 @@ def convolve(
         raise ValueError(f"x: expected [cin, h, w, n] (data_format='CHWN'), got shape {x.shape}; add a batch axis at the end")
     if not native and len(batch) != 1:
         x = x.reshape(-1, *x.shape[-3:])
+        residual = None if residual is None else residual.reshape(-1, *residual.shape[-3:])
+    bias = bias if bias is None or scale is None else scale * bias
+    bias = bias if shift is None else shift if bias is None else shift + bias
     kh, kw, cin, cout = shape
     few_rows = kh * kw == 1 or kh * kw * cin <= 2 * cout
     if layer.feature_group_count > 1:
@@ -188,11 +224,12 @@ def convolve(
         y = matrix_conv(x, kernel, strides=strides, padding=padding, dilation=dilation, precision=layer.precision)
     else:
         y = ops.conv(
-            x, kernel, layout, strides=strides, padding=padding, dilation=dilation, data_format=layer.data_format,
-            implementation=layer.implementation, kernel_gradient=layer.kernel_gradient, precision=layer.precision,
+            x, kernel, layout, strides=strides, padding=padding, dilation=dilation, data_format=layer.data_format, scale=scale, bias=bias,
+            residual=residual, activation=activation, implementation=layer.implementation, kernel_gradient=layer.kernel_gradient,
+            precision=layer.precision,
         )  # fmt: skip
-    if bias is not None:
-        y += bias[:, None, None, None] if native else bias
+        return y if native else y.reshape(*batch, *y.shape[1:])
+    y = ops.finish(y, scale, bias, residual, activation, layer.data_format)
     return y if native else y.reshape(*batch, *y.shape[1:])
 
 

@@ -1,7 +1,7 @@
 """`BlockSparseConv` for Flax nnx: `nnx.Conv` whose kernel may be block-sparse; the layout is a variable of the module."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -93,19 +93,45 @@ class BlockSparseConv(nnx.Module):
         self.feature_group_count, self.dtype, self.precision = feature_group_count, dtype, precision
         self.data_format, self.implementation, self.kernel_gradient = data_format, implementation, kernel_gradient
 
-    def __call__(self, x: Float[Array, "..."], layout: BlockLayout | Dense | None = None) -> Float[Array, "..."]:
+    def __call__(
+        self,
+        x: Float[Array, "..."],
+        layout: BlockLayout | Dense | None = None,
+        *,
+        scale: Float[Array, " cout"] | None = None,
+        shift: Float[Array, " cout"] | None = None,
+        residual: Float[Array, "..."] | None = None,
+        activation: Literal["relu"] | None = None,
+    ) -> Float[Array, "..."]:
         """Convolves.
 
         Args:
           x: activations `[n, h, w, cin]` (also without or with more batch axes, as `nnx.Conv`), or `[cin, h, w, n]` with `"CHWN"`.
           layout: used in place of `self.layout`.
+          scale, shift: one number for each feature; a batch norm at inference has `scale = gamma / sqrt(var + epsilon)` and
+            `shift = beta - mean * scale`.
+          residual: added to the output; in its shape.
+          activation: `"relu"` or None.
 
         Returns:
           Activations in the same format with `out_features` channels.
         """
         layout = self.layout.get_value() if layout is None else layout
         bias = None if self.bias is None else self.bias[...]
-        return convolve(self, type(self).__name__, x, self.kernel[...], bias, layout, self.kernel_shape)
+        shape = self.kernel_shape
+        return convolve(
+            self,
+            type(self).__name__,
+            x,
+            self.kernel[...],
+            bias,
+            layout,
+            shape,
+            scale=scale,
+            shift=shift,
+            residual=residual,
+            activation=activation,
+        )
 
 
 class Optimizer(nnx.Optimizer):

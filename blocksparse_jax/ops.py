@@ -13,7 +13,7 @@ from blocksparse_jax import _checks
 from blocksparse_jax.layout import BlockLayout, Dense, layout_to_mask
 from blocksparse_jax.masks import straight_through
 from blocksparse_jax.packing import pack, unpack
-from pallas_kernels.block_sparse_conv import Choice, ConvSpec, available_implementations, block_sparse_conv
+from pallas_kernels.block_sparse_conv import Choice, ConvSpec, apply_epilogue, available_implementations, block_sparse_conv, check_epilogue
 from pallas_kernels.block_sparse_conv import choose_implementation as _choose
 
 DataFormat = Literal["NHWC", "CHWN"]
@@ -30,6 +30,10 @@ def conv(
     padding: Padding = "SAME",
     dilation: Sequence[int] = (1, 1),
     data_format: DataFormat = "NHWC",
+    scale: Float[Array, " cout"] | None = None,
+    bias: Float[Array, " cout"] | None = None,
+    residual: Float[Array, "a b c d"] | None = None,
+    activation: Literal["relu"] | None = None,
     implementation: str | None = None,
     kernel_gradient: Literal["masked", "dense"] = "masked",
     packed: bool | None = None,
@@ -37,8 +41,9 @@ def conv(
 ) -> Float[Array, "a b c d"]:
     """Convolves with the kept weights of a conv kernel; forward, input gradient and kernel gradient do only the kept work.
 
-    Equals `lax.conv_general_dilated(x, where(mask, kernel, 0))` with `mask = layout_to_mask(layout)`. CHWN is the native activation
-    layout; NHWC is transposed at the door.
+    Equals `lax.conv_general_dilated(x, where(mask, kernel, 0))` with `mask = layout_to_mask(layout)`, then
+    `activation(scale * y + bias + residual)`, as far as each is given: at inference a batch norm, a shortcut and a ReLU, which the native
+    kernels do while they store y. CHWN is the native activation layout; NHWC is transposed at the door.
 
     Args:
       x: activations `[n, h, w, cin]`, or `[cin, h, w, n]` with `data_format="CHWN"`; float32, bfloat16 or float16.
@@ -49,6 +54,9 @@ def conv(
       padding: "SAME", "VALID" or `((top, bottom), (left, right))` in pixels.
       dilation: distance between taps in pixels `(y, x)`.
       data_format: "NHWC" or "CHWN", of input and output.
+      scale, bias: one number for each output channel.
+      residual: added to the output; in its shape.
+      activation: "relu" or None.
       implementation: None picks by device, layout and measured tables (`choose_implementation` tells what); or one of
         `available_implementations()`: "xla", "cpu", "triton", "mosaic_gpu", "dense" (masked weights, dense convolution).
       kernel_gradient: "masked": zero outside the mask; "dense": the full gradient, for growth (dense kernels only).
@@ -87,18 +95,20 @@ def conv(
     if cin != kernel_size[2]:
         raise ValueError(f"x: expected {kernel_size[2]} channels ({data_format}, shape {x.shape}) for the kernel {kernel_size}, got {cin}")
     window = _window(x, kernel_size, strides, padding, dilation, data_format)
-    if isinstance(layout, Dense):
-        return dense_conv(x, kernel.astype(x.dtype), *window, data_format, precision)
-    if implementation == "dense":
-        weights = unpack(kernel, layout) if is_packed else _masked(kernel, layout, kernel_gradient)
-        return dense_conv(x, weights.astype(x.dtype), *window, data_format, precision)
+    if isinstance(layout, Dense) or implementation == "dense":
+        if isinstance(layout, BlockLayout):
+            kernel = unpack(kernel, layout) if is_packed else _masked(kernel, layout, kernel_gradient)
+        y = dense_conv(x, kernel.astype(x.dtype), *window, data_format, precision)
+        return finish(y, scale, bias, residual, activation, data_format)
     if data_format == "NHWC":
         x = jnp.transpose(x, (3, 1, 2, 0))
+        residual = None if residual is None else jnp.transpose(residual, (3, 1, 2, 0))
     static = (*window, implementation, precision)
     if kernel_gradient == "dense":
-        y = _conv_full_gradient(static, x, kernel, layout)
+        y = finish(_conv_full_gradient(static, x, kernel, layout), scale, bias, residual, activation, "CHWN")
     else:
-        y = _sparse(static, x, kernel if is_packed else pack(kernel, layout), layout)
+        values = kernel if is_packed else pack(kernel, layout)
+        y = _sparse(static, x, values, layout, scale=scale, bias=bias, residual=residual, relu=_is_relu(activation))
     return jnp.transpose(y, (3, 1, 2, 0)) if data_format == "NHWC" else y
 
 
@@ -197,6 +207,20 @@ def choose_implementation(
     )  # fmt: skip
 
 
+def finish(
+    y: Float[Array, "a b c d"],
+    scale: Float[Array, " cout"] | None,
+    bias: Float[Array, " cout"] | None,
+    residual: Float[Array, "a b c d"] | None,
+    activation: str | None,
+    data_format: DataFormat,
+) -> Float[Array, "a b c d"]:
+    """What follows a dense convolution: `activation(scale * y + bias + residual)`, as in `conv`, with the same errors."""
+    axis = _channel_axis(data_format)
+    check_epilogue(y.shape, y.shape[axis], scale, bias, residual)
+    return apply_epilogue(y, scale, bias, residual, _is_relu(activation), channel_axis=axis)
+
+
 def dense_conv(
     x: Float[Array, "a b c d"],
     kernel: Float[Array, "kh kw cin cout"],
@@ -209,6 +233,10 @@ def dense_conv(
     """The dense convolution in either data format (`lax.conv_general_dilated`)."""
     dims = (data_format, "HWIO", data_format)
     return lax.conv_general_dilated(x, kernel, strides, padding, rhs_dilation=dilation, dimension_numbers=dims, precision=precision)
+
+
+def _is_relu(activation: str | None) -> bool:
+    return activation is not None and _checks.choice("activation", activation, ("relu",)) == "relu"
 
 
 def _channel_axis(data_format: DataFormat) -> int:
@@ -267,11 +295,12 @@ def _masked(kernel: Array, layout: BlockLayout, kernel_gradient: str) -> Array:
     return straight_through(kernel, mask) if kernel_gradient == "dense" else jnp.where(mask, kernel, 0)
 
 
-def _sparse(static: Any, x: Array, values: Array, layout: BlockLayout) -> Array:
+def _sparse(static: Any, x: Array, values: Array, layout: BlockLayout, **epilogue: Any) -> Array:
     strides, padding, dilation, implementation, precision = static
     return block_sparse_conv(
         x, values, layout.filters, layout.channels, layout.taps, kernel_shape=layout.shape, strides=strides, padding=padding,
         dilation=dilation, implementation=implementation, channel_block=layout.channel_block, precision=precision,
+        **epilogue,
     )  # fmt: skip
 
 

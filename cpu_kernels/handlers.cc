@@ -191,11 +191,29 @@ int64_t vectors_at_once(const Call& c, int64_t vectors, int64_t tasks, int64_t p
 
 // ---- the passes ---------------------------------------------------------------------------------------------------------------------
 
+// The epilogue; an operand of no elements is one that is not given.
+ffi::Error check_epilogue(const ffi::AnyBuffer& y, const ffi::Buffer<ffi::F32>& scale, const ffi::Buffer<ffi::F32>& bias,
+                          const ffi::AnyBuffer& residual, bool relu, Epilogue& out) {
+  for (const auto* rows : {&scale, &bias})
+    if (rows->element_count() && (rows->dimensions().size() != 1 || rows->dimensions()[0] != y.dimensions()[0]))
+      return invalid("scale and bias must have one number for each channel of y " + shape_of(y.dimensions()));
+  const auto ours = residual.dimensions(), wanted = y.dimensions();
+  if (residual.element_count() && (!std::equal(ours.begin(), ours.end(), wanted.begin(), wanted.end()) || residual.element_type() != y.element_type()))
+    return invalid("residual " + shape_of(ours) + " must be as y " + shape_of(wanted));
+  out.scale = scale.element_count() ? scale.typed_data() : nullptr;
+  out.bias = bias.element_count() ? bias.typed_data() : nullptr;
+  out.residual = residual.element_count() ? residual.untyped_data() : nullptr;
+  out.relu = relu;
+  return ffi::Error::Success();
+}
+
 ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values, Index filters, Index channels, Index taps,
-                   ffi::Result<ffi::AnyBuffer> y, Sizes kernel, Sizes strides, Sizes padding, Sizes dilation, std::string_view variant) {
+                   ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::F32> bias, ffi::AnyBuffer residual, ffi::Result<ffi::AnyBuffer> y,
+                   Sizes kernel, Sizes strides, Sizes padding, Sizes dilation, std::string_view variant, bool relu) {
   Call c;
   if (auto error = check(x, *y, values, filters, channels, taps, false, {kernel, strides, padding, dilation}, variant, c); error.failure())
     return error;
+  if (auto error = check_epilogue(*y, scale, bias, residual, relu, c.problem.epilogue); error.failure()) return error;
   const AxisTaps rows = output_taps(kernel[0], padding[0], dilation[0]), columns = output_taps(kernel[1], padding[1], dilation[1]);
   const Grid grid = output_grid(c, rows, columns);
   std::vector<float> prepared;
@@ -286,26 +304,29 @@ ffi::Error weight_gradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
 }  // namespace block_sparse
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
-#define HANDLER(symbol, function)                                                                                       \
-  EXPORT XLA_FFI_Error* symbol(XLA_FFI_CallFrame*);                                                                     \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, function,                                                                       \
-                                ffi::Ffi::Bind()                                                                        \
-                                    .Ctx<ffi::ThreadPool>()                                                             \
-                                    .Arg<ffi::AnyBuffer>()                                                              \
-                                    .Arg<ffi::AnyBuffer>()                                                              \
-                                    .Arg<ffi::Buffer<ffi::S32>>()                                                       \
-                                    .Arg<ffi::Buffer<ffi::S32>>()                                                       \
-                                    .Arg<ffi::Buffer<ffi::S32>>()                                                       \
-                                    .Ret<ffi::AnyBuffer>()                                                              \
-                                    .Attr<ffi::Span<const int64_t>>("kernel")                                           \
-                                    .Attr<ffi::Span<const int64_t>>("strides")                                          \
-                                    .Attr<ffi::Span<const int64_t>>("padding")                                          \
-                                    .Attr<ffi::Span<const int64_t>>("dilation")                                         \
-                                    .Attr<std::string_view>("variant"))
+#define OPERANDS                         \
+  ffi::Ffi::Bind()                       \
+      .Ctx<ffi::ThreadPool>()            \
+      .Arg<ffi::AnyBuffer>()             \
+      .Arg<ffi::AnyBuffer>()             \
+      .Arg<ffi::Buffer<ffi::S32>>()      \
+      .Arg<ffi::Buffer<ffi::S32>>()      \
+      .Arg<ffi::Buffer<ffi::S32>>()
+#define RESULT                                      \
+  .Ret<ffi::AnyBuffer>()                            \
+      .Attr<ffi::Span<const int64_t>>("kernel")     \
+      .Attr<ffi::Span<const int64_t>>("strides")    \
+      .Attr<ffi::Span<const int64_t>>("padding")    \
+      .Attr<ffi::Span<const int64_t>>("dilation")   \
+      .Attr<std::string_view>("variant")
+#define HANDLER(symbol, function, binding)     \
+  EXPORT XLA_FFI_Error* symbol(XLA_FFI_CallFrame*); \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, function, binding)
+#define EPILOGUE .Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>()
 
-HANDLER(BlockSparseConvForward, block_sparse::forward);
-HANDLER(BlockSparseConvInputGradient, block_sparse::input_gradient);
-HANDLER(BlockSparseConvWeightGradient, block_sparse::weight_gradient);
+HANDLER(BlockSparseConvForward, block_sparse::forward, OPERANDS EPILOGUE RESULT.Attr<bool>("relu"));
+HANDLER(BlockSparseConvInputGradient, block_sparse::input_gradient, OPERANDS RESULT);
+HANDLER(BlockSparseConvWeightGradient, block_sparse::weight_gradient, OPERANDS RESULT);
 
 // The variants that this CPU can run, best first, separated by commas.
 EXPORT const char* BlockSparseConvVariants() {

@@ -211,6 +211,27 @@ inline void write(E* row, const Lanes& lanes, Vector values, bool past_caches) {
   else scatter_some(row + lanes.target, lanes.target_at, values, lanes.live);
 }
 
+// The epilogue of one row.
+template <class E>
+struct Finisher {
+  Vector scale, bias;
+  const E* residual;
+  bool relu;
+  Finisher(const Epilogue& epilogue, int64_t row, int64_t pitch)
+      : scale(broadcast(epilogue.scale ? epilogue.scale[row] : 1.0f)),
+        bias(broadcast(epilogue.bias ? epilogue.bias[row] : 0.0f)),
+        residual(epilogue.residual ? static_cast<const E*>(epilogue.residual) + row * pitch : nullptr),
+        relu(epilogue.relu) {}
+  Vector operator()(Vector sums, const Lanes& lanes) const {
+    Vector out = fma(sums, scale, bias);
+    if (residual) {
+      const E* at = residual + lanes.target;
+      out += lanes.target_run ? load_some(at, lanes.live) : gather_some(at, lanes.target_at, lanes.live);
+    }
+    return relu ? positive(out) : out;
+  }
+};
+
 template <class E>
 struct ProductScratch {
   Vectors vectors;
@@ -231,14 +252,22 @@ inline ProductScratch<E> take_product(Scratch& scratch, const Problem& p, const 
 }
 
 // The sums to the target, row by row over all tiles; `index` null: rows in order, of `all` in the target.
-template <class E>
-void write_all(const ProductScratch<E>& s, const Tiles& tiles, int64_t rows, const Grid& grid, int64_t all, const int32_t* index, E* target) {
+template <bool Finish, class E>
+void write_all(const ProductScratch<E>& s, const Tiles& tiles, int64_t rows, const Grid& grid, int64_t all, const int32_t* index, E* target,
+               const Epilogue& epilogue = {}) {
   const bool past_caches = grid.target_pitch * all * int64_t(sizeof(E)) > kCaches;
   for (int64_t row = 0; row < rows; ++row) {
-    E* out = target + (index ? index[row] : row) * grid.target_pitch;
+    const int64_t place = index ? index[row] : row;
+    E* out = target + place * grid.target_pitch;
+    const Finisher<E> finish(epilogue, place, grid.target_pitch);
     for (int64_t i = 0; i < tiles.count(); ++i) {
       const int64_t begin = tiles.begin(i), width = tiles.width(i);
-      for (int64_t v = 0; v < width; ++v) write(out, s.vectors.lanes[begin + v], load(s.sums + (begin * rows + row * width + v) * kLanes), past_caches);
+      for (int64_t v = 0; v < width; ++v) {
+        const Lanes& lanes = s.vectors.lanes[begin + v];
+        Vector values = load(s.sums + (begin * rows + row * width + v) * kLanes);
+        if constexpr (Finish) values = finish(values, lanes);
+        write(out, lanes, values, past_caches);
+      }
     }
   }
   if (past_caches) fence();
@@ -260,6 +289,7 @@ void forward(const Problem& p, const Grid& grid, Range range, Range groups, void
   ProductScratch<E> s = take_product<E>(scratch, p, grid, range.size(), p.group_size);
   for (int64_t v = 0; v < range.size(); ++v) describe(grid, range.begin + v, v, s.vectors);
   const int64_t filters = p.group_size, columns = up(filters, kRows);
+  const bool finish = p.epilogue.scale || p.epilogue.bias || p.epilogue.residual || p.epilogue.relu;
   const Walk walk = {p.channels, p.kept, M::kPair, p.kept_taps * filters, filters};
   const Tiles tiles = {range.size()};
   const Lanes* lanes = s.vectors.lanes;
@@ -282,7 +312,12 @@ void forward(const Problem& p, const Grid& grid, Range range, Range groups, void
         multiply_tile<M, true>(width, to - from, block->rows, s.panel + begin * block->rows * kLanes, &a, block->at, c, block->first, ahead);
       }
     }
-    if (block->last) write_all(s, tiles, filters, grid, p.cout, p.filters + block->group * filters, static_cast<E*>(p.target));
+    if (block->last) {
+      const int32_t* index = p.filters + block->group * filters;
+      E* target = static_cast<E*>(p.target);
+      if (finish) write_all<true>(s, tiles, filters, grid, p.cout, index, target, p.epilogue);
+      else write_all<false>(s, tiles, filters, grid, p.cout, index, target);
+    }
     Block<E>* old = block;
     block = done ? nullptr : next, next = old;
   }
@@ -336,7 +371,7 @@ void input_gradient(const Problem& p, const Grid& grid, Range range, Range chann
     Block<E>* old = block;
     block = done ? nullptr : next, next = old;
   }
-  write_all(s, tiles, wanted, grid, p.cin, nullptr, static_cast<E*>(p.target) + channels.begin * grid.target_pitch);
+  write_all<false>(s, tiles, wanted, grid, p.cin, nullptr, static_cast<E*>(p.target) + channels.begin * grid.target_pitch);
 }
 
 // ---- the weight gradient ------------------------------------------------------------------------------------------------------------

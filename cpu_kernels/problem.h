@@ -30,6 +30,13 @@ struct Grid {
   int64_t positions() const { return y.count * x.count * images; }
 };
 
+// What the forward pass does to a sum before it is stored: relu(scale[filter] * sum + bias[filter] + residual), as far as each is given.
+struct Epilogue {
+  const float *scale = nullptr, *bias = nullptr;  // [cout]
+  const void* residual = nullptr;                 // as the target
+  bool relu = false;
+};
+
 // forward:          source = x,  target = y
 // input gradient:   source = dy, target = dx; one grid for each phase of the strides
 // weight gradient:  source = x,  other = dy (at the grid's own positions), target = dvalues
@@ -42,6 +49,7 @@ struct Problem {
   const int32_t* channels;
   const int32_t* taps;
   void* target;
+  Epilogue epilogue = {};  // forward
 };
 
 // The three passes for one element type. A vector is a run of `Variant::lanes` positions of the grid.

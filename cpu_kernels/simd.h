@@ -155,6 +155,12 @@ inline void store_some(float* p, Vector v, Bits bits) {
 }
 #endif
 
+// max(v, 0); NaN stays NaN.
+inline Vector positive(Vector v) {
+  const Vector zero = {};
+  return v < zero ? zero : v;
+}
+
 template <class E>
 inline bool stream(E*, Vector) {
   return false;

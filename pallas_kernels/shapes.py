@@ -1,6 +1,7 @@
 """Named layers of real networks: the same shapes feed the tuner, the benchmark and the tests."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +124,9 @@ def random_operands(spec: ConvSpec, seed: int = 0) -> tuple[jax.Array, jax.Array
     return x, dy, values, filters, subsets(spec.kept, spec.cin), subsets(spec.kept_taps, spec.kernel[0] * spec.kernel[1])
 
 
-def convolve(spec: ConvSpec, implementation: str | Implementation | None, x: jax.Array, values: jax.Array, *index: jax.Array) -> jax.Array:
+def convolve(
+    spec: ConvSpec, implementation: str | Implementation | None, x: jax.Array, values: jax.Array, *index: jax.Array, **epilogue: Any
+) -> jax.Array:
     """`block_sparse_conv` with the geometry of a spec.
 
     Args:
@@ -132,6 +135,7 @@ def convolve(spec: ConvSpec, implementation: str | Implementation | None, x: jax
       x: activations `[cin, h, w, n]`.
       values: packed weights.
       *index: filters, channels, taps.
+      **epilogue: `scale`, `bias`, `residual`, `relu`.
 
     Returns:
       `[cout, ho, wo, n]`.
@@ -145,5 +149,5 @@ def convolve(spec: ConvSpec, implementation: str | Implementation | None, x: jax
     """
     return block_sparse_conv(
         x, values, *index, kernel_shape=(*spec.kernel, spec.cin, spec.cout), strides=spec.strides, padding=spec.padding,
-        dilation=spec.dilation, implementation=implementation,
+        dilation=spec.dilation, implementation=implementation, **epilogue,
     )  # fmt: skip

@@ -8,6 +8,7 @@ import argparse
 import collections
 import os
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,18 +64,39 @@ def reference(spec: ConvSpec, x, dy, values, filters, channels, taps):
     return y, dpadded[:, top : top + spec.height, left : left + spec.width], dvalues
 
 
-def disagreement(spec: ConvSpec, seed: int, variant: str) -> tuple[float, str]:
-    """The largest error relative to the largest value, over the three results, and where."""
+def random_epilogue(rng: np.random.Generator, spec: ConvSpec) -> dict[str, Any]:
+    """Each part of the epilogue, or not."""
+    shapes = {"scale": (spec.cout,), "bias": (spec.cout,), "residual": spec.out_shape}
+    parts: dict[str, Any] = {name: jnp.asarray(rng.standard_normal(s), jnp.float32) for name, s in shapes.items() if rng.random() < 0.5}
+    if "residual" in parts:
+        parts["residual"] = parts["residual"].astype(spec.dtype)
+    return parts | {"relu": bool(rng.random() < 0.5)}
+
+
+def finished(y: np.ndarray, scale: Any = None, bias: Any = None, residual: Any = None, relu: bool = False) -> np.ndarray:
+    """The epilogue of float64 sums."""
+    y = y * (1 if scale is None else np.asarray(scale, np.float64)[:, None, None, None])
+    y = y + (0 if bias is None else np.asarray(bias, np.float64)[:, None, None, None])
+    y = y + (0 if residual is None else np.asarray(residual, np.float64))
+    return np.maximum(y, 0) if relu else y
+
+
+def disagreement(spec: ConvSpec, rng: np.random.Generator, seed: int, variant: str) -> tuple[float, str]:
+    """The largest error relative to the largest value, over the four results, and where."""
     os.environ[cpu.VARIABLE] = variant
     x, dy, values, *index = shapes.random_operands(spec, seed)
+    epilogue = random_epilogue(rng, spec)
+    relu = epilogue.pop("relu")
 
     @jax.jit
-    def run(x, values, dy, *index):
+    def run(x, values, dy, epilogue, *index):
         y, pullback = jax.vjp(lambda x, values: shapes.convolve(spec, "cpu", x, values, *index), x, values)
-        return y, *pullback(dy)
+        return y, *pullback(dy), shapes.convolve(spec, "cpu", x, values, *index, **epilogue, relu=relu)
 
-    worst = (0.0, "")
-    for name, ours, wanted in zip(("output", "dx", "dvalues"), run(x, values, dy, *index), reference(spec, x, dy, values, *index)):
+    references = reference(spec, x, dy, values, *index)
+    references = (*references, finished(references[0], **epilogue, relu=relu))
+    names, worst = ("output", "dx", "dvalues", f"output with {', '.join(epilogue)} and relu={relu}"), (0.0, "")
+    for name, ours, wanted in zip(names, run(x, values, dy, epilogue, *index), references):
         error = np.abs(np.asarray(ours, np.float64) - wanted).max() / max(np.abs(wanted).max(), 1e-30)
         worst = max(worst, (float(error) if np.isfinite(error) else np.inf, name))
     return worst
@@ -88,7 +110,7 @@ def main(cases: int, seed: int = 0) -> None:
         for case in range(cases):
             rng = np.random.default_rng([seed, case])
             spec, variant = random_spec(rng), str(rng.choice(cpu.variants()))
-            error, where = disagreement(spec, case, variant)
+            error, where = disagreement(spec, rng, case, variant)
             if not error <= TOLERANCE[spec.dtype]:
                 raise AssertionError(
                     f"case {case} of seed {seed}, {variant}: the {where} is off by {error:.1e} of its largest value, {spec}"

@@ -13,7 +13,7 @@ from jax import lax
 
 import blocksparse_jax as bsj
 from blocksparse_jax.tree import conv_kernels, path_name
-from experiments.models import create, names
+from experiments.models import create, names, taps
 from experiments.models.layers import DepthwiseConv, Parts, max_pool
 
 PUBLISHED = {  # options -> parameters: torchvision's for 1000 classes; the CIFAR ResNets of GraSP (1x1 conv and norm as shortcuts)
@@ -275,3 +275,33 @@ def test_a_chwn_training_step_moves_no_activations(name, size, batch, least, opt
 
 def test_an_nhwc_training_step_moves_activations():
     assert len(moved_activations(compiled_step("cnn", "NHWC", 8, 64, width=0.25), 16 * 16 * 64)) >= 6
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet20", "mobilenet_v1"])
+def test_at_inference_the_norms_are_lines_in_the_convs(name):
+    """The same logits as of a network that normalises after each conv, at random statistics."""
+    model = create(name, num_classes=4, width=0.25)
+    images = jax.random.normal(jax.random.key(0), (3, 16, 16, 3))
+    variables = model.init(jax.random.key(1), images)
+    keys = iter(jax.random.split(jax.random.key(2), 1000))
+    variables = jax.tree.map(lambda a: a + 0.3 * jnp.abs(jax.random.normal(next(keys), a.shape)) if a.ndim == 1 else a, variables)
+
+    def separate(next_call, args, kwargs, context):
+        """Calls the conv and the norm one after the other."""
+        if not isinstance(context.module, taps.Conv) or kwargs.get("scale") is None:
+            return next_call(*args, **kwargs)
+        stats, params = variables["batch_stats"], variables["params"]
+        *scope, conv = context.module.path
+        norm = {"stem": "stem_norm"}.get(conv, conv.replace("conv", "norm") if scope else f"{conv}_norm")
+        norm = "downsample_norm" if conv == "downsample" else norm
+        for part in scope:
+            stats, params = stats[part], params[part]
+        axes = nn.BatchNorm(True, epsilon=1e-5, axis=0)
+        y = axes.apply({"params": params[norm], "batch_stats": stats[norm]}, next_call(*args))
+        y = y if kwargs["residual"] is None else y + kwargs["residual"]
+        return nn.relu(y) if kwargs["activation"] else y
+
+    with nn.intercept_methods(separate):
+        wanted = model.apply(variables, images)
+    assert float(jnp.abs(wanted).max()) > 0.01
+    np.testing.assert_allclose(model.apply(variables, images), wanted, rtol=1e-4, atol=1e-4 * float(jnp.abs(wanted).max()))

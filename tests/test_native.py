@@ -47,7 +47,7 @@ def test_many_random_convolutions_agree_with_numpy():
 @pytest.mark.parametrize(("kept", "cin"), [(1, 1), (1, 9), (100, 120)])
 def test_odd_groups_in_every_variant(variant, dtype, group_size, kept, cin):
     spec = dataclasses.replace(SPEC, cin=cin, kept=kept, cout=2 * group_size, groups=2, group_size=group_size, batch=3, dtype=dtype)
-    error, where = fuzz_native.disagreement(spec, 0, variant)
+    error, where = fuzz_native.disagreement(spec, np.random.default_rng(0), 0, variant)
     os.environ.pop(cpu.VARIABLE)
     assert error <= fuzz_native.TOLERANCE[dtype], where
 
@@ -73,7 +73,10 @@ def test_the_choice_names_the_variant():
 
 def call(x, values, filters, channels, taps, *, out=None, name="BlockSparseConvForward", **geometry):
     shape = jax.ShapeDtypeStruct(out or (48, *x.shape[1:]), x.dtype)
-    return jax.ffi.ffi_call(name, shape)(x, values, filters, channels, taps, variant=geometry.pop("variant", ""), **(GEOMETRY | geometry))
+    none = {"scale": jnp.zeros(0), "bias": jnp.zeros(0), "residual": jnp.zeros((0, 0, 0, 0), x.dtype)}
+    epilogue = [geometry.pop(part, absent) for part, absent in none.items()]
+    attributes = {"variant": "", "relu": False} | GEOMETRY | geometry
+    return jax.ffi.ffi_call(name, shape)(x, values, filters, channels, taps, *epilogue, **attributes)
 
 
 BAD = {
@@ -91,6 +94,9 @@ BAD = {
     "two dtypes": (lambda x, v, f, c, t: call(x, v.astype(jnp.bfloat16), f, c, t), "all float32 or all bfloat16"),
     "a stride of 0": (lambda x, v, f, c, t: call(x, v, f, c, t, strides=np.array([0, 1])), "strides and dilation must be at least 1"),
     "one stride": (lambda x, v, f, c, t: call(x, v, f, c, t, strides=np.array([1])), "two numbers each"),
+    "a short scale": (lambda x, v, f, c, t: call(x, v, f, c, t, scale=jnp.ones(47)), "one number for each channel of y"),
+    "a square bias": (lambda x, v, f, c, t: call(x, v, f, c, t, bias=jnp.ones((48, 1))), "one number for each channel of y"),
+    "a small residual": (lambda x, v, f, c, t: call(x, v, f, c, t, residual=x[:3]), r"residual \[3, 9, 7, 5\] must be as y"),
     "a variant": (lambda x, v, f, c, t: call(x, v, f, c, t, variant="vax"), "no variant 'vax'"),
 }
 

@@ -28,8 +28,7 @@ class CNN(nn.Module):
         """Logits of NHWC images."""
         parts, x = self.parts, self.parts.images(images)
         for name, features in (("stem", 64), ("conv1", 128), ("conv2", 128), ("conv3", 256)):
-            x = parts.conv(scaled(features, self.width), 3, name=name)(x)
-            x = nn.relu(parts.norm(train, name=f"{name}_norm")(x))
+            x = parts.conv_norm(x, scaled(features, self.width), 3, train=train, name=name)
             if name == "conv1" or (name == "stem" and images.shape[1] > 16):
                 x = max_pool(x, 2, 2)
         return parts.classifier(x, self.num_classes)

@@ -62,9 +62,31 @@ class Parts:
             name=name,
         )
 
-    def norm(self, train: bool, *, name: str) -> nn.BatchNorm:
+    def norm(self, train: bool, *, name: str) -> "Norm":
         """Batch normalisation over all axes but the channels: momentum 0.9, epsilon 1e-5, float32 statistics."""
-        return nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, axis=self.channel_axis, dtype=self.dtype, name=name)
+        return Norm(not train, momentum=0.9, epsilon=1e-5, axis=self.channel_axis, dtype=self.dtype, name=name)
+
+    def conv_norm(
+        self,
+        x: Float[Array, "a h w b"],
+        features: int,
+        size: int,
+        strides: int = 1,
+        *,
+        train: bool,
+        name: str,
+        norm_name: str | None = None,
+        residual: Float[Array, "a ho wo b"] | None = None,
+        relu: bool = True,
+    ) -> Float[Array, "a ho wo b"]:
+        """Conv, batch norm, shortcut and ReLU; at inference all in the conv, which a sparse kernel does in one pass over memory."""
+        conv, norm = self.conv(features, size, strides, name=name), self.norm(train, name=norm_name or f"{name}_norm")
+        if not train:
+            scale, shift = norm(None, channels=features)
+            return conv(x, scale=scale, shift=shift, residual=residual, activation="relu" if relu else None)
+        y = norm(conv(x))
+        y = y if residual is None else y + residual
+        return nn.relu(y) if relu else y
 
     def classifier(self, x: Float[Array, "a h w b"], num_classes: int) -> Float[Array, "n classes"]:
         """Mean over the image, then the dense layer `classifier`: float32 logits."""
@@ -76,6 +98,25 @@ class Parts:
         """NHWC images in the network's format and dtype."""
         images = images.astype(self.dtype)
         return images.transpose(3, 1, 2, 0) if self.data_format == "CHWN" else images
+
+
+class Norm(nn.BatchNorm):
+    """`nn.BatchNorm`, which can also tell the line `scale * x + shift` that it is at inference.
+
+    Reference: Ioffe & Szegedy, "Batch normalization", ICML 2015, algorithm 2.
+    """
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "a h w b"] | None, channels: int | None = None) -> Any:
+        """Normalises `x`; or, given only the number of channels, returns `(scale, shift)`, float32."""
+        if channels is None:
+            return super().__call__(x)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32).value
+        variance = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32).value
+        gamma = self.param("scale", self.scale_init, (channels,), self.param_dtype)
+        beta = self.param("bias", self.bias_init, (channels,), self.param_dtype)
+        scale = gamma * lax.rsqrt(variance + self.epsilon)
+        return scale, beta - mean * scale
 
 
 class DepthwiseConv(nn.Module):

@@ -29,11 +29,10 @@ class MobileNetV1(nn.Module):
     def __call__(self, images: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n classes"]:
         """Logits of NHWC images."""
         parts = self.parts
-        x = parts.conv(scaled(32, self.width), 3, 2 if self.stem_kind == "imagenet" else 1, name="stem")(parts.images(images))
-        x = nn.relu(parts.norm(train, name="stem_norm")(x))
+        strides = 2 if self.stem_kind == "imagenet" else 1
+        x = parts.conv_norm(parts.images(images), scaled(32, self.width), 3, strides, train=train, name="stem")
         for i, (features, strides) in enumerate(BLOCKS, 1):
             x = DepthwiseConv(3, strides, parts, name=f"block{i}_depthwise")(x)
             x = nn.relu(parts.norm(train, name=f"block{i}_depthwise_norm")(x))
-            x = parts.conv(scaled(features, self.width), 1, name=f"block{i}_pointwise")(x)
-            x = nn.relu(parts.norm(train, name=f"block{i}_pointwise_norm")(x))
+            x = parts.conv_norm(x, scaled(features, self.width), 1, train=train, name=f"block{i}_pointwise")
         return parts.classifier(x, self.num_classes)

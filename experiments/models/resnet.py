@@ -41,14 +41,13 @@ class Block(nn.Module):
         else:
             convs = [(self.features, 3, self.strides), (self.features, 3, 1)]
         y = x
-        for i, (features, size, strides) in enumerate(convs, 1):
-            y = parts.conv(features, size, strides, name=f"conv{i}")(y)
-            y = parts.norm(train, name=f"norm{i}")(y)
-            y = nn.relu(y) if i < len(convs) else y
-        if x.shape != y.shape:
-            x = parts.conv(convs[-1][0], 1, self.strides, name="downsample")(x)
-            x = parts.norm(train, name="downsample_norm")(x)
-        return nn.relu(x + y)
+        for i, (features, size, strides) in enumerate(convs[:-1], 1):
+            y = parts.conv_norm(y, features, size, strides, train=train, name=f"conv{i}", norm_name=f"norm{i}")
+        features, size, strides = convs[-1]
+        if self.strides != 1 or x.shape[parts.channel_axis] != features:
+            x = parts.conv_norm(x, features, 1, self.strides, train=train, name="downsample", relu=False)
+        last = len(convs)
+        return parts.conv_norm(y, features, size, strides, train=train, name=f"conv{last}", norm_name=f"norm{last}", residual=x)
 
 
 class ResNet(nn.Module):
@@ -81,8 +80,7 @@ class ResNet(nn.Module):
         """Logits of NHWC images."""
         parts = self.parts
         size, strides = (7, 2) if self.stem_kind == "imagenet" else (3, 1)
-        x = parts.conv(scaled(self.features[0], self.width), size, strides, name="stem")(parts.images(images))
-        x = nn.relu(parts.norm(train, name="stem_norm")(x))
+        x = parts.conv_norm(parts.images(images), scaled(self.features[0], self.width), size, strides, train=train, name="stem")
         if self.stem_kind == "imagenet":
             x = max_pool(x, 3, 2, padding=1)
         for stage, (count, features) in enumerate(zip(self.blocks, self.features), 1):

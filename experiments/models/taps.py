@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float
 
 from blocksparse_jax.layout import Dense
 from blocksparse_jax.linen import BlockSparseConv, channel_axis, pair
+from blocksparse_jax.ops import finish
 
 Pair = tuple[int, int]
 PIXELS, WEIGHTS = 16, 128 * 256  # measured: at most so many output pixels, at least so many weights per tap
@@ -32,17 +34,26 @@ class Conv(BlockSparseConv):
     tap_pixels: int = PIXELS
 
     @nn.compact
-    def __call__(self, x: Float[Array, "a h w b"]) -> Float[Array, "a ho wo b"]:
-        """Convolves activations in `data_format`."""
+    def __call__(
+        self,
+        x: Float[Array, "a h w b"],
+        *,
+        scale: Float[Array, " cout"] | None = None,
+        shift: Float[Array, " cout"] | None = None,
+        residual: Float[Array, "a ho wo b"] | None = None,
+        activation: Literal["relu"] | None = None,
+    ) -> Float[Array, "a ho wo b"]:
+        """Convolves activations in `data_format`; what follows is as in `BlockSparseConv`."""
         size, strides, pads = pair("kernel_size", self.kernel_size), pair("strides", self.strides), ((self.padding, self.padding),) * 2
         shape = (*size, x.shape[channel_axis(self.data_format)], self.features)
         blocks = not isinstance(self.get_variable("layouts", "kernel", Dense()), Dense)
         packed = self.has_variable("params", "kernel") and self.get_variable("params", "kernel").shape != shape
         if blocks or packed or not prefers_taps(shape, math.prod(_out(x, size, strides, pads)), self.tap_pixels):
-            return super().__call__(x)
+            return super().__call__(x, scale=scale, shift=shift, residual=residual, activation=activation)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
-        return tap_conv(x, kernel, strides=strides, padding=pads, data_format=self.data_format)
+        y = tap_conv(x, kernel, strides=strides, padding=pads, data_format=self.data_format)
+        return finish(y, scale, shift, residual, activation, self.data_format)
 
 
 def prefers_taps(shape: tuple[int, ...], pixels: int, most: int = PIXELS) -> bool:

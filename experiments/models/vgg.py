@@ -31,6 +31,5 @@ class VGG19(nn.Module):
             x = max_pool(x, 2, 2) if stage > 1 else x
             for i in range(1, count + 1):
                 name = "stem" if (stage, i) == (1, 1) else f"stage{stage}_conv{i}"
-                x = parts.conv(scaled(features, self.width), 3, name=name)(x)
-                x = nn.relu(parts.norm(train, name=f"{name}_norm")(x))
+                x = parts.conv_norm(x, scaled(features, self.width), 3, train=train, name=name)
         return parts.classifier(x, self.num_classes)

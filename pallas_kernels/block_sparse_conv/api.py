@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_sparse_conv import cpu, dense, tiles, xla
+from pallas_kernels.block_sparse_conv.epilogue import apply_epilogue, check_epilogue
 from pallas_kernels.block_sparse_conv.spec import Choice, ConvSpec, Implementation
 
 IMPLEMENTATIONS: dict[str, Implementation] = {"xla": xla.IMPLEMENTATION, "cpu": cpu.IMPLEMENTATION, "dense": dense.IMPLEMENTATION}
@@ -74,6 +75,10 @@ def block_sparse_conv(
     strides: tuple[int, int] = (1, 1),
     padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0)),
     dilation: tuple[int, int] = (1, 1),
+    scale: Float[Array, " cout"] | None = None,
+    bias: Float[Array, " cout"] | None = None,
+    residual: Float[Array, "cout ho wo n"] | None = None,
+    relu: bool = False,
     implementation: str | Implementation | None = None,
     channel_block: int = 1,
     precision: Any = None,
@@ -81,8 +86,9 @@ def block_sparse_conv(
     """Convolves with a conv kernel of which only blocks are kept, in the activation layout (C, H, W, N).
 
     For each group g, `y[filters[g]] = W_g X_g` with `W_g` the `group_size x (kept * kept_taps)` packed weights and `X_g` the rows of the
-    padded input at the group's channels, shifted by its taps. The gradients with respect to `x` and `values` do only the kept work too;
-    second derivatives are not defined.
+    padded input at the group's channels, shifted by its taps. The result is `relu(scale * y + bias + residual)`, as far as each is given,
+    in one pass over memory where the implementation can. The gradients with respect to `x` and `values` do only the kept work too; second
+    derivatives are not defined.
 
     Args:
       x: activations `[cin, h, w, n]`, float32, bfloat16 or float16.
@@ -94,6 +100,9 @@ def block_sparse_conv(
       strides: step in pixels `(y, x)`.
       padding: zeros around the image in pixels `((top, bottom), (left, right))`.
       dilation: distance between taps in pixels `(y, x)`.
+      scale, bias: one number for each output channel.
+      residual: added to the output; in its shape.
+      relu: whether negative outputs become 0.
       implementation: None picks one (see `choose_implementation`); or a name from `available_implementations()`; or a record of one's own.
       channel_block: channels come in aligned runs of this many.
       precision: as in `jax.lax.dot_general`.
@@ -116,37 +125,61 @@ def block_sparse_conv(
     Reference: ours; the block of Ma et al., "HRBP", CPAL 2024.
     """
     spec = _spec(x, values, filters, channels, taps, kernel_shape, strides, padding, dilation, channel_block, precision)
+    spec = dataclasses.replace(spec, relu=bool(relu))
     chosen = _resolve(spec, implementation)
+    scale, bias = (None if a is None else jnp.asarray(a, jnp.float32) for a in (scale, bias))
+    check_epilogue(spec.out_shape, spec.cout, scale, bias, residual)
+    if residual is not None:
+        residual = residual.astype(x.dtype)
     if values.size == 0:
-        return jnp.zeros_like(x, shape=spec.out_shape)
-    operands = _vary_alike(x, values, *(jnp.asarray(index, jnp.int32) for index in (filters, channels, taps)))
-    return _conv(spec, chosen, *operands)
+        return apply_epilogue(jnp.zeros_like(x, shape=spec.out_shape), scale, bias, residual, spec.relu)
+    index = [jnp.asarray(index, jnp.int32) for index in (filters, channels, taps)]
+    return _conv(spec, chosen, *_vary_alike((x, values, *index, scale, bias, residual)))
 
 
-def _vary_alike(*operands: jax.Array) -> list[jax.Array]:
+def _vary_alike(operands: Any) -> Any:
     """Inside shard_map: marks each operand as varying over the mesh axes that any operand varies over."""
-    axes = [jax.typeof(a).manual_axis_type.varying for a in operands]
-    union = frozenset().union(*axes)
-    return [jax.lax.pcast(a, tuple(union - own), to="varying") if union - own else a for a, own in zip(operands, axes)]
+    union = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in jax.tree.leaves(operands)))
+
+    def vary(a: jax.Array) -> jax.Array:
+        missing = union - jax.typeof(a).manual_axis_type.varying
+        return jax.lax.pcast(a, tuple(missing), to="varying") if missing else a
+
+    return jax.tree.map(vary, operands)
+
+
+def _forward(spec, implementation, x, values, filters, channels, taps, *epilogue):
+    operands = (x, values.astype(x.dtype), filters, channels, taps)
+    if implementation.fused:
+        return implementation.forward(spec, *operands, *epilogue)
+    return apply_epilogue(implementation.forward(spec, *operands), *epilogue, spec.relu)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _conv(spec, implementation, x, values, filters, channels, taps):
-    return implementation.forward(spec, x, values.astype(x.dtype), filters, channels, taps)
+def _conv(spec, implementation, *operands):
+    return _forward(spec, implementation, *operands)
 
 
-def _conv_fwd(spec, implementation, x, values, filters, channels, taps):
+def _conv_fwd(spec, implementation, *operands):
+    y = _forward(dataclasses.replace(spec, gradients=True), implementation, *operands)
+    return y, (*operands, y if spec.relu else None)
+
+
+def _conv_bwd(spec, implementation, saved, dy):
+    """With `d` the gradient before the ReLU and V that of the values at scale 1: the scale's is `sum_k values V`, the values' `scale V`."""
     spec = dataclasses.replace(spec, gradients=True)
-    y = implementation.forward(spec, x, values.astype(x.dtype), filters, channels, taps)
-    return y, (x, values, filters, channels, taps)
-
-
-def _conv_bwd(spec, implementation, residuals, dy):
-    spec = dataclasses.replace(spec, gradients=True)
-    x, values, *index = residuals
-    dx = implementation.input_gradient(spec, dy, values.astype(x.dtype), *index)
-    dvalues = implementation.weight_gradient(spec, x, dy, *index)
-    return dx, dvalues.astype(values.dtype), None, None, None
+    x, values, filters, channels, taps, scale, bias, residual, y = saved
+    d = jnp.where(y > 0, dy, 0) if spec.relu else dy
+    factor = None if scale is None else scale[filters][:, None, None, :]
+    scaled = values if factor is None else values * factor
+    dx = implementation.input_gradient(spec, d, scaled.astype(x.dtype), filters, channels, taps)
+    dvalues = implementation.weight_gradient(spec, x, d, filters, channels, taps)
+    dscale = None
+    if factor is not None:
+        dscale = jnp.zeros_like(scale).at[filters].set((dvalues * values.astype(x.dtype)).sum((1, 2)))
+        dvalues *= factor
+    dbias = None if bias is None else d.sum((1, 2, 3), dtype=jnp.float32)
+    return dx, dvalues.astype(values.dtype), None, None, None, dscale, dbias, None if residual is None else d
 
 
 _conv.defvjp(_conv_fwd, _conv_bwd)

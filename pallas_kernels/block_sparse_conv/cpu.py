@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,17 +90,21 @@ def _supports(spec: ConvSpec) -> str | None:
     return None if spec.dtype in DTYPES else f"computes in {' and '.join(DTYPES)}, not in {spec.dtype}; cast x, or use 'xla'"
 
 
-def _call(name: str, spec: ConvSpec, shape: tuple[int, ...], dtype: str, *operands: jax.Array) -> jax.Array:
+def _call(name: str, spec: ConvSpec, shape: tuple[int, ...], dtype: str, *operands: jax.Array, **attributes: Any) -> jax.Array:
     """One pass: operands and the result have the layouts of the C++ handlers."""
     like = jax.typeof(operands[0])  # inside shard_map: the result varies over the mesh as the operands do
     out = like.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False)
     call = jax.ffi.ffi_call(PASSES[name], out, vmap_method="sequential")
     numbers = {"kernel": spec.kernel, "strides": spec.strides, "padding": [low for low, _ in spec.padding], "dilation": spec.dilation}
-    return call(*operands, variant=variant(), **{key: np.asarray(value, np.int64) for key, value in numbers.items()})
+    attributes |= {key: np.asarray(value, np.int64) for key, value in numbers.items()}
+    return call(*operands, variant=variant(), **attributes)
 
 
-def _forward(spec: ConvSpec, x, values, filters, channels, taps):
-    return _call("forward", spec, spec.out_shape, spec.dtype, x, values, filters, channels, taps)
+def _forward(spec: ConvSpec, x, values, filters, channels, taps, scale=None, bias=None, residual=None):
+    absent = {"scale": jnp.zeros(0), "bias": jnp.zeros(0), "residual": jnp.zeros((0, 0, 0, 0), x.dtype)}  # no elements: not given
+    given = {"scale": scale, "bias": bias, "residual": residual}
+    epilogue = [absent[name] if given[name] is None else given[name] for name in absent]
+    return _call("forward", spec, spec.out_shape, spec.dtype, x, values, filters, channels, taps, *epilogue, relu=spec.relu)
 
 
 def _input_gradient(spec: ConvSpec, dy, values, filters, channels, taps):
@@ -110,4 +115,4 @@ def _weight_gradient(spec: ConvSpec, x, dy, filters, channels, taps):
     return _call("weight_gradient", spec, spec.packed_shape, "float32", x, dy, filters, channels, taps)
 
 
-IMPLEMENTATION = Implementation("cpu", _supports, _forward, _input_gradient, _weight_gradient)
+IMPLEMENTATION = Implementation("cpu", _supports, _forward, _input_gradient, _weight_gradient, fused=True)

@@ -27,6 +27,7 @@ class ConvSpec:
       channel_block: channels come in aligned runs of this many.
       precision: as in `jax.lax.dot_general`.
       gradients: whether the gradients follow in the same program (the passes then share gathered rows).
+      relu: whether the forward pass ends in `max(y, 0)`.
 
     Example:
       >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4, kept_taps=3, group_size=4)
@@ -53,6 +54,7 @@ class ConvSpec:
     channel_block: int = 1
     precision: Any = None
     gradients: bool = False
+    relu: bool = False
 
     @property
     def reach(self) -> Pair:
@@ -100,9 +102,11 @@ class Implementation:
     Attributes:
       name: what the caller writes.
       supports: `spec -> None`, or the reason why it cannot serve that spec on this machine.
-      forward: `(spec, x, values, filters, channels, taps) -> y`.
+      forward: `(spec, x, values, filters, channels, taps) -> y`; one that fuses takes `scale`, `bias` and `residual` after them.
       input_gradient: `(spec, dy, values, filters, channels, taps) -> dx`.
       weight_gradient: `(spec, x, dy, filters, channels, taps) -> dvalues`, float32.
+      fused: whether `forward` takes `scale`, `bias` (float32 `[cout]`) and `residual` (as y), each may be None, and honours `spec.relu`:
+        `y = relu(scale * conv + bias + residual)` in one pass over memory; where not, XLA appends them.
 
     Reference: ours.
     """
@@ -112,6 +116,7 @@ class Implementation:
     forward: Pass
     input_gradient: Pass
     weight_gradient: Pass
+    fused: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
