@@ -122,42 +122,63 @@ inline void fill_block(const Problem& p, const Grid& grid, const Walk& walk, int
 
 // Vectors in tiles of 1 to kTile, as even as can be.
 struct Tiles {
-  int64_t vectors;
-  int64_t count() const { return up(vectors, kTile); }
-  int64_t begin(int64_t i) const { return vectors * i / count(); }
-  int64_t width(int64_t i) const { return begin(i + 1) - begin(i); }
+  int64_t vectors, count;
+  int32_t* at;  // [count + 1] the tiles' first vectors
+  int64_t begin(int64_t i) const { return at[i]; }
+  int64_t width(int64_t i) const { return at[i + 1] - at[i]; }
 };
+
+inline Tiles take_tiles(Scratch& scratch, int64_t most) { return {0, 0, scratch.take<int32_t>(up(most, kTile) + 1)}; }
+
+inline void cut(int64_t vectors, Tiles& out) {
+  out.vectors = vectors, out.count = up(vectors, kTile);
+  for (int64_t i = 0; i <= out.count; ++i) out.at[i] = int32_t(vectors * i / out.count);
+}
 
 constexpr int64_t kAhead = 4;  // rows that packing fetches in advance
 
-template <class M, int NV>
-void pack_tile(const Block<typename M::Element>& block, const Lanes* lanes, int64_t begin, int64_t vectors, float* out, int64_t row) {
-  const Bits* bits = block.reach.bits + block.tap[row] * vectors + begin;
-  const auto *first = block.one[row], *second = block.two[row], *ahead = block.one[least(row + kAhead, block.rows - 1)];
+// One row of a tile, of vectors that lie side by side (Run) or anywhere.
+template <class M, int NV, bool Run>
+inline void pack_tile(const typename M::Element* first, const typename M::Element* second, const typename M::Element* ahead, const Lanes* lanes,
+                      const Bits* bits, float* out) {
   UNROLL for (int v = 0; v < NV; ++v) {
-    __builtin_prefetch(ahead + lanes[begin + v].source);
+    const int64_t at = Run ? v * kLanes : lanes[v].source;
+    __builtin_prefetch(ahead + at);
+    const auto get = [&](const typename M::Element* row) { return Run ? load_some(row + at, bits[v]) : fetch(row, lanes[v], bits[v]); };
     if constexpr (M::kPair == 1) {
-      store(out + v * kLanes, fetch(first, lanes[begin + v], bits[v]));
+      store(out + v * kLanes, get(first));
     } else {
       typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
-      const Words low = (Words)fetch(first, lanes[begin + v], bits[v]) >> 16;
-      const Words high = second ? (Words)fetch(second, lanes[begin + v], bits[v]) : Words{};
+      const Words low = (Words)get(first) >> 16;
+      const Words high = second ? (Words)get(second) : Words{};
       store(out + v * kLanes, (Vector)(low | high));
     }
   }
 }
 
 // The panel of a block: for each tile `rows x width` vectors. A row is read over all tiles at once: long runs are what memory likes.
-template <class M>
-void pack(const Block<typename M::Element>& block, const Lanes* lanes, const Tiles& tiles, float* panel) {
-  for (int64_t r = 0; r < block.rows; ++r)
-    for (int64_t i = 0; i < tiles.count(); ++i) {
-      const int64_t begin = tiles.begin(i), width = tiles.width(i);
+template <class M, bool Run>
+void pack_all(const Block<typename M::Element>& block, const Lanes* lanes, const Tiles& tiles, float* panel) {
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const Bits* bits = block.reach.bits + block.tap[r] * tiles.vectors;
+    const int64_t start = Run ? lanes[0].source : 0;
+    const auto *first = block.one[r] + start, *ahead = block.one[least(r + kAhead, block.rows - 1)] + start;
+    const auto* second = block.two[r] ? block.two[r] + start : nullptr;
+    for (int64_t i = 0; i < tiles.count; ++i) {
+      const int64_t begin = tiles.begin(i), width = tiles.width(i), skip = Run ? begin * kLanes : 0;
       float* out = panel + (begin * block.rows + r * width) * kLanes;
-      if (width == kTile) pack_tile<M, kTile>(block, lanes, begin, tiles.vectors, out, r);
-      else if (width == 2) pack_tile<M, 2>(block, lanes, begin, tiles.vectors, out, r);
-      else pack_tile<M, 1>(block, lanes, begin, tiles.vectors, out, r);
+      const auto* pair = second ? second + skip : nullptr;
+      if (width == kTile) pack_tile<M, kTile, Run>(first + skip, pair, ahead + skip, lanes + begin, bits + begin, out);
+      else if (width == 2) pack_tile<M, 2, Run>(first + skip, pair, ahead + skip, lanes + begin, bits + begin, out);
+      else pack_tile<M, 1, Run>(first + skip, pair, ahead + skip, lanes + begin, bits + begin, out);
     }
+  }
+}
+
+template <class M>
+void pack(const Block<typename M::Element>& block, const Vectors& vectors, const Tiles& tiles, float* panel) {
+  if (vectors.run) pack_all<M, true>(block, vectors.lanes, tiles, panel);
+  else pack_all<M, false>(block, vectors.lanes, tiles, panel);
 }
 
 // What to bring into the cache while a product runs: one line for each of its rows.
@@ -235,6 +256,7 @@ struct Finisher {
 template <class E>
 struct ProductScratch {
   Vectors vectors;
+  Tiles tiles;
   Block<E> blocks[2];
   float *panel, *sums;
   int32_t* kept;
@@ -244,6 +266,7 @@ template <class E>
 inline ProductScratch<E> take_product(Scratch& scratch, const Problem& p, const Grid& grid, int64_t vectors, int64_t rows) {
   ProductScratch<E> out;
   out.vectors = take_vectors(scratch, grid, vectors);
+  out.tiles = take_tiles(scratch, vectors);
   for (Block<E>& block : out.blocks) block = take_block<E>(scratch, p, vectors);
   out.panel = scratch.take<float>(depth(p) * vectors * kLanes);
   out.sums = scratch.take<float>(rows * vectors * kLanes);
@@ -253,14 +276,15 @@ inline ProductScratch<E> take_product(Scratch& scratch, const Problem& p, const 
 
 // The sums to the target, row by row over all tiles; `index` null: rows in order, of `all` in the target.
 template <bool Finish, class E>
-void write_all(const ProductScratch<E>& s, const Tiles& tiles, int64_t rows, const Grid& grid, int64_t all, const int32_t* index, E* target,
+void write_all(const ProductScratch<E>& s, int64_t rows, const Grid& grid, int64_t all, const int32_t* index, E* target,
                const Epilogue& epilogue = {}) {
+  const Tiles& tiles = s.tiles;
   const bool past_caches = grid.target_pitch * all * int64_t(sizeof(E)) > kCaches;
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t place = index ? index[row] : row;
     E* out = target + place * grid.target_pitch;
     const Finisher<E> finish(epilogue, place, grid.target_pitch);
-    for (int64_t i = 0; i < tiles.count(); ++i) {
+    for (int64_t i = 0; i < tiles.count; ++i) {
       const int64_t begin = tiles.begin(i), width = tiles.width(i);
       for (int64_t v = 0; v < width; ++v) {
         const Lanes& lanes = s.vectors.lanes[begin + v];
@@ -287,11 +311,12 @@ void forward(const Problem& p, const Grid& grid, Range range, Range groups, void
   typedef typename M::Element E;
   Scratch scratch = {static_cast<char*>(memory)};
   ProductScratch<E> s = take_product<E>(scratch, p, grid, range.size(), p.group_size);
-  for (int64_t v = 0; v < range.size(); ++v) describe(grid, range.begin + v, v, s.vectors);
+  describe_all(grid, range.begin, range.size(), s.vectors);
+  cut(range.size(), s.tiles);
   const int64_t filters = p.group_size, columns = up(filters, kRows);
   const bool finish = p.epilogue.scale || p.epilogue.bias || p.epilogue.residual || p.epilogue.relu;
   const Walk walk = {p.channels, p.kept, M::kPair, p.kept_taps * filters, filters};
-  const Tiles tiles = {range.size()};
+  const Tiles& tiles = s.tiles;
   const Lanes* lanes = s.vectors.lanes;
   Block<E>*block = &s.blocks[0], *next = &s.blocks[1];
   fill_block(p, grid, walk, groups.begin, 0, s.vectors, range.size(), *block);
@@ -299,9 +324,9 @@ void forward(const Problem& p, const Grid& grid, Range range, Range groups, void
     const bool done = block->last && block->group + 1 == groups.end;
     if (done) next->rows = 0;
     else fill_block(p, grid, walk, block->group + block->last, block->last ? 0 : block->step, s.vectors, range.size(), *next);
-    pack<M>(*block, lanes, tiles, s.panel);
+    pack<M>(*block, s.vectors, tiles, s.panel);
     const float* weights = p.values + block->group * walk.steps() * walk.step_at;
-    for (int64_t i = 0; i < tiles.count(); ++i) {
+    for (int64_t i = 0; i < tiles.count; ++i) {
       const int64_t begin = tiles.begin(i), width = tiles.width(i);
       for (int64_t j = 0; j < columns; ++j) {
         const int64_t from = filters * j / columns, to = filters * (j + 1) / columns;
@@ -315,8 +340,8 @@ void forward(const Problem& p, const Grid& grid, Range range, Range groups, void
     if (block->last) {
       const int32_t* index = p.filters + block->group * filters;
       E* target = static_cast<E*>(p.target);
-      if (finish) write_all<true>(s, tiles, filters, grid, p.cout, index, target, p.epilogue);
-      else write_all<false>(s, tiles, filters, grid, p.cout, index, target);
+      if (finish) write_all<true>(s, filters, grid, p.cout, index, target, p.epilogue);
+      else write_all<false>(s, filters, grid, p.cout, index, target);
     }
     Block<E>* old = block;
     block = done ? nullptr : next, next = old;
@@ -337,10 +362,11 @@ void input_gradient(const Problem& p, const Grid& grid, Range range, Range chann
   typedef typename M::Element E;
   Scratch scratch = {static_cast<char*>(memory)};
   ProductScratch<E> s = take_product<E>(scratch, p, grid, range.size(), channels.size());
-  for (int64_t v = 0; v < range.size(); ++v) describe(grid, range.begin + v, v, s.vectors);
+  describe_all(grid, range.begin, range.size(), s.vectors);
+  cut(range.size(), s.tiles);
   const int64_t steps = up(p.group_size, M::kPair), wanted = channels.size();
   const Walk walk = {p.filters, p.group_size, M::kPair, 1, steps};
-  const Tiles tiles = {range.size()};
+  const Tiles& tiles = s.tiles;
   const Lanes* lanes = s.vectors.lanes;
   for (int64_t i = 0; i < wanted * range.size(); ++i) store(s.sums + i * kLanes, Vector{});
   Block<E>*block = &s.blocks[0], *next = &s.blocks[1];
@@ -352,9 +378,9 @@ void input_gradient(const Problem& p, const Grid& grid, Range range, Range chann
     const int32_t* index = p.channels + block->group * p.kept;
     int64_t kept = 0;  // the places of the wanted channels among the group's
     for (int64_t k = 0; k < p.kept && block->rows; ++k) s.kept[kept] = int32_t(k), kept += index[k] >= channels.begin && index[k] < channels.end;
-    if (kept) pack<M>(*block, lanes, tiles, s.panel);
+    if (kept) pack<M>(*block, s.vectors, tiles, s.panel);
     const int64_t columns = up(kept, kRows);
-    for (int64_t i = 0; i < tiles.count(); ++i) {
+    for (int64_t i = 0; i < tiles.count; ++i) {
       const int64_t begin = tiles.begin(i), width = tiles.width(i);
       for (int64_t j = 0; j < columns; ++j) {
         const int64_t from = kept * j / columns, to = kept * (j + 1) / columns;
@@ -371,7 +397,7 @@ void input_gradient(const Problem& p, const Grid& grid, Range range, Range chann
     Block<E>* old = block;
     block = done ? nullptr : next, next = old;
   }
-  write_all<false>(s, tiles, wanted, grid, p.cin, nullptr, static_cast<E*>(p.target) + channels.begin * grid.target_pitch);
+  write_all<false>(s, wanted, grid, p.cin, nullptr, static_cast<E*>(p.target) + channels.begin * grid.target_pitch);
 }
 
 // ---- the weight gradient ------------------------------------------------------------------------------------------------------------
@@ -415,18 +441,30 @@ inline void dot_of(int64_t rows, int64_t filters, int64_t vectors, const float* 
   }
 }
 
-// A run of positions of one row: with pairs as bfloat16, else as float32; zeros in the lanes that are not set.
+// A run of positions of one row: with pairs as bfloat16, else as float32.
 template <class M>
-inline void pack_lanes(const typename M::Element* row, const Lanes& lanes, Bits bits, int64_t v, float* out) {
-  const Vector values = fetch(row, lanes, bits);
+inline void put(Vector values, int64_t v, float* out) {
   if constexpr (M::kPair == 1) store(out + v * kLanes, values);
   else store_some(reinterpret_cast<BFloat16*>(out) + v * kLanes, values, kAll);
+}
+
+// `count` vectors of a row, zeros in the lanes whose bit is not set (no bits: everywhere) and up to `padded`.
+template <class M>
+inline void pack_row(const typename M::Element* row, const Vectors& vectors, bool run, const Bits* bits, int64_t count, int64_t padded, float* out) {
+  const Lanes* lanes = vectors.lanes;
+  if (!bits) count = 0;
+  if (run) {
+    for (int64_t v = 0; v < count; ++v) put<M>(load_some(row + v * kLanes, bits[v]), v, out);
+  } else {
+    for (int64_t v = 0; v < count; ++v) put<M>(fetch(row, lanes[v], bits[v]), v, out);
+  }
+  for (int64_t v = count; v < padded; ++v) put<M>(Vector{}, v, out);
 }
 
 struct WeightGradientScratch {
   Vectors vectors;
   Reach reach;
-  Lanes* flat;
+  Bits* live;
   int64_t* place;  // of each kept tap in `reach`; -1: it reaches nothing
   float *x, *y;
 };
@@ -435,7 +473,7 @@ inline WeightGradientScratch take_weight_gradient(Scratch& scratch, const Proble
   WeightGradientScratch out;
   out.vectors = take_vectors(scratch, grid, kRun);
   out.reach = take_reach(scratch, p, kRun);
-  out.flat = scratch.take<Lanes>(1);
+  out.live = scratch.take<Bits>(kRun);
   out.place = scratch.take<int64_t>(p.kept_taps);
   out.x = scratch.take<float>(kDotRows * kRun * kLanes);
   out.y = scratch.take<float>(p.group_size * kRun * kLanes);
@@ -456,11 +494,11 @@ void weight_gradient(const Problem& p, const Grid& grid, int64_t group, Range ro
   WeightGradientScratch s = take_weight_gradient(scratch, p, grid);
   const int64_t positions = grid.positions(), filters = p.group_size, pitch = kRun * kLanes / M::kPair;
   const E *source = static_cast<const E*>(p.source), *other = static_cast<const E*>(p.other);
-  s.flat->source_run = true, s.flat->source = 0;
   for (int64_t begin = range.begin * kRun; begin < least(range.end * kRun, up(positions, kLanes)); begin += kRun) {
     const int64_t count = least(kRun, up(positions, kLanes) - begin), padded = up(count, M::kPair) * M::kPair;
-    for (int64_t v = 0; v < count; ++v) describe(grid, begin + v, v, s.vectors);
+    describe_all(grid, begin, count, s.vectors);
     const Lanes* lanes = s.vectors.lanes;
+    for (int64_t v = 0; v < count; ++v) s.live[v] = lanes[v].live;
     find_reach(p, grid, group, s.vectors, count, s.reach);
     for (int64_t t = 0; t < p.kept_taps; ++t) s.place[t] = -1;
     for (int64_t t = 0; t < s.reach.count; ++t) s.place[s.reach.tap[t]] = t;
@@ -470,17 +508,16 @@ void weight_gradient(const Problem& p, const Grid& grid, int64_t group, Range ro
     };
     for (int64_t f = 0; f < filters; ++f) {
       const E* row = other + p.filters[group * filters + f] * positions + begin * kLanes;
-      for (int64_t v = 0; v < padded; ++v) pack_lanes<M>(row + v * kLanes, *s.flat, v < count ? lanes[v].live : Bits(0), v, s.y + f * pitch);
+      pack_row<M>(row, s.vectors, true, s.live, count, padded, s.y + f * pitch);
     }
     const int64_t tiles = up(rows.size(), kDotRows), columns = up(filters, kDotFilters);
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t from = rows.begin + rows.size() * i / tiles, to = rows.begin + rows.size() * (i + 1) / tiles;
       for (int64_t r = from; r < to; ++r) {
         const int64_t place = s.place[r % p.kept_taps];
-        const E* row = row_of(r);
-        const Bits* bits = s.reach.bits + place * count;
-        for (int64_t v = 0; v < padded; ++v)
-          pack_lanes<M>(row, lanes[v < count ? v : 0], place >= 0 && v < count ? bits[v] : Bits(0), v, s.x + (r - from) * pitch);
+        const Bits* bits = place < 0 ? nullptr : s.reach.bits + place * count;
+        const E* row = row_of(r) + (s.vectors.run ? lanes[0].source : 0);
+        pack_row<M>(row, s.vectors, s.vectors.run, bits, count, padded, s.x + (r - from) * pitch);
       }
       for (int64_t j = 0; j < columns; ++j) {
         const int64_t first = filters * j / columns, last = filters * (j + 1) / columns, row = to + j;

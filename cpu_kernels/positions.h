@@ -12,6 +12,7 @@ struct Vectors {
   Lanes* lanes;
   Bits *rows, *columns;
   int64_t taps_y, taps_x;
+  bool run;                   // the vectors lie side by side in the source
   Bits reached(int64_t v, int64_t ty, int64_t tx) const { return rows[v * taps_y + ty] & columns[v * taps_x + tx]; }
 };
 
@@ -33,6 +34,7 @@ inline Vectors take_vectors(Scratch& scratch, const Grid& grid, int64_t count) {
   out.lanes = scratch.take<Lanes>(count);
   out.rows = scratch.take<Bits>(count * out.taps_y);
   out.columns = scratch.take<Bits>(count * out.taps_x);
+  out.run = false;
   return out;
 }
 
@@ -74,5 +76,13 @@ inline void describe(const Grid& grid, int64_t vector, int64_t v, const Vectors&
     mark(grid.x, x, bits, columns);
     lane += run, image = 0;
     if (++x == grid.x.count) x = 0, ++y;
+  }
+}
+
+inline void describe_all(const Grid& grid, int64_t first, int64_t count, Vectors& out) {
+  out.run = true;
+  for (int64_t v = 0; v < count; ++v) {
+    describe(grid, first + v, v, out);
+    out.run &= out.lanes[v].source_run && out.lanes[v].source == out.lanes[0].source + v * kLanes;
   }
 }

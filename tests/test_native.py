@@ -66,9 +66,11 @@ def test_half_precision_of_the_other_kind_is_refused():
 
 
 def test_the_choice_names_the_variant():
-    choice = choose_implementation(shapes.layer_spec(shapes.VGG19[4], sparsity=0.9, batch=128))
-    assert choice.implementation == "cpu"
-    assert set(choice.details.values()) == {cpu.variants()[0]}
+    spec = shapes.layer_spec(shapes.VGG19[4], sparsity=0.9, batch=128)
+    for dtype, variant in (("float32", cpu.variants()[0].removesuffix("_bf16")), ("bfloat16", cpu.variants()[0])):
+        choice = choose_implementation(dataclasses.replace(spec, dtype=dtype))
+        assert choice.implementation == "cpu"
+        assert set(choice.details.values()) == {variant}
 
 
 def call(x, values, filters, channels, taps, *, out=None, name="BlockSparseConvForward", **geometry):

@@ -60,7 +60,7 @@ def choose_implementation(spec: ConvSpec) -> Choice:
     if gain < 1:
         return Choice("xla", f"1/{1 / gain:.2f} the time of the native kernels at the tuned shapes nearby", details)
     return Choice(
-        "cpu", f"the native kernels: {gain:.1f}x as fast as XLA at the tuned shapes nearby", dict.fromkeys(tiles.MODES, cpu.variant())
+        "cpu", f"the native kernels: {gain:.1f}x as fast as XLA at the tuned shapes nearby", dict.fromkeys(tiles.MODES, cpu.instructions(spec))
     )
 
 

@@ -84,6 +84,20 @@ def variant() -> str:
     return wanted or variants()[0]
 
 
+def instructions(spec: ConvSpec) -> str:
+    """What the products of a convolution run on: `variant()`, whose bfloat16 instructions only bfloat16 meets.
+
+    Args:
+      spec: the static sizes and the dtype.
+
+    Returns:
+      avx512_bf16, avx512, avx2 or portable.
+
+    Reference: ours.
+    """
+    return variant() if spec.dtype == "bfloat16" else variant().removesuffix("_bf16")
+
+
 def _supports(spec: ConvSpec) -> str | None:
     if reason := unavailable():
         return reason
