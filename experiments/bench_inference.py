@@ -3,7 +3,8 @@
 SUBP's claim is CPU speed: ResNets for ImageNet (224x224) under its 1x16 and 1x32 patterns at the paper's FLOPs, packed, against the dense
 network in XLA (NHWC, CHWN, and NHWC with a matrix product per tap at 7x7 pixels) and, with `--torch PATH_TO_PYTHON`, in PyTorch (eager and
 frozen, see torch_baseline.py), at batch 1 and 8 on 1 and 2 threads, in turn. Weights are random: only the speed counts, but the logits must
-agree before anything is timed. Batch norms are folded into the kernels and a shift.
+agree before anything is timed. Batch norm, shortcut and ReLU ride in the block-sparse kernels; XLA fuses them, PyTorch's frozen form folds
+what it can.
 """
 
 import contextlib

@@ -124,10 +124,11 @@ def clocked(function: Callable[[], Any]) -> Callable[[], float]:
 
 
 def in_turn(calls: Mapping[str, Callable[[], float]], *, seconds: float, rounds: int = 5) -> dict[str, list[float]]:
-    """Times calls in turn (a, b, c, a, b, c, ...) for about as long as wished; each call tells its own time.
+    """Times calls in turn (a, b, c, b, c, a, ...), each round in an order of its own, for about as long as wished.
 
     Whoever runs in another process times itself there: the way to it is not its time. Each repetition calls twice and counts the second
-    call, so that each meets the caches as it leaves them itself, not as its neighbour does.
+    call, so that each meets the caches as it leaves them itself, not as its neighbour does; what is left of the neighbour's influence the
+    orders spread over all.
 
     Args:
       calls: name -> a function that does its work once and returns the milliseconds it took. The first two calls of each do not count,
@@ -151,8 +152,10 @@ def in_turn(calls: Mapping[str, Callable[[], float]], *, seconds: float, rounds:
     quick = [name for name, t in second.items() if t <= 1e3 * seconds]
     count = max(rounds, int(1e3 * seconds / max(2 * sum(second[name] for name in quick), 1e-3))) if quick else 0
     times: dict[str, list[float]] = {name: [] if name in quick else [t] for name, t in second.items()}
+    rng = np.random.default_rng(0)
     for _ in range(count):
-        for name in quick:
+        for place in rng.permutation(len(quick)):
+            name = quick[place]
             calls[name]()
             times[name].append(calls[name]())
     return times
