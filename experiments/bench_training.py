@@ -23,10 +23,11 @@ from experiments.config import TrainConfig, resolve
 from experiments.environment import commit, device, versions
 from experiments.loop import Trainer, stepper
 from experiments.methods import Length
-from experiments.timing import alternate, median_iqr
+from experiments.timing import clocked, in_turn, median_iqr
 from pallas_kernels import measure
 
 RESULTS = Path(__file__).parent / "results"
+PATIENCE = 10.0  # seconds: a step that takes longer is timed once
 STEP = 1  # its number: no mask update falls on it
 
 
@@ -42,7 +43,7 @@ class BenchConfig:
       batch_size: images per step.
       precision: float32 or bfloat16.
       implementation: of the block-sparse conv; None picks.
-      repetitions: timed steps of each execution.
+      repetitions: timed steps of each execution, in turn, each after a step of its own that does not count.
       out: JSON file; None is experiments/results/bench_training_PLATFORM.json.
       quick: one small network and few repetitions, written nowhere unless `out` is given.
     """
@@ -105,7 +106,7 @@ def _bench(config: BenchConfig, model: str) -> list[dict[str, Any]]:
             variants[execution, sparsity, data_format] = trainer("hrbp", sparsity, execution, data_format)
     steppers = {name: stepper(t, t.init(), STEP, images, labels) for name, t in variants.items()}
     _check({name: float(step()[1].loss) for name, step in steppers.items()}, {"float32": 1e-3, "bfloat16": 2e-2}[config.precision])
-    times = alternate(steppers, config.repetitions, warm_up=1)
+    times = in_turn({name: clocked(step) for name, step in steppers.items()}, seconds=PATIENCE, rounds=config.repetitions)
     dense = min(median_iqr(times[name])[0] or 0.0 for name in times if name[0] == "dense")
     rows = []
     for (execution, sparsity, data_format), milliseconds in times.items():

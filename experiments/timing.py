@@ -123,7 +123,7 @@ def clocked(function: Callable[[], Any]) -> Callable[[], float]:
     return call
 
 
-def in_turn(calls: Mapping[str, Callable[[], float]], *, seconds: float, rounds: int = 5) -> dict[str, list[float]]:
+def in_turn(calls: Mapping[Any, Callable[[], float]], *, seconds: float, rounds: int = 5) -> dict[Any, list[float]]:
     """Times calls in turn (a, b, c, b, c, a, ...), each round in an order of its own, for about as long as wished.
 
     Whoever runs in another process times itself there: the way to it is not its time. Each repetition calls twice and counts the second
@@ -151,7 +151,7 @@ def in_turn(calls: Mapping[str, Callable[[], float]], *, seconds: float, rounds:
         second[name] = call()
     quick = [name for name, t in second.items() if t <= 1e3 * seconds]
     count = max(rounds, int(1e3 * seconds / max(2 * sum(second[name] for name in quick), 1e-3))) if quick else 0
-    times: dict[str, list[float]] = {name: [] if name in quick else [t] for name, t in second.items()}
+    times: dict[Any, list[float]] = {name: [] if name in quick else [t] for name, t in second.items()}
     rng = np.random.default_rng(0)
     for _ in range(count):
         for place in rng.permutation(len(quick)):
