@@ -2,9 +2,10 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 T = TypeVar("T", bound=str)
@@ -28,8 +29,44 @@ def kernel_shape(name: str, shape: Sequence[int]) -> tuple[int, int, int, int]:
 def positive_int(name: str, value: Any) -> int:
     """The value as an int; ValueError unless it is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+        static = f' (static: inject_hyperparams(..., static_args=("{name}",)))' if isinstance(value, jax.Array) else ""
+        raise ValueError(f"{name}: expected an integer of at least 1{static}, got {value!r}")
     return int(value)
+
+
+def pair(name: str, value: Any) -> tuple[int, int]:
+    """Two integers from one or two; ValueError unless they are at least 1."""
+    values = (value, value) if np.ndim(value) == 0 else tuple(value)
+    if len(values) != 2:
+        raise ValueError(f"{name}: expected an integer or two (y, x), got {value!r}; this convolves images (2-D)")
+    return positive_int(name, values[0]), positive_int(name, values[1])
+
+
+def number(name: str, value: Any, *, low: float = 0.0, low_open: bool = False) -> float:
+    """The value as a float; ValueError unless it is a finite number of at least (or above) `low`."""
+    result = _float(value)
+    if not (low <= result < float("inf")) or (low_open and result == low):
+        raise ValueError(f"{name}: expected a number {'above' if low_open else 'of at least'} {low:g}, got {value!r}")
+    return result
+
+
+def random_key(name: str, key: Any) -> jax.Array:
+    """The key, `jax.random.key(0)` for None; ValueError unless it is one JAX random key, new-style or raw."""
+    if key is None:
+        return jax.random.key(0)
+    dtype, ndim = getattr(key, "dtype", None), getattr(key, "ndim", None)
+    raw = (ndim, dtype) == (1, np.uint32)
+    if dtype is None or not (raw or (ndim == 0 and jnp.issubdtype(dtype, jax.dtypes.prng_key))):
+        got = repr(key) if dtype is None else f"{dtype}{list(key.shape)}"
+        raise ValueError(f"{name}: expected one JAX random key such as jax.random.key(0), got {got}")
+    return key
+
+
+def data_format(value: Any) -> Literal["NHWC", "CHWN"]:
+    """The value; ValueError unless it is "NHWC" or "CHWN"."""
+    if value == "NCHW":
+        raise ValueError("data_format: expected one of 'NHWC', 'CHWN', got 'NCHW'; transpose x to NHWC: jnp.transpose(x, (0, 2, 3, 1))")
+    return choice("data_format", value, ("NHWC", "CHWN"))
 
 
 def fraction(name: str, value: Any, *, low: float = 0.0, high: float = 1.0, high_open: bool = True) -> float:
@@ -38,13 +75,18 @@ def fraction(name: str, value: Any, *, low: float = 0.0, high: float = 1.0, high
         raise ValueError(
             f"{name}: shapes depend on it, so it must be a Python number, got a traced value; keep it out of inject_hyperparams"
         )
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if not (low <= number < high or (number == high and not high_open)):
+    result = _float(value)
+    if not (low <= result < high or (result == high and not high_open)):
         raise ValueError(f"{name}: expected a number in [{low}, {high}{')' if high_open else ']'}, got {value!r}")
-    return number
+    return result
+
+
+def _float(value: Any) -> float:
+    """The value as a float, NaN where it is no number: a str and a bool are none."""
+    try:
+        return float("nan") if isinstance(value, str | bytes | bool | np.bool_) else float(value)
+    except (TypeError, ValueError):
+        return float("nan")
 
 
 def choice(name: str, value: Any, options: Iterable[T]) -> T:
@@ -52,7 +94,7 @@ def choice(name: str, value: Any, options: Iterable[T]) -> T:
     options = tuple(options)
     if value in options:
         return value
-    near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(value), options, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}{hint}")
 

@@ -10,7 +10,8 @@ from blocksparse_jax import _checks
 Shapes = Mapping[str, tuple[int, ...]]
 Budget = Literal["uniform", "erk", "er"] | Mapping[str, float]
 
-TOLERANCE = 0.005  # of the total density, absolute
+TOLERANCE = 0.005  # half a percentage point: |density - target|, both as fractions of all weights
+RELATIVE = 0.05  # of the target itself: more is worth a warning
 
 
 def layer_densities(budget: Budget, shapes: Shapes, sparsity: float) -> dict[str, float]:
@@ -91,8 +92,9 @@ def block_counts(
     """Kept channels and kept taps of each layer: the whole numbers whose total density comes closest to the target.
 
     A layer keeps `ceil(block_density * kh * kw)` taps and the nearest number of channels, at least one run; then layers move by one run of
-    channels at a time, the cheapest move first, while the total comes closer. Where that does not reach half a percentage point (very few,
-    narrow layers), the number of taps of a layer moves too; where nothing reaches it, a warning gives the density reached.
+    channels at a time, the cheapest move first, while the total comes closer. Where that does not reach half a percentage point of all
+    weights (very few, narrow layers), the number of taps of a layer moves too; where nothing reaches it, or where the density is off by
+    more than 5% of the target itself (targets below 0.1), a warning gives the density reached.
 
     Args:
       shapes: layer name -> `(kh, kw, cin, cout)`.
@@ -121,7 +123,7 @@ def block_counts(
             f"block_density: {block_density:.4g} keeps at most {most / size:.4f} of the weights, but the sparsity asks for density "
             f"{target / size:.4f}; raise block_density or the sparsity"
         )
-    best, best_error = {}, math.inf
+    best, best_error = dict[str, tuple[int, int]](), math.inf
     for name, count in _tap_choices(shapes, taps):
         trial = taps if name is None else {**taps, name: count}
         kept = _channel_counts(shapes, densities, trial, channel_blocks, target)
@@ -129,12 +131,13 @@ def block_counts(
         if error < best_error:
             best, best_error = {n: (kept[n], trial[n]) for n in shapes}, error
         if best_error <= TOLERANCE:
-            return best
-    warnings.warn(
-        f"sparsity: density {target / size:.4f} cannot be reached by whole blocks, the nearest is off by {best_error:.4f}; "
-        "use block_density=1, a smaller channel_block or more layers",
-        stacklevel=2,
-    )
+            break
+    if best_error > min(TOLERANCE, RELATIVE * target / size) + 1e-9:
+        warnings.warn(
+            f"sparsity: density {target / size:.4f} cannot be reached by whole blocks, the nearest is off by {best_error:.4f}; "
+            "use block_density=1, a smaller channel_block or more layers",
+            stacklevel=2,
+        )
     return best
 
 

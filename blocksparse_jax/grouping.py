@@ -98,7 +98,7 @@ def random_groups(
     """
     kh, kw, cin, cout = _sizes(shape, group_size, kept, kept_taps, channel_block)
     groups = cout // group_size
-    keys = jax.random.split(key, 3)
+    keys = jax.random.split(_checks.random_key("key", key), 3)
     (filters,) = _ascending(jax.random.permutation(keys[0], cout).reshape(groups, group_size))
     runs = _multi_hot(jax.random.uniform(keys[1], (groups, cin // channel_block)), kept // channel_block)
     taps = _multi_hot(jax.random.uniform(keys[2], (groups, kh * kw)), kept_taps)

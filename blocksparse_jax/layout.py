@@ -17,9 +17,11 @@ from blocksparse_jax import _checks
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class BlockLayout:
     """The kept blocks of one conv kernel `[kh, kw, cin, cout]`; a pytree of three index arrays.
+
+    Two layouts are equal when they are one object, as arrays have no single answer; to compare patterns compare `layout_to_mask`.
 
     Attributes:
       filters: int32 `[groups, group_size]`, a partition of `range(cout)`.

@@ -1,17 +1,21 @@
 """`BlockSparseConv` for Flax linen: `nn.Conv` whose kernel may be block-sparse, and the convolution that both Flax layers share."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import serialization
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 from jaxtyping import Array, Float
 
 from blocksparse_jax import _checks, ops
-from blocksparse_jax.layout import BlockLayout, Dense
+from blocksparse_jax.layout import BlockLayout, ConsecutiveGroups, Dense, is_layout
+from blocksparse_jax.state import Spec
+from blocksparse_jax.tree import path_name
 
 Pair = tuple[int, int]
 Padding = str | int | Sequence[int | Pair]
@@ -41,10 +45,11 @@ class BlockSparseConv(nn.Module):
       bias_init: initializer of the bias.
       data_format: `"NHWC"` or `"CHWN"` (native: no transposes around a sparse layer), of the input and the output.
       implementation: as in `blocksparse_jax.conv`; dense leaves do not use it.
-      kernel_gradient: `"masked"` or `"dense"`, as in `blocksparse_jax.conv`.
+      kernel_gradient: `"masked"` or `"dense"`, as in `blocksparse_jax.conv`; dynamic HRBP and RigL need `"dense"` at their update steps.
 
     Raises:
-      ValueError: the layout or the kernel is another layer's (the message starts with this module's path), or an argument is unknown.
+      ValueError: the layout or the kernel is another layer's (the message starts with this module's path), the collection `layouts` names
+        a kernel that the params do not have, or an argument is unknown.
 
     Example:
       >>> from blocksparse_jax import layout, packing
@@ -103,7 +108,10 @@ class BlockSparseConv(nn.Module):
         else:
             kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
-        layout = self.get_variable("layouts", "kernel", Dense())
+        layout: Any = self.get_variable("layouts", "kernel", None)
+        if layout is None:
+            _refuse_strangers(self)
+            layout = Dense()
         return convolve(
             self,
             "/".join(self.path) or type(self).__name__,
@@ -137,7 +145,7 @@ def channel_axis(data_format: str) -> int:
 
     Reference: ours.
     """
-    return {"NHWC": -1, "CHWN": 0}[_checks.choice("data_format", data_format, ("NHWC", "CHWN"))]
+    return {"NHWC": -1, "CHWN": 0}[_checks.data_format(data_format)]
 
 
 def pair(name: str, value: int | Sequence[int] | None) -> Pair:
@@ -159,10 +167,7 @@ def pair(name: str, value: int | Sequence[int] | None) -> Pair:
 
     Reference: ours.
     """
-    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (1 if value is None else value,) * 2
-    if len(values) != 2:
-        raise ValueError(f"{name}: expected an integer or two, got {value!r}; this layer convolves images (2-D)")
-    return _checks.positive_int(name, values[0]), _checks.positive_int(name, values[1])
+    return _checks.pair(name, 1 if value is None else value)
 
 
 def convolve(
@@ -290,6 +295,21 @@ def _padding(padding: Padding) -> str | tuple[Pair, Pair]:
     return (top, bottom), (left, right)
 
 
+def _refuse_strangers(layer: nn.Module) -> None:
+    """ValueError where `layouts` holds a BlockLayout at a name that is no parameter: it would be ignored, and its layer run dense."""
+    if layer.is_initializing() or layer.scope is None:
+        return
+    variables = layer.scope.root.variables()
+    layouts = jax.tree.leaves_with_path(variables.get("layouts", {}), is_leaf=is_layout)
+    known = {path_name(path) for path, _ in jax.tree.leaves_with_path(variables.get("params", {}))} if layouts else set()
+    for path, node in layouts:
+        if isinstance(node, BlockLayout) and path_name(path) not in known:
+            raise ValueError(
+                f"layouts: {path_name(path)!r} is no parameter of this model, expected names among {sorted(known)[:8]}; give the "
+                "collection the structure of the params"
+            )
+
+
 def _check_layer(layer: Any, name: str, kernel: jax.Array, layout: Any, shape: tuple[int, int, int, int]) -> None:
     """ValueError unless the kernel and the layout are this layer's."""
     if isinstance(layout, Dense):
@@ -309,3 +329,18 @@ def _check_layer(layer: Any, name: str, kernel: jax.Array, layout: Any, shape: t
         raise ValueError(
             f"{name}/kernel: expected shape {shape} or packed {layout.packed_shape}, got {kernel.shape}; repack with the layout"
         )
+
+
+def _register_serialization() -> None:
+    """`flax.serialization` can write an optimizer state: of layouts the index arrays; what is static comes from the target."""
+    arrays = ("filters", "channels", "taps")
+
+    def restore(layout: BlockLayout, state: dict[str, Any]) -> BlockLayout:
+        return dataclasses.replace(layout, **{name: serialization.from_state_dict(getattr(layout, name), state[name]) for name in arrays})
+
+    serialization.register_serialization_state(BlockLayout, lambda layout: {name: getattr(layout, name) for name in arrays}, restore)
+    for static in (Dense, ConsecutiveGroups, Spec):
+        serialization.register_serialization_state(static, lambda node: {}, lambda node, state: node)
+
+
+_register_serialization()

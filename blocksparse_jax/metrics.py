@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from blocksparse_jax import tree
-from blocksparse_jax.layout import BlockLayout, ConsecutiveGroups, is_layout, mask_to_layout
-from blocksparse_jax.state import get_masks, sparse_states
+from blocksparse_jax.layout import BlockLayout, Dense, Layout, is_layout
+from blocksparse_jax.state import SparseState, get_layouts, get_masks, sparse_states
 
 
 class Sad(NamedTuple):
@@ -137,18 +137,25 @@ class Summary:
     Attributes:
       rows: one for each parameter.
       method: names of the methods.
-      target_density: asked for over the sparse leaves.
+      target_densities: what each method asked for over its sparse leaves.
       density: reached over the sparse leaves.
       total_density: reached over all parameters.
+      blind_updates: updates of the masks that could grow no weight, since the gradient of the pruned ones was missing (`SparseState`).
 
     Reference: ours.
     """
 
     rows: tuple[Row, ...]
     method: str
-    target_density: float
+    target_densities: tuple[float, ...]
     density: float
     total_density: float
+    blind_updates: int = 0
+
+    @property
+    def target_density(self) -> float:
+        """What the first method asked for."""
+        return self.target_densities[0]
 
     def __str__(self) -> str:
         table = [("layer", "shape", "weights", "kept", "density", "pattern")]
@@ -156,23 +163,30 @@ class Summary:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(c.ljust(w) if i in (0, 1, 5) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))) for line in table]
         rule = "-" * max(map(len, lines))
-        sparse = f"{self.method}: sparse layers keep {self.density:.4f} (target {self.target_density:.4f})"
-        foot = f"{sparse}, all parameters {self.total_density:.4f}"
-        return "\n".join(line.rstrip() for line in [lines[0], rule, *lines[1:], rule, foot])
+        targets = " and ".join(f"{target:.4f}" for target in self.target_densities)
+        sparse = f"{self.method}: sparse layers keep {self.density:.4f} (target {targets})"
+        foot = [f"{sparse}, all parameters {self.total_density:.4f}"]
+        if self.blind_updates:
+            foot.append(
+                f"{self.blind_updates} updates of the masks could grow nothing: the gradient of the pruned weights was zero; "
+                "give these steps the full one, e.g. conv(..., kernel_gradient='dense')"
+            )
+        return "\n".join(line.rstrip() for line in [lines[0], rule, *lines[1:], rule, *foot])
 
 
 def summarize(params: PyTree, state: PyTree) -> Summary:
     """A table per layer, and totals: target and reached density, group sizes asked for and used.
 
     Args:
-      params: the dense parameters.
-      state: the optimizer state of a chain with a sparse method (outside of jit).
+      params: the parameters, dense or packed by `pack_tree`.
+      state: their optimizer state, of a chain with a sparse method (outside of jit).
 
     Returns:
       A `Summary`; print it.
 
     Raises:
-      ValueError: there is no sparse method in the state, or it is of another tree.
+      ValueError: there is no sparse method in the state, it is of another tree or shape, or packed by
+        a method whose layouts are not in it (subp: `unpack_tree` first).
 
     Example:
       >>> import blocksparse_jax as bsj
@@ -188,35 +202,42 @@ def summarize(params: PyTree, state: PyTree) -> Summary:
     Reference: ours.
     """
     masks = tree.match("state", get_masks(state), params)
+    layouts = tree.match("state", get_layouts(state), params, is_leaf=is_layout)
     states = sparse_states(state)
-    rows = []
-    for i, (path, leaf) in enumerate(jax.tree.leaves_with_path(params)):
-        kept = int(masks[i].sum()) if jnp.ndim(masks[i]) else leaf.size
-        rows.append(Row(tree.path_name(path), tuple(leaf.shape), leaf.size, kept, _pattern(tree.path_name(path), masks[i], states)))
-    sparse = [row for row, mask in zip(rows, masks, strict=True) if jnp.ndim(mask)]
+    rows, sparse = [], []
+    for (path, leaf), mask, layout in zip(jax.tree.leaves_with_path(params), masks, layouts, strict=True):
+        name, packed = tree.path_name(path), isinstance(layout, BlockLayout) and not jnp.ndim(mask)
+        expected = layout.packed_shape if packed else jnp.shape(mask) or jnp.shape(leaf)
+        if jnp.shape(leaf) != expected:
+            raise ValueError(f"params: expected shape {expected} of the state at {name!r}, got {jnp.shape(leaf)}; pack both, or neither")
+        shape = layout.shape if packed else jnp.shape(leaf)
+        kept = int(mask.sum()) if jnp.ndim(mask) else leaf.size
+        rows.append(Row(name, tuple(shape), math.prod(shape), kept, "dense"))
+        if packed or jnp.ndim(mask):
+            rows[-1] = dataclasses.replace(rows[-1], pattern=_pattern(rows[-1], layout, states))
+            sparse.append(rows[-1])
     return Summary(
         rows=tuple(rows),
         method=" + ".join(s.spec.method for s in states),
-        target_density=states[0].spec.density,
+        target_densities=tuple(s.spec.density for s in states),
         density=sum(row.kept for row in sparse) / max(1, sum(row.weights for row in sparse)),
         total_density=sum(row.kept for row in rows) / sum(row.weights for row in rows),
+        blind_updates=sum(int(count) for s in states for count in jax.tree.leaves(s.blind_updates)),
     )
 
 
-def _pattern(name: str, mask: Array, states: list) -> str:
-    """In words: the blocks of a layer, with the group size asked for where another one was used."""
-    if not jnp.ndim(mask):
-        return "dense"
-    for sparse in states:
-        layouts = {tree.path_name(path): node for path, node in jax.tree.leaves_with_path(sparse.layouts, is_leaf=is_layout)}
-        layout = layouts.get(name)
-        if isinstance(layout, ConsecutiveGroups):
-            layout = mask_to_layout(mask, jnp.arange(mask.shape[3]).reshape(-1, layout.group_size))
-        if isinstance(layout, BlockLayout):
-            groups, kept, kept_taps, group_size = layout.packed_shape
-            asked = sparse.spec.group_size
-            asked_for = f" (asked {asked})" if asked not in (None, group_size) else ""
-            runs = f" in runs of {layout.channel_block}" if layout.channel_block > 1 else ""
-            return f"{groups} groups of {group_size} filters{asked_for}, {kept} channels{runs} x {kept_taps} taps"
-    size = math.prod(mask.shape)
-    return "single weights, masked-dense" if int(mask.sum()) < size else "all kept"
+def _pattern(row: Row, layout: Layout, states: list[SparseState]) -> str:
+    """In words: the blocks of a layer, with the sizes asked for where others were used."""
+    if not isinstance(layout, BlockLayout):
+        return "single weights, masked-dense" if row.kept < row.weights else "all kept"
+    owners = (s.spec for s in states if any(node != Dense() for node in _nodes(s.layouts, row.name)))
+    spec = next(owners)
+    groups, kept, kept_taps, group_size = layout.packed_shape
+    asked_size = f" (asked {spec.group_size})" if spec.group_size not in (None, group_size) else ""
+    asked_run = f" (asked {spec.channel_block})" if spec.channel_block not in (None, layout.channel_block) else ""
+    runs = f" in runs of {layout.channel_block}{asked_run}" if layout.channel_block > 1 or asked_run else ""
+    return f"{groups} groups of {group_size} filters{asked_size}, {kept} channels{runs} x {kept_taps} taps"
+
+
+def _nodes(layouts: PyTree, name: str) -> list[Layout]:
+    return [node for path, node in jax.tree.leaves_with_path(layouts, is_leaf=is_layout) if tree.path_name(path) == name]

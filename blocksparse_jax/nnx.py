@@ -49,7 +49,7 @@ class BlockSparseConv(nnx.Module):
       bias_init: initializer of the bias.
       data_format: `"NHWC"` or `"CHWN"` (native: no transposes around a sparse layer), of the input and the output.
       implementation: as in `blocksparse_jax.conv`; a dense layer does not use it.
-      kernel_gradient: `"masked"` or `"dense"`, as in `blocksparse_jax.conv`.
+      kernel_gradient: `"masked"` or `"dense"`, as in `blocksparse_jax.conv`; dynamic HRBP and RigL need `"dense"` at their update steps.
       rngs: `nnx.Rngs`.
 
     Raises:

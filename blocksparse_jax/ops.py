@@ -18,7 +18,7 @@ from pallas_kernels.block_sparse_conv import choose_implementation as _choose
 
 DataFormat = Literal["NHWC", "CHWN"]
 Padding = str | Sequence[tuple[int, int]]
-_FORMATS: tuple[DataFormat, ...] = ("NHWC", "CHWN")
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def conv(
@@ -26,9 +26,9 @@ def conv(
     kernel: Float[Array, "p q r s"],
     layout: BlockLayout | Dense,
     *,
-    strides: Sequence[int] = (1, 1),
+    strides: int | Sequence[int] = (1, 1),
     padding: Padding = "SAME",
-    dilation: Sequence[int] = (1, 1),
+    dilation: int | Sequence[int] = (1, 1),
     data_format: DataFormat = "NHWC",
     scale: Float[Array, " cout"] | None = None,
     bias: Float[Array, " cout"] | None = None,
@@ -45,21 +45,26 @@ def conv(
     `activation(scale * y + bias + residual)`, as far as each is given: at inference a batch norm, a shortcut and a ReLU, which the native
     kernels do while they store y. CHWN is the native activation layout; NHWC is transposed at the door.
 
+    Reverse mode works to any order (`jax.grad` of `jax.grad`), and forward over reverse (`jax.jvp` of `jax.grad`, Hessian-vector
+    products); from the second order on XLA's operations do the work. Forward mode alone (`jax.jvp` of `conv`) takes
+    `implementation="dense"`.
+
     Args:
       x: activations `[n, h, w, cin]`, or `[cin, h, w, n]` with `data_format="CHWN"`; float32, bfloat16 or float16.
       kernel: the conv kernel `[kh, kw, cin, cout]`, or its packed values `[groups, kept, kept_taps, group_size]`; cast to `x.dtype`,
         products are accumulated in float32.
       layout: the kernel's layout; `Dense()` convolves with the whole kernel.
-      strides: step in pixels `(y, x)`.
+      strides: step in pixels `(y, x)`, or one integer for both.
       padding: "SAME", "VALID" or `((top, bottom), (left, right))` in pixels.
-      dilation: distance between taps in pixels `(y, x)`.
+      dilation: distance between taps in pixels `(y, x)`, or one integer for both.
       data_format: "NHWC" or "CHWN", of input and output.
       scale, bias: one number for each output channel.
       residual: added to the output; in its shape.
       activation: "relu" or None.
       implementation: None picks by device, layout and measured tables (`choose_implementation` tells what); or one of
-        `available_implementations()`: "xla", "cpu", "triton", "mosaic_gpu", "dense" (masked weights, dense convolution).
-      kernel_gradient: "masked": zero outside the mask; "dense": the full gradient, for growth (dense kernels only).
+        `available_implementations()`, which says of each whether it can run here and why not ("dense": masked weights, dense convolution).
+      kernel_gradient: "masked": zero outside the mask; "dense": the full gradient, which RigL and dynamic HRBP need at their update steps
+        to grow weights (dense kernels only).
       packed: whether `kernel` holds packed values; None tells by its shape.
       precision: as in `lax.conv_general_dilated`.
 
@@ -79,7 +84,7 @@ def conv(
 
     Reference: ours; HRBP's accelerated training, Ma et al., CPAL 2024.
     """
-    data_format = _checks.choice("data_format", data_format, _FORMATS)
+    data_format = _checks.data_format(data_format)
     _checks.choice("kernel_gradient", kernel_gradient, ("masked", "dense"))
     if implementation is not None:
         _checks.choice("implementation", implementation, available_implementations())
@@ -87,6 +92,11 @@ def conv(
         raise ValueError(f"layout: expected a BlockLayout or Dense(), got {type(layout).__name__}; get it from get_layouts(state)")
     if jnp.ndim(x) != 4 or jnp.ndim(kernel) != 4:
         raise ValueError(f"x: expected rank 4 ({data_format}) and a kernel of rank 4, got shapes {jnp.shape(x)} and {jnp.shape(kernel)}")
+    x, runs_dense = jnp.asarray(x), isinstance(layout, Dense) or implementation == "dense"
+    if not (jnp.issubdtype(x.dtype, jnp.floating) if runs_dense else x.dtype.name in _DTYPES):
+        raise ValueError(f"x: expected {', '.join(_DTYPES[:2])} or {_DTYPES[2]} ({data_format}), got {x.dtype}{list(x.shape)}; cast it")
+    if x.size == 0 and not runs_dense:
+        raise ValueError(f"x: expected no empty axis ({data_format}), got shape {x.shape}")
     is_packed = _is_packed(kernel, layout, packed)
     if is_packed and kernel_gradient == "dense":
         raise ValueError("kernel_gradient: 'dense' needs the dense kernel, got packed values; unpack them first")
@@ -95,7 +105,7 @@ def conv(
     if cin != kernel_size[2]:
         raise ValueError(f"x: expected {kernel_size[2]} channels ({data_format}, shape {x.shape}) for the kernel {kernel_size}, got {cin}")
     window = _window(x, kernel_size, strides, padding, dilation, data_format)
-    if isinstance(layout, Dense) or implementation == "dense":
+    if isinstance(layout, Dense) or runs_dense:
         if isinstance(layout, BlockLayout):
             kernel = unpack(kernel, layout) if is_packed else _masked(kernel, layout, kernel_gradient)
         y = dense_conv(x, kernel.astype(x.dtype), *window, data_format, precision)
@@ -117,9 +127,9 @@ def dense_kernel_gradient(
     dy: Float[Array, "a e f g"],
     kernel_size: Sequence[int],
     *,
-    strides: Sequence[int] = (1, 1),
+    strides: int | Sequence[int] = (1, 1),
     padding: Padding = "SAME",
-    dilation: Sequence[int] = (1, 1),
+    dilation: int | Sequence[int] = (1, 1),
     data_format: DataFormat = "NHWC",
     precision: Any = None,
 ) -> Float[Array, "kh kw cin cout"]:
@@ -147,7 +157,7 @@ def dense_kernel_gradient(
 
     Reference: ours; the growth score of Evci et al., "RigL", ICML 2020.
     """
-    data_format = _checks.choice("data_format", data_format, _FORMATS)
+    data_format = _checks.data_format(data_format)
     axis = _channel_axis(data_format)
     if len(kernel_size) != 2:
         raise ValueError(f"kernel_size: expected (kh, kw), got {tuple(kernel_size)}")
@@ -167,9 +177,9 @@ def choose_implementation(
     x: Float[Array, "a b c d"],
     layout: BlockLayout,
     *,
-    strides: Sequence[int] = (1, 1),
+    strides: int | Sequence[int] = (1, 1),
     padding: Padding = "SAME",
-    dilation: Sequence[int] = (1, 1),
+    dilation: int | Sequence[int] = (1, 1),
     data_format: DataFormat = "NHWC",
 ) -> Choice:
     """What `conv(x, kernel, layout, implementation=None)` runs, and why.
@@ -193,7 +203,7 @@ def choose_implementation(
 
     Reference: ours.
     """
-    data_format = _checks.choice("data_format", data_format, _FORMATS)
+    data_format = _checks.data_format(data_format)
     stride, pads, spread = _window(x, layout.shape, strides, padding, dilation, data_format)
     h, w = x.shape[1:3]
     batch = x.shape[3 if data_format == "CHWN" else 0]
@@ -250,22 +260,32 @@ def _is_packed(kernel: Array, layout: BlockLayout | Dense, packed: bool | None) 
             raise ValueError("packed: a Dense() layout has no packed values; pass the layout they were packed with")
         return False
     shapes = {False: layout.shape, True: layout.packed_shape}
-    fits = [form for form in ((False, True) if packed is None else (packed,)) if kernel.shape == shapes[form]]
+    allowed = (False, True) if packed is None else (bool(packed),)
+    fits = [form for form in allowed if kernel.shape == shapes[form]]
     if not fits:
-        raise ValueError(
-            f"kernel: expected the conv kernel {layout.shape} or its packed values {layout.packed_shape}, got {kernel.shape}; "
+        expected = " or ".join(f"{'packed values' if form else 'the conv kernel'} {shapes[form]}" for form in allowed)
+        said = "" if packed is None else f" with packed={packed}"
+        fix = (
             "was the layout made for another layer?"
+            if kernel.shape not in shapes.values()
+            else "leave `packed` out, or give the other form"
         )
+        raise ValueError(f"kernel: expected {expected}{said}, got {kernel.shape}; {fix}")
     if len(fits) == 2:
         raise ValueError(f"kernel: {kernel.shape} may be a conv kernel or packed values; say which with packed=True or packed=False")
     return fits[0]
 
 
 def _window(
-    x: Any, shape: Sequence[int], strides: Sequence[int], padding: Padding, dilation: Sequence[int], data_format: DataFormat
+    x: Any,
+    shape: Sequence[int],
+    strides: int | Sequence[int],
+    padding: Padding,
+    dilation: int | Sequence[int],
+    data_format: DataFormat,
 ) -> tuple[tuple[int, int], tuple[tuple[int, int], tuple[int, int]], tuple[int, int]]:
     """Strides, explicit padding and dilation as tuples of ints."""
-    stride, spread = _pair("strides", strides), _pair("dilation", dilation)
+    stride, spread = _checks.pair("strides", strides), _checks.pair("dilation", dilation)
     pads: Padding = padding
     if isinstance(padding, str):
         reach = [(k - 1) * d + 1 for k, d in zip(shape[:2], spread, strict=True)]
@@ -278,16 +298,6 @@ def _window(
     if min(map(min, explicit)) < 0:
         raise ValueError(f"padding: expected pixels of at least 0, got {padding!r}; crop x instead")
     return stride, explicit, spread
-
-
-def _pair(name: str, value: Sequence[int]) -> tuple[int, int]:
-    try:
-        first, second = (int(v) for v in value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}: expected two integers (y, x), got {value!r}") from None
-    if min(first, second) < 1:
-        raise ValueError(f"{name}: expected two integers of at least 1, got {value!r}")
-    return first, second
 
 
 def _masked(kernel: Array, layout: BlockLayout, kernel_gradient: str) -> Array:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, PyTree
 
 from blocksparse_jax import layout as layouts_
 from blocksparse_jax import tree
-from blocksparse_jax.layout import BlockLayout, block_index, is_layout
+from blocksparse_jax.layout import BlockLayout, Dense, block_index, is_layout, layout_to_mask
 from blocksparse_jax.state import SparseState, is_sparse_state
 
 
@@ -70,22 +70,27 @@ def unpack(values: Float[Array, "groups kept kept_taps group_size"], layout: Blo
     return flat.at[block_index(layout)].set(values, mode="promise_in_bounds", unique_indices=True).reshape(layout.shape)
 
 
-def pack_tree(params: PyTree, state: PyTree, layouts: PyTree) -> tuple[PyTree, PyTree]:
+def pack_tree(params: PyTree, state: PyTree, layouts: PyTree, *, drop_pruned: bool = False) -> tuple[PyTree, PyTree]:
     """Packs parameters and everything in the optimizer state that has their shape (moments, traces, accumulators).
 
     A packed leaf holds kept weights only, so the methods in `state` neither mask it nor move its topology: training continues with the
     same `tx` as ordinary training of a smaller tree. To change masks, `unpack_tree`, update, pack again.
 
+    The pruned weights are not in the packed values. Hard methods have zeros there, and `unpack_tree` gives back all that was; a
+    straight-through method (soft SUBP) trains its pruned weights, and packing ends that.
+
     Args:
       params: any pytree.
       state: an optimizer state for `params`, or None.
       layouts: `get_layouts(state)`: a BlockLayout for each leaf to pack, `Dense()` for the others.
+      drop_pruned: pack also where a straight-through method keeps non-zero pruned weights, which are then lost.
 
     Returns:
       `(values, state)`.
 
     Raises:
-      ValueError: the layouts are of another tree or another kernel.
+      ValueError: the layouts are of another tree or another kernel; or pruned weights of a straight-through method would be lost
+        (inside jit, where the values are not known, this is not seen).
 
     Example:
       >>> params = {"w": jnp.ones((1, 1, 2, 2)), "b": jnp.ones(2)}
@@ -96,6 +101,8 @@ def pack_tree(params: PyTree, state: PyTree, layouts: PyTree) -> tuple[PyTree, P
 
     Reference: ours.
     """
+    if not drop_pruned:
+        _refuse_loss(params, state, layouts)
     return _convert(params, state, layouts, pack, lambda layout: layout.shape, lambda layout: jnp.asarray(True))
 
 
@@ -124,6 +131,27 @@ def unpack_tree(values: PyTree, state: PyTree, layouts: PyTree) -> tuple[PyTree,
     return _convert(values, state, layouts, unpack, lambda layout: layout.packed_shape, layouts_.layout_to_mask)
 
 
+def _refuse_loss(params: PyTree, state: PyTree, layouts: PyTree) -> None:
+    """ValueError where a straight-through method holds non-zero weights outside of a layout (as far as the values are known)."""
+    leaves = jax.tree.leaves_with_path(params)
+    nodes = tree.match("layouts", layouts, params, is_leaf=is_layout)
+    states = [node for node in jax.tree.leaves(state, is_leaf=is_sparse_state) if is_sparse_state(node)]
+    for sparse in states:
+        if not sparse.spec.straight_through:
+            continue
+        own = {tree.path_name(path) for path, node in jax.tree.leaves_with_path(sparse.layouts, is_leaf=is_layout) if node != Dense()}
+        for (path, leaf), layout in zip(leaves, nodes, strict=True):
+            name = tree.path_name(path)
+            if name not in own or not isinstance(layout, BlockLayout) or jnp.shape(leaf) != layout.shape:
+                continue
+            lost = jnp.count_nonzero(jnp.where(layout_to_mask(layout), 0, leaf))
+            if not isinstance(lost, jax.core.Tracer) and lost:
+                raise ValueError(
+                    f"params: {sparse.spec.method} trains the pruned weights too, and packing would lose {int(lost)} of them at {name!r}; "
+                    "once the pattern is final set them to zero (apply_masks), or pass drop_pruned=True"
+                )
+
+
 def _convert(params: PyTree, state: PyTree, layouts: PyTree, convert: Any, shape: Any, mask: Any) -> tuple[PyTree, PyTree]:
     """Converts each leaf with a BlockLayout, and each state leaf that belongs to it and has its shape; masks become `mask(layout)`."""
     structure = jax.tree.structure(params)
@@ -139,7 +167,7 @@ def _convert(params: PyTree, state: PyTree, layouts: PyTree, convert: Any, shape
     def _convert_masks(sparse: SparseState) -> SparseState:
         def one(path: Any, own: Any, layout: Any) -> Any:
             node = nodes.get(tree.path_name(path))
-            return mask(node) if isinstance(node, BlockLayout) and not isinstance(layout, layouts_.Dense) else own
+            return mask(node) if isinstance(node, BlockLayout) and not isinstance(layout, Dense) else own
 
         return sparse._replace(masks=jax.tree.map_with_path(one, sparse.masks, sparse.layouts))
 

@@ -26,6 +26,8 @@ class Spec:
       straight_through: the forward pass uses `w * mask` and gradients pass to all weights (`masked`).
       rule: weights -> mask, for methods whose mask follows the weights at every step; None = the stored masks.
       skips: an update of the masks applies no gradient.
+      full_gradient: an update of the masks reads the gradient of the pruned weights, which masked execution leaves at zero.
+      channel_block: channels in a run as asked for; None where the pattern has no runs.
 
     Example:
       >>> Spec("rigl", 0.1, skips=True).straight_through
@@ -40,6 +42,8 @@ class Spec:
     straight_through: bool = False
     rule: Callable[[Array], Array] | None = None
     skips: bool = False
+    full_gradient: bool = False
+    channel_block: int | None = None
 
 
 class SparseState(NamedTuple):
@@ -50,11 +54,13 @@ class SparseState(NamedTuple):
       masks: the params' structure; bool arrays of the leaf's shape, the scalar True for a dense (or packed) leaf.
       layouts: the params' structure; `BlockLayout`, `ConsecutiveGroups` or `Dense()`.
       skip_gradient: bool, whether the last update moved the topology instead of applying a gradient.
+      blind_updates: int32, updates of the masks that should have grown weights by their gradient, and found it zero on every pruned
+        weight of a layer, though not on the kept ones: the step gave the masked gradient where the method needs the full one.
       spec: what is fixed about the method (static).
 
     Example:
       >>> SparseState._fields
-      ('count', 'masks', 'layouts', 'skip_gradient', 'spec')
+      ('count', 'masks', 'layouts', 'skip_gradient', 'blind_updates', 'spec')
 
     Reference: ours.
     """
@@ -63,6 +69,7 @@ class SparseState(NamedTuple):
     masks: PyTree
     layouts: PyTree
     skip_gradient: jax.Array  # bool[]
+    blind_updates: jax.Array  # int32[]
     spec: Spec
 
 
@@ -126,7 +133,8 @@ def get_masks(state: PyTree) -> PyTree:
 def get_layouts(state: PyTree) -> PyTree:
     """The block layouts in an optimizer state; hand them to `conv`, to a layer's `layouts` collection or to `pack_tree`.
 
-    A method whose kept count changes in training (`subp`) keeps masks only; its layouts are read from them here, outside of jit.
+    A method whose kept count changes in training (`subp`) keeps masks only; its layouts are read from them here, outside of jit. Give
+    them to the jitted step as an argument: it compiles once for each kept count.
 
     Args:
       state: the state of a transformation that holds a sparse method, under any wrappers.
@@ -135,7 +143,8 @@ def get_layouts(state: PyTree) -> PyTree:
       A tree of the params' structure: a `BlockLayout`, or `Dense()` for leaves that are dense or whose pattern has no layout.
 
     Raises:
-      ValueError: there is no sparse method in the state, or layouts must be read from masks that are traced.
+      ValueError: there is no sparse method in the state, layouts must be read from masks that are traced or packed away, or
+        `flax.nnx.Optimizer` has taken the layouts apart (`bsj.nnx.Optimizer` keeps them).
 
     Example:
       >>> import blocksparse_jax as bsj
@@ -146,7 +155,15 @@ def get_layouts(state: PyTree) -> PyTree:
 
     Reference: ours.
     """
-    resolved = [jax.tree.map(_resolve, s.layouts, s.masks, is_leaf=_is_node) for s in sparse_states(state)]
+    states = sparse_states(state)
+    for sparse in states:
+        for path, node in jax.tree.leaves_with_path(sparse.layouts, is_leaf=_is_node):
+            if not _is_node(node):
+                name = tree.path_name(path)
+                raise ValueError(
+                    f"state: expected a layout at {name!r}, got its arrays; flax.nnx.Optimizer did that, use bsj.nnx.Optimizer"
+                )
+    resolved = [jax.tree.map(_resolve, s.layouts, s.masks, is_leaf=_is_node) for s in states]
     return _merge(resolved, lambda a, b: b if isinstance(a, Dense) else a, Dense())
 
 
@@ -176,9 +193,9 @@ def masked(params: PyTree, state: PyTree) -> PyTree:
     Reference: Zhou et al., ICLR 2021; Xiang et al., "SUBP", NeurIPS 2023.
     """
     for sparse in sparse_states(state):
+        nodes = tree.match("state", sparse.masks, params, is_leaf=_is_node)
         if sparse.spec.straight_through:
             rule = sparse.spec.rule
-            nodes = tree.match("state", sparse.masks, params, is_leaf=_is_node)
             leaves = [
                 w if isinstance(mask, optax.MaskedNode) or not jnp.ndim(mask) else straight_through(w, mask if rule is None else rule(w))
                 for w, mask in zip(jax.tree.leaves(params), nodes, strict=True)
@@ -204,10 +221,14 @@ def _both(a: Array, b: Array) -> Array:
 
 
 def _resolve(layout: Any, mask: Any) -> Any:
-    if not isinstance(layout, ConsecutiveGroups) or not jnp.ndim(mask):
-        return Dense() if isinstance(layout, ConsecutiveGroups) else layout
+    if not isinstance(layout, ConsecutiveGroups):
+        return layout
+    if not jnp.ndim(mask):
+        raise ValueError("state: packed, and this method's layouts are read from its masks: use those given to pack_tree, or unpack_tree")
     if isinstance(mask, jax.core.Tracer):
-        raise ValueError("state: this method's kept count changes, so get_layouts reads it from the masks: call it outside of jit")
+        raise ValueError(
+            "state: this method's kept count changes, so get_layouts reads it from the masks: call it outside of jit, pass them in"
+        )
     return mask_to_layout(mask, jnp.arange(mask.shape[3]).reshape(-1, layout.group_size))
 
 

@@ -1,9 +1,11 @@
 """Pytrees of parameters: names of leaves, which leaves are sparse, and state leaves that belong to a parameter."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 Where = Callable[[str, Array], bool]
@@ -61,7 +63,7 @@ def choose(where: Where | None, params: PyTree) -> dict[str, Array]:
       Name -> leaf, in tree order.
 
     Raises:
-      ValueError: no leaf is chosen, or two leaves have one name.
+      ValueError: no leaf is chosen, a chosen one is no float array, two leaves have one name, or `where` takes other arguments.
 
     Example:
       >>> import jax.numpy as jnp
@@ -73,11 +75,24 @@ def choose(where: Where | None, params: PyTree) -> dict[str, Array]:
     where = conv_kernels if where is None else where
     if not callable(where):
         raise ValueError(f"where: expected a predicate (name, leaf) -> bool, got {where!r}")
+    try:
+        inspect.signature(where).bind("", None)
+    except TypeError as error:
+        raise ValueError(
+            f"where: expected a predicate of two arguments, (name, leaf) -> bool, but it does not take them: {error}"
+        ) from None
+    except ValueError:
+        pass  # a builtin without a signature
     leaves = [(path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(params)]
+    if not leaves:
+        raise ValueError("params: expected a tree of arrays, got one without leaves")
     chosen = {name: leaf for name, leaf in leaves if where(name, leaf)}
     if not chosen:
         shapes = ", ".join(f"{name}{list(leaf.shape)}" for name, leaf in leaves[:8])
         raise ValueError(f"where: no leaf of params was chosen, expected at least one of: {shapes}; pass where=lambda name, leaf: ...")
+    for name, leaf in chosen.items():
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise ValueError(f"params[{name!r}]: expected floats, got {leaf.dtype}; cast it, or exclude the leaf with `where`")
     if len({name for name, _ in leaves}) != len(leaves):
         raise ValueError("params: two leaves have the same path name; rename one so that layers can be told apart")
     return chosen
@@ -85,6 +100,9 @@ def choose(where: Where | None, params: PyTree) -> dict[str, Array]:
 
 def match(name: str, tree: PyTree, params: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:
     """The nodes of `tree` at the leaves of `params`.
+
+    Leaves of two trees belong together when their path names are equal, so the state of an `nnx.Optimizer` (its own kind of variable at
+    each leaf) fits the params of the model, as they are or as plain dicts.
 
     Args:
       name: the argument's name, for the error.
@@ -105,19 +123,34 @@ def match(name: str, tree: PyTree, params: PyTree, is_leaf: Callable[[Any], bool
     Reference: ours.
     """
     expected: Any = jax.tree.structure(params)
-    got: Any = jax.tree.structure(tree, is_leaf=is_leaf)
-    if is_leaf is None and expected == got:
+    if is_leaf is None and expected == jax.tree.structure(tree):
         return jax.tree.leaves(tree)
-    try:
-        return expected.flatten_up_to(tree)
-    except (ValueError, TypeError):
-        pass
-    try:
-        return jax.tree.leaves(jax.tree.broadcast(tree, params, is_leaf=is_leaf), is_leaf=is_leaf)
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{name}: expected the tree structure of params, {expected}, got {got}; was it made from another model?"
-        ) from error
+    names = [path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+    flat = [(path_name(path), node) for path, node in jax.tree.leaves_with_path(tree, is_leaf=is_leaf)]
+    nodes = dict(flat)
+    if len(set(names)) < len(names) or len(nodes) < len(flat):  # two leaves of one name: only the structure tells them apart
+        try:
+            return expected.flatten_up_to(tree)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{name}: expected the tree structure of params; was it made from another model?") from error
+    owners = [_nearest(leaf, nodes) for leaf in names]
+    missing, extra = [n for n, owner in zip(names, owners) if owner is None], sorted(set(nodes) - set(owners))
+    if missing or extra:
+        differences = [f"{what} {some[0]!r}" for what, some in (("it lacks", missing), ("params lack", extra)) if some]
+        raise ValueError(f"{name}: expected the tree structure of params, but {' and '.join(differences)}; was it made from another model?")
+    return [nodes[owner] for owner in owners if owner is not None]
+
+
+def _nearest(name: str, nodes: Mapping[str, Any]) -> str | None:
+    """The name of the node at that leaf, or of the nearest one above it."""
+    while name not in nodes and name:
+        name = name.rpartition("/")[0]
+    return name if name in nodes else None
+
+
+def _plain(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A key path without the `.value` that ends nnx paths."""
+    return path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
 
 
 def map_state(function: Callable[..., Any], params: PyTree, state: PyTree, *rest: PyTree, is_leaf: Callable[[Any], bool]) -> PyTree:
@@ -145,10 +178,11 @@ def map_state(function: Callable[..., Any], params: PyTree, state: PyTree, *rest
 
     Reference: ours.
     """
-    owners: Mapping[tuple[Any, ...], str] = {path: path_name(path) for path, _ in jax.tree.leaves_with_path(params)}
+    owners: Mapping[tuple[Any, ...], str] = {_plain(path): path_name(path) for path, _ in jax.tree.leaves_with_path(params)}
     lengths = sorted({len(path) for path in owners}, reverse=True)
 
     def call(path: tuple[Any, ...], leaf: Any, *others: Any) -> Any:
+        path = _plain(path)
         owner = None if is_leaf(leaf) else next((owners[tail] for n in lengths if (tail := path[len(path) - n :]) in owners), None)
         return function(owner, leaf, *others)
 

@@ -1,5 +1,7 @@
 """Bad input: the message names the argument, the value and what was expected."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -47,6 +49,21 @@ BAD_METHODS = {
     "did you mean 'cubic'": lambda: bsj.subp(0.5, schedule="cubik", start=0, end=1),
     "version: expected 1": lambda: bsj.subp(0.5, version=3, start=0, end=1),
     "tau: expected a number above 0": lambda: bsj.subp(0.5, tau=0.0, start=0, end=1),
+    "alpha: expected a number of at least 0, got -1": lambda: bsj.subp(0.5, alpha=-1, start=0, end=1),
+    "decay: expected a number of at least 0, got nan": lambda: bsj.subp(0.5, decay=float("nan"), start=0, end=1),
+    "power: expected a number above 0, got 0": lambda: bsj.gradual_magnitude(0.5, start=0, end=5, power=0),
+    "sparsity: expected a number in [0.0, 1.0), got '0.9'": lambda: bsj.hrbp_prune("0.9"),
+    "sparsity: expected a number in [0.0, 1.0), got False": lambda: bsj.hrbp_prune(False),
+    "key: expected one JAX random key such as jax.random.key(0), got 0": lambda: bsj.rigl(0.5, until=9, key=0),
+    "key: expected one JAX random key such as jax.random.key(0), got key<fry>[2]": lambda: bsj.hrbp_prune(
+        0.5, key=jax.random.split(jax.random.key(0))
+    ),
+    "group_size: expected an integer of at least 1 (static: inject_hyperparams(..., static_args=": lambda: optax.inject_hyperparams(
+        bsj.hrbp_prune
+    )(sparsity=0.5).init({"w": KERNEL}),
+    "where: expected a predicate of two arguments": lambda: bsj.rigl(0.5, until=9, where=lambda path: True).init({"w": KERNEL}),
+    "params: expected a tree of arrays, got one without leaves": lambda: bsj.rigl(0.5, until=9).init({}),
+    "params['w']: expected floats, got int32": lambda: bsj.rigl(0.5, until=9).init({"w": KERNEL.astype(int)}),
     "n: expected at most m=4, got 5": lambda: bsj.sr_ste(5, 4),
     "m: expected an integer": lambda: bsj.sr_ste(2, 0),
     "decay: expected a number of at least 0": lambda: bsj.sr_ste(2, 4, -1.0),
@@ -60,7 +77,7 @@ BAD_METHODS = {
 
 @pytest.mark.parametrize("message", BAD_METHODS)
 def test_bad_arguments_of_methods(message):
-    with pytest.raises(ValueError, match=message.replace("[", r"\[").replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         BAD_METHODS[message]()
 
 
@@ -100,6 +117,17 @@ def test_an_unreachable_density_warns_with_what_it_got():
         bsj.hrbp_prune(0.9, group_size=8).init({"w": jnp.ones((1, 1, 8, 8))})
 
 
+def test_a_density_far_from_a_small_target_warns_too():
+    """Half a percentage point is five times the 0.1% that are asked for; more than 5% of the target is worth a word."""
+    with pytest.warns(UserWarning, match="sparsity: density 0.0010 cannot be reached by whole blocks, the nearest is off by 0.0042"):
+        bsj.hrbp_prune(0.999).init({"w": jnp.ones((3, 3, 64, 64))})
+
+
+def test_a_layer_of_which_nothing_is_kept_warns():
+    with pytest.warns(UserWarning, match="masks: nothing is kept at 'w'"):
+        bsj.fixed_masks({"w": jnp.zeros((3, 3, 8, 8), bool)})
+
+
 def test_masks_of_another_tree():
     state = bsj.rigl(0.5, until=10).init({"w": KERNEL})
     with pytest.raises(ValueError, match="masks: expected the tree structure of params"):
@@ -114,6 +142,8 @@ def test_masks_of_another_tree():
         bsj.fixed_masks(bsj.get_masks(state)).init({"w": jnp.ones((3, 3, 8, 8))})
     with pytest.raises(ValueError, match="layouts: expected the tree structure of params"):
         bsj.pack_tree({"w": KERNEL, "b": KERNEL}, None, {"w": LAYOUT})
+    with pytest.raises(ValueError, match="state: expected the tree structure of params, but it lacks 'x' and params lack 'w'"):
+        bsj.masked({"x": jnp.ones(3), "y": jnp.ones(3)}, state)
     with pytest.raises(ValueError, match="masks_b: "):
         bsj.sad(bsj.get_masks(state), {"x": jnp.asarray(True), "y": jnp.asarray(True)})
 
@@ -124,6 +154,14 @@ def test_packed_values_with_a_dense_state():
     small = {"w": jnp.ones((2, 4, 3, 16))}
     with pytest.raises(ValueError, match="packed values go with the packed state"):
         tx.update(small, state, small)
+
+
+def test_params_of_another_shape_name_the_leaf():
+    """Static methods too, which never look at the weights again."""
+    tx = bsj.keep_zeros(optax.chain(bsj.hrbp_prune(0.5, group_size=16), optax.sgd(0.1)))
+    state, other = tx.init({"w": KERNEL}), {"w": KERNEL[..., :16]}
+    with pytest.raises(ValueError, match=r"params: expected shape \(3, 3, 16, 32\) at 'w' as at init, got weights \(3, 3, 16, 16\)"):
+        tx.update(other, state, other)
 
 
 def test_no_sparse_method_in_the_state():
@@ -141,15 +179,21 @@ BAD_CONVS = {
     "x: expected 16 channels": lambda: bsj.conv(X[..., :8], KERNEL, LAYOUT),
     "was the layout made for another layer": lambda: bsj.conv(X, KERNEL[..., :16], LAYOUT),
     "layout: expected a BlockLayout or Dense": lambda: bsj.conv(X, KERNEL, None),
-    "data_format: expected one of 'NHWC', 'CHWN', got 'NCHW'; did you mean": lambda: bsj.conv(X, KERNEL, LAYOUT, data_format="NCHW"),
+    "data_format: expected one of 'NHWC', 'CHWN', got 'NCHW'; transpose x to NHWC": lambda: bsj.conv(X, KERNEL, LAYOUT, data_format="NCHW"),
     "implementation: expected one of .*, got 'tritn'; did you mean 'triton'": lambda: bsj.conv(X, KERNEL, LAYOUT, implementation="tritn"),
     "kernel_gradient: expected one of": lambda: bsj.conv(X, KERNEL, LAYOUT, kernel_gradient="full"),
     "kernel_gradient: 'dense' needs the dense kernel": lambda: bsj.conv(X, bsj.pack(KERNEL, LAYOUT), LAYOUT, kernel_gradient="dense"),
     "padding: expected one of 'SAME', 'VALID'": lambda: bsj.conv(X, KERNEL, LAYOUT, padding="SAMEE"),
     "padding: expected pixels of at least 0": lambda: bsj.conv(X, KERNEL, LAYOUT, padding=((-1, 0), (0, 0))),
     'padding: expected "SAME"': lambda: bsj.conv(X, KERNEL, LAYOUT, padding=1),
-    "strides: expected two integers of at least 1": lambda: bsj.conv(X, KERNEL, LAYOUT, strides=(0, 1)),
-    "dilation: expected two integers": lambda: bsj.conv(X, KERNEL, LAYOUT, dilation=2),
+    "strides: expected an integer of at least 1, got 0": lambda: bsj.conv(X, KERNEL, LAYOUT, strides=(0, 1)),
+    "dilation: expected an integer or two": lambda: bsj.conv(X, KERNEL, LAYOUT, dilation=(1, 1, 1)),
+    r"x: expected float32, bfloat16 or float16 \(NHWC\), got int32\[2, 8, 8, 16\]": lambda: bsj.conv(X.astype(int), KERNEL, LAYOUT),
+    r"x: expected .* \(NHWC\), got int32\[2, 8, 8, 16\]; cast": lambda: bsj.conv(X.astype(int), KERNEL, bsj.Dense()),
+    r"x: expected no empty axis \(NHWC\), got shape \(0, 8, 8, 16\)": lambda: bsj.conv(X[:0], KERNEL, LAYOUT),
+    r"kernel: expected packed values \(2, 4, 3, 16\) with packed=True, got \(3, 3, 16, 32\); leave `packed` out": lambda: bsj.conv(
+        X, KERNEL, LAYOUT, packed=True
+    ),
     "smaller than the reach of the kernel": lambda: bsj.conv(X[:, :2, :2], KERNEL, LAYOUT, padding="VALID"),
     "packed: a Dense": lambda: bsj.conv(X, KERNEL, bsj.Dense(), packed=True),
     "kernel: expected shape": lambda: bsj.pack(KERNEL[..., :16], LAYOUT),

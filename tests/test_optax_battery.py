@@ -204,7 +204,7 @@ def test_multi_transform_outside(name, params):
     assert masks["stem"].shape == ()  # multi_transform hides the whole subtree
     chex.assert_trees_all_equal_shapes(bsj.apply_masks(params, masks), params)
     assert "classifier/kernel" in str(bsj.summarize(params, state))
-    values, _ = bsj.pack_tree(params, state, bsj.get_layouts(state))
+    values, _ = bsj.pack_tree(params, state, bsj.get_layouts(state), drop_pruned=name == "subp")
     chex.assert_trees_all_equal(values["stem"], params["stem"])
     chex.assert_trees_all_equal_shapes(bsj.masked(params, state), params)
     if name in HARD:

@@ -15,10 +15,43 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_runs(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(compile(code, "README.md", "exec"), {})
-    assert "hrbp: sparse layers keep" in capsys.readouterr().out
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_examples_run_one_after_the_other(capsys):
+    """The first screen, the loop for every method, linen, nnx."""
+    names, printed = {}, []
+    for code in SNIPPETS:
+        exec(compile(code, "README.md", "exec"), names)
+        printed.append(capsys.readouterr().out)
+    assert len(printed) == 4
+    assert "hrbp: sparse layers keep" in printed[0]
+    for out in (printed[1], printed[3]):
+        assert "hrbp-dynamic: sparse layers keep" in out
+        assert "could grow nothing" not in out
+    assert names["logits"].shape == (8, 10)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "bsj.hrbp_prune(0.9)",
+        "bsj.subp(0.75, start=0, end=3)",
+        "bsj.sr_ste(2, 4)",
+        "bsj.rigl(0.9, until=100, update_every=2)",
+        "bsj.gradual_magnitude(0.9, start=0, end=3, update_every=1)",
+    ],
+)
+def test_the_loop_serves_every_method(method, capsys):
+    """Another method in its place, from the first example's untrained parameters."""
+    names = {}
+    exec(compile(SNIPPETS[0].split("tx = ")[0] + "x = jax.random.normal(jax.random.key(1), (8, 16, 16, 64))", "README.md", "exec"), names)
+    dynamic = "bsj.hrbp_prune(0.9, update=bsj.periodic(2, until=100))"
+    assert dynamic in SNIPPETS[1]
+    exec(compile(SNIPPETS[1].replace(dynamic, method), "README.md", "exec"), names)
+    assert "could grow nothing" not in capsys.readouterr().out
+    density = bsj.summarize(names["params"], names["state"]).density
+    assert density == pytest.approx({"subp": 0.25, "sr_ste": 0.5}.get(re.findall(r"\.(\w+)\(", method)[0], 0.1), abs=0.005)
 
 
 def test_every_command_names_a_module_and_a_target_that_exist():

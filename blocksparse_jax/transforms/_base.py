@@ -62,6 +62,7 @@ def sparse_transformation(
             masks=jax.tree.unflatten(structure, masks),
             layouts=jax.tree.unflatten(structure, layouts),
             skip_gradient=jnp.asarray(False),
+            blind_updates=jnp.zeros((), jnp.int32),
             spec=spec(chosen) if callable(spec) else spec,
         )
 
@@ -74,14 +75,14 @@ def sparse_transformation(
         layouts = tree.match("state", state.layouts, params, is_leaf=is_layout)
         grads = tree.match("updates", updates, params)
         weights = jax.tree.leaves(params)
-        skip = jnp.asarray(False)
+        skip, blind = jnp.asarray(False), state.blind_updates
         active = {
             name: Leaf(*leaf)
             for name, leaf in zip(names, zip(weights, grads, masks, layouts, strict=True), strict=True)
             if jnp.ndim(leaf[2])
         }
+        _same_shapes(active)
         if redraw is not None and active:
-            _same_shapes(active)
             kept = {name: (leaf.mask, leaf.layout) for name, leaf in active.items()}
             now = jnp.asarray(True) if due is None else jnp.asarray(due(state.count))
             fresh = (
@@ -89,6 +90,8 @@ def sparse_transformation(
                 if due is None
                 else jax.lax.cond(now, lambda leaves: redraw(state.count, leaves), lambda leaves: kept, active)
             )
+            if state.spec.full_gradient:
+                blind = blind + _is_blind(state.spec.method, now, active)
             masks = [fresh[name][0] if name in fresh else mask for name, mask in zip(names, masks, strict=True)]
             layouts = [fresh[name][1] if name in fresh else layout for name, layout in zip(names, layouts, strict=True)]
             skip = now if state.spec.skips else skip
@@ -100,6 +103,7 @@ def sparse_transformation(
             masks=jax.tree.unflatten(structure, masks),
             layouts=jax.tree.unflatten(structure, layouts),
             skip_gradient=skip,
+            blind_updates=blind,
             spec=state.spec,
         )
         return jax.tree.unflatten(structure, bent), new_state
@@ -118,6 +122,27 @@ def _same_shapes(leaves: dict[str, Leaf]) -> None:
                 f"params: expected shape {leaf.mask.shape} at {name!r} as at init, got weights {leaf.weights.shape} and gradient "
                 f"{leaf.grad.shape}; packed values go with the packed state of pack_tree"
             )
+
+
+def _is_blind(method: str, now: Array, leaves: dict[str, Leaf]) -> Array:
+    """Whether an update happens now and a layer's gradient is zero on all its pruned weights, though not on the kept ones.
+
+    Raises ValueError where the values are known (outside of jit).
+    """
+
+    def look(leaves: dict[str, Leaf]) -> Array:
+        sees = {name: (leaf.grad != 0) for name, leaf in leaves.items()}
+        blind = [(sees[n] & x.mask).any() & ~(sees[n] & ~x.mask).any() & ~x.mask.all() for n, x in leaves.items()]
+        return jnp.stack(blind)
+
+    blind = jax.lax.cond(now, look, lambda leaves: jnp.zeros(len(leaves), bool), leaves)
+    if not isinstance(blind, jax.core.Tracer) and bool(blind.any()):
+        name = next(name for name, is_blind in zip(leaves, blind.tolist(), strict=True) if is_blind)
+        raise ValueError(
+            f"updates: the gradient at {name!r} is zero on every pruned weight, so {method} can grow none; give its update steps the full "
+            "gradient: conv(..., kernel_gradient='dense'), likewise in BlockSparseConv, or a dense convolution of the masked weights"
+        )
+    return blind.any().astype(jnp.int32)
 
 
 def _bend(spec: Spec, grad: Array, mask: Array, weights: Array, decay: float) -> Array:

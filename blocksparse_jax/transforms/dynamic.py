@@ -1,6 +1,5 @@
 """Dynamic sparse training of single weights: RigL."""
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
@@ -30,7 +29,8 @@ def rigl(
     Every `update_every` steps after `start`, before `until`, each layer with n active weights drops `floor(f * n)`,
     `f = drop_fraction / 2 * (1 + cos(pi * (t - start) / (until - start)))`, keeps the largest `|w|` and grows as many of the largest
     `|g|` among all others, the just dropped ones included. Grown weights start at zero with fresh moments (under `keep_zeros`), and that
-    step applies no gradient. Masks start at random. The gradient must be the full one, as any dense execution gives it.
+    step applies no gradient. Masks start at random. The gradient must be the full one, as any dense execution gives it; where it is zero
+    on every pruned weight, the update raises a ValueError, or inside jit counts in `blind_updates`, which `summarize` shows.
 
     Args:
       sparsity: fraction of the chosen weights to remove, in [0, 1).
@@ -40,7 +40,7 @@ def rigl(
       drop_fraction: the fraction at `start`, in [0, 1].
       budget: "erk", "uniform", "er", or a map layer name -> sparsity.
       where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.
-      key: JAX random key of the first masks.
+      key: JAX random key of the first masks; None is `jax.random.key(0)`, the same masks in every run.
 
     Returns:
       An optax transformation that masks gradients; put it first in the chain, inside `keep_zeros`.
@@ -61,7 +61,7 @@ def rigl(
     _checks.fraction("sparsity", sparsity)
     _checks.fraction("drop_fraction", drop_fraction, high_open=False)
     due = schedules.Periodic(_checks.positive_int("update_every", update_every), start, until)
-    random_key = jax.random.key(0) if key is None else key
+    random_key = _checks.random_key("key", key)
 
     def draw(chosen: dict[str, Array]) -> Drawn:
         return {name: (mask, Dense()) for name, mask in draw_random(random_key, chosen, sparsity, budget).items()}
@@ -71,7 +71,11 @@ def rigl(
         return {name: (_drop_and_grow(leaf, fraction), Dense()) for name, leaf in leaves.items()}
 
     return sparse_transformation(
-        lambda chosen: Spec("rigl", target_density(budget, chosen, sparsity), skips=True), where=where, draw=draw, redraw=redraw, due=due
+        lambda chosen: Spec("rigl", target_density(budget, chosen, sparsity), skips=True, full_gradient=True),
+        where=where,
+        draw=draw,
+        redraw=redraw,
+        due=due,
     )
 
 

@@ -34,7 +34,7 @@ def gradual_magnitude(
       end: the last pruning step, where the final sparsity is reached.
       update_every: steps between pruning steps.
       initial_sparsity: sparsity at `start`, at most the final sparsity.
-      power: the exponent.
+      power: the exponent, above 0.
       budget: "uniform", "erk", "er", or a map layer name -> sparsity, for the final sparsity.
       where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.
 
@@ -62,6 +62,7 @@ def gradual_magnitude(
     if initial_sparsity > sparsity:
         raise ValueError(f"initial_sparsity: expected at most sparsity={sparsity}, got {initial_sparsity}")
     _checks.positive_int("update_every", update_every)
+    _checks.number("power", power, low_open=True)
     if not 0 <= start < end:
         raise ValueError(f"end: expected a step after start={start} (itself at least 0), got {end}")
 

@@ -29,11 +29,16 @@ def hrbp_prune(
     """HRBP: groups of similar filters that keep the same input channels and, within the block, the same taps (HRBP++).
 
     A layer keeps `K` channels and `ceil(block_density * kh * kw)` taps in every group, so its density is `K / cin * taps / (kh * kw)`;
-    the counts are the whole numbers whose total density over the chosen leaves comes closest to `1 - sparsity`. Groups, channels and
-    taps maximise the kept score (`grouping.hrbp_groups`). With `update`, masks move at those steps (dynamic HRBP): in every group the
-    kept channels of smallest summed magnitude are dropped and as many with the largest summed gradient grown, the fraction decaying by
-    a cosine; filters stay in their groups, taps stay, and that step applies no gradient. Put it first in the chain, inside `keep_zeros`,
-    and give dynamic HRBP the full gradient at its update steps (any dense execution, or `conv(..., kernel_gradient="dense")`).
+    the counts are the whole numbers whose total density over the chosen leaves comes closest to `1 - sparsity`. Where that is off by more
+    than half a percentage point of all weights (few, narrow layers), a layer may keep another number of taps; where still, or by more
+    than 5% of the target itself, a warning gives the density reached. Groups, channels and taps maximise the kept score
+    (`grouping.hrbp_groups`).
+
+    With `update`, masks move at those steps (dynamic HRBP): in every group the kept channels of smallest summed magnitude are dropped and
+    as many with the largest summed gradient grown, the fraction decaying by a cosine; filters stay in their groups, taps stay, and that
+    step applies no gradient. Dynamic HRBP and `scores="gradient"` need the full gradient at their update steps: any dense execution, or
+    `conv(..., kernel_gradient="dense")`. Where it is zero on every pruned weight of a layer, the update raises a ValueError, or inside
+    jit counts in the state's `blind_updates`, which `summarize` shows. Put it first in the chain, inside `keep_zeros`.
 
     Args:
       sparsity: fraction of the chosen weights to remove, in [0, 1).
@@ -45,7 +50,7 @@ def hrbp_prune(
       update: a `periodic` schedule for dynamic HRBP; None = static masks.
       drop_fraction: fraction of the kept channels that moves at `update.start`.
       where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem; each must be `[kh, kw, cin, cout]`.
-      key: JAX random key for `scores="random"`.
+      key: JAX random key for `scores="random"`; None is `jax.random.key(0)`, the same masks in every run.
 
     Returns:
       An optax transformation that masks gradients; read it with `get_masks`, `get_layouts`.
@@ -73,7 +78,7 @@ def hrbp_prune(
         _checks.choice("scores", scores, ("magnitude", "gradient", "random"))
     if update is not None and not callable(update):
         raise ValueError(f"update: expected None or a schedule such as periodic(100, until=30_000), got {update!r}")
-    random_key = jax.random.key(0) if key is None else key
+    random_key = _checks.random_key("key", key)
     from_first_gradient = isinstance(scores, str) and scores == "gradient"
 
     def draw(chosen: dict[str, Array], grads: dict[str, Array] | None = None) -> Drawn:
@@ -116,7 +121,12 @@ def hrbp_prune(
 
     return sparse_transformation(
         lambda chosen: Spec(
-            "hrbp" if update is None else "hrbp-dynamic", target_density(budget, chosen, sparsity), group_size, skips=update is not None
+            "hrbp" if update is None else "hrbp-dynamic",
+            target_density(budget, chosen, sparsity),
+            group_size,
+            skips=update is not None,
+            full_gradient=update is not None or from_first_gradient,
+            channel_block=channel_block,
         ),
         where=where,
         draw=draw,

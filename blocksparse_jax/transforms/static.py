@@ -1,5 +1,7 @@
 """Masks that never change: given ones, random weights (RU), random channels (RC)."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,7 +66,10 @@ def fixed_masks(masks: PyTree | None = None, *, layouts: PyTree | None = None) -
 
     if any(isinstance(node, jax.core.Tracer) for node in jax.tree.leaves(list(given.values()))):
         raise ValueError("masks: their values are read on the host, but they are traced; call fixed_masks outside of jit")
-    kept = sum(n.density * np.prod(n.shape) if isinstance(n, BlockLayout) else np.asarray(n).sum() for n in given.values())
+    counts = {name: np.prod(n.packed_shape) if isinstance(n, BlockLayout) else np.asarray(n).sum() for name, n in given.items()}
+    dead, kept = [name for name, count in counts.items() if not count], sum(counts.values())
+    if dead:
+        warnings.warn(f"masks: nothing is kept at {', '.join(map(repr, dead))}: only zeros come out of such a layer", stacklevel=2)
 
     def spec(chosen: dict[str, Array]) -> Spec:
         return Spec("fixed", float(kept / sum(leaf.size for leaf in chosen.values())))
@@ -117,7 +122,7 @@ def random_masks(
     Reference: random unstructured (RU) of Ma et al., "HRBP", CPAL 2024.
     """
     chosen = tree.choose(where, params)
-    drawn = draw_random(key, chosen, sparsity, budget)
+    drawn = draw_random(_checks.random_key("key", key), chosen, sparsity, budget)
     return jax.tree.map_with_path(lambda path, leaf: drawn.get(tree.path_name(path), jnp.asarray(True)), params)
 
 
@@ -155,7 +160,7 @@ def random_channel_layouts(key: Array, params: PyTree, sparsity: float, *, where
     shapes = {name: _checks.kernel_shape(f"params[{name!r}]", leaf.shape) for name, leaf in chosen.items()}
     densities = budgets.layer_densities("uniform", shapes, sparsity)
     counts = budgets.block_counts(shapes, densities, block_density=1.0, channel_blocks=dict.fromkeys(shapes, 1))
-    drawn = {}
+    drawn, key = {}, _checks.random_key("key", key)
     for i, (name, shape) in enumerate(shapes.items()):
         kh, kw, cin, cout = shape
         order = jax.random.permutation(jax.random.fold_in(key, i), cin)[: counts[name][0]]

@@ -60,8 +60,7 @@ def sr_ste(
     _checks.positive_int("m", m)
     if _checks.positive_int("n", n) > m:
         raise ValueError(f"n: expected at most m={m}, got {n}")
-    if decay < 0:
-        raise ValueError(f"decay: expected a number of at least 0, got {decay!r}")
+    decay = _checks.number("decay", decay)
     rule = _LargestOfRun(n, m, _checks.choice("axis", axis, ("input", "kernel")))
 
     def draw(chosen: dict[str, Array]) -> Drawn:

@@ -51,10 +51,11 @@ def subp(
       alpha: weight of the redundancy in BPAR.
       decay: pull of pruned weights towards zero, soft only.
       where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem; each must be `[kh, kw, cin, cout]`.
-      key: JAX random key of the regrowth; each update and leaf folds in its number.
+      key: JAX random key of the regrowth, each update and leaf folds in its number; None is `jax.random.key(0)`, the same in every run.
 
     Returns:
-      An optax transformation. `get_layouts(state)`, outside of jit, gives the pattern's layouts, of the present kept count.
+      An optax transformation. `get_layouts(state)`, outside of jit, gives the pattern's layouts, of the present kept count. While it is
+      soft, `pack_tree` would lose the pruned weights and refuses.
 
     Raises:
       ValueError: a bad argument, or at init a chosen leaf that is no conv kernel.
@@ -80,9 +81,8 @@ def subp(
         raise ValueError(f"end: expected a step after start={start} (itself at least 0), got {end}")
     if version not in (1, 2):
         raise ValueError(f"version: expected 1 (scores w) or 2 (scores w * mask), got {version!r}")
-    if not tau > 0:
-        raise ValueError(f"tau: expected a number above 0, got {tau!r}")
-    random_key = jax.random.key(0) if key is None else key
+    tau, alpha, decay = _checks.number("tau", tau, low_open=True), _checks.number("alpha", alpha), _checks.number("decay", decay)
+    random_key = _checks.random_key("key", key)
 
     def draw(chosen: dict[str, Array]) -> Drawn:
         shapes = {name: _checks.kernel_shape(f"params[{name!r}]", leaf.shape) for name, leaf in chosen.items()}
