@@ -1,10 +1,11 @@
 """Times the convolutions: `python -m experiments.bench_kernels --device cpu` (about 10 minutes on 2 CPU cores; `--quick` seconds).
 
 The conv layers of VGG-19 and of ResNet-32 (width 2) on 32x32 images under HRBP's blocks, forward and forward + both gradients: every
-implementation, what `implementation=None` picks, masked-dense, and dense in five forms (XLA's convolution in NHWC, CHWN and NCHW; a matrix
-product per tap in NHWC and CHWN), in turn. The fastest dense one is the baseline. `--torch PATH_TO_PYTHON` adds PyTorch's dense
-convolution (see torch_baseline.py), `--formulations` each formulation of the XLA path. Each must first agree with the masked dense
-convolution, the dense ones with each other. Losing rows are reported too.
+implementation (what `implementation=None` picks is one of them), masked-dense, and dense in five forms (XLA's convolution in NHWC, CHWN and
+NCHW; a matrix product per tap in NHWC and CHWN), in turn. The fastest dense one is the baseline. `--torch PATH_TO_PYTHON` adds PyTorch's
+dense convolution (see torch_baseline.py), `--formulations` each formulation of the XLA path. Each must first agree with the masked dense
+convolution, the dense ones with each other. Losing rows are reported too. `--device gpu` hands over to bench_gpu.py, which has options of
+its own (`--device gpu --help`).
 """
 
 import contextlib
@@ -25,16 +26,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from experiments import bench_gpu
 from experiments.environment import commit, device, versions
 from experiments.models.taps import prefers_taps, tap_conv
 from experiments.summary import summary
 from experiments.timing import clocked, in_turn, median_iqr
 from experiments.torch_process import POLICIES, TorchProcess
-from pallas_kernels import measure, shapes
+from pallas_kernels import gpu_clock, measure, shapes
 from pallas_kernels.block_sparse_conv import ConvSpec, available_implementations, choose_implementation, tiles, xla
 
 RESULTS = Path(__file__).parent / "results"
-PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}
 TOLERANCE = 1e-5  # relative to the largest value
 CHOSEN, MASKED = "chosen", "masked dense"
 TORCH = {f"PyTorch dense, {policy}": policy for policy in POLICIES}
@@ -48,7 +49,7 @@ class KernelConfig:
     """What is timed.
 
     Attributes:
-      device: cpu or gpu.
+      device: cpu; or gpu, for which bench_gpu.py takes over `sparsities`, `layers`, `out` and `quick`.
       sparsities: fractions of the weights removed.
       batch: images.
       group_size: filters in a group.
@@ -89,11 +90,15 @@ def main(config: KernelConfig) -> dict[str, Any]:
 
     Reference: ours.
     """
-    jax.config.update("jax_platforms", PLATFORMS[config.device])
+    if config.device == "gpu":
+        if config.torch:
+            raise ValueError(f"torch: PyTorch is timed on the CPU only, expected device 'cpu' beside it, got {config.device!r}")
+        out = Path(config.out) if config.out else None
+        size = {"sparsities": config.sparsities, "layers": config.layers, "out": out, "quick": config.quick}
+        return bench_gpu.main(bench_gpu.GpuConfig(**size))
+    jax.config.update("jax_platforms", config.device)
     if jax.default_backend() != config.device:
         raise ValueError(f"device: expected {jax.default_backend()!r}, the device that jax runs on here, got {config.device!r}")
-    if config.torch and config.device != "cpu":
-        raise ValueError(f"torch: PyTorch is timed on the CPU only, expected device 'cpu' beside it, got {config.device!r}")
     if config.quick:
         layers = config.layers or "@8"
         config = dataclasses.replace(config, sparsities=(0.9,), batch=4, seconds=0.05, layers=layers, formulations=True)
@@ -145,8 +150,7 @@ def _measure(spec: ConvSpec, config: KernelConfig, torch: dict[str, TorchProcess
     kernel, mask = _dense_kernel(spec, values, *index)
     images = {layout: [a.transpose(TO_NHWC["CHWN"]).transpose(order) for a in (x, dy)] for layout, order in FROM_NHWC.items()}
     convs: dict[str, tuple[Callable[..., jax.Array], Sequence[jax.Array]]] = {
-        name: (functools.partial(shapes.convolve, spec, wanted), (x, values, dy, *index))
-        for name, wanted in {**sparse, CHOSEN: None}.items()
+        name: (functools.partial(shapes.convolve, spec, wanted), (x, values, dy, *index)) for name, wanted in sparse.items()
     }
     for name, layout in DENSE.items():
         convs[name] = (functools.partial(_dense, spec, name), (images[layout][0], kernel, images[layout][1]))
@@ -165,6 +169,7 @@ def _measure(spec: ConvSpec, config: KernelConfig, torch: dict[str, TorchProcess
         _check(spec, results, index)
         clocks = {name: clocked(call) for name, call in calls.items()} | {name: theirs[name][mode] for name in torch}
         times = in_turn(clocks, seconds=config.seconds)
+        times[CHOSEN] = times[choose_implementation(spec).implementation]
         median = {name: median_iqr(t)[0] or 0.0 for name, t in times.items()}
         best, dense = min(sparse, key=median.__getitem__), min(DENSE, key=median.__getitem__)
         row = {
@@ -256,9 +261,26 @@ def _summary_table(lines: list[dict[str, Any]]) -> Table:
     return table
 
 
-if __name__ == "__main__":
+def cli(arguments: Sequence[str]) -> int:
+    """The command.
+
+    Args:
+      arguments: without the program's name.
+
+    Returns:
+      The exit status.
+
+    Reference: ours.
+    """
+    if gpu_clock.asks_for_gpu(arguments):
+        return bench_gpu.run(tyro.cli(bench_gpu.GpuConfig, prog="python -m experiments.bench_kernels", args=arguments))
     try:
-        main(tyro.cli(KernelConfig, prog="python -m experiments.bench_kernels"))
+        main(tyro.cli(KernelConfig, prog="python -m experiments.bench_kernels", args=arguments))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli(sys.argv[1:]))

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+BURST, MOST = 30.0, 1000  # milliseconds of calls in a row, and how many at most
+
 
 class StepTimer:
     """Times the steps of one run; the first steps after each compilation do not count.
@@ -126,9 +128,9 @@ def clocked(function: Callable[[], Any]) -> Callable[[], float]:
 def in_turn(calls: Mapping[Any, Callable[[], float]], *, seconds: float, rounds: int = 5) -> dict[Any, list[float]]:
     """Times calls in turn (a, b, c, b, c, a, ...), each round in an order of its own, for about as long as wished.
 
-    Whoever runs in another process times itself there: the way to it is not its time. Each repetition calls twice and counts the second
-    call, so that each meets the caches as it leaves them itself, not as its neighbour does; what is left of the neighbour's influence the
-    orders spread over all.
+    Whoever runs in another process times itself there: the way to it is not its time. Each repetition calls for `BURST` milliseconds (at
+    least once) that do not count, then for as long again, of which the median counts: so each meets the caches, the clock and the threads
+    as it leaves them itself, not as its neighbour does.
 
     Args:
       calls: name -> a function that does its work once and returns the milliseconds it took. The first two calls of each do not count,
@@ -150,12 +152,19 @@ def in_turn(calls: Mapping[Any, Callable[[], float]], *, seconds: float, rounds:
         call()
         second[name] = call()
     quick = [name for name, t in second.items() if t <= 1e3 * seconds]
-    count = max(rounds, int(1e3 * seconds / max(2 * sum(second[name] for name in quick), 1e-3))) if quick else 0
+    count = max(rounds, int(1e3 * seconds / sum(2 * max(second[name], BURST) for name in quick))) if quick else 0
     times: dict[Any, list[float]] = {name: [] if name in quick else [t] for name, t in second.items()}
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng()
     for _ in range(count):
         for place in rng.permutation(len(quick)):
             name = quick[place]
-            calls[name]()
-            times[name].append(calls[name]())
+            _burst(calls[name])
+            times[name].append(float(np.median(_burst(calls[name]))))
+    return times
+
+
+def _burst(call: Callable[[], float]) -> list[float]:
+    times = [call()]
+    while sum(times) < BURST and len(times) < MOST:
+        times.append(call())
     return times
