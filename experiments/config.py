@@ -41,14 +41,15 @@ class TrainConfig:
       dataset: digits, mnist, cifar10, cifar100, tiny_imagenet, imagenet2012.
       model: cnn, resnet20, resnet32, resnet56, vgg19, resnet18, resnet34, resnet50, resnet50_v1_5, mobilenet_v1.
       method: dense, hrbp, hrbp-dynamic, subp, sr-ste, ste, rigl, random, random-channel, gradual.
-      sparsity: fraction of the sparse layers' weights that is removed.
+      sparsity: fraction of the sparse layers' weights that is removed; None is what the method fixes (dense 0, sr-ste and ste 1 - n/m),
+        else 0.9.
       epochs: passes over the training set.
       seed: of the initial weights, the masks and the data order.
       out: run folder; None is runs/DATASET-MODEL-METHOD-SEED.
       execution: masked (dense conv on masked weights), sparse (block-sparse conv, dense parameters), packed (block-sparse
         conv, packed parameters and optimizer state); None is packed where the method's pattern has a layout, else masked.
       precision: float32 or bfloat16 (of the activations; parameters stay float32).
-      width: multiplies the ResNets' channels; 2 gives the GraSP networks.
+      width: multiplies the channels; 2 gives the GraSP ResNets.
       stem: cifar (images up to 64x64) or imagenet (strided).
       implementation: of the block-sparse conv: xla, cpu, triton, mosaic_gpu or dense; None picks.
       data_dir: where prepare_data wrote the data sets.
@@ -77,7 +78,7 @@ class TrainConfig:
     dataset: str = "digits"
     model: str = "cnn"
     method: str = "hrbp"
-    sparsity: float = 0.9
+    sparsity: float | None = None
     epochs: int | None = None
     seed: int = 0
     out: str | None = None
@@ -141,6 +142,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         **preset,
         out=config.out or f"runs/{config.dataset}-{config.model}-{config.method}-{config.seed}",
         execution=config.execution or ("packed" if method.has_layout else "masked"),
+        sparsity=_sparsity(config),
     )
     for name, options in (("execution", EXECUTIONS), ("optimizer", OPTIMIZERS), ("lr_schedule", LR_SCHEDULES)):
         _checks.choice(name, getattr(config, name), options)
@@ -154,11 +156,33 @@ def resolve(config: TrainConfig) -> TrainConfig:
         available = bsj.available_implementations()
         if reason := available[_checks.choice("implementation", config.implementation, available)]:
             raise ValueError(f"implementation: {config.implementation!r} cannot run here: {reason}")
-    _checks.fraction("sparsity", config.sparsity)
-    _checks.fraction("label_smoothing", config.label_smoothing)
+    for name in ("label_smoothing", "momentum"):
+        _checks.fraction(name, getattr(config, name))
+    for name in ("block_density", "drop_fraction"):
+        _checks.fraction(name, getattr(config, name), high_open=False)
+    for name in ("lr", "width", "block_density"):
+        _positive(name, getattr(config, name))
+    _positive("weight_decay", config.weight_decay, or_zero=True)
     for name in ("epochs", "batch_size", "group_size", "channel_block", "n", "m", "block", "log_every"):
         _checks.positive_int(name, getattr(config, name))
     for name in ("update_every", "checkpoint_every"):
         if getattr(config, name) is not None:
             _checks.positive_int(name, getattr(config, name))
     return config
+
+
+def _sparsity(config: TrainConfig) -> float:
+    """What the method fixes, else what was asked for, else 0.9."""
+    fixed = METHODS[config.method].sparsity
+    if fixed is None:
+        return _checks.fraction("sparsity", 0.9 if config.sparsity is None else config.sparsity)
+    if config.sparsity not in (None, fixed(config)):
+        flags = "; leave --sparsity out" if config.method == "dense" else f" (--n {config.n} --m {config.m}); set these two instead"
+        raise ValueError(f"sparsity: {config.method} has {fixed(config):g}{flags}, got {config.sparsity!r}")
+    return fixed(config)
+
+
+def _positive(name: str, value: Any, or_zero: bool = False) -> None:
+    """ValueError unless the value is a finite number above 0 (or 0)."""
+    if not (0 < value < float("inf") or (or_zero and value == 0)):
+        raise ValueError(f"{name}: expected a number {'of at least' if or_zero else 'above'} 0, got {value!r}")

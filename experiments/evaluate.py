@@ -48,7 +48,7 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     step = folder.latest() if config.step is None else config.step
     if step is None:
         raise ValueError(
-            f"{folder.path}: has no checkpoint yet; go on with the run: python -m experiments.train ... --out {config.run} --resume"
+            f"{folder.path}: has no checkpoint yet; go on with the run: python -m experiments.train --out {config.run} --resume"
         )
     data = load(train.dataset, config.data_dir or train.data_dir)
     per_epoch = data.steps_per_epoch(train.batch_size)

@@ -1,10 +1,12 @@
 """One training step for every method and execution: `Trainer` holds the jitted steps and moves a state between its forms.
 
 A state is in one of three forms: masked (dense conv on masked weights), sparse (block-sparse conv, dense parameters) or packed
-(block-sparse conv, packed parameters and optimizer state). The packed execution is in the sparse form wherever the method needs the
-gradient of the pruned weights: at the mask updates of a dynamic method, in the soft phase of SUBP.
+(block-sparse conv, packed parameters and optimizer state). Where the method needs the gradient of the pruned weights, the packed execution
+is in another form: sparse at the mask updates of a dynamic method, masked in the soft phase of SUBP, whose kept count changes at every
+update (the sparse execution runs that phase in the block-sparse conv and compiles a step for every count).
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
@@ -130,7 +132,24 @@ class Trainer:
 
         Reference: ours.
         """
-        return "sparse" if self.config.execution == "packed" and self.recipe.dense_gradient(step) else str(self.config.execution)
+        if self.config.execution != "packed" or not self.recipe.dense_gradient(step):
+            return str(self.config.execution)
+        return "masked" if self.recipe.resizes else "sparse"
+
+    def with_execution(self, execution: str) -> "Trainer":
+        """The same training in another execution; what is compiled is shared.
+
+        Args:
+          execution: masked, sparse or packed.
+
+        Returns:
+          A trainer for states of this one, moved to the other's forms by `to`.
+
+        Reference: ours.
+        """
+        other = copy.copy(self)
+        other.config = dataclasses.replace(self.config, execution=execution)
+        return other
 
     def to(self, form: str, state: State) -> State:
         """Converts a state to a form, exactly.
@@ -278,14 +297,14 @@ def stepper(trainer: Trainer, state: State, step: int, images: Array, labels: Ar
     return call
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
+@functools.partial(jax.jit, static_argnums=(0, 2), compiler_options={"xla_backend_optimization_level": 0})  # runs once: compiling counts
 def _init(model: Any, key: Array, image_shape: tuple[int, ...]) -> Any:
     return model.init(key, jnp.zeros((1, *image_shape), jnp.float32), train=False)
 
 
 @jax.jit
 def _pack(params: Any, opt_state: Any, layouts: Any) -> tuple[Any, Any]:
-    return bsj.pack_tree(params, opt_state, layouts)
+    return bsj.pack_tree(params, opt_state, layouts, drop_pruned=True)  # soft SUBP's too: they play no part once its pattern is final
 
 
 @jax.jit

@@ -4,6 +4,7 @@ A new method is one entry of `METHODS`: a function from the config, the length o
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,6 +12,7 @@ import jax
 import optax
 
 import blocksparse_jax as bsj
+from blocksparse_jax import tree
 from blocksparse_jax.schedules import periodic
 
 if TYPE_CHECKING:
@@ -37,12 +39,14 @@ class Recipe(NamedTuple):
       changes: step -> whether that step's update changes the masks.
       dense_gradient: step -> whether that step needs the gradient of the pruned weights too.
       hard: pruned weights are exactly zero (False: straight-through methods keep them).
+      resizes: the updates change how many weights are kept, so that each would compile a block-sparse step of its own.
     """
 
     transform: optax.GradientTransformation | None
     changes: Callable[[int], bool] = never
     dense_gradient: Callable[[int], bool] = never
     hard: bool = True
+    resizes: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +56,12 @@ class Method:
     Attributes:
       build: (config, length, params) -> Recipe.
       has_layout: its masks fit a `BlockLayout`, so that the sparse and packed executions can run it.
+      sparsity: config -> the sparsity that the method itself fixes; None where `--sparsity` sets it.
     """
 
     build: Callable[["TrainConfig", Length, Any], Recipe]
     has_layout: bool = False
+    sparsity: Callable[["TrainConfig"], float] | None = None
 
 
 def _key(config: "TrainConfig") -> jax.Array:
@@ -95,7 +101,7 @@ def _hrbp_dynamic(config: "TrainConfig", length: Length, params: Any) -> Recipe:
 
 
 def _subp(config: "TrainConfig", length: Length, params: Any) -> Recipe:
-    """The paper's epochs 10 to 180 of 250 (the 250 is ours), as whole update periods."""
+    """The paper's epochs 10 to 180 of 250 (the 250 is ours), as whole update periods, its epochs."""
     every = min(config.update_every or length.steps_per_epoch, max(1, length.total // 3))
     start, end = (round(length.total * epoch / 250 / every) * every for epoch in (10, 180))
     end = max(end, start + every)
@@ -107,14 +113,33 @@ def _subp(config: "TrainConfig", length: Length, params: Any) -> Recipe:
         changes=lambda step: start <= step <= end and step % every == 0,
         dense_gradient=lambda step: step <= end,  # soft until the pattern is final; from then on the pruned weights play no part
         hard=False,
+        resizes=True,
     )
 
 
+def _n_of_m(config: "TrainConfig") -> float:
+    """The sparsity of N:M."""
+    if config.n > config.m:
+        raise ValueError(f"n: expected at most m={config.m}, got {config.n}")
+    return 1 - config.n / config.m
+
+
+def _check_m(config: "TrainConfig", params: Any) -> None:
+    """ValueError unless m divides the input channels of every sparse layer."""
+    channels = {name: leaf.shape[2] for name, leaf in tree.choose(None, params).items()}
+    for name, cin in channels.items():
+        if cin % config.m:
+            most = math.gcd(*channels.values())
+            raise ValueError(f"m: {config.m} does not divide the {cin} input channels of {name}; take one that divides {most}")
+
+
 def _sr_ste(config: "TrainConfig", length: Length, params: Any) -> Recipe:
+    _check_m(config, params)
     return Recipe(bsj.sr_ste(config.n, config.m), hard=False)
 
 
 def _ste(config: "TrainConfig", length: Length, params: Any) -> Recipe:
+    _check_m(config, params)
     return Recipe(bsj.ste(config.n, config.m), hard=False)
 
 
@@ -140,12 +165,12 @@ def _random_channel(config: "TrainConfig", length: Length, params: Any) -> Recip
 
 
 METHODS: dict[str, Method] = {
-    "dense": Method(_dense),
+    "dense": Method(_dense, sparsity=lambda config: 0.0),
     "hrbp": Method(_hrbp, has_layout=True),
     "hrbp-dynamic": Method(_hrbp_dynamic, has_layout=True),
     "subp": Method(_subp, has_layout=True),
-    "sr-ste": Method(_sr_ste),
-    "ste": Method(_ste),
+    "sr-ste": Method(_sr_ste, sparsity=_n_of_m),
+    "ste": Method(_ste, sparsity=_n_of_m),
     "rigl": Method(_rigl),
     "random": Method(_random),
     "random-channel": Method(_random_channel, has_layout=True),

@@ -1,48 +1,74 @@
 """Pictures: learning curves of runs, and the block structure of masks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import blocksparse_jax as bsj
 
 
-def learning_curves(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Draws the loss, the accuracies, and the density with the SAD, over the epochs of a run.
+def learning_curves(rows: Sequence[dict[str, Any]], path: str | Path | None = None, title: str = "") -> Figure:
+    """Draws the loss, the accuracies, and the density with the SAD, over the epochs of a run, and where its masks became final.
 
     Args:
       rows: of metrics.jsonl.
-      path: of the PNG.
+      path: of the PNG; None only returns the figure.
+      title: above the picture.
+
+    Returns:
+      The figure.
 
     Reference: ours.
     """
     epochs = [row for row in rows if row["kind"] == "epoch"]
-    x = [row["epoch"] + 1 for row in epochs]
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    final = next((row["epoch"] + 1 for row in reversed(epochs) if row["sad"] > 0), None)  # the last epoch that moved masks
+    figure = _figure(12, 3.2, title)
     axes = figure.subplots(1, 3)
     for ax, names in zip(axes, (("loss",), ("train_accuracy", "test_accuracy"), ("density", "sad")), strict=True):
         for name in names:
-            ax.plot(x, [row[name] for row in epochs], marker=".", label=name.replace("_", " "))
-        ax.set_xlabel("epoch")
-        ax.grid(alpha=0.3)
+            _curve(ax, epochs, name, name.replace("_", " "))
+        if final is not None and final < len(epochs):
+            ax.axvline(final, color="tab:gray", linestyle="--", linewidth=1, label=f"masks final in epoch {final}")
         ax.legend()
+    if path is not None:
+        _save(figure, path)
+    return figure
+
+
+def comparison(runs: Mapping[str, Sequence[dict[str, Any]]], path: str | Path) -> None:
+    """Draws the loss, the test accuracy and the density of several runs in one picture.
+
+    Args:
+      runs: label -> rows of metrics.jsonl.
+      path: of the PNG.
+
+    Reference: ours.
+    """
+    figure = _figure(12, 3.6, "")
+    for ax, name in zip(figure.subplots(1, 3), ("loss", "test_accuracy", "density"), strict=True):
+        for label, rows in runs.items():
+            _curve(ax, [row for row in rows if row["kind"] == "epoch"], name, label)
+        ax.set_ylabel(name.replace("_", " "))
+    figure.axes[0].legend()
     _save(figure, path)
 
 
-def block_structure(masks: Any, layouts: Any, path: str | Path | None = None) -> Figure:
+def block_structure(masks: Any, layouts: Any, path: str | Path | None = None, title: str = "") -> Figure:
     """Draws each sparse layer's kernel-wise mask, filters x input channels, the filters of a group side by side.
 
-    A pixel is one kernel slice, its shade the fraction of kept taps. Lines part the groups.
+    A pixel is one kernel slice, its shade the fraction of kept taps. Lines part the groups. A line below the picture says so.
 
     Args:
       masks: tree of bool masks, scalars for dense leaves.
       layouts: tree of layouts, or {}: then the filters keep their order.
       path: of the PNG; None only returns the figure.
+      title: above the picture.
 
     Returns:
       The figure.
@@ -57,13 +83,16 @@ def block_structure(masks: Any, layouts: Any, path: str | Path | None = None) ->
     sparse = [(name, mask, node) for (name, mask), node in zip(named, nodes, strict=True) if mask.ndim == 4]
     columns = min(4, max(1, len(sparse)))
     rows = max(1, -(-len(sparse) // columns))
-    figure = Figure(figsize=(3.2 * columns, 3.2 * rows), layout="constrained")
+    figure = _figure(3.2 * columns, 3.2 * rows + 0.3, title)
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax in axes:
         ax.set_axis_off()
     if not sparse:
         figure.suptitle("dense: no layer has a mask")
+    else:
+        parts = "; red lines part the groups" if any(isinstance(node, bsj.BlockLayout) for _, _, node in sparse) else ""
+        figure.supxlabel(f"a pixel is a kernel slice: white keeps no tap, black keeps all{parts}", fontsize=8)
     for ax, (name, mask, node) in zip(axes, sparse):
         kernels = mask.mean((0, 1)).T
         ax.set_axis_on()
@@ -79,6 +108,19 @@ def block_structure(masks: Any, layouts: Any, path: str | Path | None = None) ->
     if path is not None:
         _save(figure, path)
     return figure
+
+
+def _figure(width: float, height: float, title: str) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _curve(ax: Axes, epochs: Sequence[dict[str, Any]], name: str, label: str) -> None:
+    ax.plot([row["epoch"] + 1 for row in epochs], [row[name] for row in epochs], marker=".", label=label)
+    ax.set_xlabel("epoch")
+    ax.grid(alpha=0.3)
 
 
 def _save(figure: Figure, path: str | Path) -> None:

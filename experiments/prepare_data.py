@@ -115,8 +115,19 @@ def _download(name: str, folder: Path) -> Path:
     return folder / urls[0].rpartition("/")[2] if len(urls) == 1 else folder
 
 
-if __name__ == "__main__":
+def cli(args: list[str] | None = None) -> None:
+    """The command line; what is wrong with the arguments or the source ends it with one line and exit code 2.
+
+    Args:
+        args: None takes the process's arguments.
+    """
+    config = tyro.cli(Config, args=args, prog="python -m experiments.prepare_data", description=__doc__)
     try:
-        main(tyro.cli(Config, description=__doc__))
+        main(config)
     except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    cli()

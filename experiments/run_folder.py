@@ -33,21 +33,25 @@ class RunFolder:
 
         Args:
           config: a resolved config.
-          resume: go on with a stopped run, if there is one, instead of starting anew.
+          resume: go on with the run in the folder.
 
         Returns:
           The folder.
 
         Raises:
-          ValueError: the folder is not empty (without `resume`), its config.json is missing or garbled, or is of another run.
+          ValueError: the folder is not empty, or with `resume` it is absent, or its config.json is missing, garbled or of another run.
 
         Reference: ours.
         """
         folder = cls(str(config.out))
-        if folder.path.is_file() or (folder.path.exists() and any(folder.path.iterdir())):
-            if not resume:
-                raise ValueError(f"out: {config.out} is not empty; add --resume to go on with that run, or choose another --out")
+        if folder.path.is_file():
+            raise ValueError(f"out: {config.out} is a file; choose a folder")
+        if resume and not folder.path.exists():
+            raise ValueError(f"resume: {config.out} does not exist, so there is no run to go on with; leave --resume out to start one")
+        if resume:
             folder._check_same_run(config)
+        elif folder.path.exists() and any(folder.path.iterdir()):
+            raise ValueError(f"out: {config.out} is not empty; add --resume to go on with that run, or choose another --out")
         return folder
 
     def start(self, config: TrainConfig) -> None:
@@ -87,7 +91,7 @@ class RunFolder:
         other = [f"{name} {stored[name]!r} -> {given[name]!r}" for name in stored if name not in _PLACE and stored[name] != given[name]]
         if other:
             raise ValueError(
-                f"resume: {config.out} is a run with another config ({', '.join(other)}); repeat its flags or choose another --out"
+                f"resume: {config.out} is a run with another config ({', '.join(other)}); leave these flags out or choose another --out"
             )
 
     def append(self, row: dict[str, Any]) -> None:
@@ -168,10 +172,20 @@ class RunFolder:
 
         Reference: ours.
         """
+        return max(self.steps(), default=None)
+
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints.
+
+        Returns:
+          Steps in order, [] when there is none yet.
+
+        Reference: ours.
+        """
         if not (self.path / "checkpoints").exists():
-            return None
+            return []
         with ocp.CheckpointManager(self.path / "checkpoints") as manager:
-            return manager.latest_step()
+            return sorted(manager.all_steps())
 
     def meta(self, step: int) -> dict[str, Any]:
         """What `save` was given as `meta`.
@@ -223,6 +237,8 @@ class RunFolder:
         return _read_json(path, "delete it: the checkpoints are then read unchecked") if path.exists() else {}
 
     def _read(self, step: int, **items: Any) -> Any:
+        if not self._checkpoint(step).exists():
+            raise ValueError(f"step: {self.path} has no checkpoint of step {step}; it has {', '.join(map(str, self.steps())) or 'none'}")
         expected = self._checksums().get(str(step), {})  # none when a stop came between a checkpoint and its checksums
         damaged = [name for name, crc in _checksums(self._checkpoint(step)).items() if expected.get(name, crc) != crc]
         damaged += [name for name in expected if not (self._checkpoint(step) / name).exists()]
@@ -293,6 +309,6 @@ def _read_json(path: Path, fix: str) -> Any:
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path}: missing, so {path.parent} is not the folder of a run; {fix}") from None
+        raise ValueError(f"{path}: missing, so {path.parent} is not the folder of a run") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not JSON ({error}); {fix}") from error

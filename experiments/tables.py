@@ -5,6 +5,7 @@ number is typed by hand.
 """
 
 import dataclasses
+import functools
 import json
 import re
 import statistics
@@ -136,7 +137,8 @@ def _compare(report: dict[str, Any]) -> str:
     for row in report["rows"]:
         accuracy, kept = f"{row['test_accuracy']:.2%}", f"{row['kept_flops_fraction']:.1%}"
         masked = None if row["method"] == "dense" else row["masked_step_ms_median"]
-        times = [ms(masked), ms(row["packed_step_ms_median"]), ms(report["dense_step_ms_median"])]
+        faster = f" ({up:.2f}x)" if (up := row.get("packed_speed_up_over_dense")) else ""
+        times = [ms(masked), ms(row["packed_step_ms_median"]) + faster, ms(report["dense_step_ms_median"])]
         lines.append([row["method"], accuracy, f"{row['density']:.4f}", kept, *times])
     return markdown(["method", "test accuracy", "density", "kept FLOPs", "masked step, ms", "packed step, ms", "dense step, ms"], lines)
 
@@ -198,7 +200,15 @@ def _inference(report: dict[str, Any]) -> str:
     return markdown(["network", "weights", "GFLOPs", "MB", *heads], lines, left=2) + "\n" + note
 
 
+def _gpu(kind: str, report: dict[str, Any]) -> str:
+    from experiments import gpu_tables
+
+    return getattr(gpu_tables, kind)(report)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "bench_kernels_gpu": functools.partial(_gpu, "kernels"),
+    "bench_training_gpu": functools.partial(_gpu, "training"),
     "bench_kernels": _kernels,
     "bench_training": _training,
     "bench_inference": _inference,

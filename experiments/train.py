@@ -1,11 +1,13 @@
 """Trains one network: `python -m experiments.train --dataset digits --model cnn --method hrbp --sparsity 0.9 --epochs 5 --out runs/a`.
 
-Every method and execution runs in the same loop (loop.py). Stop it anywhere and repeat the command with `--resume`: the run goes on from
+Every method and execution runs in the same loop (loop.py). Stop it anywhere and go on with `--resume --out runs/a`: the run continues from
 its last checkpoint and ends with the same bits as without the stop. On 2 CPU cores the command above takes half a minute and reaches
 about 97% on digits.
 """
 
 import dataclasses
+import functools
+import math
 import sys
 import time
 from typing import Annotated, Any, NamedTuple
@@ -27,6 +29,8 @@ from experiments.run_folder import RunFolder
 from experiments.timing import StepTimer, median_iqr
 from pallas_kernels import measure
 
+_QUIET = 10.0  # seconds after which a run without a terminal says how far it is
+
 
 class Sums(NamedTuple):
     """Sums over the steps of a logging window or an epoch."""
@@ -41,7 +45,7 @@ class Run:
 
     Args:
       config: what to train; fields left at None take their preset.
-      resume: go on with the run in the folder, if there is one.
+      resume: go on with the run in the folder.
 
     Attributes:
       config: the resolved config.
@@ -49,6 +53,7 @@ class Run:
       trainer: the steps.
       state: of the training, after `step` steps.
       step: steps done.
+      seconds: of training, over all sessions, up to the last checkpoint.
 
     Raises:
       ValueError: a field, the folder or a checkpoint is wrong; the message says which and what to do.
@@ -65,7 +70,7 @@ class Run:
         self.length = Length(per_epoch, per_epoch * config.epochs)
         self.trainer = Trainer(config, self.data.image_shape, self.data.num_classes, self.length)
         self.state: State = self.trainer.init()
-        self.step = 0
+        self.step, self.seconds, self._since = 0, 0.0, time.perf_counter()
         self._masks = self.trainer.masks(self.state)  # at the last epoch's end, for the SAD
         self._window, self._epoch = Sums(), Sums()
         self._pending: list[Metrics] = []
@@ -81,10 +86,13 @@ class Run:
         like = self.trainer.to(meta["form"], self.state), self._masks
         self.state, self._masks = self.folder.restore(step, like)
         self.step, self._window, self._epoch = step, Sums(*meta["window"]), Sums(*meta["epoch"])
+        self.seconds = meta["seconds"]
 
     def _save(self) -> None:
         self._fetch()
-        meta = {"form": self.state.form, "seed": self.config.seed, "window": self._window, "epoch": self._epoch}
+        now = time.perf_counter()
+        self.seconds, self._since = self.seconds + now - self._since, now
+        meta = {"form": self.state.form, "window": self._window, "epoch": self._epoch, "seconds": self.seconds}
         self.folder.save(self.step, (self.state, self._masks), meta)
 
     def train(self, stop_after: int | None = None) -> dict[str, Any] | None:
@@ -96,11 +104,15 @@ class Run:
         Returns:
           The result, as in result.json; None when it stopped before the end.
 
+        Raises:
+          FloatingPointError: the loss is not finite.
+
         Reference: ours.
         """
         if self.step == self.length.total and (done := self.folder.result()) is not None:
             return done
-        console, start = Console(), time.perf_counter()
+        console = Console()
+        self._since = said = time.perf_counter()
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -115,21 +127,25 @@ class Run:
                 for images, labels in self.data.train_batches(epoch, self.config.batch_size, self.config.seed, start_step=done):
                     self._train_step(images, labels)
                     if self.step % self.config.log_every == 0:
-                        self._log_window(epoch)
+                        loss = self._log_window(epoch)
                         bar.update(task, completed=self.step)
+                        if not console.is_terminal and time.perf_counter() - said > _QUIET:
+                            console.print(f"{self.config.method} step {self.step}/{self.length.total}: loss {loss:.3f}")
+                            said = time.perf_counter()
                     if self.step % self.length.steps_per_epoch == 0:
                         row = self._log_epoch(epoch)
                         line = f"epoch {epoch + 1}/{self.config.epochs}: loss {row['loss']:.3f}, test {row['test_accuracy']:.2%}"
                         bar.update(task, completed=self.step, info=line)
                         if not console.is_terminal:
                             console.print(f"{self.config.method} {line}")
+                            said = time.perf_counter()
                     stop = self.step == stop_after
                     every = self.config.checkpoint_every
                     if stop or self.step % self.length.steps_per_epoch == 0 or (every and self.step % every == 0):
                         self._save()
                     if stop:
                         return None
-        return self._finish(time.perf_counter() - start)
+        return self._finish()
 
     def _train_step(self, images: Any, labels: Any) -> None:
         step, state, trainer = self.step, self.state, self.trainer
@@ -147,11 +163,15 @@ class Run:
                 Sums(s.loss + float(loss), s.correct + int(correct), s.steps + 1) for s in (self._window, self._epoch)
             )
         self._pending.clear()
+        if not math.isfinite(self._epoch.loss):
+            raise FloatingPointError(f"the loss is {self._epoch.loss} at step {self.step}; lower --lr ({self.config.lr:g})")
 
-    def _log_window(self, epoch: int) -> None:
+    def _log_window(self, epoch: int) -> float:
         self._fetch()
-        self.folder.append({"kind": "train", "step": self.step, "epoch": epoch} | self._means(self._window) | {"lr": self._lr()})
+        means = self._means(self._window)
+        self.folder.append({"kind": "train", "step": self.step, "epoch": epoch} | means | {"lr": self._lr()})
         self._window = Sums()
+        return means["loss"]
 
     def _log_epoch(self, epoch: int) -> dict[str, Any]:
         self._fetch()
@@ -179,7 +199,7 @@ class Run:
     def _lr(self) -> float:
         return float(learning_rate(self.config, self.length)(self.step - 1))
 
-    def _finish(self, seconds: float) -> dict[str, Any]:
+    def _finish(self) -> dict[str, Any]:
         masks = self.trainer.masks(self.state)
         dense = self.trainer.to("masked", self.state)
         variables = {"params": dense.params, "batch_stats": dense.batch_stats}
@@ -201,13 +221,14 @@ class Run:
             "batch_size": self.config.batch_size,
             "execution": self.config.execution,
             "precision": self.config.precision,
-            "train_seconds": round(seconds, 1),
+            "train_seconds": round(self.seconds, 1),
             "device": device(),
             "versions": versions(),
             "commit": commit(),
         }
-        plots.learning_curves(rows, self.folder.path / "learning_curves.png")
-        plots.block_structure(masks, self.trainer.layouts(self.state), self.folder.path / "block_structure.png")
+        title = f"{self.config.method}: {self.config.model} on {self.config.dataset}"
+        plots.learning_curves(rows, self.folder.path / "learning_curves.png", title)
+        plots.block_structure(masks, self.trainer.layouts(self.state), self.folder.path / "block_structure.png", title)
         self.folder.write_result(result)
         return result
 
@@ -217,7 +238,7 @@ def main(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
 
     Args:
       config: what to train.
-      resume: go on with the run in `config.out`, if there is one.
+      resume: go on with the run in `config.out`.
 
     Returns:
       The result, as in result.json.
@@ -225,6 +246,7 @@ def main(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     Raises:
       ValueError: a field, the folder or a checkpoint is wrong.
       FileNotFoundError: the data set is not prepared.
+      FloatingPointError: training diverged.
 
     Example:
       main(TrainConfig(dataset="digits", method="hrbp", epochs=5, out="runs/a"))["test_accuracy"]
@@ -243,7 +265,7 @@ class Arguments:
 
     Attributes:
       config: what to train.
-      resume: go on with the run in --out, from its last checkpoint.
+      resume: go on with the run in --out, from its last checkpoint and with its config; flags that are given must agree with it.
     """
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TrainConfig)
@@ -251,25 +273,46 @@ class Arguments:
 
 
 def cli(args: list[str] | None = None) -> None:
-    """The command line; what is wrong with the arguments, the folder or the data ends it with one line and exit code 2.
+    """The command line: wrong arguments, a wrong folder or missing data end it with one line and exit code 2, diverging with 1.
 
     Args:
       args: None takes the process's arguments.
 
     Reference: ours.
     """
-    arguments = tyro.cli(Arguments, args=args, prog="python -m experiments.train")
     try:
-        run = Run(arguments.config, arguments.resume)
+        config, resume = _parse(args)
+        print(
+            f"{config.method} on {config.dataset}: {config.model}, {config.epochs} epochs of batches of {config.batch_size}, "
+            f"{config.execution}, {config.precision}; {device()}; run folder {config.out}",
+            flush=True,
+        )
+        run = Run(config, resume)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    result = run.train()
+    try:
+        result = run.train()
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     assert result is not None
-    Console().print(f"{run.folder.path.name}: test accuracy {result['test_accuracy']:.2%}, density {result['density']:.4f}")
+    name = f"{run.folder.path.name}, {config.method}"
+    Console().print(f"{name}: test accuracy {result['test_accuracy']:.2%}, density {result['density']:.4f}")
     if run.trainer.recipe.transform is not None:
         dense = run.trainer.to("masked", run.state)
-        print(bsj.summarize(dense.params, dense.opt_state))
+        print(dataclasses.replace(bsj.summarize(dense.params, dense.opt_state), method=config.method))
+
+
+def _parse(args: list[str] | None) -> tuple[TrainConfig, bool]:
+    """The resolved config and whether to resume; then the run's own config stands for the flags that are not given."""
+    parse = functools.partial(tyro.cli, Arguments, args=args, prog="python -m experiments.train")
+    given = parse()
+    if given.resume:
+        folder = RunFolder(given.config.out or str(resolve(given.config).out))
+        if (folder.path / "config.json").exists():
+            given = parse(default=Arguments(dataclasses.replace(folder.config(), out=str(folder.path)), resume=True))
+    return resolve(given.config), given.resume
 
 
 if __name__ == "__main__":

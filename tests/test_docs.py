@@ -3,7 +3,9 @@
 import doctest
 import importlib
 import inspect
+import json
 import pkgutil
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -51,6 +53,13 @@ def test_every_public_name_is_exercised_by_a_test():
     text = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
     missing = [name for name in PUBLIC if name not in text]
     assert not missing
+
+
+def test_the_notebooks_extra_brings_the_program_that_the_notebook_names():
+    cells = json.loads((ROOT / "notebooks" / "01_quickstart.ipynb").read_text())["cells"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert 'pip install -e ".[notebooks]"\n    jupyter lab ' in "".join(cells[0]["source"])
+    assert any(requirement.startswith("jupyterlab") for requirement in extras["notebooks"])
 
 
 def test_files_stay_readable():

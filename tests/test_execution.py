@@ -34,6 +34,8 @@ class Trained(NamedTuple):
 
 
 def trainer_of(**options):
+    if METHODS[options["method"]].sparsity:
+        options["sparsity"] = None  # the method has its own
     config = resolve(dataclasses.replace(BASE, **options))
     return Trainer(config, (8, 8, 1), 10, Length(STEPS, STEPS))
 

@@ -197,3 +197,16 @@ def test_download(tmp_path, monkeypatch):
     np.testing.assert_array_equal(data.load("mnist", tmp_path / "out", download=True).test.y, arrays["y_test"])
     with pytest.raises(FileNotFoundError, match=r"cannot be fetched.*pass --source"):
         data.load("mnist", tmp_path / "other", download=True)
+
+
+def test_the_command_line_names_itself_and_ends_wrong_input_with_code_2(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        prepare_data.cli(["--help"])
+    assert stop.value.code == 0
+    assert "python -m experiments.prepare_data" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        prepare_data.cli(["--dataset", "mnist", "--source", str(tmp_path / "none"), "--data-dir", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ")
+    assert "Traceback" not in text

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import compare, evaluate, plots, tables
+from experiments import evaluate, plots, train
 from experiments.config import TrainConfig, resolve
 from experiments.run_folder import RunFolder
 from experiments.train import Run, cli
@@ -35,13 +35,18 @@ def flags(settings):
     return [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def error_of(capsys, arguments):
+def error_of(capsys, arguments, code=2):
     with pytest.raises(SystemExit) as stop:
         cli(arguments)
     text = capsys.readouterr().err
-    assert stop.value.code == 2
+    assert stop.value.code == code
     assert "Traceback" not in text
     return text
+
+
+def output_of(capsys, arguments):
+    cli(arguments)
+    return capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +63,9 @@ def test_the_command_of_the_readme(tmp_path):
     cached = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}  # of conftest
     done = subprocess.run([sys.executable, *command.split(), str(tmp_path / "a")], capture_output=True, text=True, env=os.environ | cached)
     assert done.returncode == 0, done.stderr
+    first, *_ = done.stdout.splitlines()
+    assert first.startswith("hrbp on digits: cnn, 1 epochs of batches of 64, packed, float32; cpu")
+    assert f"run folder {tmp_path / 'a'}" in first
     assert "test accuracy" in done.stdout
     assert "conv1/kernel" in done.stdout
     assert json.loads((tmp_path / "a" / "result.json").read_text())["density"] == pytest.approx(0.1, abs=0.002)
@@ -92,18 +100,36 @@ def test_block_structure_draws_each_sparse_layer(finished):
     kernels = np.asarray(masks["conv1"]["kernel"]).mean((0, 1)).T[np.asarray(layouts["conv1"]["kernel"].filters).reshape(-1)]
     np.testing.assert_allclose(drawn[0].images[0].get_array(), kernels)
     assert len(drawn[0].lines) == layouts["conv1"]["kernel"].filters.shape[0] - 1
+    figure = plots.block_structure(masks, layouts, title="hrbp-dynamic: cnn on digits")
+    assert figure.get_suptitle() == "hrbp-dynamic: cnn on digits"
+    assert "white keeps no tap, black keeps all; red lines part the groups" in figure.get_supxlabel()
+    assert "red lines" not in plots.block_structure(masks, {}).get_supxlabel()
+
+
+@pytest.mark.parametrize(("sads", "final"), [((0.0, 0.3, 0.1, 0.0, 0.0), 3), ((0.0, 0.0, 0.0), None), ((0.1, 0.1), None)])
+def test_learning_curves_say_where_the_masks_became_final(sads, final):
+    numbers = dict.fromkeys(("loss", "train_accuracy", "test_accuracy", "density"), 0.5)
+    figure = plots.learning_curves([{"kind": "epoch", "epoch": i, "sad": sad, **numbers} for i, sad in enumerate(sads)])
+    for ax in figure.axes:
+        marks = [line for line in ax.lines if line.get_label().startswith("masks final")]
+        assert [(line.get_label(), line.get_xdata()[0]) for line in marks] == ([(f"masks final in epoch {final}", final)] if final else [])
 
 
 def test_evaluate_gives_the_accuracy_of_the_run(finished, capsys):
     _, run, result = finished
     assert evaluate.main(evaluate.EvaluateConfig(run=str(run.folder.path)))["test_accuracy"] == result["test_accuracy"]
     assert "hrbp-dynamic" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=rf"has no checkpoint of step 3; it has {2 * PER_EPOCH}, {3 * PER_EPOCH}$"):
+        evaluate.main(evaluate.EvaluateConfig(run=str(run.folder.path), step=3))
 
 
-def test_resume_of_an_ended_run_changes_nothing(finished):
+def test_resume_of_an_ended_run_changes_nothing(finished, capsys):
+    """The folder alone says what the run is; its seconds are those of all sessions."""
     settings, run, result = finished
     before = (run.folder.path / "metrics.jsonl").read_text()
     assert Run(settings, resume=True).train() == result
+    assert f"{result['test_accuracy']:.2%}" in output_of(capsys, ["--out", settings.out, "--resume"])
+    assert "sparsity 0.8 -> 0.5" in error_of(capsys, ["--out", settings.out, "--resume", "--sparsity", "0.5"])
     assert (run.folder.path / "metrics.jsonl").read_text() == before
 
 
@@ -125,8 +151,10 @@ def test_resume_gives_the_same_bits(finished, tmp_path):
     assert resumed.train(stop_after=18) is None
     resumed = Run(settings, resume=True)
     assert resumed.step == 18
-    resumed.train()
+    resumed.seconds += 1000
+    assert resumed.train()["train_seconds"] > 1000
     assert_same_run(resumed, run)
+    assert Run(settings, resume=True).seconds > 1000
 
 
 def test_resume_after_crashes_gives_the_same_bits(tmp_path, monkeypatch):
@@ -136,7 +164,7 @@ def test_resume_after_crashes_gives_the_same_bits(tmp_path, monkeypatch):
     run.train()
     settings = config(tmp_path, checkpoint_every=7, **options)
     resumed = Run(settings)
-    for crash_at, last, form in ((20, 14, "sparse"), (30, 28, "packed")):
+    for crash_at, last, form in ((20, 14, "masked"), (30, 28, "packed")):
         inner = resumed.trainer.step
 
         def crash(state, number, images, labels, inner=inner, crash_at=crash_at):
@@ -181,10 +209,20 @@ def test_a_typo_names_the_nearest_option(tmp_path, capsys, flag, value, nearest)
         (["--method", "rigl", "--execution", "packed"], "hrbp, hrbp-dynamic, subp, random-channel"),
         (["--dataset", "cifar10"], "python -m experiments.prepare_data --dataset cifar10"),
         (["--batch-size", "4096"], "batch_size: "),
-        (["--implementation", "cuda"], "did you mean 'cpu'?"),
+        (["--implementation", "cuda"], "expected one of 'xla', 'cpu', 'dense'"),
         (["--implementation", "mosaic_gpu"], "cannot run here"),
-        (["--method", "sr-ste", "--m", "5"], "conv1/kernel"),
+        (["--method", "sr-ste", "--m", "5"], "m: 5 does not divide the 64 input channels of conv1/kernel; take one that divides 64"),
+        (["--method", "ste", "--n", "5"], "n: expected at most m=4, got 5"),
+        (["--method", "sr-ste", "--sparsity", "0.9"], "sparsity: sr-ste has 0.5 (--n 2 --m 4); set these two instead, got 0.9"),
+        (["--method", "dense", "--sparsity", "0.9"], "sparsity: dense has 0; leave --sparsity out, got 0.9"),
         (["--stem", "imagenet"], "stem: "),
+        (["--lr", "-1"], "lr: expected a number above 0, got -1.0"),
+        (["--width", "0"], "width: expected a number above 0, got 0.0"),
+        (["--weight-decay", "-0.1"], "weight_decay: expected a number of at least 0"),
+        (["--momentum", "1"], "momentum: expected a number in [0.0, 1.0)"),
+        (["--drop-fraction", "1.5"], "drop_fraction: expected a number in [0.0, 1.0]"),
+        (["--block-density", "0"], "block_density: expected a number above 0"),
+        (["--resume"], "does not exist, so there is no run to go on with; leave --resume out"),
     ],
 )
 def test_bad_input_ends_with_one_line(tmp_path, capsys, arguments, words):
@@ -197,6 +235,8 @@ def test_a_full_folder_is_not_overwritten(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     assert "--resume" in error_of(capsys, ["--out", str(tmp_path / "run")])
+    for resume in ([], ["--resume"]):
+        assert "notes.txt is a file; choose a folder" in error_of(capsys, ["--out", str(tmp_path / "run" / "notes.txt"), *resume])
     assert "config.json: missing" in error_of(capsys, ["--out", str(tmp_path / "run"), "--resume"])
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
@@ -257,49 +297,24 @@ def test_a_garbled_row_of_metrics_is_named(stopped, capsys):
 
 
 def test_evaluate_of_no_run(tmp_path):
-    with pytest.raises(ValueError, match=r"config\.json: missing"):
+    with pytest.raises(ValueError, match=r"config\.json: missing, so .* is not the folder of a run$"):
         evaluate.main(evaluate.EvaluateConfig(run=str(tmp_path)))
 
 
-def test_compare_prints_one_table(tmp_path, capsys):
-    settings = compare.CompareConfig(out=str(tmp_path / "all"), methods=("dense", "hrbp", "sr-ste"), smoke=True)
-    report = compare.main(settings)
-    out = capsys.readouterr().out
-    assert all(word in out for word in ("method", "test accuracy", "density", "kept FLOPs", "masked step", "packed step", "dense step"))
-    dense, hrbp, sr_ste = report["rows"]
-    assert dense["density"] == 1
-    assert dense["kept_flops_fraction"] == 1
-    assert dense["packed_step_ms_median"] is None
-    assert hrbp["packed_step_ms_median"] > 0
-    assert hrbp["kept_flops_fraction"] < 0.3
-    assert sr_ste["density"] == pytest.approx(0.5)
-    assert sr_ste["packed_step_ms_median"] is None
-    assert json.loads((tmp_path / "all" / "comparison.json").read_text()) == report
-    assert (tmp_path / "all" / "hrbp" / "result.json").exists()
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
+    settings = config(tmp_path, method="dense", sparsity=None, lr=1e30, epochs=1)
+    text = error_of(capsys, flags(settings), code=1)
+    assert "the loss is " in text
+    assert "lower --lr (1e+30)" in text
 
 
-def test_tables_are_generated_and_checked(tmp_path):
-    rows = [
-        {"model": "vgg19", "sparsity": s, "execution": e, "data_format": f, "step_ms_median": 10.0, "speed_up_over_dense": 2.0}
-        for s, e, f in [
-            (0.0, "dense", "NHWC"),
-            (0.0, "dense", "CHWN"),
-            (0.9, "masked", "NHWC"),
-            (0.9, "sparse", "CHWN"),
-            (0.9, "packed", "CHWN"),
-        ]
-    ]
-    report = {"rows": rows, "device": "a cpu", "versions": {"python": "3.11", "jax": "0.10"}, "commit": None}
-    (tmp_path / "bench_training_cpu.json").write_text(json.dumps(report))
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- table:bench_training_cpu -->\n<!-- /table -->\nafter\n")
-    settings = tables.TablesConfig(readme=readme, results=tmp_path)
-    with pytest.raises(ValueError, match="stale tables: <!-- table:bench_training_cpu -->"):
-        tables.main(dataclasses.replace(settings, check=True))
-    tables.main(settings)
-    assert "| vgg19 | 90% | 10 / 10 | 10 (2.00x) |" in readme.read_text()
-    assert readme.read_text().endswith("after\n")
-    tables.main(dataclasses.replace(settings, check=True))
-    readme.write_text("<!-- table:nothing -->\n<!-- /table -->\n")
-    with pytest.raises(ValueError, match="there: bench_training_cpu"):
-        tables.main(settings)
+def test_without_a_terminal_a_slow_run_says_how_far_it_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "_QUIET", -1)
+    out = output_of(capsys, flags(config(tmp_path, method="random-channel", epochs=1)))
+    assert "random-channel step 4/11: loss " in out
+    assert "\nrandom-channel: sparse layers keep 0.19" in out  # the name of the command line, not of the transformation
+
+
+def test_the_methods_that_fix_their_sparsity_store_it():
+    assert [resolve(TrainConfig(method=name)).sparsity for name in ("dense", "sr-ste", "hrbp")] == [0.0, 0.5, 0.9]
+    assert resolve(TrainConfig(method="ste", n=1)).sparsity == 0.75
