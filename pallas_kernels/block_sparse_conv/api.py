@@ -10,14 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_sparse_conv import cpu, dense, tiles, xla
+from pallas_kernels.block_sparse_conv import cpu, dense, mosaic_gpu, tiles, triton, xla
 from pallas_kernels.block_sparse_conv.epilogue import apply_epilogue, check_epilogue
 from pallas_kernels.block_sparse_conv.spec import Choice, ConvSpec, Implementation
 
-IMPLEMENTATIONS: dict[str, Implementation] = {"xla": xla.IMPLEMENTATION, "cpu": cpu.IMPLEMENTATION, "dense": dense.IMPLEMENTATION}
-NOT_BUILT = {
-    "triton": "not built in this version: the Triton GPU kernels are still to come; use 'xla'",
-    "mosaic_gpu": "not built in this version: the Mosaic GPU kernels are still to come; use 'xla'",
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    module.IMPLEMENTATION.name: module.IMPLEMENTATION for module in (xla, cpu, dense, triton, mosaic_gpu)
 }
 
 
@@ -33,7 +31,7 @@ def available_implementations() -> dict[str, str | None]:
 
     Reference: ours.
     """
-    return {**dict.fromkeys(IMPLEMENTATIONS), "cpu": cpu.unavailable(), **NOT_BUILT}
+    return dict.fromkeys(IMPLEMENTATIONS) | {module.IMPLEMENTATION.name: module.unavailable() for module in (cpu, triton, mosaic_gpu)}
 
 
 def choose_implementation(spec: ConvSpec) -> Choice:
@@ -53,6 +51,8 @@ def choose_implementation(spec: ConvSpec) -> Choice:
     Reference: ours.
     """
     details = {mode: tiles.choose(dataclasses.replace(spec, gradients=gradients)) for mode, gradients in tiles.MODES.items()}
+    if served := [name for name in ("mosaic_gpu", "triton") if IMPLEMENTATIONS[name].supports(spec) is None]:
+        return Choice("xla", f"the GPU kernels are not measured yet; they run by name: {' or '.join(map(repr, served))}", details)
     absent = cpu.IMPLEMENTATION.supports(spec)
     if absent:
         return Choice("xla", f"the one that does just the kept work here; 'cpu': {absent}", details)
@@ -60,7 +60,9 @@ def choose_implementation(spec: ConvSpec) -> Choice:
     if gain < 1:
         return Choice("xla", f"1/{1 / gain:.2f} the time of the native kernels at the tuned shapes nearby", details)
     return Choice(
-        "cpu", f"the native kernels: {gain:.1f}x as fast as XLA at the tuned shapes nearby", dict.fromkeys(tiles.MODES, cpu.instructions(spec))
+        "cpu",
+        f"the native kernels: {gain:.1f}x as fast as XLA at the tuned shapes nearby",
+        dict.fromkeys(tiles.MODES, cpu.instructions(spec)),
     )
 
 
@@ -87,8 +89,8 @@ def block_sparse_conv(
 
     For each group g, `y[filters[g]] = W_g X_g` with `W_g` the `group_size x (kept * kept_taps)` packed weights and `X_g` the rows of the
     padded input at the group's channels, shifted by its taps. The result is `relu(scale * y + bias + residual)`, as far as each is given,
-    in one pass over memory where the implementation can. The gradients with respect to `x` and `values` do only the kept work too; second
-    derivatives are not defined.
+    in one pass over memory where the implementation can. The gradients with respect to `x` and `values` do only the kept work too; their
+    derivatives, to any order, are those of the XLA formulation. Forward mode (`jax.jvp`) on the convolution itself is not defined.
 
     Args:
       x: activations `[cin, h, w, n]`, float32, bfloat16 or float16.
@@ -148,11 +150,27 @@ def _vary_alike(operands: Any) -> Any:
     return jax.tree.map(vary, operands)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _pass(name, spec, implementation, *operands):
+    """One pass, with a derivative: that of XLA's formulation, since native kernels and GPU kernels have none. Second derivatives use it."""
+    return getattr(implementation, name)(spec, *operands)
+
+
+@_pass.defjvp
+def _pass_jvp(name, spec, implementation, primals, tangents):
+    def formulation(*operands):
+        if name != "forward" or not implementation.fused:
+            return getattr(xla.IMPLEMENTATION, name)(spec, *operands)
+        return apply_epilogue(xla.IMPLEMENTATION.forward(spec, *operands[:5]), *operands[5:], spec.relu)
+
+    return _pass(name, spec, implementation, *primals), jax.jvp(formulation, primals, tangents)[1]
+
+
 def _forward(spec, implementation, x, values, filters, channels, taps, *epilogue):
     operands = (x, values.astype(x.dtype), filters, channels, taps)
     if implementation.fused:
-        return implementation.forward(spec, *operands, *epilogue)
-    return apply_epilogue(implementation.forward(spec, *operands), *epilogue, spec.relu)
+        return _pass("forward", spec, implementation, *operands, *epilogue)
+    return apply_epilogue(_pass("forward", spec, implementation, *operands), *epilogue, spec.relu)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -172,8 +190,8 @@ def _conv_bwd(spec, implementation, saved, dy):
     d = jnp.where(y > 0, dy, 0) if spec.relu else dy
     factor = None if scale is None else scale[filters][:, None, None, :]
     scaled = values if factor is None else values * factor
-    dx = implementation.input_gradient(spec, d, scaled.astype(x.dtype), filters, channels, taps)
-    dvalues = implementation.weight_gradient(spec, x, d, filters, channels, taps)
+    dx = _pass("input_gradient", spec, implementation, d, scaled.astype(x.dtype), filters, channels, taps)
+    dvalues = _pass("weight_gradient", spec, implementation, x, d, filters, channels, taps)
     dscale = None
     if factor is not None:
         dscale = jnp.zeros_like(scale).at[filters].set((dvalues * values.astype(x.dtype)).sum((1, 2)))
@@ -197,9 +215,9 @@ def _resolve(spec: ConvSpec, wanted: str | Implementation | None) -> Implementat
             near = difflib.get_close_matches(str(wanted), names, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"implementation: expected None or one of {', '.join(map(repr, names))}, got {wanted!r}{hint}")
-        implementation = IMPLEMENTATIONS.get(wanted)
-        reason = implementation.supports(spec) if implementation else NOT_BUILT[wanted]
-    if reason or implementation is None:
+        implementation = IMPLEMENTATIONS[wanted]
+        reason = implementation.supports(spec)
+    if reason:
         raise NotImplementedError(f"implementation={wanted if isinstance(wanted, str) else wanted.name!r}: {reason}")
     return implementation
 

@@ -1,0 +1,118 @@
+"""Compile for an H200 on a machine without a GPU; and the interpreter of GPU kernels in either generation of JAX."""
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import topologies
+
+H200 = """gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000
+  l2_cache_size: 62914560
+  clock_rate_ghz: 1.98
+  device_memory_size: 150000000000
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 12 }
+device_description_str: "NVIDIA H200"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the compiler made: the most registers of a thread, bytes of stack and spills over all kernels, and the PTX."""
+
+    kernels: int
+    registers: int
+    stack: int
+    spills: int
+    ptx: str
+
+    def count(self, instruction: str) -> int:
+        """How often an instruction (a regular expression) stands in the PTX."""
+        return len(re.findall(instruction, self.ptx))
+
+
+def interpreter(**options):
+    """Parameters of the interpreter of Mosaic GPU kernels; reads outside of an array give zeros, as the copy engine's do."""
+    try:
+        from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
+    except ImportError:  # jax 0.10
+        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+    return InterpretGPUParams(**{"out_of_bounds_reads": "uninitialized", "uninitialized_memory": "zero"} | options)
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled for a described GPU here: None where it can."""
+    found = importlib.util.find_spec("jax_plugins")
+    if found is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        return "needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt of this JAX's version (install them with --no-deps)"
+    return None
+
+
+@functools.cache
+def _everywhere() -> jax.sharding.Sharding:
+    jax.devices()  # settles what this process computes on, before the plugin is there
+    describe = functools.partial(topologies.get_topology_desc, platform="cuda", target_config=H200, topology="1x1x1")
+    try:
+        topology = describe()
+    except NotImplementedError:  # without CUDA's libraries the plugin left itself out
+        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+        importlib.import_module("jax_plugins.xla_cuda13").initialize()
+        topology = describe()
+    return jax.sharding.NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), jax.sharding.PartitionSpec())
+
+
+@contextlib.contextmanager
+def _what_the_compiler_prints(*switches: str) -> Iterator[list[str]]:
+    """The compiler writes to the file of standard output, past Python."""
+    printed: list[str] = []
+    before = {name: os.environ.get(name) for name in switches}
+    with tempfile.TemporaryFile() as file:
+        own = os.dup(1)
+        os.environ.update(dict.fromkeys(switches, "1"))
+        os.dup2(file.fileno(), 1)
+        try:
+            yield printed
+        finally:
+            ctypes.CDLL(None).fflush(None)
+            os.dup2(own, 1)
+            os.close(own)
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+            file.seek(0)
+            printed.append(file.read().decode(errors="replace"))
+
+
+def compile_for_h200(f, *shapes: jax.ShapeDtypeStruct | None) -> Report:
+    """Lowers and compiles a function fully for compute capability 9.0a; each kernel once in a process (JAX keeps what it compiled)."""
+    placed = [None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_everywhere()) for a in shapes]
+    with _what_the_compiler_prints("MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS") as printed:
+        jax.jit(f).lower(*placed).compile()
+    text = printed[0]
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", text)]
+    stack = sum(int(n) for n in re.findall(r"(\d+) bytes stack frame", text))
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", text))
+    return Report(len(registers), max(registers, default=0), stack, spills, text)

@@ -1,0 +1,233 @@
+"""The Triton kernels' machine code for Hopper and Ampere, their lowering through JAX, and the choice of tiles: no GPU needed."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import shapes
+from pallas_kernels.block_sparse_conv import triton as ours
+from pallas_kernels.block_sparse_conv import triton_kernels as kernels
+from pallas_kernels.block_sparse_conv import triton_tiles as tiles
+from pallas_kernels.block_sparse_conv.triton_tiles import Tile
+
+MISSING = [name for name in ("triton", "jax_triton", "jax_cuda13_plugin") if importlib.util.find_spec(name) is None]
+needs_triton = pytest.mark.skipif("triton" in MISSING, reason="the package triton is not installed")
+needs_jax_triton = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # as jax-triton compiles
+TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32"}
+SHAPES = [(layer, 256) for layer in shapes.OTHERS if "resnet50" in layer.name]
+SHAPES += [(layer, batch) for batch in (128, 1024) for layer in shapes.VGG19 + shapes.RESNET32]
+
+
+def launches(spec, name, fused=False, **private):
+    """The kernel calls of a pass, with the operands' dtypes."""
+    found = []
+
+    def record(launch, *given):
+        found.append((launch, [a.dtype.name for a in given]))
+        return jnp.zeros(launch.out.shape, launch.out.dtype)
+
+    lists = ((spec.groups, spec.group_size), (spec.groups, spec.kept), (spec.groups, spec.kept_taps))
+    index = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in lists]
+    x, dy, values = (jax.ShapeDtypeStruct(shape, spec.dtype) for shape in (spec.in_shape, spec.out_shape, spec.packed_shape))
+    numbers = jax.ShapeDtypeStruct((spec.cout,), jnp.float32)
+    given = {"forward": (x, values), "input_gradient": (dy, values), "weight_gradient": (x, dy)}[name]
+    if fused:
+        spec, index = dataclasses.replace(spec, relu=True), [*index, numbers, numbers, dy]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ours, "_run", record)
+        jax.eval_shape(lambda *a: getattr(ours, f"_{name}")(spec, *a, **private), *given, *index)
+    return found
+
+
+def machine_code(launch, dtypes, capability):
+    """Compiles a kernel call for a GPU as jax-triton does, and takes its cubin apart."""
+    from triton import compile as triton_compile
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, types = getattr(kernels, launch.kernel), [TYPES[name] for name in (*dtypes, launch.out.dtype.name)]
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel, signature=dict(zip(names, types)) | dict.fromkeys(names[len(types) :], "constexpr"),
+        constexprs={(names.index(name),): value for name, value in launch.constants},
+        attrs={(i,): [["tt.divisibility", 16]] for i in range(len(types))},
+    )  # fmt: skip
+    tools = Path(sys.modules["triton"].__file__).parent / "backends/nvidia/bin"
+    with tempfile.TemporaryDirectory() as folder, knobs.cache.scope():
+        knobs.cache.dir = folder
+        options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages}
+        compiled = triton_compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        cubin = Path(folder, "cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage, sass = (
+            subprocess.run([tools / tool, option, cubin], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
+    registers, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "LOCAL"))
+    spilled = local + len(re.findall(r"\b(?:LDL|STL)\b", sass))  # loads and stores of local memory: a frame on the stack may go unused
+    waits = [int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", compiled.asm["ptx"])]
+    return {"registers": registers, "spilled": spilled, "shared": compiled.metadata.shared, "waits": waits}, sass
+
+
+def check_code(spec, name, capability=90, fused=False, **private):
+    """No spill, what was promised of shared memory, 16-byte copies, tensor cores; the loop waits for the oldest loads only."""
+    for launch, dtypes in launches(spec, name, fused, **private):
+        measured, sass = machine_code(launch, dtypes, capability)
+        print(f"\nsm_{capability} {name} {spec.dtype} {spec.packed_shape} {launch.tile}: {measured}", end="")
+        tile, plain = launch.tile, tiles.normal(spec)
+        assert measured["spilled"] == 0
+        assert measured["shared"] <= min(tiles.SHARED_KIB[capability] * 1024, tiles.shared_bytes(tile, name, plain) + 1024)
+        steps = -(-tiles.product(plain, name, tile.method).depth // tile.depth) if name != "weight_gradient" else 8
+        copies = re.findall(r"LDGSTS\S*", sass)
+        step = tile.positions if name == "weight_gradient" else tile.depth
+        least = min(16, tile.rows * step * tiles.itemsize(spec) // (32 * tile.warps))  # bytes a thread copies of the operand not gathered
+        assert {copy.rsplit(".", 1)[1] for copy in copies} <= {"128", str(8 * least)}
+        assert not re.search(r"LDG\S*\.U16", sass)
+        if steps >= 3:
+            assert any(copy.endswith(".128") for copy in copies)
+            *in_the_loop, at_the_end = measured["waits"]
+            assert at_the_end == 0
+            assert len(set(in_the_loop)) == 1
+            assert in_the_loop[0] in (tile.stages - 2, 2 * (tile.stages - 2)), "the loop must not wait for the loads of the next steps"
+        else:
+            assert re.search(r"(LDGSTS|LDG)\S*\.128", sass)
+        wanted = {"half": "HGMMA" if capability == 90 else r"HMMA\.16816", "tf32": r"H(G)?MMA\S*TF32", "ieee": "FFMA"}[plain.precision]
+        assert re.search(wanted, sass)
+        if launch.zeroed:
+            assert re.search(r"REDG?\.E\.ADD\.F32" + ("x4" if capability == 90 else ""), sass)
+
+
+def layer_spec(layer, batch=128, sparsity=0.9, group_size=32, run=1, **fields):
+    spec = shapes.layer_spec(layer, sparsity=sparsity, batch=batch, group_size=group_size, dtype=fields.pop("dtype", "bfloat16"))
+    return dataclasses.replace(spec, kept=max(run, spec.kept // run * run), channel_block=run, **fields)
+
+
+MAIN = layer_spec(shapes.VGG19[4], group_size=64, run=32)
+REPRESENTATIVE = {
+    "3x3 256, groups of 64": [(MAIN, name, 90, {}) for name in ("forward", "weight_gradient")],
+    "input gradient": [(MAIN, "input_gradient", 90, {"method": method}) for method in ("transposed", "scatter")],
+    "groups of 32, epilogue": [(layer_spec(shapes.VGG19[4]), "forward", 90, {"fused": True})],
+    "groups of 8": [(layer_spec(shapes.VGG19[2], group_size=8, batch=24), "forward", 90, {})],
+    "1x1": [(layer_spec(shapes.OTHERS[6], batch=256), name, 90, {}) for name in ("forward", "weight_gradient")],
+    "Ampere": [(MAIN, "forward", 80, {}), (MAIN, "weight_gradient", 80, {}), (MAIN, "input_gradient", 80, {"method": "scatter"})],
+    "tf32": [(dataclasses.replace(MAIN, dtype="float32", precision="high"), name, 90, {}) for name in ("forward", "weight_gradient")],
+    "float32": [(dataclasses.replace(MAIN, dtype="float32"), name, 90, {}) for name in ("forward", "weight_gradient")],
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("case", REPRESENTATIVE)
+def test_the_main_tiles_compile_without_spills_to_tensor_cores_and_16_byte_copies(case):
+    for spec, name, capability, private in REPRESENTATIVE[case]:
+        check_code(spec, name, capability, **private)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tiles.PASSES)
+@pytest.mark.parametrize("sparsity", [0.8, 0.9, 0.95])
+def test_the_chosen_tiles_of_every_layer_compile(sparsity, name):
+    for layer, batch in SHAPES:
+        for run, method in ((1, "scatter"), (16, "transposed")) if name == "input_gradient" else ((1, ""),):
+            private = {"method": method} if method else {}
+            check_code(layer_spec(layer, batch, sparsity, run=run), name, **private)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tiles.PASSES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("group_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("capability", [90, 80])
+def test_every_candidate_compiles(capability, group_size, dtype, name):
+    for precision in (None,) if dtype == "bfloat16" else (None, "high"):
+        for layer, batch in ((shapes.VGG19[6], 128), (shapes.OTHERS[3], 256)):
+            spec = layer_spec(layer, batch, group_size=group_size, run=16, dtype=dtype, precision=precision)
+            for tile in tiles.candidate_tiles(spec, name, capability):
+                check_code(spec, name, capability, fused=name == "forward", tile=tile)
+
+
+@needs_jax_triton
+def test_a_training_step_lowers_to_three_kernels_for_cuda():
+    triton = dataclasses.replace(ours.IMPLEMENTATION, supports=ours._unfit)
+    spec = layer_spec(shapes.VGG19[4], group_size=64, run=32)
+    assert tiles.choose_tile(spec, "input_gradient").method == "transposed"
+    x, dy, values, *index = map(jax.typeof, shapes.random_operands(spec))
+
+    def step(x, values, dy, *index):
+        y, pullback = jax.vjp(lambda x, v: shapes.convolve(spec, triton, x, v, *index), x, values)
+        return y, *pullback(dy)
+
+    text = jax.jit(step).trace(x, values, dy, *index).lower(lowering_platforms=("cuda",)).as_text()
+    assert len(re.findall(r"custom_call @triton_kernel_call", text)) == 3
+
+
+# The choice of tiles.
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("capability", [80, 86, 90])
+def test_tiles_fit(capability, dtype):
+    for layer, batch in SHAPES:
+        for group_size in (8, 24, 32, 64, 128):
+            if layer.cout % group_size == 0:
+                spec = layer_spec(layer, batch, group_size=group_size, run=16, dtype=dtype)
+                plain = tiles.normal(spec)
+                for name in tiles.PASSES:
+                    candidates = tiles.candidate_tiles(spec, name, capability)
+                    assert candidates
+                    for tile in (*candidates, tiles.choose_tile(spec, name, capability)):
+                        assert tiles.shared_bytes(tile, name, plain) < 1024 * tiles.SHARED_KIB[capability]
+                        assert tile.method == "dense" or min(tile.rows, tile.positions, tile.depth) >= 16
+                        assert (name == "input_gradient") == (tile.method != "")
+
+
+def test_a_tuned_tile_is_used_on_the_gpu_that_it_was_tuned_on(tmp_path, monkeypatch):
+    spec = layer_spec(shapes.VGG19[4])
+    tuned = Tile(32, 64, 32, stages=5, positions_first=True)
+    table = {"tiles": {tiles.key(spec, "forward"): dataclasses.asdict(tuned)}}
+    (tmp_path / "tuned_triton_h200.json").write_text(json.dumps(table))
+    monkeypatch.setattr(tiles, "__file__", str(tmp_path / "triton_tiles.py"))
+    tiles._table.cache_clear()
+    assert tiles.choose_tile(spec, "forward") != tuned
+    monkeypatch.setattr(tiles, "_gpu", lambda: "h200")
+    assert tiles.choose_tile(spec, "forward") == tuned
+    assert tiles.choose_tile(layer_spec(shapes.VGG19[5]), "forward") != tuned
+    assert tiles.choose_tile(dataclasses.replace(spec, gradients=True, relu=True), "forward") == tuned
+    strided = layer_spec(shapes.OTHERS[-1])
+    assert tiles.key(strided, "input_gradient") == tiles.key(tiles.pointwise(strided), "input_gradient")
+    tiles._table.cache_clear()
+
+
+def test_the_input_gradient_goes_the_cheapest_way_that_serves():
+    methods = {run: tiles.choose_tile(layer_spec(shapes.VGG19[4], group_size=64, run=run), "input_gradient").method for run in (1, 32)}
+    assert methods[32] == "transposed"
+    assert methods[1] in ("scatter", "dense")
+    with pytest.raises(ValueError, match="expected one of scatter, dense for channel_block=1, got 'transposed'"):
+        launches(layer_spec(shapes.VGG19[4]), "input_gradient", method="transposed")
+
+
+def test_what_cannot_be_served_says_why():
+    spec = layer_spec(shapes.VGG19[4])
+    assert "runs on NVIDIA GPUs" in ours.unavailable()
+    assert ours.IMPLEMENTATION.supports(spec) == ours.unavailable()
+    assert ours._unfit(spec) is None
+    for change, reason in (
+        ({"kernel": (17, 1)}, "up to 16 pixels"),
+        ({"cin": 1 << 24}, "channels"),
+        ({"dtype": "float64"}, "not in float64"),
+        ({"height": 1 << 13, "width": 1 << 13}, "31 bits"),
+    ):
+        assert reason in ours._unfit(dataclasses.replace(spec, **change))
