@@ -3,12 +3,15 @@
 For each network and sparsity: dense (NHWC and CHWN; the faster one is the baseline), masked, sparse and packed execution of static
 HRBP, step by step in turn in one process. Dense convolutions run as a matrix product per tap where that is faster than XLA's convolution
 (`experiments/models/taps.py`). The losses of the first step must agree before anything is timed. Slower rows are reported too.
+`--device gpu` hands over to gpu_training.py, which has options of its own.
 """
 
 import dataclasses
 import functools
 import gc
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments import gpu_training
 from experiments.config import TrainConfig, resolve
 from experiments.environment import commit, device, versions
 from experiments.loop import Trainer, stepper
 from experiments.methods import Length
 from experiments.timing import clocked, in_turn, median_iqr
-from pallas_kernels import measure
+from pallas_kernels import gpu_clock, measure
 
 RESULTS = Path(__file__).parent / "results"
 PATIENCE = 10.0  # seconds: a step that takes longer is timed once
@@ -156,5 +160,24 @@ def _table(report: dict[str, Any]) -> Table:
     return table
 
 
+def cli(arguments: Sequence[str]) -> int:
+    """The command: `--device gpu` is another one, `--device cpu` says what is so anyway.
+
+    Args:
+      arguments: without the program's name.
+
+    Returns:
+      The exit status.
+
+    Reference: ours.
+    """
+    prog = "python -m experiments.bench_training"
+    if gpu_clock.asks_for_gpu(arguments):
+        return gpu_training.run(tyro.cli(gpu_training.GpuTrainingConfig, prog=prog, args=arguments))
+    rest = " ".join(arguments).replace("--device=cpu", "").replace("--device cpu", "").split()
+    main(tyro.cli(BenchConfig, prog=prog, args=rest))
+    return 0
+
+
 if __name__ == "__main__":
-    main(tyro.cli(BenchConfig, prog="python -m experiments.bench_training"))
+    raise SystemExit(cli(sys.argv[1:]))

@@ -1,18 +1,24 @@
-"""`python -m pallas_kernels.tune`: measures the XLA formulations and the native kernels here, and rewrites the table that picks."""
+"""`python -m pallas_kernels.tune`: measures the XLA formulations and the native kernels here, and rewrites the table that picks.
+
+`--device gpu` times the tiles of the GPU kernels instead (tune_gpu.py; its options: `--device gpu --help`).
+"""
 
 import dataclasses
 import functools
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import jax
 import tyro
 from rich.progress import track
 
-from pallas_kernels import measure, shapes
+from pallas_kernels import gpu_clock, measure, shapes, tune_gpu
 from pallas_kernels.block_sparse_conv import ConvSpec, cpu, tiles, xla
+from pallas_kernels.gpu_journal import LOST, DeviceLost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +29,13 @@ class Config:
       seconds: time per shape and mode, after compilation.
       only: a part of the name of the layers to measure again; the other entries of the table stay. Empty: all.
       table: the file to write.
+      device: cpu; for gpu see tune_gpu.py.
     """
 
     seconds: float = 0.8
     only: str = ""
     table: Path = tiles.TABLE
+    device: Literal["cpu"] = "cpu"
 
 
 def cases() -> dict[str, ConvSpec]:
@@ -110,4 +118,14 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    if not gpu_clock.asks_for_gpu(sys.argv[1:]):
+        main(tyro.cli(Config))
+    else:
+        try:
+            raise SystemExit(tune_gpu.exit_status(tune_gpu.main(tyro.cli(tune_gpu.Config))))
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except DeviceLost as error:
+            print(f"the device is lost at {error}; the same command goes on behind it", file=sys.stderr)
+            raise SystemExit(LOST) from None
