@@ -58,7 +58,8 @@ def conv(
       padding: "SAME", "VALID" or `((top, bottom), (left, right))` in pixels.
       dilation: distance between taps in pixels `(y, x)`, or one integer for both.
       data_format: "NHWC" or "CHWN", of input and output.
-      scale, bias: one number for each output channel.
+      scale: one number for each output channel.
+      bias: likewise.
       residual: added to the output; in its shape.
       activation: "relu" or None.
       implementation: None picks by device, layout and measured tables (`choose_implementation` tells what); or one of

@@ -134,7 +134,8 @@ def match(name: str, tree: PyTree, params: PyTree, is_leaf: Callable[[Any], bool
         except (ValueError, TypeError) as error:
             raise ValueError(f"{name}: expected the tree structure of params; was it made from another model?") from error
     owners = [_nearest(leaf, nodes) for leaf in names]
-    missing, extra = [n for n, owner in zip(names, owners) if owner is None], sorted(set(nodes) - set(owners))
+    hidden = {path_name(path) for path, _ in jax.tree.leaves_with_path(params, is_leaf=is_leaf)}  # multi_transform marks what it hides
+    missing, extra = [n for n, owner in zip(names, owners) if owner is None], sorted(set(nodes) - set(owners) - hidden)
     if missing or extra:
         differences = [f"{what} {some[0]!r}" for what, some in (("it lacks", missing), ("params lack", extra)) if some]
         raise ValueError(f"{name}: expected the tree structure of params, but {' and '.join(differences)}; was it made from another model?")

@@ -158,7 +158,7 @@ def test_packed_values_with_a_dense_state():
 
 def test_params_of_another_shape_name_the_leaf():
     """Static methods too, which never look at the weights again."""
-    tx = bsj.keep_zeros(optax.chain(bsj.hrbp_prune(0.5, group_size=16), optax.sgd(0.1)))
+    tx = bsj.keep_zeros(optax.chain(bsj.hrbp_prune(0.75, group_size=16), optax.sgd(0.1)))
     state, other = tx.init({"w": KERNEL}), {"w": KERNEL[..., :16]}
     with pytest.raises(ValueError, match=r"params: expected shape \(3, 3, 16, 32\) at 'w' as at init, got weights \(3, 3, 16, 16\)"):
         tx.update(other, state, other)
