@@ -14,6 +14,7 @@ ORDER = [
     {"layout"},
     {"masks"},
     {"grouping", "column_grouping"},
+    {"channel_order"},
     {"state"},
     {"packing"},
     {"transforms._base", "transforms.keep_zeros"},
