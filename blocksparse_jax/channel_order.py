@@ -160,7 +160,7 @@ def space_consumers(
       >>> params = {"a": jnp.ones((3, 3, 3, 64)), "b": jnp.ones((3, 3, 64, 64))}
       >>> found = space_consumers(params, {"s": [("a", 3), ("b", 2)]}, 0.9, channel_block=8)
       >>> [(name, consumer.kept, consumer.kept_taps) for name, consumer in found["s"].items()]
-      [('b', 16, 4)]
+      [('b', 56, 1)]
 
     Reference: ours.
     """
