@@ -3,13 +3,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test lint bench
+.PHONY: train test lint bench gpu-compilers
 
 train: $(VENV)/installed
 	$(BIN)/python -m experiments.compare $(ARGS)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# Compile the GPU kernels without a GPU: the compilers, without NVIDIA's libraries. The tests that need them skip otherwise.
+gpu-compilers: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt jax-triton triton
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps jax-cuda13-plugin jax-cuda13-pjrt
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
