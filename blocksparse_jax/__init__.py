@@ -6,6 +6,7 @@ Data runs left to right and so do imports. Masks and layouts live in the optax s
 """
 
 from blocksparse_jax import linen, metrics, nnx
+from blocksparse_jax.channel_spaces import channel_orders, fold_channel_orders
 from blocksparse_jax.column_grouping import ColumnBlocks, block_fill, dsb_groups, rumi_groups
 from blocksparse_jax.grouping import hrbp_groups, kept_score, random_groups
 from blocksparse_jax.layout import BlockLayout, ConsecutiveGroups, Dense, is_layout, layout_to_mask, mask_to_layout, validate
@@ -34,11 +35,13 @@ __all__ = [
     "apply_masks",
     "available_implementations",
     "block_fill",
+    "channel_orders",
     "choose_implementation",
     "conv",
     "dense_kernel_gradient",
     "dsb_groups",
     "fixed_masks",
+    "fold_channel_orders",
     "get_layouts",
     "get_masks",
     "gradual_magnitude",

@@ -102,3 +102,11 @@ def choice(name: str, value: Any, options: Iterable[T]) -> T:
 def divisor(n: int, most: int) -> int:
     """The largest divisor of `n` that is at most `most`."""
     return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
+
+
+def permutation(name: str, value: Any, size: int | None) -> np.ndarray:
+    """The value on the host; ValueError unless it is a permutation of `range(size)`."""
+    array = concrete(name, value)
+    if size is None or array.shape != (size,) or not np.array_equal(np.sort(array), np.arange(size)):
+        raise ValueError(f"{name}: expected a permutation of 0..{(size or 0) - 1}, got {array.dtype}{list(array.shape)}")
+    return array

@@ -1,24 +1,20 @@
 """Orders of channels: with similar channels side by side, groups that keep aligned runs lose little against single-channel lists.
 
-An order belongs to a channel space: all axes of a network that index the same channels. It is applied to the parameters once, before
-training: the network computes the same function, and nothing is permuted while it trains. The search runs on the host, in NumPy: run once
+One order of the channels that some conv kernels read; `channel_spaces` finds them for a whole network and folds them into its parameters.
+The search runs on the host, in NumPy: run once
 and full of sorts and branches, it would take longer to compile than to run. It asks `hrbp_groups`, compiled as `hrbp_prune` calls it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, PyTree
+from jaxtyping import Float, Int
 
-from blocksparse_jax import _checks, budgets, tree
-from blocksparse_jax import scores as scores_
+from blocksparse_jax import _checks
 from blocksparse_jax.grouping import hrbp_groups, kept_score
 from blocksparse_jax.layout import BlockLayout
-
-Spaces = Mapping[str, Sequence[tuple[str, int]]]
 
 _ROUNDS = 12  # of ordering and grouping
 _HOT, _COLD, _STEPS, _SWEEPS = 1.0, 0.02, 12, 4  # annealing: temperatures in standard deviations of a row's run sums
@@ -129,155 +125,11 @@ def run_ratio(consumers: Sequence[Consumer], order: Int[np.ndarray, " cin"], *, 
     Reference: ours.
     """
     tables = _tables(consumers)
-    order, given = _permutation("order", order, tables[0].shape[2]), np.arange(tables[0].shape[2])
+    order, given = _checks.permutation("order", order, tables[0].shape[2]), np.arange(tables[0].shape[2])
     single, ordered, unordered = (
         _group(tables, consumers, o, b)[1] for o, b in ((given, 1), (order, channel_block), (given, channel_block))
     )
     return RunRatio(ordered / single, unordered / single, single) if single else RunRatio(1.0, 1.0, 0.0)
-
-
-def space_consumers(
-    params: PyTree, spaces: Spaces, sparsity: float, *, channel_block: int, group_size: int = 32, block_density: float = 1 / 3,
-    budget: budgets.Budget = "uniform", scores: scores_.Kind | PyTree = "magnitude", where: tree.Where | None = None,
-) -> dict[str, dict[str, Consumer]]:  # fmt: skip
-    """The sparse conv kernels that read each channel space, with the counts that `hrbp_prune` would give them.
-
-    Args:
-      params: any pytree of arrays.
-      spaces: `{space: [(leaf name, axis), ...]}`, as in `fold_channel_orders`.
-      sparsity: like all that follow, as in `hrbp_prune`.
-      channel_block: in runs of this many, or the largest divisor of the channels below it.
-      group_size: filters in a group.
-      block_density: fraction of the taps that a block keeps.
-      budget: of the layers.
-      scores: "magnitude" or a tree of arrays; the other kinds are not known before training.
-      where: predicate (name, leaf) of the sparse leaves.
-
-    Returns:
-      `{space: {leaf name: consumer}}`; a space that no sparse conv kernel reads is left out.
-
-    Example:
-      >>> params = {"a": jnp.ones((3, 3, 3, 64)), "b": jnp.ones((3, 3, 64, 64))}
-      >>> found = space_consumers(params, {"s": [("a", 3), ("b", 2)]}, 0.9, channel_block=8)
-      >>> [(name, consumer.kept, consumer.kept_taps) for name, consumer in found["s"].items()]
-      [('b', 56, 1)]
-
-    Reference: ours.
-    """
-    if isinstance(scores, str) and scores != "magnitude":
-        raise ValueError(f"scores: expected 'magnitude' or a tree of arrays, got {scores!r}; an order needs scores before training")
-    _checked(spaces, [params], missing_ok=True)
-    chosen = tree.choose(where, params)
-    shapes = {name: _checks.kernel_shape(f"params[{name!r}]", leaf.shape) for name, leaf in chosen.items()}
-    runs = {name: _checks.divisor(shape[2], _checks.positive_int("channel_block", channel_block)) for name, shape in shapes.items()}
-    densities = budgets.layer_densities(budget, shapes, sparsity)
-    counts = budgets.block_counts(shapes, densities, block_density=block_density, channel_blocks=runs)
-    made = scores_.make(scores, chosen, None, jax.random.key(0))
-    size = {name: _checks.divisor(shape[3], _checks.positive_int("group_size", group_size)) for name, shape in shapes.items()}
-    read = {space: [name for name, axis in entries if name in shapes and axis in (2, -2)] for space, entries in spaces.items()}
-    return {space: {name: Consumer(made[name], size[name], *counts[name]) for name in names} for space, names in read.items() if names}
-
-
-def channel_orders(
-    params: PyTree, spaces: Spaces, sparsity: float, *, channel_block: int, **options: Any
-) -> dict[str, Int[np.ndarray, " cin"]]:
-    """An order of every channel space of a network, for `hrbp_prune` with the same arguments.
-
-    Args:
-      params: as they are before training.
-      spaces: `{space: [(leaf name, axis), ...]}`, as in `fold_channel_orders`.
-      sparsity: as in `hrbp_prune`.
-      channel_block: as in `hrbp_prune`.
-      **options: further ones of `space_consumers`. Scores given as a tree must be folded too before they go to `hrbp_prune`.
-
-    Returns:
-      `{space: order}`, each as from `channel_order`; a space that no sparse conv kernel reads is left out.
-
-    Example:
-      >>> params, spaces = {"a": jnp.ones((3, 3, 3, 64)), "b": jnp.ones((3, 3, 64, 64))}, {"s": [("a", 3), ("b", 2)]}
-      >>> orders = channel_orders(params, spaces, 0.9, channel_block=8)
-      >>> (params,) = fold_channel_orders(spaces, orders, params)  # and train these with hrbp_prune(0.9, channel_block=8)
-
-    Reference: ours.
-    """
-    found = space_consumers(params, spaces, sparsity, channel_block=channel_block, **options)
-    blocks = {space: _checks.divisor(next(iter(named.values())).scores.shape[2], channel_block) for space, named in found.items()}
-    return {space: channel_order(list(named.values()), channel_block=blocks[space]) for space, named in found.items()}
-
-
-def fold_channel_orders(spaces: Spaces, orders: Mapping[str, Int[np.ndarray, " cin"]], *trees: PyTree) -> tuple[PyTree, ...]:
-    """Reorders the channels of a network's parameters, so that it computes the same function with its channels in another order.
-
-    A space is `{"hidden": [("conv1/kernel", 3), ("norm1/scale", 0), ("norm1/bias", 0), ("norm1/mean", 0), ("norm1/var", 0),
-    ("conv2/kernel", 2)]}`: every axis of every leaf that counts the same channels. Producers have them on a kernel's last axis (and the
-    bias), norms on their only one (statistics too), consumers on a kernel's input axis: 2 of a conv, 0 of a dense layer behind a pool. A
-    residual stream is one space: all convs that add to it, all that read it. A depthwise kernel `[kh, kw, 1, c]` has them on axis 3, in
-    one space with what comes before and behind. Leave out what must keep its order: images, logits, and channels that are flattened
-    together with pixels. Then the function is unchanged up to the rounding of sums in another order.
-
-    Fold before `tx.init`.
-
-    Args:
-      spaces: `{space: [(leaf name, axis), ...]}`, names as of `blocksparse_jax.tree.path_name`.
-      orders: `{space: order}` for some or all of the spaces, as from `channel_orders`; `np.argsort(order)` takes an order back.
-      *trees: the params and, if there are any, the batch statistics; every leaf of `spaces` must be in one of them.
-
-    Returns:
-      The trees, reordered.
-
-    Raises:
-      ValueError: a leaf that no tree has, an axis out of range, of another size or in two spaces, or an order that is none.
-
-    Example:
-      >>> params = {"a": jnp.array([[1., 2.]]), "b": jnp.array([[3.], [4.]])}
-      >>> (folded,) = fold_channel_orders({"s": [("a", 1), ("b", 0)]}, {"s": np.array([1, 0])}, params)
-      >>> folded["a"].tolist(), folded["b"].tolist(), (params["a"] @ params["b"] == folded["a"] @ folded["b"]).item()
-      ([[2.0, 1.0]], [[4.0], [3.0]], True)
-
-    Reference: ours; Pool and Yu, "Channel permutations for N:M sparsity", NeurIPS 2021, fold theirs likewise.
-    """
-    sizes = _checked(spaces, trees)
-    moves: dict[str, list[tuple[int, np.ndarray]]] = {}
-    for space, order in orders.items():
-        if space not in spaces:
-            raise ValueError(f"orders: {space!r} is no channel space, expected names among {list(spaces)[:8]}")
-        checked = _permutation(f"orders[{space!r}]", order, sizes.get(space))
-        for name, axis in spaces[space]:
-            moves.setdefault(name, []).append((axis, checked))
-
-    def move(path: tuple[Any, ...], leaf: Any) -> Any:
-        for axis, order in moves.get(tree.path_name(path), ()):
-            leaf = jnp.take(leaf, order, axis=axis)
-        return leaf
-
-    return tuple(jax.tree.map_with_path(move, one) for one in trees)
-
-
-def _checked(spaces: Spaces, trees: Sequence[PyTree], missing_ok: bool = False) -> dict[str, int]:
-    """The number of channels of each space; params alone lack the batch statistics."""
-    shapes = {tree.path_name(path): jnp.shape(leaf) for one in trees for path, leaf in jax.tree.leaves_with_path(one)}
-    sizes, owners = dict[str, int](), dict[tuple[str, int], str]()
-    for space, entries in spaces.items():
-        for name, axis in entries:
-            if name not in shapes and missing_ok:
-                continue
-            if (shape := shapes.get(name)) is None:
-                raise ValueError(f"spaces[{space!r}]: no tree has a leaf {name!r}, expected names such as {list(shapes)[:8]}")
-            if not -len(shape) <= axis < len(shape):
-                raise ValueError(f"spaces[{space!r}]: axis {axis} of {name!r} is out of range, its shape is {shape}")
-            if shape[axis] != sizes.setdefault(space, shape[axis]):
-                raise ValueError(f"spaces[{space!r}]: axis {axis} of {name!r} {shape} has {shape[axis]} channels, expected {sizes[space]}")
-            other = owners.setdefault((name, axis % len(shape)), space)
-            if other != space:
-                raise ValueError(f"spaces[{space!r}]: axis {axis} of {name!r} is in {other!r} too; make them one space")
-    return sizes
-
-
-def _permutation(name: str, order: Any, size: int | None) -> np.ndarray:
-    array = _checks.concrete(name, order)
-    if size is None or array.shape != (size,) or not np.array_equal(np.sort(array), np.arange(size)):
-        raise ValueError(f"{name}: expected a permutation of 0..{(size or 0) - 1}, got {array.dtype}{list(array.shape)}")
-    return array
 
 
 def _tables(consumers: Sequence[Consumer]) -> list[np.ndarray]:

@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from blocksparse_jax._checks import divisor
-from blocksparse_jax.channel_order import Consumer, channel_order, run_ratio, space_consumers
+from blocksparse_jax.channel_order import Consumer, channel_order, run_ratio
+from blocksparse_jax.channel_spaces import space_consumers
 from blocksparse_jax.tree import conv_kernels, path_name
 from experiments.config import TrainConfig
 from experiments.environment import commit, device, versions

@@ -63,6 +63,7 @@ class TrainConfig:
       group_size: filters in a group (hrbp).
       block_density: fraction of the taps that a group keeps (hrbp); 1 keeps whole kernels.
       channel_block: input channels come in aligned runs of this many (hrbp).
+      channel_order: reorder the channels once, before training, so that these runs lose little (hrbp with magnitude scores).
       budget: uniform or erk.
       scores: magnitude, gradient or random, of hrbp's first masks.
       update_every: steps between mask updates; None is an epoch for subp, and for the others 100 or an epoch if that is shorter.
@@ -98,6 +99,7 @@ class TrainConfig:
     group_size: int = 32
     block_density: float = 1 / 3
     channel_block: int = 1
+    channel_order: bool = False
     budget: str = "uniform"
     scores: str = "magnitude"
     update_every: int | None = None
@@ -156,6 +158,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
         available = bsj.available_implementations()
         if reason := available[_checks.choice("implementation", config.implementation, available)]:
             raise ValueError(f"implementation: {config.implementation!r} cannot run here: {reason}")
+    if config.channel_order and not (config.method.startswith("hrbp") and config.channel_block > 1 and config.scores == "magnitude"):
+        got = f"--method {config.method} --channel-block {config.channel_block} --scores {config.scores}"
+        raise ValueError(f"channel_order: it serves hrbp's runs by magnitude, expected --channel-block 8 or the like, got {got}")
     for name in ("label_smoothing", "momentum"):
         _checks.fraction(name, getattr(config, name))
     for name in ("block_density", "drop_fraction"):

@@ -21,6 +21,7 @@ import blocksparse_jax as bsj
 from experiments import models
 from experiments.config import TrainConfig
 from experiments.methods import METHODS, Length, Recipe, optimizer
+from experiments.models.spaces import with_channel_orders
 
 
 @jax.tree_util.register_dataclass
@@ -95,6 +96,9 @@ class Trainer:
         """
         variables = _init(self.model("masked"), jax.random.key(self.config.seed), self._image_shape)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        if self.config.channel_order:
+            sizes = {name: getattr(self.config, name) for name in ("channel_block", "group_size", "block_density", "budget")}
+            params, batch_stats = with_channel_orders(params, batch_stats, self.config.sparsity, **sizes)
         self.recipe = METHODS[self.config.method].build(self.config, self._length, params)
         self._tx = optimizer(self.config, self.recipe, self._length)
         opt_state = self._tx.init(params)

@@ -14,9 +14,14 @@ from hypothesis import strategies as st
 
 import blocksparse_jax as bsj
 from blocksparse_jax import channel_order as module
-from blocksparse_jax.channel_order import Consumer, channel_order, channel_orders, fold_channel_orders, run_ratio, space_consumers
+from blocksparse_jax import tree
+from blocksparse_jax.channel_order import Consumer, channel_order, run_ratio
+from blocksparse_jax.channel_spaces import _checked, channel_orders, fold_channel_orders, space_consumers
 from blocksparse_jax.tree import conv_kernels, path_name
 from experiments import channel_blocks
+from experiments.config import TrainConfig, resolve
+from experiments.loop import Trainer
+from experiments.methods import Length
 from experiments.models import create, names
 from experiments.models.spaces import channel_spaces
 
@@ -170,7 +175,7 @@ def test_a_folded_network_is_the_same_function(name):
     model, variables, images = variables_of(name, **SMALL[name])
     params, stats = variables["params"], variables["batch_stats"]
     spaces = channel_spaces(params)
-    sizes = module._checked(spaces, [params, stats])
+    sizes = _checked(spaces, [params, stats])
     orders = shuffled(spaces, sizes)
     moved, moved_stats = fold_channel_orders(spaces, orders, params, stats)
     logits = jax.jit(model.apply)
@@ -201,7 +206,7 @@ def test_training_commutes_with_folding():
     model, variables, images = variables_of("cnn", size=8, channels=1, width=0.25)
     params, stats = variables["params"], variables["batch_stats"]
     spaces = channel_spaces(params)
-    orders = shuffled(spaces, module._checked(spaces, [params, stats]))
+    orders = shuffled(spaces, _checked(spaces, [params, stats]))
 
     @jax.jit
     def gradient(params, stats):
@@ -227,10 +232,10 @@ def test_hrbp_keeps_more_of_a_folded_network():
     orders = channel_orders(params, spaces, 0.9, channel_block=16)
     assert set(orders) == {"stem", "conv1", "conv2"}  # nobody sparse reads conv3
     kept = []
-    for tree in (params, *fold_channel_orders(spaces, orders, params)):
-        state = bsj.hrbp_prune(0.9, channel_block=16).init(tree)
+    for weights in (params, *fold_channel_orders(spaces, orders, params)):
+        state = bsj.hrbp_prune(0.9, channel_block=16).init(weights)
         masks, layouts = bsj.get_masks(state), bsj.get_layouts(state)
-        kept.append(sum(float(jnp.abs(tree[name]["kernel"] * masks[name]["kernel"]).sum()) for name in ("conv1", "conv2", "conv3")))
+        kept.append(sum(float(jnp.abs(weights[name]["kernel"] * masks[name]["kernel"]).sum()) for name in ("conv1", "conv2", "conv3")))
         for named in space_consumers(params, spaces, 0.9, channel_block=16).values():
             for name, consumer in named.items():
                 layout = layouts[name.split("/")[0]]["kernel"]
@@ -238,6 +243,20 @@ def test_hrbp_keeps_more_of_a_folded_network():
                 assert sizes == (layout.filters.shape[1], layout.channels.shape[1], layout.taps.shape[1])
                 assert layout.channel_block == 16
     assert kept[1] > 1.15 * kept[0]
+
+
+def test_a_run_orders_its_channels_before_training():
+    def start(**options):
+        config = resolve(TrainConfig(model="cnn", execution="sparse", sparsity=0.8, group_size=16, channel_block=8, **options))
+        return Trainer(config, (8, 8, 1), 10, Length(4, 8)).init()
+
+    plain, ordered = start(), start(channel_order=True)
+    kept = [sum(float(jnp.abs(leaf).sum()) for leaf in tree.choose(None, state.params).values()) for state in (plain, ordered)]
+    assert kept[1] > 1.001 * kept[0]  # random weights gain little
+    assert {layout.channel_block for layout in jax.tree.leaves(ordered.layouts, is_leaf=bsj.is_layout) if layout != bsj.Dense()} == {8}
+    for wrong in ({"method": "rigl"}, {"channel_block": 1}, {"scores": "random"}):
+        with pytest.raises(ValueError, match="channel_order: it serves hrbp's runs"):
+            resolve(TrainConfig(**{"channel_block": 8, "channel_order": True} | wrong))
 
 
 def test_a_user_network_of_nnx_folds_by_its_own_names():

@@ -15,6 +15,7 @@ ORDER = [
     {"masks"},
     {"grouping", "column_grouping"},
     {"channel_order"},
+    {"channel_spaces"},
     {"state"},
     {"packing"},
     {"transforms._base", "transforms.keep_zeros"},

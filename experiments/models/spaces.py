@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import blocksparse_jax as bsj
+
 Entries = list[tuple[str, int]]
 
 
@@ -17,7 +19,7 @@ def channel_spaces(params: Mapping[str, Any]) -> dict[str, Entries]:
       params: of a network made by `experiments.models.create`, values or shapes.
 
     Returns:
-      `{space: [(leaf name, axis), ...]}` as `blocksparse_jax.channel_order.fold_channel_orders` takes it; the statistics of the batch
+      `{space: [(leaf name, axis), ...]}` as `blocksparse_jax.fold_channel_orders` takes it; the statistics of the batch
       norms are named too.
 
     Raises:
@@ -41,6 +43,27 @@ def channel_spaces(params: Mapping[str, Any]) -> dict[str, Entries]:
     if "stage1_conv2" in params:
         return _chain([name for stage in range(1, len(params)) for name in _numbered(params, f"stage{stage}_conv{{}}")])
     return _chain(_numbered(params, "conv{}"))
+
+
+def with_channel_orders(params: Mapping[str, Any], batch_stats: Mapping[str, Any], sparsity: float, **options: Any) -> tuple[Any, Any]:
+    """The same network of the zoo with similar channels side by side.
+
+    Args:
+      params: of a network made by `experiments.models.create`.
+      batch_stats: its statistics.
+      sparsity: as for `hrbp_prune`.
+      **options: as for `blocksparse_jax.channel_orders`; `channel_block` is one.
+
+    Returns:
+      The params and the statistics, reordered.
+
+    Raises:
+      ValueError: the names are not those of a network of the zoo, or a size that `hrbp_prune` refuses.
+
+    Reference: ours.
+    """
+    spaces = channel_spaces(params)
+    return bsj.fold_channel_orders(spaces, bsj.channel_orders(params, spaces, sparsity, **options), params, batch_stats)
 
 
 def _numbered(params: Mapping[str, Any], pattern: str) -> list[str]:
