@@ -3,7 +3,11 @@
 import statistics
 from typing import Any
 
-AGAINST = {"speed_up_over_dense": "dense", "speed_up_over_torch": "PyTorch dense"}
+AGAINST = {
+    "speed_up_over_dense": "dense",
+    "speed_up_over_convolution": "XLA's convolution",
+    "speed_up_over_torch": "PyTorch dense",
+}
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -148,6 +148,7 @@ def test_the_baseline_is_the_fastest_dense_convolution(kernels):
         assert set(ms) == {*dense, *built, *theirs, "masked dense", "chosen"}, "formulations are off by default"
         assert ms[row["best_dense"]] == min(ms[name] for name in dense)
         assert row["speed_up_over_dense"] == pytest.approx(ms[row["best_dense"]] / ms["chosen"], rel=0.01)
+        assert row["speed_up_over_convolution"] == pytest.approx(min(ms["dense NHWC"], ms["dense NCHW"]) / ms["chosen"], rel=0.01)
         assert ms[row["best"]] == min(ms[name] for name in built)
     assert [line["mode"] for line in report["summary"]][:2] == ["forward", "forward + gradients"]
     assert report["summary"] == summary(report["rows"])
