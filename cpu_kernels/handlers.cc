@@ -33,7 +33,7 @@ std::vector<const Variant*> supported() {  // best first
 #if defined(__x86_64__)
   __builtin_cpu_init();
   [[maybe_unused]] const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+                                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("bmi2");
 #endif
 #if defined(HAVE_AVX512_BF16)
   if (wide && __builtin_cpu_supports("avx512bf16")) out.push_back(&avx512_bf16());

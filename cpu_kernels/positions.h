@@ -4,6 +4,9 @@ struct Lanes {
   int64_t source, target;                             // element of lane 0
   int32_t source_at[kLanes], target_at[kLanes];       // of each lane, from there
   bool source_run, target_run;                        // the lanes lie side by side
+  bool source_halves;                                 // the lanes of each half do
+  bool source_near;                                   // the lanes ascend within two vectors: where source_spread has its bits
+  uint32_t source_spread;
   Bits live;                                          // lanes that are positions of the grid
 };
 
@@ -76,6 +79,13 @@ inline void describe(const Grid& grid, int64_t vector, int64_t v, const Vectors&
     mark(grid.x, x, bits, columns);
     lane += run, image = 0;
     if (++x == grid.x.count) x = 0, ++y;
+  }
+  lanes.source_halves = lanes.source_near = true, lanes.source_spread = 0;
+  for (int i = 0; i < kLanes && lanes.live >> i & 1; ++i) {
+    const int32_t at = lanes.source_at[i], half = i < kLanes / 2 ? 0 : kLanes / 2;
+    lanes.source_halves &= at - lanes.source_at[half] == i - half;
+    lanes.source_near &= at < 2 * kLanes && (i == 0 || at > lanes.source_at[i - 1]);
+    if (lanes.source_near) lanes.source_spread |= 1u << at;
   }
 }
 

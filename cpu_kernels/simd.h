@@ -8,12 +8,13 @@ struct BFloat16 {
 };
 
 #if defined(__AVX512F__)
-// Register tiles: kRows x kTile vectors of outputs; in the weight gradient kDotRows x kDotFilters sums. As many as the registers hold.
-constexpr int kLanes = 16, kRows = 8, kTile = 3, kDotRows = 6, kDotFilters = 4;
+// Register tiles: kRows x kTile or kStreamRows x 1 vectors of outputs; in the weight gradient kDotRows x kDotFilters sums. As many as the
+// registers hold.
+constexpr int kLanes = 16, kRows = 8, kTile = 3, kStreamRows = 16, kDotRows = 6, kDotFilters = 4;
 #elif defined(__AVX2__)
-constexpr int kLanes = 8, kRows = 6, kTile = 2, kDotRows = 3, kDotFilters = 3;
+constexpr int kLanes = 8, kRows = 6, kTile = 2, kStreamRows = 8, kDotRows = 3, kDotFilters = 3;
 #else
-constexpr int kLanes = 4, kRows = 4, kTile = 2, kDotRows = 3, kDotFilters = 3;
+constexpr int kLanes = 4, kRows = 4, kTile = 2, kStreamRows = 8, kDotRows = 3, kDotFilters = 3;
 #endif
 
 constexpr Bits kAll = Bits((1u << kLanes) - 1);
@@ -95,6 +96,19 @@ inline void store_some(BFloat16* p, Vector v, Bits bits) {
   const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
   const __m512i out = _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40));
   _mm256_mask_storeu_epi16(p, bits, _mm512_cvtepi32_epi16(out));
+}
+// Lanes that lie side by side in each half of a vector; `second`: where lane kLanes / 2 lies.
+template <class E>
+inline Vector halves_some(const E* p, int64_t second, Bits bits) {
+  const Vector low = load_some(p, Bits(bits & 0xff)), high = load_some(p + second - kLanes / 2, Bits(bits & 0xff00));
+  return (Vector)_mm512_mask_mov_ps((__m512)low, 0xff00, (__m512)high);
+}
+// Lanes that lie, in their order, where `spread` has its bits. Only what is asked for is read.
+template <class E>
+inline Vector near_some(const E* p, const int32_t* at, uint32_t spread, Bits bits) {
+  const uint32_t read = _pdep_u32(bits, spread);
+  const __m512 low = (__m512)load_some(p, Bits(read)), high = (__m512)load_some(p + kLanes, Bits(read >> 16));
+  return (Vector)_mm512_maskz_permutex2var_ps(bits, low, _mm512_loadu_si512(at), high);
 }
 // A full vector past the caches: for targets that are larger than they are. Fence before another thread reads.
 inline bool stream(float* p, Vector v) {

@@ -1,0 +1,121 @@
+// The forward pass, with panels or without. See passes.h.
+
+template <class M>
+size_t forward_scratch(const Problem& p, const Grid& grid, int64_t vectors) {
+  Scratch count = {nullptr};
+  take_product<typename M::Element>(count, p, grid, vectors, p.group_size);
+  return count.used;
+}
+
+// A panel pays when many filters share it. For a few, one vector of their outputs stays in registers while the sources stream by from where
+// they lie: not where all channels begin at the same place of a page, since they would push each other out of the cache.
+constexpr int64_t kStreamFilters = 16, kPage = 4096;
+
+template <class M>
+inline bool streams(const Problem& p, const Grid& grid, const Vectors& vectors) {
+  return M::kPair == 1 && vectors.run && p.group_size <= kStreamFilters && grid.source_pitch * sizeof(typename M::Element) % kPage;
+}
+
+// What a task of the streaming pass works on.
+template <class E>
+struct Stream {
+  const Problem& p;
+  const Grid& grid;
+  const Reach& reach;
+  const Lanes* lanes;
+  int64_t group, vectors;
+  bool past_caches;
+};
+
+template <class M, int MR>
+inline void stream_rows(const Stream<typename M::Element>& s, int64_t from, int64_t v) {
+  typedef typename M::Element E;
+  const Problem& p = s.p;
+  Vector sums[MR];
+  UNROLL for (int m = 0; m < MR; ++m) sums[m] = Vector{};
+  const int64_t step = p.kept_taps * p.group_size, ahead = v + 1 < s.vectors ? kLanes : 0;
+  const int32_t *channels = p.channels + s.group * p.kept, *filters = p.filters + s.group * p.group_size + from;
+  for (int64_t t = 0; t < s.reach.count; ++t) {
+    const Bits bits = s.reach.bits[t * s.vectors + v];
+    const E* source = static_cast<const E*>(p.source) + s.lanes[v].source + s.reach.offset[t];
+    const float* weights = p.values + s.group * p.kept * step + s.reach.tap[t] * p.group_size + from;
+    for (int64_t k = 0; bits && k < p.kept; ++k, weights += step) {
+      const E* row = source + channels[k] * s.grid.source_pitch;
+      const Vector b = load_some(row, bits);
+      __builtin_prefetch(row + ahead, 0, 2);
+      UNROLL for (int m = 0; m < MR; ++m) sums[m] = M::multiply_add(broadcast(weights[m]), b, sums[m]);
+    }
+  }
+  UNROLL for (int m = 0; m < MR; ++m) {
+    const Finisher<E> finish(p.epilogue, filters[m], s.grid.target_pitch);
+    write(static_cast<E*>(p.target) + filters[m] * s.grid.target_pitch, s.lanes[v], finish(sums[m], s.lanes[v]), s.past_caches);
+  }
+}
+
+template <class M, int MR = kStreamRows>
+inline void stream_of(int64_t count, const Stream<typename M::Element>& s, int64_t from, int64_t v) {
+  if (count == MR) return stream_rows<M, MR>(s, from, v);
+  if constexpr (MR > 1) stream_of<M, MR - 1>(count, s, from, v);
+}
+
+template <class M>
+void forward_stream(const Problem& p, const Grid& grid, Range groups, const Vectors& all, int64_t vectors, Reach& reach) {
+  typedef typename M::Element E;
+  const int64_t filters = p.group_size, columns = up(filters, kStreamRows);
+  const bool past_caches = grid.target_pitch * p.cout * int64_t(sizeof(E)) > kCaches;
+  for (int64_t group = groups.begin; group < groups.end; ++group) {
+    find_reach(p, grid, group, all, vectors, reach);
+    const Stream<E> s = {p, grid, reach, all.lanes, group, vectors, past_caches};
+    for (int64_t v = 0; v < vectors; ++v)
+      for (int64_t j = 0; j < columns; ++j) {
+        const int64_t from = filters * j / columns, to = filters * (j + 1) / columns;
+        stream_of<M>(to - from, s, from, v);
+      }
+  }
+  if (past_caches) fence();
+}
+
+template <class M>
+void forward(const Problem& p, const Grid& grid, Range range, Range groups, void* memory) {
+  typedef typename M::Element E;
+  Scratch scratch = {static_cast<char*>(memory)};
+  ProductScratch<E> s = take_product<E>(scratch, p, grid, range.size(), p.group_size);
+  describe_all(grid, range.begin, range.size(), s.vectors);
+  cut(range.size(), s.tiles);
+  if constexpr (M::kPair == 1) {
+    if (streams<M>(p, grid, s.vectors)) return forward_stream<M>(p, grid, groups, s.vectors, range.size(), s.blocks[0].reach);
+  }
+  const int64_t filters = p.group_size, columns = up(filters, kRows);
+  const bool finish = p.epilogue.scale || p.epilogue.bias || p.epilogue.residual || p.epilogue.relu;
+  const Walk walk = {p.channels, p.kept, M::kPair, p.kept_taps * filters, filters};
+  const Tiles& tiles = s.tiles;
+  const Lanes* lanes = s.vectors.lanes;
+  Block<E>*block = &s.blocks[0], *next = &s.blocks[1];
+  fill_block(p, grid, walk, groups.begin, 0, s.vectors, range.size(), *block);
+  while (block) {
+    const bool done = block->last && block->group + 1 == groups.end;
+    if (done) next->rows = 0;
+    else fill_block(p, grid, walk, block->group + block->last, block->last ? 0 : block->step, s.vectors, range.size(), *next);
+    pack<M>(*block, s.vectors, tiles, s.panel);
+    const float* weights = p.values + block->group * walk.steps() * walk.step_at;
+    for (int64_t i = 0; i < tiles.count; ++i) {
+      const int64_t begin = tiles.begin(i), width = tiles.width(i);
+      for (int64_t j = 0; j < columns; ++j) {
+        const int64_t from = filters * j / columns, to = filters * (j + 1) / columns;
+        const float* a = weights + from;
+        float* c[kRows];
+        for (int64_t m = from; m < to; ++m) c[m - from] = s.sums + (begin * filters + m * width) * kLanes;
+        const Ahead ahead = ahead_of(*block, *next, lanes[begin + (j < width ? j : width - 1)]);
+        multiply_tile<M, true>(width, to - from, block->rows, s.panel + begin * block->rows * kLanes, &a, block->at, c, block->first, ahead);
+      }
+    }
+    if (block->last) {
+      const int32_t* index = p.filters + block->group * filters;
+      E* target = static_cast<E*>(p.target);
+      if (finish) write_all<true>(s, filters, grid, p.cout, index, target, p.epilogue);
+      else write_all<false>(s, filters, grid, p.cout, index, target);
+    }
+    Block<E>* old = block;
+    block = done ? nullptr : next, next = old;
+  }
+}
