@@ -200,6 +200,16 @@ def _inference(report: dict[str, Any]) -> str:
     return markdown(["network", "weights", "GFLOPs", "MB", *heads], lines, left=2) + "\n" + note
 
 
+def _channel_blocks(report: dict[str, Any]) -> str:
+    """channel_blocks: what runs of channels keep, in the order and as the channels were."""
+    lines = []
+    for row in sorted(report["rows"], key=lambda row: (row["network"].split(":")[::-1], row["sparsity"], row["channel_block"])):
+        kept = (f"{row[name]:.3f}" for name in ("ordered", "unordered", "chance"))
+        model, _, kind = row["network"].partition(":")
+        lines.append([f"{model}, {kind} weights", f"{row['sparsity']:.0%}", str(row["channel_block"]), *kept])
+    return markdown(["network", "sparsity", "channels in a run", "ordered", "as they were", "blindly chosen"], lines)
+
+
 def _gpu(kind: str, report: dict[str, Any]) -> str:
     from experiments import gpu_tables
 
@@ -212,6 +222,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "bench_kernels": _kernels,
     "bench_training": _training,
     "bench_inference": _inference,
+    "channel_blocks": _channel_blocks,
     "compare": _compare,
 }
 
