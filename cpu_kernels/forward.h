@@ -12,8 +12,9 @@ size_t forward_scratch(const Problem& p, const Grid& grid, int64_t vectors) {
 constexpr int64_t kStreamFilters = 16, kPage = 4096;
 
 template <class M>
-inline bool streams(const Problem& p, const Grid& grid, const Vectors& vectors) {
-  return M::kPair == 1 && vectors.run && p.group_size <= kStreamFilters && grid.source_pitch * sizeof(typename M::Element) % kPage;
+inline bool streams(const Problem& p, const Grid& grid) {
+  const bool run = grid.y.source_step == 1 && grid.x.source_step == 1 && grid.x.count == grid.source_width;
+  return M::kPair == 1 && run && p.group_size <= kStreamFilters && grid.source_pitch * sizeof(typename M::Element) % kPage;
 }
 
 // What a task of the streaming pass works on.
@@ -39,7 +40,7 @@ inline void stream_rows(const Stream<typename M::Element>& s, int64_t from, int6
     const Bits bits = s.reach.bits[t * s.vectors + v];
     const E* source = static_cast<const E*>(p.source) + s.lanes[v].source + s.reach.offset[t];
     const float* weights = p.values + s.group * p.kept * step + s.reach.tap[t] * p.group_size + from;
-    for (int64_t k = 0; bits && k < p.kept; ++k, weights += step) {
+    for (int64_t k = 0; (bits || p.careful) && k < p.kept; ++k, weights += step) {
       const E* row = source + channels[k] * s.grid.source_pitch;
       const Vector b = load_some(row, bits);
       __builtin_prefetch(row + ahead, 0, 2);
@@ -83,7 +84,7 @@ void forward(const Problem& p, const Grid& grid, Range range, Range groups, void
   describe_all(grid, range.begin, range.size(), s.vectors);
   cut(range.size(), s.tiles);
   if constexpr (M::kPair == 1) {
-    if (streams<M>(p, grid, s.vectors)) return forward_stream<M>(p, grid, groups, s.vectors, range.size(), s.blocks[0].reach);
+    if (streams<M>(p, grid)) return forward_stream<M>(p, grid, groups, s.vectors, range.size(), s.blocks[0].reach);
   }
   const int64_t filters = p.group_size, columns = up(filters, kRows);
   const bool finish = p.epilogue.scale || p.epilogue.bias || p.epilogue.residual || p.epilogue.relu;

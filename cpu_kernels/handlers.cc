@@ -1,8 +1,10 @@
 // The XLA FFI handlers: they check every buffer, choose the variant, and cut the passes into tasks.
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -57,7 +59,7 @@ const Variant* find_variant(std::string_view name) {
 
 // ---- scratch memory: kept by each thread --------------------------------------------------------------------------------------------
 
-void* scratch(size_t bytes) {
+void* scratch(size_t bytes) {  // null: there is none left
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
@@ -67,6 +69,7 @@ void* scratch(size_t bytes) {
     memory.reset();
     size = (bytes + 4095) / 4096 * 4096;
     memory.reset(std::aligned_alloc(64, size));
+    if (!memory) size = 0;
   }
   return memory.get();
 }
@@ -74,7 +77,7 @@ void* scratch(size_t bytes) {
 // ---- what a call is -----------------------------------------------------------------------------------------------------------------
 
 struct Geometry {
-  Sizes kernel, strides, padding, dilation;  // (y, x); padding: top, left
+  Sizes kernel, strides, padding, dilation;  // (y, x); padding: top, left, bottom, right
 };
 
 // One axis of the image, forward: a grid of output positions that reads the input.
@@ -113,12 +116,13 @@ struct Call {
 // Fills `call` from the operands, or says what is wrong. `values` are the packed values, or their gradient.
 ffi::Error check(const ffi::AnyBuffer& x, const ffi::AnyBuffer& y, const ffi::AnyBuffer& values, const Index& filters, const Index& channels,
                  const Index& taps, bool values_are_gradient, const Geometry& geometry, std::string_view variant, Call& call) {
-  if (geometry.kernel.size() != 2 || geometry.strides.size() != 2 || geometry.padding.size() != 2 || geometry.dilation.size() != 2)
-    return invalid("kernel, strides, padding and dilation must have two numbers each");
+  if (geometry.kernel.size() != 2 || geometry.strides.size() != 2 || geometry.padding.size() != 4 || geometry.dilation.size() != 2)
+    return invalid("kernel, strides and dilation must have two numbers each, padding four");
   for (int i = 0; i < 2; ++i) {
     const int64_t bound = 1 << 20;
-    if (geometry.kernel[i] < 1 || geometry.strides[i] < 1 || geometry.dilation[i] < 1 || geometry.padding[i] < 0 ||
-        std::max({geometry.kernel[i], geometry.strides[i], geometry.dilation[i], geometry.padding[i]}) > bound)
+    if (geometry.kernel[i] < 1 || geometry.strides[i] < 1 || geometry.dilation[i] < 1 ||
+        std::min(geometry.padding[i], geometry.padding[i + 2]) < 0 ||
+        std::max({geometry.kernel[i], geometry.strides[i], geometry.dilation[i], geometry.padding[i], geometry.padding[i + 2]}) > bound)
       return invalid("kernel, strides and dilation must be at least 1, padding at least 0, and none above 2^20");
   }
   const auto xs = x.dimensions(), ys = y.dimensions(), vs = values.dimensions();
@@ -136,6 +140,11 @@ ffi::Error check(const ffi::AnyBuffer& x, const ffi::AnyBuffer& y, const ffi::An
   p.kernel_width = geometry.kernel[1];
   call.height = xs[1], call.width = xs[2], call.images = xs[3], call.out_height = ys[1], call.out_width = ys[2];
   call.geometry = geometry;
+  for (int i = 0; i < 2; ++i) {
+    const int64_t span = (geometry.kernel[i] - 1) * geometry.dilation[i] + 1, room = xs[i + 1] + geometry.padding[i] + geometry.padding[i + 2] - span;
+    if (room < 0 || ys[i + 1] != room / geometry.strides[i] + 1)
+      return invalid("y " + shape_of(ys) + " is not what kernel, strides, padding and dilation make of x " + shape_of(xs));
+  }
   if (ys[3] != xs[3]) return invalid("x " + shape_of(xs) + " and y " + shape_of(ys) + " have different numbers of images");
   if (p.groups * p.group_size != p.cout) return invalid("values " + shape_of(vs) + ": groups * group_size is not cout of y " + shape_of(ys));
   const int64_t rows[3] = {p.group_size, p.kept, p.kept_taps}, bounds[3] = {p.cout, p.cin, geometry.kernel[0] * geometry.kernel[1]};
@@ -145,12 +154,14 @@ ffi::Error check(const ffi::AnyBuffer& x, const ffi::AnyBuffer& y, const ffi::An
     const auto dims = index[i]->dimensions();
     if (dims.size() != 2 || dims[0] != p.groups || dims[1] != rows[i])
       return invalid(std::string(names[i]) + " " + shape_of(dims) + " do not fit values " + shape_of(vs));
-    std::vector<uint8_t> seen(i == 0 ? bounds[i] : 0);
+    std::vector<int64_t> seen(bounds[i], -1);  // the group where an index stands; of filters, there is one in all
     for (int64_t j = 0; j < dims[0] * dims[1]; ++j) {
       const int32_t at = index[i]->typed_data()[j];
+      const int64_t group = i == 0 ? 0 : j / dims[1];
       if (at < 0 || at >= bounds[i])
         return invalid(std::string(names[i]) + ": " + std::to_string(at) + " is outside of [0, " + std::to_string(bounds[i]) + ")");
-      if (i == 0 && seen[at]++) return invalid("filters: " + std::to_string(at) + " stands in two places");
+      if (seen[at] == group) return invalid(std::string(names[i]) + ": " + std::to_string(at) + " stands in two places");
+      seen[at] = group;
     }
   }
   p.filters = filters.typed_data(), p.channels = channels.typed_data(), p.taps = taps.typed_data();
@@ -165,13 +176,47 @@ Grid output_grid(const Call& c, const AxisTaps& y, const AxisTaps& x) {
           c.width, c.height * c.width * c.images, c.out_width, c.out_height * c.out_width * c.images};
 }
 
-// The values in the form that the pass wants; `memory` keeps them.
-const float* prepare(ffi::ThreadPool& pool, const Call& c, const void* values, bool input_gradient, std::vector<float>& memory) {
-  const int64_t size = c.passes->prepared_size(c.problem, input_gradient);
-  if (!size) return static_cast<const float*>(values);
-  memory.resize(size);
-  parallel_for(pool, c.problem.groups, [&](int64_t g) { c.passes->prepare(c.problem, values, input_gradient, {g, g + 1}, memory.data()); });
-  return memory.data();
+bool allocate(std::vector<float>& memory, int64_t size) {
+  try {
+    memory.resize(size);
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
+  return true;
+}
+
+ffi::Error exhausted() { return ffi::Error(ffi::ErrorCode::kResourceExhausted, "block_sparse_conv: out of memory"); }
+
+// Runs `task(i, memory)` for each i, with scratch memory of that size.
+template <class Task>
+ffi::Error run(ffi::ThreadPool& pool, int64_t tasks, size_t bytes, const Task& task) {
+  std::atomic<bool> failed{false};
+  parallel_for(pool, tasks, [&](int64_t i) {
+    if (void* memory = scratch(bytes)) task(i, memory);
+    else failed = true;
+  });
+  return failed ? exhausted() : ffi::Error::Success();
+}
+
+template <class Word>
+bool any_not_finite(const void* values, int64_t count, Word exponent) {
+  const Word* bits = static_cast<const Word*>(values);
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; ++i) found += (bits[i] & exponent) == exponent;
+  return found;
+}
+
+// Takes the values in the form that the pass wants; `memory` keeps them. False: there is none left.
+bool prepare(ffi::ThreadPool& pool, Call& c, const ffi::AnyBuffer& values, bool input_gradient, std::vector<float>& memory) {
+  const int64_t size = c.passes->prepared_size(c.problem, input_gradient), count = values.element_count();
+  const void* data = values.untyped_data();
+  c.problem.careful = values.element_type() == ffi::F32 ? any_not_finite<uint32_t>(data, count, 0x7f800000) : any_not_finite<uint16_t>(data, count, 0x7f80);
+  c.problem.values = static_cast<const float*>(data);
+  if (!size) return true;
+  if (!allocate(memory, size)) return false;
+  parallel_for(pool, c.problem.groups, [&](int64_t g) { c.passes->prepare(c.problem, data, input_gradient, {g, g + 1}, memory.data()); });
+  c.problem.values = memory.data();
+  return true;
 }
 
 Range part(int64_t total, int64_t i, int64_t parts) { return {total * i / parts, total * (i + 1) / parts}; }
@@ -181,7 +226,8 @@ constexpr int64_t kTasksPerThread = 6;
 constexpr int64_t kTaskBytes = 400 << 10;     // panel and sums of a task, in the L2 cache
 constexpr int64_t kMostVectors = 72;          // of a task: long runs of memory, one visit to the weights
 constexpr int64_t kPanelRows = 96;
-constexpr int64_t kPartialSums = 16;          // tasks of the weight gradient: fixed, so that sums do not depend on the number of threads
+constexpr int64_t kSumsAtOnce = 1 << 14;      // of the weight gradient's partial sums
+constexpr int64_t kPartialSums = 16;          // spans of positions in the weight gradient: fixed, so that sums do not depend on the threads
 
 // Vectors in a task of a product with so many rows in its panel and in its sums; a multiple of the register tile.
 int64_t vectors_at_once(const Call& c, int64_t vectors, int64_t tasks, int64_t panel, int64_t sums) {
@@ -217,7 +263,7 @@ ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values
   const AxisTaps rows = output_taps(kernel[0], padding[0], dilation[0]), columns = output_taps(kernel[1], padding[1], dilation[1]);
   const Grid grid = output_grid(c, rows, columns);
   std::vector<float> prepared;
-  c.problem.values = prepare(pool, c, values.untyped_data(), false, prepared);
+  if (!prepare(pool, c, values, false, prepared)) return exhausted();
   c.problem.source = x.untyped_data(), c.problem.target = y->untyped_data();
   const int64_t vectors = up(grid.positions(), c.variant->lanes);
   const int64_t wanted = kTasksPerThread * pool.num_threads();
@@ -225,10 +271,9 @@ ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values
   const int64_t chunks = vectors < wanted && c.problem.groups == 1 ? vectors : up(vectors, chunk);
   const int64_t splits = std::clamp<int64_t>(up(wanted, chunks), 1, c.problem.groups);
   const size_t bytes = c.passes->forward_scratch(c.problem, grid, up(vectors, chunks));
-  parallel_for(pool, chunks * splits, [&](int64_t i) {
-    c.passes->forward(c.problem, grid, part(vectors, i / splits, chunks), part(c.problem.groups, i % splits, splits), scratch(bytes));
+  return run(pool, chunks * splits, bytes, [&](int64_t i, void* memory) {
+    c.passes->forward(c.problem, grid, part(vectors, i / splits, chunks), part(c.problem.groups, i % splits, splits), memory);
   });
-  return ffi::Error::Success();
 }
 
 ffi::Error input_gradient(ffi::ThreadPool pool, ffi::AnyBuffer dy, ffi::AnyBuffer values, Index filters, Index channels, Index taps,
@@ -238,7 +283,7 @@ ffi::Error input_gradient(ffi::ThreadPool pool, ffi::AnyBuffer dy, ffi::AnyBuffe
   if (auto error = check(*dx, dy, values, filters, channels, taps, false, {kernel, strides, padding, dilation}, variant, c); error.failure())
     return error;
   std::vector<float> prepared;
-  c.problem.values = prepare(pool, c, values.untyped_data(), true, prepared);
+  if (!prepare(pool, c, values, true, prepared)) return exhausted();
   c.problem.source = dy.untyped_data(), c.problem.target = dx->untyped_data();
   const int64_t wanted = kTasksPerThread * pool.num_threads();
   struct Phase {
@@ -263,13 +308,12 @@ ffi::Error input_gradient(ffi::ThreadPool pool, ffi::AnyBuffer dy, ffi::AnyBuffe
   size_t bytes = 0;
   for (const Phase& phase : phases)
     bytes = std::max(bytes, c.passes->input_gradient_scratch(c.problem, phase.grid, up(phase.vectors, phase.chunks), up(c.problem.cin, parts)));
-  parallel_for(pool, total * parts, [&](int64_t i) {
+  return run(pool, total * parts, bytes, [&](int64_t i, void* memory) {
     int64_t chunk = i / parts, which = 0;
     while (chunk >= phases[which].chunks) chunk -= phases[which++].chunks;
     const Phase& phase = phases[which];
-    c.passes->input_gradient(c.problem, phase.grid, part(phase.vectors, chunk, phase.chunks), part(c.problem.cin, i % parts, parts), scratch(bytes));
+    c.passes->input_gradient(c.problem, phase.grid, part(phase.vectors, chunk, phase.chunks), part(c.problem.cin, i % parts, parts), memory);
   });
-  return ffi::Error::Success();
 }
 
 ffi::Error weight_gradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer dy, Index filters, Index channels, Index taps,
@@ -284,20 +328,26 @@ ffi::Error weight_gradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
   const int64_t total = c.problem.kept * c.problem.kept_taps, size = total * c.problem.group_size, groups = c.problem.groups;
   const int64_t blocks = up(up(grid.positions(), c.variant->lanes), c.variant->run);
   const int64_t spans = std::clamp<int64_t>(up(kPartialSums, groups), 1, blocks);  // of positions, each with sums of its own
-  const int64_t parts = std::clamp<int64_t>(up(kPartialSums, groups * spans), 1, up(total, 6));
+  const int64_t wanted = std::max(kPartialSums, 2 * int64_t(pool.num_threads()));  // how rows are dealt out changes no sum
+  const int64_t parts = std::clamp<int64_t>(up(wanted, groups * spans), 1, up(total, 6));
   float* out = static_cast<float*>(c.problem.target);
-  std::vector<float> partial((spans - 1) * groups * size);
+  std::vector<float> partial;
+  if (!allocate(partial, (spans - 1) * groups * size)) return exhausted();
   const size_t bytes = c.passes->weight_gradient_scratch(c.problem, grid);
-  parallel_for(pool, groups * spans * parts, [&](int64_t i) {
+  auto error = run(pool, groups * spans * parts, bytes, [&](int64_t i, void* memory) {
     const int64_t group = i / (spans * parts), span = i / parts % spans;
     float* sums = (span ? partial.data() + (span - 1) * groups * size : out) + group * size;
     const Range rows = part(total, i % parts, parts);
     if (!span) std::fill(sums + rows.begin * c.problem.group_size, sums + rows.end * c.problem.group_size, 0.0f);
-    c.passes->weight_gradient(c.problem, grid, group, rows, part(blocks, span, spans), sums, scratch(bytes));
+    c.passes->weight_gradient(c.problem, grid, group, rows, part(blocks, span, spans), sums, memory);
   });
-  for (int64_t span = 1; span < spans; ++span)
-    for (int64_t i = 0; i < groups * size; ++i) out[i] += partial[(span - 1) * groups * size + i];
-  return ffi::Error::Success();
+  const int64_t pieces = spans > 1 ? up(groups * size, kSumsAtOnce) : 0;
+  parallel_for(pool, pieces, [&](int64_t i) {
+    const Range mine = part(groups * size, i, pieces);
+    for (int64_t span = 1; span < spans; ++span)
+      for (int64_t j = mine.begin; j < mine.end; ++j) out[j] += partial[(span - 1) * groups * size + j];
+  });
+  return error;
 }
 
 }  // namespace
@@ -327,6 +377,9 @@ ffi::Error weight_gradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
 HANDLER(BlockSparseConvForward, block_sparse::forward, OPERANDS EPILOGUE RESULT.Attr<bool>("relu"));
 HANDLER(BlockSparseConvInputGradient, block_sparse::input_gradient, OPERANDS RESULT);
 HANDLER(BlockSparseConvWeightGradient, block_sparse::weight_gradient, OPERANDS RESULT);
+
+// The version of XLA's interface that the library was built for: a runtime takes its own and older ones.
+EXPORT int BlockSparseConvInterface() { return XLA_FFI_API_MINOR; }
 
 // The variants that this CPU can run, best first, separated by commas.
 EXPORT const char* BlockSparseConvVariants() {

@@ -49,6 +49,7 @@ struct Problem {
   const int32_t* channels;
   const int32_t* taps;
   void* target;
+  bool careful = false;    // a value is not finite: leave out no product with the zeros around the image, since it is not zero
   Epilogue epilogue = {};  // forward
 };
 

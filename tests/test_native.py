@@ -24,7 +24,7 @@ SPEC = ConvSpec(
     cin=40, height=9, width=7, batch=5, kernel=(3, 3), cout=48, groups=3, kept=13, kept_taps=4, group_size=16, padding=((1, 1), (1, 1))
 )
 GEOMETRY = {
-    name: np.array(value, np.int64) for name, value in {"kernel": (3, 3), "strides": (1, 1), "padding": (1, 1), "dilation": (1, 1)}.items()
+    name: np.array(value, np.int64) for name, value in {"kernel": (3, 3), "strides": (1, 1), "padding": (1, 1, 1, 1), "dilation": (1, 1)}.items()
 }
 
 
@@ -87,6 +87,13 @@ BAD = {
     "a negative channel": (lambda x, v, f, c, t: call(x, v, f, c.at[0, 0].set(-1), t), "channels: -1 is outside of"),
     "a channel out of range": (lambda x, v, f, c, t: call(x, v, f, c.at[2, 12].set(40), t), r"channels: 40 is outside of \[0, 40\)"),
     "a tap out of range": (lambda x, v, f, c, t: call(x, v, f, c, t.at[2, 3].set(9)), r"taps: 9 is outside of \[0, 9\)"),
+    "a channel twice": (lambda x, v, f, c, t: call(x, v, f, c.at[1, 2].set(c[1, 0]), t), "channels: .* stands in two places"),
+    "a tap twice": (lambda x, v, f, c, t: call(x, v, f, c, t.at[2, 1].set(t[2, 0])), "taps: .* stands in two places"),
+    "too many rows": (lambda x, v, f, c, t: call(x, v, f, c, t, out=(48, 20, 7, 5)), r"y \[48, 20, 7, 5\] is not what kernel, strides"),
+    "too few columns": (lambda x, v, f, c, t: call(x, v, f, c, t, out=(48, 9, 6, 5)), r"y \[48, 9, 6, 5\] is not what kernel, strides"),
+    "padding that makes more": (lambda x, v, f, c, t: call(x, v, f, c, t, padding=np.array([1, 1, 2, 1])), "is not what kernel, strides"),
+    "a kernel larger than x": (lambda x, v, f, c, t: call(x, v, f, c, t, kernel=np.array([12, 3])), "is not what kernel, strides"),
+    "half the padding": (lambda x, v, f, c, t: call(x, v, f, c, t, padding=np.array([1, 1])), "padding four"),
     "nothing kept": (lambda x, v, f, c, t: call(x, v[:, :0], f, c[:, :0], t), r"an axis is empty: .3, 0, 4, 16."),
     "a huge stride": (lambda x, v, f, c, t: call(x, v, f, c, t, strides=np.array([1, 2**40])), "none above"),
     "a rank": (lambda x, v, f, c, t: call(x[0], v, f, c, t), "expected x .cin, h, w, n."),
@@ -109,6 +116,31 @@ def test_malformed_buffers_are_refused_by_the_handlers(what):
     x, _, values, *index = shapes.random_operands(SPEC)
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
         jax.block_until_ready(bad(x, values, *index))
+
+
+@pytest.mark.parametrize("variant", cpu.variants())
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize(("strides", "group_size"), [((1, 1), 16), ((1, 1), 24), ((2, 2), 24)])
+def test_a_weight_that_is_not_finite_meets_the_zeros_around_the_image_as_in_dense(monkeypatch, variant, bad, strides, group_size):
+    monkeypatch.setenv(cpu.VARIABLE, variant)
+    spec = dataclasses.replace(SPEC, groups=2, group_size=group_size, cout=2 * group_size, kernel=(3, 3), strides=strides)
+    x, dy, values, *index = shapes.random_operands(spec)
+    values = values.at[1, 4, 2, 3].set(bad)
+    wanted, dense_pullback = jax.vjp(lambda x: shapes.convolve(spec, "dense", x, values, *index), x)
+    ours, pullback = jax.vjp(lambda x: shapes.convolve(spec, "cpu", x, values, *index), x)
+    hit = ~np.isfinite(np.asarray(wanted))
+    assert np.array_equal(~np.isfinite(np.asarray(ours)), hit)
+    assert hit.any(axis=(1, 2, 3)).sum() == 1, "one filter"
+    np.testing.assert_allclose(np.where(hit, 0, ours), np.where(hit, 0, wanted), atol=1e-4)
+    hit = ~np.isfinite(np.asarray(dense_pullback(dy)[0]))
+    assert np.array_equal(~np.isfinite(np.asarray(pullback(dy)[0])), hit)
+    assert hit.any(axis=(1, 2, 3)).sum() == 1, "one channel"
+
+
+def test_a_library_of_a_newer_interface_is_a_reason_and_not_a_crash(monkeypatch):
+    monkeypatch.setattr(cpu, "_interface", lambda: 1)
+    reason = cpu._library.__wrapped__()
+    assert "built for a newer jaxlib (interface 0." in reason
 
 
 def test_two_threads_at_once():
@@ -137,8 +169,10 @@ def test_two_threads_at_once():
 def digest() -> str:
     """Of all results of a few convolutions."""
     bits = hashlib.sha256()
-    for batch, groups in ((1, 1), (5, 3), (64, 3)):
-        spec = dataclasses.replace(SPEC, batch=batch, groups=groups, cout=groups * 16, strides=(1, 2), height=17, width=18)
+    strided = [dict(batch=n, groups=g, group_size=16, strides=(1, 2), height=17, width=18) for n, g in ((1, 1), (5, 3), (64, 3))]
+    plain = [dict(batch=16, groups=3, group_size=f, padding=p, height=12, width=35) for f in (8, 16, 24) for p in (((0, 0),) * 2, ((1, 1),) * 2)]
+    for sizes in strided + plain:
+        spec = dataclasses.replace(SPEC, cout=sizes["groups"] * sizes["group_size"], **sizes)
         x, dy, values, *index = shapes.random_operands(spec)
         y, pullback = jax.vjp(lambda x, v, spec=spec, index=index: shapes.convolve(spec, "cpu", x, v, *index), x, values)
         for a in (y, *pullback(dy)):

@@ -3,11 +3,13 @@
 import ctypes
 import functools
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 
 import pallas_kernels
@@ -23,6 +25,12 @@ PASSES = {
 }
 
 
+def _interface() -> int:
+    """The minor version of XLA's foreign function interface in this jaxlib."""
+    header = Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
+    return int(re.search(r"#define XLA_FFI_API_MINOR (\d+)", header.read_text())[1])
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | str:
     """The library with its handlers registered, or the reason why it is absent."""
@@ -31,6 +39,12 @@ def _library() -> ctypes.CDLL | str:
         return "the native library is not built: that takes a C++17 compiler (g++ or clang++); with one, `pip install` this package again"
     try:
         library = ctypes.CDLL(str(found[0]))
+        built_for, here = library.BlockSparseConvInterface(), _interface()
+        if built_for > here:  # registering it would keep JAX from starting
+            return (
+                f"the native library was built for a newer jaxlib (interface 0.{built_for}) than the one here (0.{here}, jaxlib "
+                f"{jaxlib.__version__}); update jaxlib, or `pip install --no-build-isolation` this package again"
+            )
         for symbol in PASSES.values():
             jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
         library.BlockSparseConvVariants.restype = ctypes.c_char_p
@@ -78,10 +92,14 @@ def variant() -> str:
 
     Reference: ours.
     """
+    return _forced() or variants()[0]
+
+
+def _forced() -> str:
     wanted = os.environ.get(VARIABLE, "")
     if wanted and wanted not in variants():
         raise ValueError(f"{VARIABLE}: expected one of {', '.join(variants())}, those that this CPU can run, got {wanted!r}")
-    return wanted or variants()[0]
+    return wanted
 
 
 def instructions(spec: ConvSpec) -> str:
@@ -109,9 +127,10 @@ def _call(name: str, spec: ConvSpec, shape: tuple[int, ...], dtype: str, *operan
     like = jax.typeof(operands[0])  # inside shard_map: the result varies over the mesh as the operands do
     out = like.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False)
     call = jax.ffi.ffi_call(PASSES[name], out, vmap_method="sequential")
-    numbers = {"kernel": spec.kernel, "strides": spec.strides, "padding": [low for low, _ in spec.padding], "dilation": spec.dilation}
+    padding = [low for low, _ in spec.padding] + [high for _, high in spec.padding]
+    numbers = {"kernel": spec.kernel, "strides": spec.strides, "padding": padding, "dilation": spec.dilation}
     attributes |= {key: np.asarray(value, np.int64) for key, value in numbers.items()}
-    return call(*operands, variant=variant(), **attributes)
+    return call(*operands, variant=_forced(), **attributes)  # "": the machine that runs it picks, which need not be the one that compiles
 
 
 def _forward(spec: ConvSpec, x, values, filters, channels, taps, scale=None, bias=None, residual=None):
