@@ -23,9 +23,8 @@ pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.un
 SPEC = ConvSpec(
     cin=40, height=9, width=7, batch=5, kernel=(3, 3), cout=48, groups=3, kept=13, kept_taps=4, group_size=16, padding=((1, 1), (1, 1))
 )
-GEOMETRY = {
-    name: np.array(value, np.int64) for name, value in {"kernel": (3, 3), "strides": (1, 1), "padding": (1, 1, 1, 1), "dilation": (1, 1)}.items()
-}
+NUMBERS = {"kernel": (3, 3), "strides": (1, 1), "padding": (1, 1, 1, 1), "dilation": (1, 1)}
+GEOMETRY = {name: np.array(value, np.int64) for name, value in NUMBERS.items()}
 
 
 def environment(**more):
@@ -169,10 +168,12 @@ def test_two_threads_at_once():
 def digest() -> str:
     """Of all results of a few convolutions."""
     bits = hashlib.sha256()
-    strided = [dict(batch=n, groups=g, group_size=16, strides=(1, 2), height=17, width=18) for n, g in ((1, 1), (5, 3), (64, 3))]
-    plain = [dict(batch=16, groups=3, group_size=f, padding=p, height=12, width=35) for f in (8, 16, 24) for p in (((0, 0),) * 2, ((1, 1),) * 2)]
-    for sizes in strided + plain:
-        spec = dataclasses.replace(SPEC, cout=sizes["groups"] * sizes["group_size"], **sizes)
+    strided = dataclasses.replace(SPEC, strides=(1, 2), height=17, width=18)
+    plain = dataclasses.replace(SPEC, batch=16, height=12, width=35)
+    specs = [dataclasses.replace(strided, batch=n, groups=g) for n, g in ((1, 1), (5, 3), (64, 3))]
+    specs += [dataclasses.replace(plain, group_size=f, padding=((p, p), (p, p))) for f in (8, 16, 24) for p in (0, 1)]
+    for spec in specs:
+        spec = dataclasses.replace(spec, cout=spec.groups * spec.group_size)
         x, dy, values, *index = shapes.random_operands(spec)
         y, pullback = jax.vjp(lambda x, v, spec=spec, index=index: shapes.convolve(spec, "cpu", x, v, *index), x, values)
         for a in (y, *pullback(dy)):

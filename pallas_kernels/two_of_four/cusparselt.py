@@ -1,0 +1,169 @@
+"""cuSPARSELt through `jax.ffi`: finds the library, loads the handler of cusparselt.cc and calls it. Importing this opens nothing."""
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.two_of_four import handler
+
+TARGET = "TwoOfFourMatmul"
+VARIABLE = "CUSPARSELT_LIBRARY"  # path of libcusparseLt.so.0, where it is not found by itself
+FILE = "libcusparseLt.so.0"
+OLDEST = 80  # compute capability of Ampere, times ten
+DTYPES = ("bfloat16", "float16")
+SPARSE, DENSE = 16, 8  # the sizes of 16-bit matrices are multiples of these: of the weights, of the activations
+
+
+def library() -> str:
+    """Where cuSPARSELt is: what `$CUSPARSELT_LIBRARY` names, else in NVIDIA's wheels, else wherever the loader finds it.
+
+    Returns:
+      A path or a bare name for the loader.
+
+    Example:
+      >>> library().endswith(".so.0") or VARIABLE in os.environ
+      True
+
+    Reference: ours.
+    """
+    if wanted := os.environ.get(VARIABLE):
+        return wanted
+    wheels = (folder / "lib" / FILE for folder in handler.nvidia_folders())
+    return str(next(filter(Path.is_file, wheels), FILE))
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """Loads the handler's library; opens neither cuSPARSELt nor a device.
+
+    Args:
+      path: what `handler.build` made.
+
+    Returns:
+      The library.
+
+    Raises:
+      OSError: it does not load.
+
+    Reference: ours.
+    """
+    found = ctypes.CDLL(str(path))
+    found.TwoOfFourOpen.argtypes, found.TwoOfFourOpen.restype = [ctypes.c_char_p], ctypes.c_char_p
+    found.TwoOfFourVersion.restype = ctypes.c_char_p
+    sizes, flags, arrays = [ctypes.c_int64] * 3, [ctypes.c_bool] * 3, [ctypes.c_void_p] * 3
+    found.TwoOfFourRun.argtypes, found.TwoOfFourRun.restype = [*sizes, *flags, *arrays], ctypes.c_char_p
+    return found
+
+
+def register(loaded: ctypes.CDLL) -> None:
+    """Tells JAX where the handler is.
+
+    Args:
+      loaded: what `load` returned.
+
+    Reference: ours.
+    """
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(loaded.TwoOfFourMatmul), platform="CUDA")
+
+
+def unavailable() -> str | None:
+    """Why the products cannot run on sparse tensor cores here: None where they can. The first call on a GPU opens cuSPARSELt.
+
+    Returns:
+      None, or the reason.
+
+    Example:
+      >>> unavailable() is None or len(unavailable()) > 0
+      True
+
+    Reference: ours.
+    """
+    opened = _opened()
+    return opened if isinstance(opened, str) else None
+
+
+def version() -> str | None:
+    """The version of cuSPARSELt.
+
+    Returns:
+      As in "0.10.0"; None where the products cannot run.
+
+    Reference: ours.
+    """
+    opened = _opened()
+    return None if isinstance(opened, str) else opened.TwoOfFourVersion().decode()
+
+
+@functools.cache
+def _opened() -> ctypes.CDLL | str:
+    """The handler, registered, with cuSPARSELt open; or the reason why not."""
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", "")).replace(".", "")
+    if device.platform != "gpu" or not capability.isdigit():
+        return f"runs on NVIDIA GPUs, and JAX's default device here is {device.platform!r}"
+    if int(capability) < OLDEST:
+        return (
+            f"takes a GPU of compute capability 8.0 (Ampere) or newer, and this one ({device.device_kind}) has {device.compute_capability}"
+        )
+    if not handler.LIBRARY.is_file():
+        return "the handler is not built: python -m pallas_kernels.two_of_four.build"
+    try:
+        loaded = load(handler.LIBRARY)
+    except (OSError, AttributeError) as error:
+        return f"the handler does not load ({error}); python -m pallas_kernels.two_of_four.build"
+    if reason := loaded.TwoOfFourOpen(library().encode()).decode():
+        return f"cuSPARSELt does not open ({reason}); pip install nvidia-cusparselt-cu13, or name its file in ${VARIABLE}"
+    register(loaded)
+    return loaded
+
+
+def limits(k: int, m: int, n: int, dtype: str) -> str | None:
+    """Why cuSPARSELt cannot serve a product on any GPU.
+
+    Args:
+      k: inputs, the contracted axis.
+      m: outputs.
+      n: columns of activations.
+      dtype: of the activations.
+
+    Returns:
+      None, or the reason.
+
+    Example:
+      >>> limits(64, 1000, 256, "bfloat16")
+      'takes weights whose sizes are multiples of 16, got [64, 1000]'
+
+    Reference: ours.
+    """
+    if dtype not in DTYPES:
+        return f"computes in {' and '.join(DTYPES)}, not in {dtype}"
+    if k % SPARSE or m % SPARSE or not k or not m:
+        return f"takes weights whose sizes are multiples of {SPARSE}, got [{k}, {m}]"
+    if n % DENSE or not n:
+        return f"takes a multiple of {DENSE} columns of activations, got {n}"
+    return None
+
+
+def product(weights: Float[Array, "k m"], x: Float[Array, "a b"], *, channel_major: bool, search: bool = False) -> Float[Array, "c d"]:
+    """The call of the handler: compresses the weights and multiplies.
+
+    Args:
+      weights: `[k, m]`, at most two of each four along k other than 0.
+      x: `[k, n]` where the channels come first, else `[n, k]`.
+      channel_major: whether they do.
+      search: time all algorithms at the first call of a shape and keep the fastest; else the library's first choice.
+
+    Returns:
+      `[m, n]` or `[n, m]`.
+
+    Reference: ours.
+    """
+    m, n = weights.shape[1], x.shape[1 if channel_major else 0]
+    like = jax.typeof(x)  # inside shard_map: the result varies over the mesh as x does
+    out = like.update(shape=(m, n) if channel_major else (n, m), dtype=jnp.dtype(x.dtype), weak_type=False)
+    call = jax.ffi.ffi_call(TARGET, out, vmap_method="sequential")
+    return call(weights, x, channel_major=channel_major, search=search)
