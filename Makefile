@@ -25,6 +25,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m experiments.bench_kernels --device cpu
 	$(BIN)/python -m experiments.bench_training
 	$(BIN)/python -m experiments.bench_inference
+	$(BIN)/python -m experiments.bench_parts
 	$(BIN)/python -m experiments.tables
 
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard cpu_kernels/*)

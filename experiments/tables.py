@@ -200,6 +200,22 @@ def _inference(report: dict[str, Any]) -> str:
     return markdown(["network", "weights", "GFLOPs", "MB", *heads], lines, left=2) + "\n" + note
 
 
+def _parts(report: dict[str, Any]) -> str:
+    """bench_parts: the operations around the convolutions over all sizes, then the grouping."""
+    lines, modes = [], ("forward", "forward + gradient")
+    for operation in dict.fromkeys(row["operation"] for row in report["rows"]):
+        cells = []
+        for mode in modes:
+            ratios = [row["nhwc_over_chwn"] for row in report["rows"] if (row["operation"], row["mode"]) == (operation, mode)]
+            cells.append(f"{statistics.geometric_mean(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})")
+        lines.append([operation, *cells])
+    text = markdown(["NHWC time over CHWN time", *modes], lines)
+    if report["grouping"]:
+        lines = [[row["what"], *(f"{row[name]:.2f}" for name in ("second_s", "second_cpu_s", "first_s"))] for row in report["grouping"]]
+        text += "\n" + markdown(["grouping", "seconds", "processor seconds", "seconds with compilation"], lines)
+    return text
+
+
 def _channel_blocks(report: dict[str, Any]) -> str:
     """channel_blocks: what runs of channels keep, in the order and as the channels were."""
     lines = []
@@ -220,6 +236,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "bench_kernels_gpu": functools.partial(_gpu, "kernels"),
     "bench_training_gpu": functools.partial(_gpu, "training"),
     "bench_kernels": _kernels,
+    "bench_parts": _parts,
     "bench_training": _training,
     "bench_inference": _inference,
     "channel_blocks": _channel_blocks,

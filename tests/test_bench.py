@@ -16,7 +16,7 @@ from jax import lax
 
 import blocksparse_jax as bsj
 from blocksparse_jax.linen import BlockSparseConv
-from experiments import bench_inference, bench_kernels, models, tables
+from experiments import bench_inference, bench_kernels, bench_parts, models, tables
 from experiments.flops import conv_positions
 from experiments.models.taps import Conv, prefers_taps, tap_conv
 from experiments.summary import summary
@@ -235,3 +235,27 @@ def test_tables_come_from_the_reports(kernels, inference):
     assert "| resnet18 | dense, XLA | " in text
     assert "| resnet18 | SUBP 1x16 | " in text
     assert ("| resnet18 | dense, PyTorch | " in text) is bool(TORCH)
+
+
+def test_the_parts_are_timed_in_both_formats_and_tabulated(tmp_path, monkeypatch):
+    out = tmp_path / "bench_parts_cpu.json"
+    monkeypatch.setattr(bench_parts, "SIZES", {"a": (4, 4), "b": (6, 2)})
+    report = bench_parts.main(bench_parts.Config(batch=2, seconds=0.001, grouping=False, out=str(out)))
+    assert json.loads(out.read_text()) == json.loads(json.dumps(report))
+    assert len(report["rows"]) == 2 * 2 * len(bench_parts.operations("CHWN"))
+    for row in report["rows"]:
+        ms = {f: times["median"] for f, times in row["ms"].items()}
+        assert row["nhwc_over_chwn"] == pytest.approx(ms["NHWC"] / ms["CHWN"], abs=2e-3, rel=0.01)
+    report["grouping"] = [{"what": "a layer", "first_s": 3.0, "second_s": 0.5, "second_cpu_s": 0.25}]
+    out.write_text(json.dumps(report))
+    text = tables.table("bench_parts_cpu", tmp_path)
+    assert "| batch norm, add, ReLU | " in text
+    assert "| a layer | 0.50 | 0.25 | 3.00 |" in text
+
+
+@pytest.mark.parametrize("operation", bench_parts.operations("CHWN"))
+def test_the_parts_compute_the_same_in_both_formats(operation):
+    x, shortcut = (jax.random.normal(jax.random.key(seed), (3, 4, 4, 5)) for seed in range(2))
+    ours, wanted = (bench_parts.operations(f)[operation] for f in ("CHWN", "NHWC"))
+    y, theirs = ours(x, shortcut), wanted(x.transpose(3, 1, 2, 0), shortcut.transpose(3, 1, 2, 0))
+    np.testing.assert_allclose(y, theirs.T if theirs.ndim == 2 else theirs.transpose(3, 1, 2, 0), rtol=1e-5, atol=1e-5)
