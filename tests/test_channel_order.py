@@ -50,7 +50,7 @@ def planted(shape, group_size, block, seed):
     return np.broadcast_to(shuffled, shape).astype(np.float32), 16
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(case=st.sampled_from(CASES), kind=st.sampled_from(["iid", "heavy", "clusters", "equal", "zero"]), seed=st.integers(0, 2**16))
 def test_an_order_is_a_permutation_the_same_each_time_and_never_worse_than_none(case, kind, seed):
     shape, group_size, kept, kept_taps, block = case
@@ -247,13 +247,13 @@ def test_hrbp_keeps_more_of_a_folded_network():
 
 def test_a_run_orders_its_channels_before_training():
     def start(**options):
-        config = resolve(TrainConfig(model="cnn", execution="sparse", sparsity=0.8, group_size=16, channel_block=8, **options))
+        config = resolve(TrainConfig(model="cnn", execution="sparse", sparsity=0.9, channel_block=16, **options))
         return Trainer(config, (8, 8, 1), 10, Length(4, 8)).init()
 
     plain, ordered = start(), start(channel_order=True)
     kept = [sum(float(jnp.abs(leaf).sum()) for leaf in tree.choose(None, state.params).values()) for state in (plain, ordered)]
     assert kept[1] > 1.001 * kept[0]  # random weights gain little
-    assert {layout.channel_block for layout in jax.tree.leaves(ordered.layouts, is_leaf=bsj.is_layout) if layout != bsj.Dense()} == {8}
+    assert {layout.channel_block for layout in jax.tree.leaves(ordered.layouts, is_leaf=bsj.is_layout) if layout != bsj.Dense()} == {16}
     for wrong in ({"method": "rigl"}, {"channel_block": 1}, {"scores": "random"}):
         with pytest.raises(ValueError, match="channel_order: it serves hrbp's runs"):
             resolve(TrainConfig(**{"channel_block": 8, "channel_order": True} | wrong))
