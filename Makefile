@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test lint bench gpu-compilers
+.PHONY: train test slow lint bench gpu-compilers
 
 train: $(VENV)/installed
 	$(BIN)/python -m experiments.compare $(ARGS)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# The long tests that `make test` leaves out: before a release.
+slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal $(ARGS)
 
 # Compile the GPU kernels without a GPU: the compilers, without NVIDIA's libraries. The tests that need them skip otherwise.
 gpu-compilers: $(VENV)/installed

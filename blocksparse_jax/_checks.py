@@ -34,6 +34,16 @@ def positive_int(name: str, value: Any) -> int:
     return int(value)
 
 
+def step(name: str, value: Any, *, start: int | None = None) -> int:
+    """The value as an int; ValueError unless it is a training step: an integer of at least 0, and after step `start` if that is given."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+        static = f' (static: inject_hyperparams(..., static_args=("{name}",)))' if isinstance(value, jax.Array) else ""
+        raise ValueError(f"{name}: expected a step, an integer of at least 0{static}, got {value!r}")
+    if start is not None and value <= start:
+        raise ValueError(f"{name}: expected a step after start={start}, got {value}")
+    return int(value)
+
+
 def pair(name: str, value: Any) -> tuple[int, int]:
     """Two integers from one or two; ValueError unless they are at least 1."""
     values = (value, value) if np.ndim(value) == 0 else tuple(value)

@@ -42,7 +42,9 @@ class ColumnBlocks:
         return forward.reshape(cout, cin, kh, kw).transpose(2, 3, 1, 0)
 
 
-def rumi_groups(mask: Bool[Array, "kh kw cin cout"], *, min_rows: int = 16, max_rows: int = 32, t1: float = 1.5) -> ColumnBlocks:
+def rumi_groups(
+    mask: Bool[Array | np.ndarray, "kh kw cin cout"], *, min_rows: int = 16, max_rows: int = 32, t1: float = 1.5
+) -> ColumnBlocks:
     """Regroups an unstructured mask into dense blocks of filters x columns.
 
     Empty rows and columns go; the rows are clustered; clusters of more than `max_rows` are split evenly and those of fewer than
@@ -95,7 +97,7 @@ def rumi_groups(mask: Bool[Array, "kh kw cin cout"], *, min_rows: int = 16, max_
     return ColumnBlocks(shape, tuple(blocks))
 
 
-def dsb_groups(weights: Float[Array, "kh kw cin cout"], *, sparsity: float, block: int = 16) -> ColumnBlocks:
+def dsb_groups(weights: Float[Array | np.ndarray, "kh kw cin cout"], *, sparsity: float, block: int = 16) -> ColumnBlocks:
     """Shuffles rows and columns into `block x block` squares and keeps the heaviest.
 
     Rows are clustered by `1 - cosine` and cut into groups of `block`; a group's columns, by descending L2 norm, are cut into runs of

@@ -247,7 +247,7 @@ def _choose(sums: Float[Array, "groups taps runs"], taps: Array, counts: _Counts
         runs = _multi_hot(sums.sum(1), counts.runs)
         return runs, taps, jnp.einsum("gtr,gr->g", sums, runs, precision="highest")
 
-    def alternate(_: int, pair: tuple[Array, Array]) -> tuple[Array, Array]:
+    def alternate(_: Int[Array, ""], pair: tuple[Array, Array]) -> tuple[Array, Array]:
         runs = _multi_hot(jnp.einsum("gtr,sgt->sgr", sums, pair[0], precision="highest"), counts.runs)
         return _multi_hot(jnp.einsum("gtr,sgr->sgt", sums, runs, precision="highest"), counts.taps), runs
 

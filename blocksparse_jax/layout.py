@@ -193,7 +193,7 @@ def block_index(layout: BlockLayout) -> tuple[Int[Array, "g 1 t 1"], Int[Array, 
     return layout.taps[:, None, :, None], layout.channels[:, :, None, None], layout.filters[:, None, None, :]
 
 
-def mask_to_layout(mask: Bool[Array, "kh kw cin cout"], filters: Int[Array, "groups group_size"] | None = None) -> BlockLayout:
+def mask_to_layout(mask: Bool[Array | np.ndarray, "kh kw cin cout"], filters: Int[Array, "groups group_size"] | None = None) -> BlockLayout:
     """Reads the layout off a block-structured mask (on the host: the kept counts become shapes).
 
     Args:

@@ -22,7 +22,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def conv(
-    x: Float[Array, "a b c d"],
+    x: Float[Array, "a h w b"],
     kernel: Float[Array, "p q r s"],
     layout: BlockLayout | Dense,
     *,
@@ -32,18 +32,22 @@ def conv(
     data_format: DataFormat = "NHWC",
     scale: Float[Array, " cout"] | None = None,
     bias: Float[Array, " cout"] | None = None,
-    residual: Float[Array, "a b c d"] | None = None,
+    residual: Float[Array, "c ho wo d"] | None = None,
     activation: Literal["relu"] | None = None,
     implementation: str | None = None,
     kernel_gradient: Literal["masked", "dense"] = "masked",
     packed: bool | None = None,
     precision: Any = None,
-) -> Float[Array, "a b c d"]:
+) -> Float[Array, "c ho wo d"]:
     """Convolves with the kept weights of a conv kernel; forward, input gradient and kernel gradient do only the kept work.
 
     Equals `lax.conv_general_dilated(x, where(mask, kernel, 0))` with `mask = layout_to_mask(layout)`, then
     `activation(scale * y + bias + residual)`, as far as each is given: at inference a batch norm, a shortcut and a ReLU, which the native
     kernels do while they store y. CHWN is the native activation layout; NHWC is transposed at the door.
+
+    Values that are not finite reach every output that they are multiplied into. What is pruned takes no part: its infinities do not show,
+    where a masked dense convolution would multiply them by 0. Where a kept weight that is not finite meets the zeros around the image, the
+    native kernels give NaN, as a dense convolution does; XLA's formulations may leave those products out.
 
     Reverse mode works to any order (`jax.grad` of `jax.grad`), and forward over reverse (`jax.jvp` of `jax.grad`, Hessian-vector
     products); from the second order on XLA's operations do the work. Forward mode alone (`jax.jvp` of `conv`) takes
@@ -124,8 +128,8 @@ def conv(
 
 
 def dense_kernel_gradient(
-    x: Float[Array, "a b c d"],
-    dy: Float[Array, "a e f g"],
+    x: Float[Array, "a h w b"],
+    dy: Float[Array, "c ho wo d"],
     kernel_size: Sequence[int],
     *,
     strides: int | Sequence[int] = (1, 1),
@@ -175,7 +179,7 @@ def dense_kernel_gradient(
 
 
 def choose_implementation(
-    x: Float[Array, "a b c d"],
+    x: Float[Any, "a h w b"],
     layout: BlockLayout,
     *,
     strides: int | Sequence[int] = (1, 1),
@@ -219,13 +223,13 @@ def choose_implementation(
 
 
 def finish(
-    y: Float[Array, "a b c d"],
+    y: Float[Array, "c ho wo d"],
     scale: Float[Array, " cout"] | None,
     bias: Float[Array, " cout"] | None,
-    residual: Float[Array, "a b c d"] | None,
+    residual: Float[Array, "c ho wo d"] | None,
     activation: str | None,
     data_format: DataFormat,
-) -> Float[Array, "a b c d"]:
+) -> Float[Array, "c ho wo d"]:
     """What follows a dense convolution: `activation(scale * y + bias + residual)`, as in `conv`, with the same errors."""
     axis = _channel_axis(data_format)
     check_epilogue(y.shape, y.shape[axis], scale, bias, residual)
@@ -233,16 +237,22 @@ def finish(
 
 
 def dense_conv(
-    x: Float[Array, "a b c d"],
+    x: Float[Array, "a h w b"],
     kernel: Float[Array, "kh kw cin cout"],
     strides: tuple[int, int],
     padding: tuple[tuple[int, int], tuple[int, int]],
     dilation: tuple[int, int],
     data_format: DataFormat,
     precision: Any = None,
-) -> Float[Array, "a b c d"]:
+) -> Float[Array, "c ho wo d"]:
     """The dense convolution in either data format (`lax.conv_general_dilated`)."""
     dims = (data_format, "HWIO", data_format)
+    # Past the kernel's reach XLA's input gradient on a CPU reads memory that nobody wrote (jax 0.10.2): those zeros are explicit.
+    past = [tuple(max(0, p - (k - 1) * d) for p in pads) for pads, k, d in zip(padding, kernel.shape[:2], dilation, strict=True)]
+    if any(map(any, past)):
+        spatial = data_format.index("H")
+        x = jnp.pad(x, [past[axis - spatial] if 0 <= axis - spatial < 2 else (0, 0) for axis in range(4)])
+        padding = tuple((p[0] - q[0], p[1] - q[1]) for p, q in zip(padding, past, strict=True))  # type: ignore[assignment]
     return lax.conv_general_dilated(x, kernel, strides, padding, rhs_dilation=dilation, dimension_numbers=dims, precision=precision)
 
 

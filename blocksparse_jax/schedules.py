@@ -35,8 +35,9 @@ class Periodic:
 
     def __post_init__(self) -> None:
         _checks.positive_int("every", self.every)
-        if self.until is not None and self.until <= self.start:
-            raise ValueError(f"until: expected a step after start={self.start}, got {self.until}")
+        start = _checks.step("start", self.start)
+        if self.until is not None:
+            _checks.step("until", self.until, start=start)
 
     def __call__(self, count: Any) -> Any:
         """Whether `count` (int or int32 array) is an update step."""
@@ -56,7 +57,7 @@ def periodic(every: int, start: int = 0, until: int | None = None) -> Periodic:
       A callable step -> bool.
 
     Raises:
-      ValueError: `every` below 1, or `until` not after `start`.
+      ValueError: `every` below 1, a step that is no integer of at least 0, or `until` not after `start`.
 
     Example:
       >>> periodic(10)(20), periodic(10)(25)
@@ -108,7 +109,7 @@ def progress(curve: Curve, count: Any, start: int, end: int, every: int = 1) -> 
       float32 scalar in [0, 1].
 
     Raises:
-      ValueError: an unknown curve, or `end` not after `start`.
+      ValueError: an unknown curve, a step that is no integer of at least 0, or `end` not after `start`.
 
     Example:
       >>> [float(progress("cubic", t, 0, 10)) for t in (0, 5, 10)]
@@ -117,8 +118,7 @@ def progress(curve: Curve, count: Any, start: int, end: int, every: int = 1) -> 
     Reference: Xiang et al., "SUBP", NeurIPS 2023 (authors' schedules).
     """
     _checks.choice("schedule", curve, CURVES)
-    if end <= start:
-        raise ValueError(f"end: expected a step after start={start}, got {end}")
+    _checks.step("end", end, start=_checks.step("start", start))
     t = jnp.clip((jnp.asarray(count, jnp.float32) - start) / (end - start), 0.0, 1.0)
     if curve == "cubic":
         return t**3
@@ -145,7 +145,7 @@ def cubic_sparsity(initial: float, final: float, count: Any, start: int, end: in
       float32 scalar.
 
     Raises:
-      ValueError: `end` not after `start`.
+      ValueError: a step that is no integer of at least 0, or `end` not after `start`.
 
     Example:
       >>> [float(cubic_sparsity(0.0, 0.8, t, 0, 10)) for t in (0, 10)]
@@ -153,7 +153,6 @@ def cubic_sparsity(initial: float, final: float, count: Any, start: int, end: in
 
     Reference: Zhu & Gupta, "To prune, or not to prune", 2017, equation 1.
     """
-    if end <= start:
-        raise ValueError(f"end: expected a step after start={start}, got {end}")
+    _checks.step("end", end, start=_checks.step("start", start))
     t = jnp.clip((jnp.asarray(count, jnp.float32) - start) / (end - start), 0.0, 1.0)
     return final + (initial - final) * (1 - t) ** power

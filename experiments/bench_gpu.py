@@ -1,9 +1,10 @@
 """The GPU part of bench_kernels: `python -m experiments.bench_kernels --device gpu` (`--quick`: a dry run of tiny shapes on any device).
 
-In this order: every implementation, dtype and pass against float64; what the device can do at most; then all conv layers of ResNet-50,
-VGG-19 and ResNet-32 (width 2) at each sparsity, three passes, against cuDNN. Each finished unit is a line in the journal at once;
-`--minutes 9` stops in time with exit status 75, and the same command goes on. Units hold as long as the sources and the tuned tiles that
-they measured. Every end writes the report of what is there.
+Stages, in this order: the GPU kernels against float64 in the arithmetic that is timed (gate); the layers that the goals name, at 90%
+(headline); every implementation, dtype and pass against float64 (check); what the device can do at most (ceilings); then all conv layers
+of ResNet-50, VGG-19 and ResNet-32 (width 2) at each sparsity, three passes, against cuDNN (layers). Each finished unit is a line in the
+journal at once; `--minutes 9` stops in time with exit status 75, and the same command goes on. Units hold as long as the sources and the
+tuned tiles that they measured. Every end writes the report of what is there.
 """
 
 import dataclasses
@@ -20,11 +21,12 @@ from experiments import gpu_ceilings, gpu_check, gpu_layers, gpu_tables
 from experiments.environment import commit, device, versions
 from experiments.summary import summary
 from pallas_kernels import gpu_clock, gpu_shapes
-from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, choose_implementation, dense
+from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, choose_implementation
 from pallas_kernels.gpu_journal import LOST, STOPPED, DeviceLost, Journal, TimeUp
 
 RESULTS = Path(__file__).parent / "results"
-STAGES = ("check", "ceilings", "layers")
+STAGES = ("gate", "headline", "check", "ceilings", "layers")
+RESERVE = {"check": 20, "ceiling": 20, "dense": 40, "sparse": 40}  # seconds that must be left for a unit of a kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,7 @@ class GpuConfig:
 
     Attributes:
       device: gpu.
-      stages: of check, ceilings, layers.
+      stages: of gate, headline, check, ceilings, layers.
       sparsities: fractions of the weights removed, in this order.
       layers: a part of the layers' names; empty is all.
       group_size: filters in a group.
@@ -43,6 +45,7 @@ class GpuConfig:
       threads: compile at once (dense convolutions: one after another).
       repetitions: of each program of some milliseconds.
       keep_going: time those implementations that are right although others failed their check; the exit status still is 1.
+      allow_absent: an implementation that cannot run here is no failure.
       journal: JSON-lines file that is gone on with.
       out: JSON file; None is experiments/results/bench_kernels_gpu.json.
       quick: a dry run of tiny shapes on any device, written nowhere unless `out` is given.
@@ -59,6 +62,7 @@ class GpuConfig:
     threads: int = min(16, os.cpu_count() or 1)
     repetitions: int = 9
     keep_going: bool = False
+    allow_absent: bool = False
     journal: Path = Path("runs/gpu/bench_kernels.jsonl")
     out: Path | None = None
     quick: bool = False
@@ -87,12 +91,9 @@ def main(config: GpuConfig) -> dict[str, Any]:
     run = _Run(config)
     complete = False
     try:
-        if "check" in config.stages:
-            run.check()
-        if "ceilings" in config.stages:
-            run.ceilings()
-        if "layers" in config.stages:
-            run.layers()
+        for stage in STAGES:
+            if stage in config.stages:
+                getattr(run, stage)()
         complete = True
     except TimeUp as unit:
         print(f"time is up before {unit}; the same command goes on", file=sys.stderr)
@@ -123,21 +124,35 @@ class _Run:
             if isinstance(one, str):
                 print(f"no {name}: {one}", file=sys.stderr)
 
-    def _do(self, key: str, function: Any) -> Any:
-        result = self._journal.run(key, function)
+    def _do(self, key: str, function: Any, limit: float | None = None, name: str = "") -> Any:
+        """Runs a unit; `name` is of the implementation that may be left out when it hung before."""
+        reserve = 0 if self._config.quick else RESERVE[key.split()[0]]
+        group = f"{name} {gpu_layers.sources(name)}" if name else ""
+        result = self._journal.run(key, function, reserve=reserve, limit=limit, group=group)
         jax.clear_caches()
         return result
 
     def _present(self) -> dict[str, Implementation]:
         return {name: one for name, one in self._found.items() if not isinstance(one, str)}
 
-    def _check_key(self, name: str, shape: str, spec: ConvSpec, kind: str) -> str:
-        return f"check {self._where} {name} {gpu_layers.sources(name, spec)} {shape} {kind}"
+    def _checks(self) -> list[tuple[str, gpu_check.Unit, str]]:
+        """The implementation, the unit and the key of every check; those of the timed arithmetic come first."""
+        kind = gpu_layers.kind_of(self._config.dtype)
+        units = [(name, unit) for name in self._present() for unit in gpu_check.units(self._config.quick, name)]
+        units.sort(key=lambda one: (one[1].kind != kind, one[0] == "xla"))
+        return [
+            (name, unit, f"check {self._where} {name} {gpu_layers.sources(name, unit.spec)} {unit.name} {unit.kind}")
+            for name, unit in units
+        ]
 
-    def check(self) -> None:
-        for shape, spec, kind in gpu_check.units(self._config.quick):
-            for name, one in self._present().items():
-                self._do(self._check_key(name, shape, spec, kind), functools.partial(gpu_check.check, spec, kind, one))
+    def gate(self) -> None:
+        kind = gpu_layers.kind_of(self._config.dtype)
+        self.check([one for one in self._checks() if one[1].kind == kind and one[0] != "xla"])
+
+    def check(self, which: list[tuple[str, gpu_check.Unit, str]] | None = None) -> None:
+        which = self._checks() if which is None else which
+        for name, unit, key in which:
+            self._do(key, functools.partial(gpu_check.check, unit, self._present()[name]), unit.seconds, name)
         wrong = self._wrong()
         for what, error in wrong.items():
             print(f"WRONG {what}: {error}", file=sys.stderr)
@@ -147,20 +162,17 @@ class _Run:
 
     def _wrong(self) -> dict[str, str]:
         """The checks that failed, and why."""
-        keys = {
-            f"{name}, {shape}, {kind}": self._check_key(name, shape, spec, kind)
-            for shape, spec, kind in gpu_check.units(self._config.quick)
-            for name in self._present()
-        }
-        return {what: error for what, key in keys.items() if (error := self._journal.error(key))}
+        found = {f"{name}, {unit.name}, {unit.kind}": self._journal.error(key) for name, unit, key in self._checks()}
+        return {what: error for what, error in found.items() if error}
 
     def ceilings(self) -> None:
         for name in gpu_ceilings.ceilings(self._config.quick):
             self._do(f"ceiling {self._where} {name}", functools.partial(gpu_ceilings.measure_ceiling, name, self._config.quick))
-        self._do(self._gather_key(), functools.partial(gpu_ceilings.row_gather_kernel, self._config.quick))
+        for name in gpu_ceilings.KERNELS:
+            self._do(self._kernel_key(name), functools.partial(gpu_ceilings.measure_kernel, name, self._config.quick))
 
-    def _gather_key(self) -> str:
-        return f"ceiling {self._where} row gather, kernels {gpu_layers.sources('mosaic_gpu')} {gpu_layers.sources('triton')}"
+    def _kernel_key(self, name: str) -> str:
+        return f"ceiling {self._where} {name} {gpu_layers.sources('mosaic_gpu')} {gpu_layers.sources('triton')}"
 
     def _spec(self, case: gpu_shapes.Case, sparsity: float) -> ConvSpec:
         config = self._config
@@ -169,39 +181,39 @@ class _Run:
         spec = gpu_shapes.case_spec(case, sparsity=sparsity, **size)
         return dataclasses.replace(spec, precision=gpu_check.KINDS[kind][1])
 
-    def _timed(self, spec: ConvSpec) -> dict[str, Implementation]:
-        """The GPU kernels that passed their checks, and what `implementation=None` picks."""
+    def _timed(self) -> dict[str, Implementation]:
+        """The GPU kernels that passed their checks; XLA's formulations where there is no other, as in a dry run."""
         if self._bad is None:
             kind = gpu_layers.kind_of(self._config.dtype)
             self._bad = {what.split(",")[0] for what in self._wrong() if what.endswith(f" {kind}")}
-        bad = self._bad
-        kernels = {name: one for name, one in self._present().items() if name != "xla" and name not in bad}
-        picked, known = choose_implementation(spec).implementation, {**self._present(), "dense": dense.IMPLEMENTATION}
-        if picked in known and picked not in bad:
-            kernels[picked] = known[picked]
-        return kernels or ({"xla": known["xla"]} if "xla" not in bad else {})
+        right = {name: one for name, one in self._present().items() if name not in self._bad}
+        return {name: one for name, one in right.items() if name != "xla"} or right
 
     def _keys(self, case: gpu_shapes.Case, spec: ConvSpec, sparsity: float) -> tuple[str, dict[str, str]]:
         sizes = f"{case.name} {spec.dtype}"
         blocks = f"{sizes} {sparsity:g} {'x'.join(map(str, spec.packed_shape))} block {spec.channel_block}"
         return (
             f"dense {self._where} {sizes}",
-            {name: f"sparse {self._where} {name} {gpu_layers.sources(name, spec)} {blocks}" for name in self._timed(spec)},
+            {name: f"sparse {self._where} {name} {gpu_layers.sources(name, spec)} {blocks}" for name in self._timed()},
         )
 
-    def layers(self) -> None:
+    def headline(self) -> None:
+        goals = [case for case in self._cases if case.is_goal]
+        self.layers(goals or self._cases[:1], self._config.sparsities[:1])
+
+    def layers(self, cases: list[gpu_shapes.Case] | None = None, sparsities: tuple[float, ...] | None = None) -> None:
         config = self._config
-        for sparsity in config.sparsities:
-            for case in self._cases:
+        for sparsity in sparsities or config.sparsities:
+            for case in cases or self._cases:
                 spec = self._spec(case, sparsity)
                 dense_key, keys = self._keys(case, spec, sparsity)
                 self._do(dense_key, functools.partial(gpu_layers.measure_dense, spec, config.repetitions))
-                kind, kernels = gpu_layers.kind_of(config.dtype), self._timed(spec)
+                kind, kernels = gpu_layers.kind_of(config.dtype), self._timed()
                 for name, key in keys.items():
                     measure = functools.partial(
                         gpu_layers.measure_sparse, spec, name, kernels[name], kind, config.repetitions, config.threads
                     )
-                    self._do(key, measure)
+                    self._do(key, measure, name=name)
                 self._show(case, spec, sparsity)
 
     def _rows(self, case: gpu_shapes.Case, spec: ConvSpec, sparsity: float, about: dict[str, Any]) -> list[dict[str, Any]]:
@@ -217,7 +229,7 @@ class _Run:
             "layer": case.name, "sparsity": sparsity, "shape": shape, "density": round(spec.density, 5),
             "tile": tile | {"channel_block": spec.channel_block}, "picked": {"implementation": choice.implementation, **choice.details},
         } | about  # fmt: skip
-        return gpu_layers.rows(about, plain, {name: own for name, own in found.items() if own}, choice.implementation)
+        return gpu_layers.rows(about, plain, {name: own for name, own in found.items() if own})
 
     def _show(self, case: gpu_shapes.Case, spec: ConvSpec, sparsity: float) -> None:
         for row in self._rows(case, spec, sparsity, {})[-1:]:
@@ -231,18 +243,18 @@ class _Run:
             for case in self._cases:
                 rows += self._rows(case, self._spec(case, sparsity), sparsity, origin)
         checks = []
-        for shape, spec, kind in gpu_check.units(self._config.quick):
-            for name in self._present():
-                key = self._check_key(name, shape, spec, kind)
-                if key in self._journal.records:
-                    outcome = self._journal.result(key) or {"error": self._journal.error(key) or "unfinished"}
-                    checks.append({"implementation": name, "shape": shape, "kind": kind, **outcome})
+        for name, unit, key in self._checks():
+            if key in self._journal.records:
+                outcome = self._journal.result(key) or {"error": self._journal.error(key) or "unfinished"}
+                checks.append({"implementation": name, "shape": unit.name, "kind": unit.kind, **outcome})
         names = [f"ceiling {self._where} {name}" for name in gpu_ceilings.ceilings(self._config.quick)]
-        ceilings = [found for key in (*names, self._gather_key()) if (found := self._journal.result(key))]
+        names += map(self._kernel_key, gpu_ceilings.KERNELS)
+        ceilings = [found for key in names if (found := self._journal.result(key))]
         told = {name: value for name, value in dataclasses.asdict(self._config).items() if name not in ("journal", "out")}
         absent = {name: one for name, one in self._found.items() if isinstance(one, str)}
+        failed = self._failed | self._wrong() | ({} if self._config.allow_absent or self._config.quick else absent)
         return origin | {
-            "config": told, "complete": complete, "absent": absent, "failed": self._failed | self._wrong(), "checks": checks,
+            "config": told, "complete": complete, "absent": absent, "failed": failed, "checks": checks,
             "ceilings": ceilings, "summary": summary(rows), "rows": rows,
         }  # fmt: skip
 

@@ -13,6 +13,9 @@ EXECUTIONS = ("masked", "sparse", "packed")
 PRECISIONS = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "adam")
 LR_SCHEDULES = ("step", "cosine", "constant")
+BUDGETS = ("uniform", "erk", "er")
+SCORES = ("magnitude", "gradient", "random")
+CRITERIA = ("l1", "l2", "bpar")
 
 _CIFAR = {"epochs": 160, "batch_size": 128, "lr": 0.1, "lr_schedule": "step", "weight_decay": 5e-4, "label_smoothing": 0.0}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -64,7 +67,8 @@ class TrainConfig:
       block_density: fraction of the taps that a group keeps (hrbp); 1 keeps whole kernels.
       channel_block: input channels come in aligned runs of this many (hrbp).
       channel_order: reorder the channels once, before training, so that these runs lose little (hrbp with magnitude scores).
-      budget: uniform or erk.
+      budget: how the layers share the density: uniform, erk or er (hrbp, hrbp-dynamic, rigl, random, gradual); None is the method's own,
+        erk for rigl and uniform for the others.
       scores: magnitude, gradient or random, of hrbp's first masks.
       update_every: steps between mask updates; None is an epoch for subp, and for the others 100 or an epoch if that is shorter.
       drop_fraction: of the kept weights, at the first update (rigl, hrbp-dynamic).
@@ -100,7 +104,7 @@ class TrainConfig:
     block_density: float = 1 / 3
     channel_block: int = 1
     channel_order: bool = False
-    budget: str = "uniform"
+    budget: str | None = None
     scores: str = "magnitude"
     update_every: int | None = None
     drop_fraction: float = 0.3
@@ -145,8 +149,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
         out=config.out or f"runs/{config.dataset}-{config.model}-{config.method}-{config.seed}",
         execution=config.execution or ("packed" if method.has_layout else "masked"),
         sparsity=_sparsity(config),
+        budget=_budget(config),
     )
-    for name, options in (("execution", EXECUTIONS), ("optimizer", OPTIMIZERS), ("lr_schedule", LR_SCHEDULES)):
+    choices = {"execution": EXECUTIONS, "optimizer": OPTIMIZERS, "lr_schedule": LR_SCHEDULES, "scores": SCORES, "criterion": CRITERIA}
+    for name, options in choices.items():
         _checks.choice(name, getattr(config, name), options)
     if config.execution != "masked" and not method.has_layout:
         names = ", ".join(name for name, m in METHODS.items() if m.has_layout)
@@ -185,6 +191,16 @@ def _sparsity(config: TrainConfig) -> float:
         flags = "; leave --sparsity out" if config.method == "dense" else f" (--n {config.n} --m {config.m}); set these two instead"
         raise ValueError(f"sparsity: {config.method} has {fixed(config):g}{flags}, got {config.sparsity!r}")
     return fixed(config)
+
+
+def _budget(config: TrainConfig) -> str:
+    """What was asked for, else the method's own; ValueError where the method takes no other."""
+    known = METHODS[config.method].budgets
+    if config.budget is None:
+        return known[0]
+    if _checks.choice("budget", config.budget, BUDGETS) not in known:
+        raise ValueError(f"budget: {config.method} prunes all layers alike ({known[0]!r}); leave --budget out, got {config.budget!r}")
+    return config.budget
 
 
 def _positive(name: str, value: Any, or_zero: bool = False) -> None:

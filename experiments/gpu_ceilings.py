@@ -1,6 +1,7 @@
 """What the device can do at most: copies, matrix products, rows gathered from the L2 cache, float32 sums, the least time of a launch."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.gpu_check import implementations
-from pallas_kernels import gpu_clock, gpu_shapes, shapes
+from experiments import gpu_check
+from pallas_kernels import gpu_clock, gpu_shapes
 from pallas_kernels.block_sparse_conv import ConvSpec
 from pallas_kernels.gpu_clock import Sets
 
@@ -58,8 +59,8 @@ def ceilings(quick: bool) -> dict[str, Ceiling]:
     rng = np.random.default_rng(0)
     index = rng.integers(0, rows, (outs, near)).astype(np.int32)
 
-    def gathered(seed: int) -> tuple[jax.Array, ...]:
-        return *_normal((rows, images), "bfloat16")(seed), jnp.asarray(index)
+    def gathered(seed: int, table: int = rows) -> tuple[jax.Array, ...]:
+        return *_normal((table, images), "bfloat16")(seed), jnp.asarray(index % table)
 
     def added(seed: int) -> tuple[jax.Array, ...]:
         return *_normal((outs, images), "float32")(seed), jnp.asarray(index[:, 0] % (rows // 16))
@@ -77,11 +78,13 @@ def ceilings(quick: bool) -> dict[str, Ceiling]:
         "launch": Ceiling(lambda a: a + 1, _normal((32,), "float32"), 1, "launches/us", "back to back in a loop, nothing to do", 1e6),
         "copy": Ceiling(lambda a: -a, _normal((big,), "bfloat16"), 4 * big, "TB/s", "read and written bytes, elementwise, beyond L2"),
         "matmul": Ceiling(jnp.matmul, product, 2 * side**3, "TFLOP/s", f"dense bfloat16, {side} cubed, random normal operands"),
-        "row gather": Ceiling(
-            total, gathered, 2 * outs * near * images, "TB/s",
-            f"bytes of gathered rows, {near} random rows of {2 * images} bytes summed at once, out of {2 * rows * images >> 20} MiB; "
-            "by XLA: a floor of what a kernel reaches",
-        ),
+        **{
+            f"row gather, {table * images >> 19} MiB": Ceiling(
+                total, functools.partial(gathered, table=table), 2 * outs * near * images, "TB/s",
+                f"bytes of gathered rows, {near} rows of {2 * images} bytes at random summed at once; by XLA: a floor for kernels",
+            )
+            for table in (rows, rows // 4)
+        },
         "reduction": Ceiling(
             lambda a: jnp.sum(a, axis=1), _normal((big >> 14, 1 << 13), "float32"), 4 * (big >> 1), "TB/s", "float32 read and summed"
         ),
@@ -104,7 +107,7 @@ def measure_ceiling(name: str, quick: bool) -> dict[str, Any]:
     Reference: ours.
     """
     own = ceilings(quick)[name]
-    sets = gpu_clock.rotate(own.operands, 1 if name == "row gather" else 2)  # the table of the gather shall stay in the L2 cache
+    sets = gpu_clock.rotate(own.operands, 1 if name.startswith("row gather") else 2)  # the table of the gather shall stay in the L2 cache
     first = gpu_clock.Program(own.function, sets, 2)
     first()
     count = gpu_clock.rounds(first(), sets, 0.5 if quick else 20.0)
@@ -117,16 +120,24 @@ def _about(sets: Sets) -> dict[str, Any]:
     return {name: value for name, value in sets.about.items() if name != "l2"}
 
 
-def row_gather_kernel(quick: bool) -> dict[str, Any]:
-    """The gather rate of the convolution's own access: a 1x1 block-sparse convolution so thin that its gathers decide.
+KERNELS = {
+    "row gather, kernels": "bytes of gathered rows, forward, in the block-sparse kernels",
+    "float32 sums, kernels": "bytes of float32 sums into rows in memory, input gradient by scatter, in the Triton kernels",
+}
 
-    One group keeps all channels and gives 16 filters: each row is read once and multiplied 16 times; all rows of the image tile lie in L2.
+
+def measure_kernel(name: str, quick: bool) -> dict[str, Any]:
+    """A rate of the convolution's own accesses: a 1x1 block-sparse convolution so thin that they decide.
+
+    A group keeps half of the channels and gives 16 filters, so that a row is read or added once for 16 multiplications; its operands lie
+    in L2.
 
     Args:
+      name: of `KERNELS`.
       quick: XLA's implementation on a tiny shape.
 
     Returns:
-      Bytes of gathered rows per second, by implementation.
+      Bytes per second, by implementation.
 
     Reference: ours.
     """
@@ -135,25 +146,24 @@ def row_gather_kernel(quick: bool) -> dict[str, Any]:
         cin=cin, height=1, width=1, batch=images, kernel=(1, 1), cout=16 * groups, groups=groups, kept=cin // 2, kept_taps=1, group_size=16,
         dtype="bfloat16", channel_block=8,
     )  # fmt: skip
-    rates = {}
-    for name, one in implementations().items():
-        if isinstance(one, str) or one.supports(spec) or (name == "xla" and not quick):
+    adds, rates = name.startswith("float32"), {}
+    for which, one in gpu_check.implementations().items():
+        if isinstance(one, str) or one.supports(spec) or (which == "xla" and not quick) or (which == "mosaic_gpu" and adds):
             continue
 
         def forward(x, dy, values, *index, one=one):
-            return shapes.convolve(spec, one, x, values, *index, channel_block=8)
+            return one.forward(spec, x, values, *index)
+
+        scattering = gpu_check.variant(one, "scatter" if which == "triton" else "")
+
+        def input_gradient(x, dy, values, *index, one=scattering):
+            return one.input_gradient(spec, dy, values, *index)
 
         sets = gpu_clock.rotate(lambda seed: gpu_shapes.operands(spec, seed), 1)
-        milliseconds = gpu_clock.sample({name: gpu_clock.Program(forward, sets, 2 if quick else 50)}, 2 if quick else 9)[name]
-        rate = 2 * groups * spec.kept * images / (1e-3 * milliseconds["median"]) / 1e12
-        rates[name] = {"rate": float(f"{rate:.4g}"), "ms": milliseconds}
-    what = (
-        f"bytes of gathered rows by the block-sparse kernels, {groups} groups of 16 filters over a {2 * cin * images >> 20} MiB input in L2"
-    )
-    return {
-        "name": "row gather, kernels",
-        "unit": "TB/s",
-        "what": what,
-        "rates": rates,
-        "rate": max((r["rate"] for r in rates.values()), default=None),
-    }
+        programs = gpu_clock.build({which: input_gradient if adds else forward}, sets, 2 if quick else 500)
+        milliseconds = gpu_clock.sample(programs, 2 if quick else 9)[which]
+        rate = (4 if adds else 2) * groups * spec.kept * images / (1e-3 * milliseconds["median"]) / 1e12
+        rates[which] = {"rate": float(f"{rate:.4g}"), "ms": milliseconds}
+    what = f"{KERNELS[name]}: {groups} groups of 16 filters, {2 * cin * images >> 20} MiB of activations"
+    rate = max((r["rate"] for r in rates.values()), default=None)
+    return {"name": name, "unit": "TB/s", "what": what, "rates": rates, "rate": rate}

@@ -1,8 +1,8 @@
 """Times conv layers on a GPU: cuDNN through XLA in NHWC and NCHW, masked dense, and the block-sparse kernels; one pass at a time.
 
-The loops of `gpu_clock` keep operands in the layout that the compiler prefers, so no dense convolution pays for a transposition, nor for
-that of its weights. "forward + gradients" is the sum of the three medians: what the passes of the block-sparse kernels share in one program
-(the gathered dy, the lists) is counted twice there.
+The loops of `gpu_clock` keep operands in the layout that the compiler prefers, so a dense convolution transposes its activations once per
+program of hundreds of launches. "forward + gradients" is the sum of the three medians: what the passes of the block-sparse kernels share in
+one program (the gathered dy, the lists) is counted twice there.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from experiments.gpu_check import KINDS, LARGEST, LIMITS, WEIGHT_GRADIENT, reference
-from pallas_kernels import gpu_clock, gpu_shapes, shapes, tune_gpu
+from pallas_kernels import gpu_clock, gpu_shapes, gpu_tiles, shapes, tune_gpu
 from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, xla
 from pallas_kernels.gpu_journal import fingerprint
 
@@ -70,10 +70,10 @@ def tiles(name: str, spec: ConvSpec) -> dict[str, dict[str, Any]]:
     """
     if name not in ("mosaic_gpu", "triton"):
         return {}
-    which = tune_gpu.tunable(name)
+    which = gpu_tiles.tunable(name)
     if which.implementation.supports(spec) is not None:
         return {}
-    return {mode: dataclasses.asdict(which.default(spec, one)) for mode, one in zip(PASSES, tune_gpu.PASSES)}
+    return {mode: dataclasses.asdict(which.default(spec, one)) for mode, one in zip(PASSES, gpu_tiles.PASSES)}
 
 
 def passes(conv: Callable[..., jax.Array]) -> dict[str, Callable[..., jax.Array]]:
@@ -171,7 +171,7 @@ def measure_sparse(spec: ConvSpec, name: str, implementation: Implementation, ki
         return x, dy, values.astype(jnp.float32), *index  # as parameters are; the cast is in the time
 
     sets = gpu_clock.rotate(operands)
-    count = gpu_clock.rounds(tune_gpu.estimate(spec) * (10 if name in ("xla", "dense") else 1), sets)
+    count = gpu_clock.rounds(tune_gpu.estimate(spec), sets)
     programs = gpu_clock.build(passes(conv), sets, count, 1 if name in ("xla", "dense") else threads)
     check_slices(spec, kind, sets.operands[0], {which: program.output() for which, program in programs.items()})
     return {"ms": gpu_clock.sample(programs, repetitions), "tiles": tiles(name, spec), **sets.about}
@@ -241,14 +241,16 @@ def kind_of(dtype: str) -> str:
     return next(kind for kind, (own, _) in KINDS.items() if own == dtype)
 
 
-def rows(about: dict[str, Any], dense: dict[str, Any], sparse: dict[str, dict[str, Any]], picked: str) -> list[dict[str, Any]]:
+def rows(about: dict[str, Any], dense: dict[str, Any], sparse: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """The report's rows of one layer and sparsity, in the CPU report's form: the three passes, and their sum.
+
+    "chosen" is the kernel with the least sum of the passes, as long as nothing picks the GPU kernels. "runs" is what should run the pass:
+    the fastest kernel, or dense where that is faster still (without the transpositions that it may take in a network).
 
     Args:
       about: goes into each row.
       dense: of `measure_dense`.
       sparse: name -> what `measure_sparse` found.
-      picked: what `implementation=None` runs.
 
     Returns:
       Rows; none where nothing block-sparse was timed.
@@ -260,13 +262,15 @@ def rows(about: dict[str, Any], dense: dict[str, Any], sparse: dict[str, dict[st
         return []
     every = {**dense["ms"], **timed}
     every = {name: by_pass | {TOGETHER: _sum(by_pass)} for name, by_pass in every.items()}
-    every[CHOSEN] = every[picked] if picked in every else every[min(timed, key=lambda name: every[name][TOGETHER]["median"])]
+    chosen = min(timed, key=lambda name: every[name][TOGETHER]["median"])
+    every[CHOSEN] = every[chosen]
     found = []
     for mode in (*PASSES, TOGETHER):
         ms = {name: by_pass[mode] for name, by_pass in every.items()}
         median = {name: times["median"] for name, times in ms.items()}
         best, best_dense = min(timed, key=median.__getitem__), min(DENSE, key=median.__getitem__)
         row = {"mode": mode, "ms": ms, "best": best, "best_dense": best_dense, "regret": round(median[CHOSEN] / median[best] - 1, 3)}
+        row |= {"chosen": chosen, "runs": best if median[best] < median[best_dense] else "dense"}
         row |= {
             "speed_up_over_dense": round(median[best_dense] / median[CHOSEN], 3),
             "speed_up_over_masked": round(median[MASKED] / median[CHOSEN], 3),

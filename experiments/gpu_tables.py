@@ -5,6 +5,7 @@ from typing import Any
 from experiments.tables import markdown
 
 MODES = ("forward", "forward + gradients")
+PASSES = ("forward", "input gradient", "weight gradient")
 
 
 def kernels(report: dict[str, Any]) -> str:
@@ -33,7 +34,7 @@ def kernels(report: dict[str, Any]) -> str:
     found = {(row["layer"], row["mode"]): row for row in report["rows"] if row["sparsity"] == shown}
     lines = []
     for layer in dict.fromkeys(layer for layer, _ in found):
-        cells = [layer, f"{found[layer, MODES[0]]['density']:.1%}", found[layer, MODES[0]]["picked"]["implementation"]]
+        cells = [layer, f"{found[layer, MODES[0]]['density']:.1%}", found[layer, MODES[0]]["chosen"]]
         for mode in MODES:
             row = found[layer, mode]
             us = {name: 1e3 * times["median"] for name, times in row["ms"].items()}
@@ -42,6 +43,14 @@ def kernels(report: dict[str, Any]) -> str:
         lines.append(cells)
     columns = [f"{mode}: {what}, us" for mode in MODES for what in ("dense", "masked", "block-sparse")]
     parts.append(markdown([f"layer at {shown:.0%}", "density", "runs", *columns], lines, left=1))
+    lines = []
+    for layer in dict.fromkeys(layer for layer, _ in found):
+        cells = [layer]
+        for row in (found[layer, mode] for mode in PASSES):
+            gain = row["ms"][row["best_dense"]]["median"] / row["ms"][row["best"]]["median"]
+            cells.append(f"{row['runs']} ({gain:.2f}x)")
+        lines.append(cells)
+    parts.append(markdown([f"layer at {shown:.0%}: dense or kernel (the fastest kernel against dense)", *PASSES], lines, left=1))
     note = "" if report["complete"] else "Not all was measured yet.\n"
     failed = "".join(f"Failed: {what}: {error.splitlines()[0][:160]}\n" for what, error in report["failed"].items())
     return "\n".join(parts) + (f"\n{note}{failed}" if note or failed else "")
@@ -58,16 +67,18 @@ def training(report: dict[str, Any]) -> str:
 
     Reference: ours.
     """
-    found = {(r["model"], r["batch_size"], r["sparsity"], r["execution"]): r for r in report["rows"]}
+    found = {(r["model"], r["batch_size"], r["sparsity"], r["execution"], r["implementation"]): r for r in report["rows"]}
+    kinds = [("masked", ""), *dict.fromkeys(key[3:] for key in sorted(found) if key[4])]
     lines = []
     for model, batch, sparsity in dict.fromkeys(key[:3] for key in found if key[3] != "dense"):
-        dense = found.get((model, batch, 0.0, "dense"))
+        dense = found.get((model, batch, 0.0, "dense", ""))
         cells = [model, str(batch), f"{sparsity:.0%}", f"{dense['step_ms_median']:.2f}" if dense else "-"]
-        for execution in ("masked", "sparse", "packed"):
-            row = found.get((model, batch, sparsity, execution))
+        for kind in kinds:
+            row = found.get((model, batch, sparsity, *kind))
             up = f" ({row['speed_up_over_dense']:.2f}x)" if row and row["speed_up_over_dense"] else ""
-            cells.append(f"{row['step_ms_median']:.2f}{up}" if row else "-")
+            others = [f"{n} {name}" for name, n in row.get("layers", {}).items() if name != kind[1]] if row else []
+            cells.append(f"{row['step_ms_median']:.2f}{up}{'; layers: ' * bool(others)}{', '.join(others)}" if row else "-")
         lines.append(cells)
-    columns = ["network", "batch", "sparsity", "dense NHWC, ms", "masked, ms", "sparse, ms", "packed, ms"]
+    columns = ["network", "batch", "sparsity", "dense NHWC, ms", *(f"{' '.join(kind).strip()}, ms" for kind in kinds)]
     failed = "".join(f"Failed: {what}: {error.splitlines()[0][:160]}\n" for what, error in report["failed"].items())
     return markdown(columns, lines, left=3) + (f"\n{failed}" if failed else "")

@@ -1,7 +1,9 @@
 """The GPU part of bench_training: whole steps, dense NHWC beside masked, sparse and packed, each a resumable unit.
 
-Steps are dispatched ahead as in training, with one wait behind many. The first step's loss must be that of the masked execution before
-anything is timed. `--minutes 9` stops in time with exit status 75, and the same command goes on; `--quick` is a dry run on any device.
+The sparse and packed steps run once for each implementation, in each layer that it serves; the others go to triton, then to dense, and the
+row says so. Before anything is timed, each convolution of the step must agree with float64, and the first step as a whole with the masked
+one. Steps are dispatched ahead as in training, with one wait behind many. `--minutes 9` stops in time with exit status 75, and the same
+command goes on; `--quick` is a dry run on any device.
 """
 
 import dataclasses
@@ -11,6 +13,8 @@ import json
 import os
 import sys
 import time
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,18 +22,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import gpu_layers, gpu_tables
+from experiments import gpu_check, gpu_layers, gpu_steps, gpu_tables
 from experiments.config import TrainConfig, resolve
 from experiments.environment import commit, device, versions
 from experiments.loop import Trainer, stepper
 from experiments.methods import Length
 from experiments.timing import median_iqr
-from pallas_kernels import gpu_clock
+from pallas_kernels import gpu_clock, gpu_shapes
 from pallas_kernels.gpu_journal import LOST, STOPPED, DeviceLost, Journal, TimeUp, fingerprint
 
 RESULTS = Path(__file__).parent / "results"
 STEP = 1  # its number: no mask update falls on it
-AGREE = {"float32": 1e-3, "bfloat16": 2e-2}
+RESERVE, LAYER = 90, 60  # seconds: that must be left for a unit; after which the check of a layer hangs
 BURST = 300.0  # milliseconds of steps behind which one wait stands
 
 
@@ -72,7 +76,7 @@ class GpuTrainingConfig:
       device: gpu.
       models: a part of the networks' names; empty is all.
       precision: bfloat16 or float32.
-      implementation: of the block-sparse conv; None picks.
+      implementations: of the block-sparse conv, the most wanted first.
       group_size: filters in a group.
       channel_block: runs of channels.
       repetitions: bursts of steps.
@@ -85,7 +89,7 @@ class GpuTrainingConfig:
     device: Literal["gpu"] = "gpu"
     models: str = ""
     precision: str = "bfloat16"
-    implementation: str | None = None
+    implementations: tuple[str, ...] = ("mosaic_gpu", "triton")
     group_size: int = 64
     channel_block: int = 16
     repetitions: int = 7
@@ -111,19 +115,18 @@ def main(config: GpuTrainingConfig) -> dict[str, Any]:
     """
     gpu_clock.require_gpu(config.quick)
     if config.quick:
-        config = dataclasses.replace(config, repetitions=2, group_size=8, channel_block=1)
+        config = dataclasses.replace(config, repetitions=2, group_size=8, channel_block=1, implementations=("xla",))
     networks = [network for network in (QUICK if config.quick else NETWORKS) if config.models in network.model]
     if not networks:
         raise ValueError(f"models: no network's name contains {config.models!r}; e.g. {NETWORKS[0].model!r}")
-    journal, complete, units = Journal(config.journal, config.minutes, unit_seconds=480), False, {}
-    for network in networks:
-        names = [("dense", 0.0), *((e, s) for s in network.sparsities for e in ("masked", "sparse", "packed"))]
-        units |= {(network, execution, sparsity): _key(config, network, execution, sparsity) for execution, sparsity in names}
+    journal, complete = Journal(config.journal, config.minutes, unit_seconds=480), False
+    units = {unit: _key(config, unit) for unit in _units(config, networks)}
     try:
-        for (network, execution, sparsity), key in units.items():
-            masked = journal.result(units.get((network, "masked", sparsity), "")) if execution in ("sparse", "packed") else None
-            wanted = masked["loss"] if masked else None
-            journal.run(key, functools.partial(measure_steps, config, network, execution, sparsity, wanted))
+        for unit, key in units.items():
+            masked = journal.result(units.get(dataclasses.replace(unit, execution="masked", implementation=""), ""))
+            measure = functools.partial(measure_steps, config, unit, masked and masked["sketch"], journal)
+            group = f"{unit.implementation} {gpu_layers.sources(unit.implementation)}" if unit.implementation else ""
+            journal.run(key, measure, reserve=0 if config.quick else RESERVE, group=group)
             jax.clear_caches(), gc.collect()
         complete = True
     except TimeUp as unit:
@@ -139,48 +142,102 @@ def main(config: GpuTrainingConfig) -> dict[str, Any]:
     return report
 
 
-def _key(config: GpuTrainingConfig, network: Network, execution: str, sparsity: float) -> str:
-    """Dense and masked steps hold for any kernels, the others for these."""
-    root = Path(__file__).parents[1]
-    models = fingerprint([Path(__file__).parent / "loop.py", *(Path(__file__).parent / "models").glob("*.py")])
-    kernels = fingerprint([*(root / "pallas_kernels" / "block_sparse_conv").glob("*"), *(root / "blocksparse_jax").rglob("*.py")])
-    own = f"{models} {kernels} {config.implementation}" if execution in ("sparse", "packed") else models
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """One timed step: a network in an execution, the sparse and packed ones in an implementation."""
+
+    network: Network
+    execution: str
+    sparsity: float = 0.0
+    implementation: str = ""
+
+
+def _units(config: GpuTrainingConfig, networks: list[Network]) -> list[Unit]:
+    """First the packed step in the most wanted implementation with what it is compared to, of all networks; then the rest."""
+    present = {name for name, one in gpu_check.implementations().items() if not isinstance(one, str)}
+    names = [name for name in config.implementations if name in present]
+    first, rest = [], []
+    for network in networks:
+        first.append(Unit(network, "dense"))
+        for sparsity in network.sparsities:
+            own = [Unit(network, execution, sparsity, name) for execution in ("packed", "sparse") for name in names]
+            first += [Unit(network, "masked", sparsity), *own[:1]]
+            rest += own[1:]
+    return first + rest
+
+
+def _key(config: GpuTrainingConfig, unit: Unit) -> str:
+    """Dense and masked steps hold for any kernels; the others for these, in the tiles of the network's layers that the benchmark times."""
+    network, root = unit.network, Path(__file__).parents[1]
+    own = fingerprint([Path(__file__).parent / "loop.py", *(Path(__file__).parent / "models").glob("*.py")])
+    if unit.implementation:
+        block = {"group_size": config.group_size, "channel_block": config.channel_block}
+        cases = [] if config.quick else [case for case in gpu_shapes.cases(network.model) if case.batch == network.batch_size]
+        specs = [gpu_shapes.case_spec(case, sparsity=unit.sparsity, dtype=config.precision, **block) for case in cases]
+        names = dict.fromkeys((unit.implementation, "triton"))
+        tiles = zlib.crc32(str([gpu_layers.tiles(name, spec) for spec in specs for name in names]).encode())
+        own += f" {fingerprint((root / 'blocksparse_jax').rglob('*.py'))} {unit.implementation}"
+        own += f" {' '.join(gpu_layers.sources(name) for name in names)} {tiles:08x}"
     size = f"{network.width:g} n{network.batch_size} {network.image_size} {config.precision} g{config.group_size} b{config.channel_block}"
-    return f"step {gpu_clock.gpu()} jax {jax.__version__} {network.model} {size} {execution} {sparsity:g} {own}"
+    return f"step {gpu_clock.gpu()} jax {jax.__version__} {network.model} {size} {unit.execution} {unit.sparsity:g} {own}"
 
 
-def measure_steps(config: GpuTrainingConfig, network: Network, execution: str, sparsity: float, wanted: float | None) -> dict[str, Any]:
+def measure_steps(config: GpuTrainingConfig, unit: Unit, wanted: dict[str, list[float]] | None, journal: Journal) -> dict[str, Any]:
     """Times the training step of one execution.
 
     Args:
       config: precision and repetitions.
-      network: which.
-      execution: dense, masked, sparse or packed.
-      sparsity: of HRBP.
-      wanted: the loss of the first step in the masked execution.
+      unit: which.
+      wanted: the sketch of the first step in the masked execution.
+      journal: of the checks of the layers, units inside of this one.
 
     Returns:
-      The first loss, milliseconds of a step (median, interquartile range), and how many steps stand before one wait.
+      The first loss, milliseconds of a step (median, interquartile range), how many steps stand before one wait, and for sparse and packed
+      who served how many layers and how near the first step is to the masked one; for masked that step's sketch.
 
     Raises:
-      AssertionError: the first loss is another.
+      AssertionError: a layer is wrong, or the first step another.
 
     Reference: ours.
     """
+    if not unit.implementation:
+        return _measure(config, unit, None, lambda own: {"sketch": own})
+    served = gpu_steps.Fallback(unit.implementation)
+
+    def compare(own: dict[str, list[float]]) -> dict[str, Any]:
+        for spec, record in served.specs.items():
+            if record.name != "dense":
+                key = f"layer {gpu_clock.gpu()} jax {jax.__version__} {record.name} {gpu_layers.sources(record.name, spec)} {spec}"
+                if not journal.run(key, functools.partial(gpu_steps.check_layer, spec, record), limit=LAYER):
+                    raise AssertionError(f"{unit.execution}, {unit.implementation}: {journal.error(key)}")
+        return {"cosine": gpu_steps.agree(f"{unit.execution}, {unit.implementation}", own, wanted, config.precision)}
+
+    with served.registered() as name:
+        found = _measure(config, unit, name, compare)
+    return found | {"layers": served.layers(), "refused": served.refused}
+
+
+def _measure(config: GpuTrainingConfig, unit: Unit, implementation: str | None, compare: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    network, execution = unit.network, unit.execution
     classes, size = (1000 if network.dataset == "imagenet2012" else 10), network.image_size
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.normal(size=(network.batch_size, size, size, 3)), jnp.float32)
     labels = jnp.asarray(rng.integers(0, classes, network.batch_size), jnp.int32)
     dense = execution == "dense"
     train = TrainConfig(
-        dataset=network.dataset, model=network.model, method="dense" if dense else "hrbp", sparsity=sparsity,
+        dataset=network.dataset, model=network.model, method="dense" if dense else "hrbp", sparsity=unit.sparsity,
         execution="masked" if dense else execution, precision=config.precision, width=network.width, batch_size=network.batch_size,
-        implementation=config.implementation, group_size=config.group_size, channel_block=config.channel_block,
+        implementation=implementation, group_size=config.group_size, channel_block=config.channel_block,
     )  # fmt: skip
     trainer = Trainer(resolve(train), images.shape[1:], classes, Length(steps_per_epoch=390, total=390 * 160), "NHWC")
-    step = stepper(trainer, trainer.init(), STEP, images, labels)
-    loss = float(step()[1].loss)
-    agree(execution, loss, wanted, config.precision)
+    state = trainer.init()
+    step = stepper(trainer, state, STEP, images, labels)
+    after, metrics = step()
+    found: dict[str, Any] = {"loss": float(metrics.loss)}
+    if not dense:
+        own = gpu_steps.sketch(trainer.to("masked", state).params, trainer.to("masked", after).params, trainer.masks(state))
+        found |= compare(own)
+    del state, after
 
     def burst(steps: int) -> float:
         start = time.perf_counter()
@@ -192,38 +249,20 @@ def measure_steps(config: GpuTrainingConfig, network: Network, execution: str, s
     burst(2)
     steps = 2 if config.quick else int(min(100, max(3, BURST / burst(3))))
     median, iqr = median_iqr([burst(steps) for _ in range(config.repetitions)])
-    return {"loss": loss, "step_ms_median": median, "step_ms_iqr": iqr, "steps": steps, "repetitions": config.repetitions}
+    return found | {"step_ms_median": median, "step_ms_iqr": iqr, "steps": steps, "repetitions": config.repetitions}
 
 
-def agree(execution: str, loss: float, wanted: float | None, precision: str) -> None:
-    """Compares the loss of the first step with the masked execution's.
-
-    Args:
-      execution: sparse or packed.
-      loss: its loss.
-      wanted: the masked execution's; None where it was not measured or has no counterpart.
-      precision: of the activations.
-
-    Raises:
-      AssertionError: they differ.
-
-    Reference: ours.
-    """
-    if wanted is not None and not abs(loss - wanted) <= AGREE[precision] * abs(wanted):
-        raise AssertionError(f"{execution}: the first step's loss is {loss}, that of the masked execution {wanted}; nothing was timed")
-
-
-def _report(config: GpuTrainingConfig, journal: Journal, units: dict[tuple[Network, str, float], str], complete: bool) -> dict[str, Any]:
+def _report(config: GpuTrainingConfig, journal: Journal, units: dict[Unit, str], complete: bool) -> dict[str, Any]:
     rows = []
-    for (network, execution, sparsity), key in units.items():
+    for unit, key in units.items():
         if not (found := journal.result(key)):
             continue
-        dense = journal.result(units[network, "dense", 0.0])
+        dense = journal.result(units[Unit(unit.network, "dense")])
         up = round(dense["step_ms_median"] / found["step_ms_median"], 3) if dense else None
-        about = {name: value for name, value in dataclasses.asdict(network).items() if name != "sparsities"}
-        about |= {"sparsity": sparsity, "execution": execution, "precision": config.precision}
-        data_format = "NHWC" if execution in ("dense", "masked") else "CHWN"
-        rows.append(about | {"data_format": data_format} | found | {"speed_up_over_dense": up})
+        about = {name: value for name, value in dataclasses.asdict(unit.network).items() if name != "sparsities"}
+        about |= {"sparsity": unit.sparsity, "execution": unit.execution, "implementation": unit.implementation}
+        about |= {"precision": config.precision, "data_format": "CHWN" if unit.implementation else "NHWC", "speed_up_over_dense": up}
+        rows.append(about | {name: value for name, value in found.items() if name != "sketch"})
     told = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("journal", "out")}
     return {
         "rows": rows, "device": device(), "versions": versions(), "commit": commit() or os.environ.get("COMMIT"), "config": told,

@@ -56,11 +56,13 @@ class Method:
     Attributes:
       build: (config, length, params) -> Recipe.
       has_layout: its masks fit a `BlockLayout`, so that the sparse and packed executions can run it.
+      budgets: the budgets that it takes, its own default first.
       sparsity: config -> the sparsity that the method itself fixes; None where `--sparsity` sets it.
     """
 
     build: Callable[["TrainConfig", Length, Any], Recipe]
     has_layout: bool = False
+    budgets: tuple[str, ...] = ("uniform",)
     sparsity: Callable[["TrainConfig"], float] | None = None
 
 
@@ -145,7 +147,14 @@ def _ste(config: "TrainConfig", length: Length, params: Any) -> Recipe:
 
 def _rigl(config: "TrainConfig", length: Length, params: Any) -> Recipe:
     every, until = _every(config, length), max(1, int(0.75 * length.total))
-    transform = bsj.rigl(config.sparsity, update_every=every, until=until, drop_fraction=config.drop_fraction, key=_key(config))
+    transform = bsj.rigl(
+        config.sparsity,
+        update_every=every,
+        until=until,
+        drop_fraction=config.drop_fraction,
+        budget=config.budget,
+        key=_key(config),
+    )
     return Recipe(transform, changes=periodic(every, until=until))
 
 
@@ -166,15 +175,15 @@ def _random_channel(config: "TrainConfig", length: Length, params: Any) -> Recip
 
 METHODS: dict[str, Method] = {
     "dense": Method(_dense, sparsity=lambda config: 0.0),
-    "hrbp": Method(_hrbp, has_layout=True),
-    "hrbp-dynamic": Method(_hrbp_dynamic, has_layout=True),
+    "hrbp": Method(_hrbp, has_layout=True, budgets=("uniform", "erk", "er")),
+    "hrbp-dynamic": Method(_hrbp_dynamic, has_layout=True, budgets=("uniform", "erk", "er")),
     "subp": Method(_subp, has_layout=True),
     "sr-ste": Method(_sr_ste, sparsity=_n_of_m),
     "ste": Method(_ste, sparsity=_n_of_m),
-    "rigl": Method(_rigl),
-    "random": Method(_random),
+    "rigl": Method(_rigl, budgets=("erk", "uniform", "er")),
+    "random": Method(_random, budgets=("uniform", "erk", "er")),
     "random-channel": Method(_random_channel, has_layout=True),
-    "gradual": Method(_gradual),
+    "gradual": Method(_gradual, budgets=("uniform", "erk", "er")),
 }
 
 

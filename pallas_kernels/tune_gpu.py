@@ -2,13 +2,13 @@
 
 Layer by layer and pass by pass; resumable: each timed pass is a line in the journal, `--minutes 9` stops in time, the same command goes on,
 and the tables are written at every end from all lines. A tile must give what the default tile gives (which the benchmark's check compares
-with float64); one that does not, or does not compile, is named in the journal and left out.
+with float64); one that does not, or does not compile, is named in the journal and left out. The first run of each tile is a unit of its
+own: one that hangs or loses the device is left out when the pass is tuned again.
 """
 
 import concurrent.futures
 import dataclasses
 import functools
-import importlib
 import json
 import os
 import sys
@@ -20,13 +20,16 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import gpu_clock, gpu_shapes, measure
-from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, tiles, xla
-from pallas_kernels.gpu_journal import STOPPED, Journal, TimeUp, fingerprint
+from pallas_kernels.block_sparse_conv import ConvSpec, Implementation
+from pallas_kernels.block_sparse_conv.gpu_name import table
+from pallas_kernels.gpu_journal import STOPPED, Journal, TimeUp
+from pallas_kernels.gpu_tiles import FOLDER, PASSES, Tunable, few, tunable
 
-FOLDER = Path(xla.__file__).parent
-PASSES = ("forward", "input_gradient", "weight_gradient")
 AGREE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-3}  # relative to the norm; float32 may be tf32
 GAIN = 0.98  # another tile than the default must take less than this share of its time
+FIRST, RESERVE = 30, 20  # seconds: of a tile's first run before it hangs; what must be left for a pass
+MILLISECONDS = 10.0  # of a timed program, or longer
+BYTES, FLOPS, LAUNCH = 4.3e12, 7.9e14, 2e-3  # what an H200 does in a second at most, and the least milliseconds of a launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,103 +67,15 @@ class Config:
     quick: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Tunable:
-    """An implementation that has tiles.
-
-    Attributes:
-      name: of the implementation.
-      entries: the table's key in its JSON file.
-      implementation: the record.
-      candidates: (spec, pass) -> tiles, dataclasses; the default need not be among them.
-      default: (spec, pass) -> the tile that the rule gives.
-      build: (pass, tile) -> a record that runs the pass in this tile.
-      key: (spec, pass) -> what the table calls it.
-    """
-
-    name: str
-    entries: str
-    implementation: Implementation
-    candidates: Callable[[ConvSpec, str], list[Any]]
-    default: Callable[[ConvSpec, str], Any]
-    build: Callable[[str, Any], Implementation]
-    key: Callable[[ConvSpec, str], str]
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the sources of its kernels."""
-        return fingerprint(FOLDER.glob(f"{self.name}*.py"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Formulation:
-    """The dry run's tile: a formulation of the XLA path."""
-
-    name: str
-
-
-def tunable(name: str) -> Tunable:
-    """An implementation's tiles.
-
-    Args:
-      name: mosaic_gpu, triton, or for dry runs xla.
-
-    Returns:
-      How to list, build and name them.
-
-    Raises:
-      ValueError: it has no tiles.
-
-    Example:
-      >>> tunable("xla").entries
-      'tiles'
-
-    Reference: ours.
-    """
-    if name == "xla":
-        every = xla.FORMULATIONS
-        return Tunable(
-            name, "tiles", xla.IMPLEMENTATION,
-            lambda spec, _: [Formulation(other) for other in ("rows", "rows_batched", "taps") if every[other].supports(spec) is None],
-            lambda spec, _: Formulation(tiles.choose(spec)),
-            lambda _, tile: every[tile.name],
-            lambda spec, pass_name: f"{pass_name} {spec.in_shape} {spec.packed_shape}",
-        )  # fmt: skip
-    if name not in ("mosaic_gpu", "triton"):
-        raise ValueError(f"implementations: expected mosaic_gpu or triton, those that have tiles, got {name!r}")
-    package = "pallas_kernels.block_sparse_conv"
-    module, own = (importlib.import_module(f"{package}.{part}") for part in (name, f"{name}_tiles"))
-    if name == "mosaic_gpu":
-        build = lambda pass_name, tile: module.implementation(tiles={pass_name: tile})  # noqa: E731
-        return Tunable(name, "entries", module.IMPLEMENTATION, own.candidate_tiles, own.choose_tile, build, own.key)
-
-    def with_tile(pass_name: str, tile: Any) -> Implementation:
-        run = functools.partial(getattr(module.IMPLEMENTATION, pass_name), tile=tile)
-        return dataclasses.replace(module.IMPLEMENTATION, **{pass_name: run})
-
-    candidates, default = (functools.partial(f, capability=capability()) for f in (own.candidate_tiles, own.choose_tile))
-    return Tunable(name, "tiles", module.IMPLEMENTATION, candidates, default, with_tile, own.key)
-
-
-def capability() -> int:
-    """The GPU's compute capability times ten.
-
-    Returns:
-      90 for Hopper, and where there is no GPU.
-
-    Reference: ours.
-    """
-    return int(str(getattr(jax.devices()[0], "compute_capability", "9.0")).replace(".", ""))
-
-
-def measure_pass(which: Tunable, spec: ConvSpec, pass_name: str, config: Config) -> dict[str, Any]:
-    """Times every tile of one pass.
+def measure_pass(which: Tunable, spec: ConvSpec, pass_name: str, config: Config, first_run: Callable[..., Any]) -> dict[str, Any]:
+    """Times some tiles of one pass.
 
     Args:
       which: the implementation.
       spec: the static sizes.
       pass_name: one of `PASSES`.
       config: threads and repetitions.
+      first_run: `(tile's name, function) -> the function's result`, or the text of its error, now or in an earlier process.
 
     Returns:
       The table's key, the best tile, and for each tile milliseconds or an error.
@@ -170,32 +85,34 @@ def measure_pass(which: Tunable, spec: ConvSpec, pass_name: str, config: Config)
 
     Reference: ours.
     """
-    default = which.default(spec, pass_name)
-    candidates = list(dict.fromkeys([default, *which.candidates(spec, pass_name)]))
+    candidates = few(which, spec, pass_name)
+    default = candidates[0]
     sets = gpu_clock.rotate(functools.partial(_pass_operands, spec, pass_name))
-    count = gpu_clock.rounds(estimate(spec), sets, 2.0)
+    count = gpu_clock.rounds(estimate(spec), sets, MILLISECONDS if gpu_clock.gpu() else None)
 
     def prepare(tile: Any) -> gpu_clock.Program | str:
         try:
             return gpu_clock.Program(_pass_function(which.build(pass_name, tile), spec, pass_name), sets, count)
         except Exception as error:
-            if tile == default:
-                raise RuntimeError(f"the default tile does not compile: {error}") from error
             return f"{type(error).__name__}: {error}"[:300]
+
+    def differs(program: gpu_clock.Program) -> float:
+        return float(jnp.linalg.norm((program.output() - wanted).ravel()) / jnp.linalg.norm(wanted.ravel()))
 
     with concurrent.futures.ThreadPoolExecutor(max(1, config.threads)) as pool:
         made = dict(zip(candidates, pool.map(prepare, candidates)))
+    if isinstance(made[default], str):
+        raise RuntimeError(f"the default tile does not compile: {made[default]}")
     wanted = made[default].output().astype(jnp.float32)
     found, errors = {}, {}
     for tile, program in made.items():
-        if isinstance(program, str):
-            errors[tile] = program
-            continue
-        error = float(jnp.linalg.norm((program.output() - wanted).ravel()) / jnp.linalg.norm(wanted.ravel()))
-        if error <= AGREE[spec.dtype]:
+        error = program if isinstance(program, str) else first_run(str(tile), functools.partial(differs, program))
+        if isinstance(error, float) and error <= AGREE[spec.dtype]:
             found[tile] = program
         else:
-            errors[tile] = f"differs from the default tile by {error:.1e}"
+            errors[tile] = f"differs from the default tile by {error:.1e}" if isinstance(error, float) else error
+    if default not in found:
+        raise RuntimeError(f"the default tile does not run: {errors[default]}")
     times = gpu_clock.sample({str(tile): call for tile, call in found.items()}, config.repetitions)
     median = {tile: times[str(tile)]["median"] for tile in found}
     best = min(median, key=median.__getitem__)
@@ -210,7 +127,7 @@ def measure_pass(which: Tunable, spec: ConvSpec, pass_name: str, config: Config)
 
 
 def estimate(spec: ConvSpec) -> float:
-    """A guess at the milliseconds of a pass, just to size the timed loops.
+    """The least milliseconds that a pass can take, to size the timed loops; dense or sparse, the loops last alike.
 
     Args:
       spec: the static sizes.
@@ -223,7 +140,7 @@ def estimate(spec: ConvSpec) -> float:
     size = 4 if spec.dtype == "float32" else 2
     activations = sum(a * b * c * d for a, b, c, d in (spec.in_shape, spec.out_shape))
     work = 2 * spec.density * spec.kernel[0] * spec.kernel[1] * spec.cin * spec.cout * spec.out_height * spec.out_width * spec.batch
-    return 1e3 * (2 * size * activations / 3e12 + work / 2e14) + 0.01
+    return max(1e3 * size * activations / BYTES, 1e3 * work / FLOPS, LAUNCH)
 
 
 def _pass_operands(spec: ConvSpec, pass_name: str, seed: int) -> tuple[jax.Array, ...]:
@@ -266,9 +183,17 @@ def main(config: Config) -> bool:
                 for pass_name in PASSES:
                     key = f"tune {gpu_clock.gpu()} {one.name} {one.fingerprint} {one.key(spec, pass_name)} {spec.dtype}"
                     units.setdefault(key, (one, spec, pass_name))
+
+    def first_run(key: str, group: str, tile: str, function: Callable[[], float]) -> Any:
+        """Of a tile: a unit inside of the pass."""
+        result = journal.run(f"first {key} {tile}", function, limit=FIRST, group=f"{group} {tile}")
+        return journal.error(f"first {key} {tile}") or result
+
     try:
         for i, (key, (one, spec, pass_name)) in enumerate(units.items(), 1):
-            if found := journal.run(key, functools.partial(measure_pass, one, spec, pass_name, config)):
+            group = f"{one.name} {one.fingerprint}"
+            run = functools.partial(measure_pass, one, spec, pass_name, config, functools.partial(first_run, key, group))
+            if found := journal.run(key, run, reserve=0 if config.quick else RESERVE, group=group):
                 gain = found["default_milliseconds"] / found["milliseconds"]
                 print(f"[{i}/{len(units)}] {key}: {1e3 * found['milliseconds']:.1f} us, {gain:.2f}x the default", flush=True)
             jax.clear_caches()
@@ -297,7 +222,7 @@ def write_table(which: Tunable, found: list[dict[str, Any]], config: Config) -> 
     """
     if not found or (config.quick and config.folder == FOLDER):
         return None
-    path = config.folder / f"tuned_{which.name}_{gpu_clock.gpu() or 'none'}.json"
+    path = config.folder / table(which.name, gpu_clock.gpu()).name
     old = json.loads(path.read_text()) if path.exists() else {}
     best = old.get(which.entries, {}) | {result["key"]: result["best"] for result in found}
     times = old.get("milliseconds", {}) | {result["key"]: [result["milliseconds"], result["default_milliseconds"]] for result in found}

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from described_gpu import pytest_terminal_summary  # noqa: F401  what the compiler made of each GPU kernel, at the end of the log
 
 # What one test (or one xdist worker) has compiled, the others need not compile again.
 _RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))

@@ -51,6 +51,25 @@ BAD_METHODS = {
     "tau: expected a number above 0": lambda: bsj.subp(0.5, tau=0.0, start=0, end=1),
     "alpha: expected a number of at least 0, got -1": lambda: bsj.subp(0.5, alpha=-1, start=0, end=1),
     "decay: expected a number of at least 0, got nan": lambda: bsj.subp(0.5, decay=float("nan"), start=0, end=1),
+    "until: expected a step, an integer of at least 0, got 'x'": lambda: bsj.rigl(0.5, until="x"),
+    "until: expected a step, an integer of at least 0, got nan": lambda: bsj.rigl(0.5, until=float("nan")),
+    "start: expected a step, an integer of at least 0, got -5": lambda: bsj.rigl(0.5, start=-5, until=10),
+    "start: expected a step, an integer of at least 0, got 'a'": lambda: bsj.subp(0.5, start="a", end=9),
+    "start: expected a step, an integer of at least 0, got 0.5": lambda: bsj.subp(0.5, start=0.5, end=3.2),
+    "end: expected a step, an integer of at least 0, got 3.2": lambda: bsj.subp(0.5, start=0, end=3.2),
+    "end: expected a step after start=7, got 7": lambda: bsj.subp(0.5, start=7, end=7),
+    "start: expected a step, an integer of at least 0, got None": lambda: bsj.gradual_magnitude(0.5, start=None, end=9),
+    "end: expected a step, an integer of at least 0, got True": lambda: bsj.gradual_magnitude(0.5, start=0, end=True),
+    "start: expected a step, an integer of at least 0, got -1": lambda: bsj.periodic(2, start=-1),
+    "until: expected a step after start=4, got 4": lambda: bsj.periodic(2, start=4, until=4),
+    "until: expected a step, an integer of at least 0, got inf": lambda: bsj.periodic(2, until=float("inf")),
+    "until: expected a step, an integer of at least 0 (static: inject_hyperparams(..., static_args=": lambda: optax.inject_hyperparams(
+        bsj.rigl, static_args=("sparsity", "update_every", "start", "drop_fraction")
+    )(sparsity=0.5, until=9).init({"w": KERNEL}),
+    "inner: expected an optax transformation such as optax.chain(rigl(...), optax.sgd(0.1)), got 3": lambda: bsj.keep_zeros(3),
+    "inner: expected an optax transformation such as optax.chain(rigl(...), optax.sgd(0.1)), got <function": lambda: bsj.keep_zeros(
+        optax.sgd
+    ),
     "power: expected a number above 0, got 0": lambda: bsj.gradual_magnitude(0.5, start=0, end=5, power=0),
     "sparsity: expected a number in [0.0, 1.0), got '0.9'": lambda: bsj.hrbp_prune("0.9"),
     "sparsity: expected a number in [0.0, 1.0), got False": lambda: bsj.hrbp_prune(False),
@@ -102,6 +121,29 @@ def test_n_of_m_names_the_layer_it_does_not_fit():
 def test_nothing_to_prune_lists_the_leaves():
     with pytest.raises(ValueError, match=r"where: no leaf of params was chosen.*bias\[8\]"):
         bsj.rigl(0.5, until=10).init({"bias": jnp.ones(8)})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda budget: bsj.hrbp_prune(0.5, budget=budget),
+        lambda budget: bsj.rigl(0.5, until=10, budget=budget),
+        lambda budget: bsj.gradual_magnitude(0.5, start=0, end=9, budget=budget),
+        lambda budget: bsj.random_masks(jax.random.key(0), {"w": KERNEL}, 0.5, budget=budget),
+    ],
+    ids=["hrbp", "rigl", "gradual", "random"],
+)
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ("erkk", "budget: expected one of 'uniform', 'erk', 'er', got 'erkk'; did you mean 'erk'"),
+        (None, "budget: expected one of 'uniform', 'erk', 'er', got None"),
+        ({"w": 1.5}, r"budget\['w'\]: expected a number in \[0.0, 1.0\), got 1.5"),
+    ],
+)
+def test_a_wrong_budget_is_named_before_the_first_use(make, budget, message):
+    with pytest.raises(ValueError, match=message):
+        make(budget)
 
 
 @pytest.mark.parametrize("budget", [{"conv9": 0.5}, "erkk"])

@@ -109,6 +109,9 @@ def test_laws_of_layouts_of_any_size(layout, dtype):
 
 
 def _reference(x, kernel, mask, strides, padding, dilation):
+    """Explicit zeros: past the kernel's reach, XLA's CPU gradient of a padded convolution reads memory that nobody wrote (jax 0.10.2)."""
+    if not isinstance(padding, str):
+        x, padding = jnp.pad(x, ((0, 0), *padding, (0, 0))), "VALID"
     return lax.conv_general_dilated(
         x, jnp.where(mask, kernel, 0), strides, padding, rhs_dilation=dilation,
         dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest",
@@ -186,20 +189,29 @@ def test_conv_and_its_gradients_equal_masked_dense(case):
         check_conv(drawing(*case[0])(jax.random.key(seed)), *case[1:], seed=seed)
 
 
+OPTIONS = {
+    "size": st.tuples(st.integers(5, 9), st.integers(5, 9)),
+    "batch": st.sampled_from([1, 2, 5]),
+    "strides": st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    "dilation": st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    "padding": st.sampled_from(["SAME", "VALID", ((0, 2), (1, 0)), ((3, 1), (0, 4))]),
+    "data_format": st.sampled_from(["NHWC", "CHWN"]),
+    "form": st.sampled_from(["dense", "packed", "full-gradient"]),
+    "dtype": st.sampled_from([jnp.float32, jnp.float32, jnp.bfloat16]),
+    "implementation": st.sampled_from([None, "xla", "dense"]),
+}
+
+
+@settings(deadline=None, max_examples=16)
+@given(layout=layouts(), **OPTIONS)
+def test_conv_over_all_the_options_equals_masked_dense(**case):
+    """Each example compiles its own convolutions; the layouts' sizes are those of the other laws, which need not compile again."""
+    check_conv(**case)
+
+
 @pytest.mark.slow
 @settings(deadline=None, max_examples=100)
-@given(
-    layout=layouts(any_sizes()),
-    size=st.tuples(st.integers(5, 9), st.integers(5, 9)),
-    batch=st.sampled_from([1, 2, 5]),
-    strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
-    padding=st.sampled_from(["SAME", "VALID", ((0, 2), (1, 0)), ((3, 1), (0, 4))]),
-    data_format=st.sampled_from(["NHWC", "CHWN"]),
-    form=st.sampled_from(["dense", "packed", "full-gradient"]),
-    dtype=st.sampled_from([jnp.float32, jnp.float32, jnp.bfloat16]),
-    implementation=st.sampled_from([None, "xla", "dense"]),
-)
+@given(layout=layouts(any_sizes()), **OPTIONS)
 def test_conv_of_any_size_equals_masked_dense(**case):
     check_conv(**case)
 

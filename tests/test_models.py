@@ -264,13 +264,28 @@ def test_moved_activations_counts_transposes_and_not_bitcasts():
     [
         ("cnn", 8, 64, 16 * 16 * 64, {"width": 0.25}),
         ("resnet20", 16, 64, 4 * 4 * 64 * 64, {"blocks": (1, 2, 1)}),
+        ("vgg19", 32, 16, 2 * 2 * 128 * 16, {"width": 0.25}),
+        ("mobilenet_v1", 32, 16, 2 * 2 * 512 * 16, {"width": 0.5}),
+        ("resnet50", 16, 16, 2 * 2 * 128 * 16, {"width": 0.25, "blocks": (1, 2, 1, 1)}),
         pytest.param("resnet20", 16, 64, 4 * 4 * 64 * 64, {}, marks=pytest.mark.slow),
+        pytest.param("resnet50", 16, 16, 2 * 2 * 128 * 16, {"width": 0.25}, marks=pytest.mark.slow),
     ],
 )
 def test_a_chwn_training_step_moves_no_activations(name, size, batch, least, options):
-    """`least` is the smallest activation between stem and pool; images and weights are smaller, and may be transposed."""
+    """`least` is the smallest activation between stem and pool; weights are smaller, and may be transposed, and so may the images."""
+    assert moved_but_images(name, size, batch, least, **options) == []
+
+
+def moved_but_images(name, size, batch, least, **options):
     moved = moved_activations(compiled_step(name, "CHWN", size, batch, **options), least)
-    assert moved == []
+    return [text for text in moved if not text.endswith(f" [3, {size}, {size}, {batch}]")]
+
+
+@pytest.mark.parametrize(("channels", "copies"), [(13, True), (14, False)])
+def test_a_stem_of_fewer_than_14_channels_is_copied(channels, copies):
+    """The limit that the docstring of the models gives."""
+    moved = moved_but_images("cnn", 8, 64, channels * 8 * 8 * 64, width=channels / 64)
+    assert any(f" [{channels}, 8, 8, 64]" in text for text in moved) == bool(moved) == copies
 
 
 def test_an_nhwc_training_step_moves_activations():

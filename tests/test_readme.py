@@ -19,16 +19,17 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_examples_run_one_after_the_other(capsys):
-    """The first screen, the loop for every method, linen, nnx."""
+    """The first screen, the loop for every method, channel orders, linen, nnx."""
     names, printed = {}, []
     for code in SNIPPETS:
         exec(compile(code, "README.md", "exec"), names)
         printed.append(capsys.readouterr().out)
-    assert len(printed) == 4
+    assert len(printed) == 5
     assert "hrbp: sparse layers keep" in printed[0]
-    for out in (printed[1], printed[3]):
+    for out in (printed[1], printed[4]):
         assert "hrbp-dynamic: sparse layers keep" in out
         assert "could grow nothing" not in out
+    assert sorted(names["orders"]["hidden"]) == list(range(64))
     assert names["logits"].shape == (8, 10)
 
 

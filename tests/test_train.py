@@ -10,8 +10,10 @@ import jax
 import numpy as np
 import pytest
 
+import blocksparse_jax as bsj
 from experiments import evaluate, plots, train
 from experiments.config import TrainConfig, resolve
+from experiments.methods import METHODS, Length
 from experiments.run_folder import RunFolder
 from experiments.train import Run, cli
 
@@ -191,6 +193,9 @@ def test_resume_after_crashes_gives_the_same_bits(tmp_path, monkeypatch):
         ("execution", "paked", "packed"),
         ("precision", "bfloat", "bfloat16"),
         ("optimizer", "sdg", "sgd"),
+        ("budget", "erkk", "erk"),
+        ("scores", "magnitud", "magnitude"),
+        ("criterion", "l11", "l1"),
     ],
 )
 def test_a_typo_names_the_nearest_option(tmp_path, capsys, flag, value, nearest):
@@ -216,6 +221,8 @@ def test_a_typo_names_the_nearest_option(tmp_path, capsys, flag, value, nearest)
         (["--method", "sr-ste", "--sparsity", "0.9"], "sparsity: sr-ste has 0.5 (--n 2 --m 4); set these two instead, got 0.9"),
         (["--method", "dense", "--sparsity", "0.9"], "sparsity: dense has 0; leave --sparsity out, got 0.9"),
         (["--stem", "imagenet"], "stem: "),
+        (["--method", "rigl", "--budget", "nonsense"], "budget: expected one of 'uniform', 'erk', 'er', got 'nonsense'"),
+        (["--method", "subp", "--budget", "erk"], "budget: subp prunes all layers alike ('uniform'); leave --budget out, got 'erk'"),
         (["--lr", "-1"], "lr: expected a number above 0, got -1.0"),
         (["--width", "0"], "width: expected a number above 0, got 0.0"),
         (["--weight-decay", "-0.1"], "weight_decay: expected a number of at least 0"),
@@ -318,3 +325,32 @@ def test_without_a_terminal_a_slow_run_says_how_far_it_is(tmp_path, capsys, monk
 def test_the_methods_that_fix_their_sparsity_store_it():
     assert [resolve(TrainConfig(method=name)).sparsity for name in ("dense", "sr-ste", "hrbp")] == [0.0, 0.5, 0.9]
     assert resolve(TrainConfig(method="ste", n=1)).sparsity == 0.75
+
+
+UNIFORM = ("dense", "subp", "sr-ste", "ste", "random-channel")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_config_names_the_budget_that_is_used(method):
+    """`None` is the method's own; a run of an older version has stored "uniform" for all of them."""
+    settings = TrainConfig(method=method)
+    assert resolve(settings).budget == ("erk" if method == "rigl" else "uniform")
+    assert resolve(dataclasses.replace(settings, budget="uniform")).budget == "uniform"
+    assert METHODS[method].budgets == ("uniform",) or method not in UNIFORM
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in UNIFORM])
+def test_the_budget_reaches_the_method(method, params):
+    """The layers' densities after pruning are those of the budget that config.json names."""
+    spread = {}
+    for budget in ("uniform", "erk"):
+        settings = resolve(dataclasses.replace(TINY, method=method, budget=budget))
+        transform = METHODS[method].build(settings, Length(4, 8), params).transform
+        state = transform.init(params)
+        for _ in range(5 if method == "gradual" else 0):  # which starts dense
+            _, state = transform.update(params, state, params)
+        masks = bsj.get_masks(state)
+        densities = [float(masks[name]["kernel"].mean()) for name in ("conv1", "conv2")]
+        spread[budget] = abs(densities[0] - densities[1])
+    assert spread["uniform"] < 0.1
+    assert spread["erk"] > 0.3

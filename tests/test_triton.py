@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from described_gpu import needs
 
 from pallas_kernels import shapes
 from pallas_kernels.block_sparse_conv import ConvSpec, dense
@@ -21,7 +22,7 @@ from pallas_kernels.block_sparse_conv import triton_tiles as tiles
 from pallas_kernels.block_sparse_conv.triton_tiles import Tile
 
 ROOT = Path(__file__).resolve().parents[1]
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
+needs_triton = needs("the package triton is not installed" if importlib.util.find_spec("triton") is None else None)
 
 # Kernels are interpreted in a process of their own: Triton decides at import. There, arrays stand in for tensors; what no operand holds
 # must not be read or written; results begin as NaN; and bfloat16 products are mended (the interpreter multiplies their bits as integers).
@@ -267,6 +268,34 @@ def test_vmap_and_gradients_through_the_door():
     for i, one in enumerate(many):
         for result, reference in zip(every, run("dense", *one), strict=True):
             assert_close(result[i], reference, 1e-5)
+
+
+@needs_triton
+def test_second_derivatives_through_the_door():
+    spec = dataclasses.replace(SAME, height=3, width=3, batch=2, relu=False)
+    x, dy, values, *index = operands(spec)
+
+    def penalty(implementation, x, values):
+        def loss(x, values):
+            return (shapes.convolve(spec, implementation, x, values, *index) ** 3 * dy).mean()
+
+        return sum((g**2).sum() for g in jax.grad(loss, (0, 1))(x, values))
+
+    ours_, reference = (jax.jit(jax.grad(lambda *a, which=which: penalty(which, *a), (0, 1)))(x, values) for which in (TRITON, "dense"))
+    for result, wanted in zip(ours_, reference, strict=True):
+        assert_close(result, wanted, 1e-4)
+
+
+@needs_triton
+@pytest.mark.parametrize("empty", ["kept", "kept_taps"])
+def test_nothing_kept_gives_what_is_added(empty):
+    spec = dataclasses.replace(SAME, **{empty: 0})
+    x, dy, values, *index = shapes.random_operands(spec)
+    y, pullback = jax.vjp(lambda x, v: shapes.convolve(spec, TRITON, x, v, *index), x, values)
+    assert y.shape == spec.out_shape
+    assert not y.any()
+    assert [a.shape for a in pullback(dy)] == [x.shape, values.shape]
+    assert not pullback(dy)[0].any()
 
 
 def test_inside_shard_map_the_results_vary_as_the_operands_do():

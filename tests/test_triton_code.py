@@ -13,16 +13,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from described_gpu import needs
 
 from pallas_kernels import shapes
+from pallas_kernels.block_sparse_conv import ConvSpec, gpu_name
 from pallas_kernels.block_sparse_conv import triton as ours
 from pallas_kernels.block_sparse_conv import triton_kernels as kernels
 from pallas_kernels.block_sparse_conv import triton_tiles as tiles
 from pallas_kernels.block_sparse_conv.triton_tiles import Tile
 
 MISSING = [name for name in ("triton", "jax_triton", "jax_cuda13_plugin") if importlib.util.find_spec(name) is None]
-needs_triton = pytest.mark.skipif("triton" in MISSING, reason="the package triton is not installed")
-needs_jax_triton = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+needs_triton = needs("the package triton is not installed" if "triton" in MISSING else None)
+needs_jax_triton = needs(f"not installed: {', '.join(MISSING)}" if MISSING else None)
 os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # as jax-triton compiles
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32"}
 SHAPES = [(layer, 256) for layer in shapes.OTHERS if "resnet50" in layer.name]
@@ -81,11 +83,13 @@ def machine_code(launch, dtypes, capability):
     return {"registers": registers, "spilled": spilled, "shared": compiled.metadata.shared, "waits": waits}, sass
 
 
-def check_code(spec, name, capability=90, fused=False, **private):
+def check_code(record, spec, name, capability=90, fused=False, **private):
     """No spill, what was promised of shared memory, 16-byte copies, tensor cores; the loop waits for the oldest loads only."""
-    for launch, dtypes in launches(spec, name, fused, **private):
+    found = launches(spec, name, fused, **private)
+    assert len(found) == (private.get("method", "") != "dense" and getattr(private.get("tile"), "method", "") != "dense")
+    for launch, dtypes in found:
         measured, sass = machine_code(launch, dtypes, capability)
-        print(f"\nsm_{capability} {name} {spec.dtype} {spec.packed_shape} {launch.tile}: {measured}", end="")
+        record("compiled", f"triton sm_{capability} {tiles.key(spec, name)}{' fused' * fused}: {launch.tile}: {measured}")
         tile, plain = launch.tile, tiles.normal(spec)
         assert measured["spilled"] == 0
         assert measured["shared"] <= min(tiles.SHARED_KIB[capability] * 1024, tiles.shared_bytes(tile, name, plain) + 1024)
@@ -105,6 +109,8 @@ def check_code(spec, name, capability=90, fused=False, **private):
             assert re.search(r"(LDGSTS|LDG)\S*\.128", sass)
         wanted = {"half": "HGMMA" if capability == 90 else r"HMMA\.16816", "tf32": r"H(G)?MMA\S*TF32", "ieee": "FFMA"}[plain.precision]
         assert re.search(wanted, sass)
+        products = set(re.findall(r"\bHG?MMA\S*", sass))
+        assert all(re.search(r"\.F32(\.|$)", product) for product in products), f"sums in single precision: {products}"
         if launch.zeroed:
             assert re.search(r"REDG?\.E\.ADD\.F32" + ("x4" if capability == 90 else ""), sass)
 
@@ -121,6 +127,8 @@ REPRESENTATIVE = {
     "groups of 32, epilogue": [(layer_spec(shapes.VGG19[4]), "forward", 90, {"fused": True})],
     "groups of 8": [(layer_spec(shapes.VGG19[2], group_size=8, batch=24), "forward", 90, {})],
     "1x1": [(layer_spec(shapes.OTHERS[6], batch=256), name, 90, {}) for name in ("forward", "weight_gradient")],
+    "float16": [(dataclasses.replace(MAIN, dtype="float16"), name, 90, {}) for name in ("forward", "weight_gradient")],
+    "float16, Ampere": [(dataclasses.replace(MAIN, dtype="float16"), "forward", 80, {})],
     "Ampere": [(MAIN, "forward", 80, {}), (MAIN, "weight_gradient", 80, {}), (MAIN, "input_gradient", 80, {"method": "scatter"})],
     "tf32": [(dataclasses.replace(MAIN, dtype="float32", precision="high"), name, 90, {}) for name in ("forward", "weight_gradient")],
     "float32": [(dataclasses.replace(MAIN, dtype="float32"), name, 90, {}) for name in ("forward", "weight_gradient")],
@@ -129,20 +137,20 @@ REPRESENTATIVE = {
 
 @needs_triton
 @pytest.mark.parametrize("case", REPRESENTATIVE)
-def test_the_main_tiles_compile_without_spills_to_tensor_cores_and_16_byte_copies(case):
+def test_the_main_tiles_compile_without_spills_to_tensor_cores_and_16_byte_copies(case, record_property):
     for spec, name, capability, private in REPRESENTATIVE[case]:
-        check_code(spec, name, capability, **private)
+        check_code(record_property, spec, name, capability, **private)
 
 
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("name", tiles.PASSES)
 @pytest.mark.parametrize("sparsity", [0.8, 0.9, 0.95])
-def test_the_chosen_tiles_of_every_layer_compile(sparsity, name):
+def test_the_chosen_tiles_of_every_layer_compile(sparsity, name, record_property):
     for layer, batch in SHAPES:
         for run, method in ((1, "scatter"), (16, "transposed")) if name == "input_gradient" else ((1, ""),):
             private = {"method": method} if method else {}
-            check_code(layer_spec(layer, batch, sparsity, run=run), name, **private)
+            check_code(record_property, layer_spec(layer, batch, sparsity, run=run), name, **private)
 
 
 @needs_triton
@@ -151,12 +159,69 @@ def test_the_chosen_tiles_of_every_layer_compile(sparsity, name):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("group_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("capability", [90, 80])
-def test_every_candidate_compiles(capability, group_size, dtype, name):
+def test_every_candidate_compiles(capability, group_size, dtype, name, record_property):
     for precision in (None,) if dtype == "bfloat16" else (None, "high"):
         for layer, batch in ((shapes.VGG19[6], 128), (shapes.OTHERS[3], 256)):
             spec = layer_spec(layer, batch, group_size=group_size, run=16, dtype=dtype, precision=precision)
             for tile in tiles.candidate_tiles(spec, name, capability):
-                check_code(spec, name, capability, fused=name == "forward", tile=tile)
+                check_code(record_property, spec, name, capability, fused=name == "forward", tile=tile)
+
+
+CAPABILITY = {"a100": 80}  # others in tables: 90
+
+
+def spec_of(key):
+    """The inverse of `tiles.key`."""
+    name, geometry, packed, block, dtype, arithmetic = key.split()
+    cin, height, width, batch, *rest = (int(n) for n in geometry.split("x"))
+    kernel, (cout, *steps) = tuple(rest[:2]), rest[2:]
+    groups, kept, kept_taps, group_size = (int(n) for n in packed.split("x"))
+    spec = ConvSpec(
+        cin=cin, height=height, width=width, batch=batch, kernel=kernel, cout=cout, groups=groups, kept=kept, kept_taps=kept_taps,
+        group_size=group_size, strides=tuple(steps[:2]), dilation=tuple(steps[2:4]), padding=(tuple(steps[4:6]), tuple(steps[6:8])),
+        dtype=dtype, channel_block=int(block), precision={"half": None, "ieee": "highest", "tf32": "high"}[arithmetic],
+    )  # fmt: skip
+    assert tiles.key(spec, name) == key
+    return spec, name
+
+
+def check_tables(record):
+    """Compiles all that the tuned tables name; how many tiles that is."""
+    count = 0
+    for path in gpu_name.FOLDER.glob("tuned_triton_*.json"):
+        gpu = path.stem.removeprefix("tuned_triton_")
+        tiles._tuned.cache_clear()
+        for key, tile in tiles._tuned(gpu).items():
+            spec, name = spec_of(key)
+            capability = CAPABILITY.get(gpu, 90)
+            assert tile.method == "dense" or tiles._fits(tile, name, tiles.normal(spec), capability)
+            check_code(record, spec, name, capability, tile=tile)
+            count += 1
+    tiles._tuned.cache_clear()
+    return count
+
+
+def write_table(folder, spec, name, tile, gpu="h200"):
+    (folder / f"tuned_triton_{gpu}.json").write_text(json.dumps({"tiles": {tiles.key(spec, name): dataclasses.asdict(tile)}}))
+
+
+@needs_triton
+def test_every_tuned_tile_compiles(record_property):
+    check_tables(record_property)
+
+
+@needs_triton
+def test_a_tuned_tile_that_does_not_compile_is_found(tmp_path, monkeypatch, record_property):
+    monkeypatch.setattr(gpu_name, "FOLDER", tmp_path)
+    assert check_tables(record_property) == 0
+    strided = layer_spec(shapes.OTHERS[-1], dtype="float32", precision="high", run=16)
+    for spec, name in ((MAIN, "forward"), (strided, "weight_gradient")):
+        write_table(tmp_path, spec, name, tiles.choose_tile(spec, name))
+        assert check_tables(record_property) == 1
+    for wrong in ({"positions": 256, "warps": 2}, {"depth": 128, "stages": 6}):
+        write_table(tmp_path, MAIN, "forward", dataclasses.replace(tiles.choose_tile(MAIN, "forward"), **wrong))
+        with pytest.raises(AssertionError):
+            check_tables(record_property)
 
 
 @needs_jax_triton
@@ -197,18 +262,17 @@ def test_tiles_fit(capability, dtype):
 def test_a_tuned_tile_is_used_on_the_gpu_that_it_was_tuned_on(tmp_path, monkeypatch):
     spec = layer_spec(shapes.VGG19[4])
     tuned = Tile(32, 64, 32, stages=5, positions_first=True)
-    table = {"tiles": {tiles.key(spec, "forward"): dataclasses.asdict(tuned)}}
-    (tmp_path / "tuned_triton_h200.json").write_text(json.dumps(table))
-    monkeypatch.setattr(tiles, "__file__", str(tmp_path / "triton_tiles.py"))
-    tiles._table.cache_clear()
+    write_table(tmp_path, spec, "forward", tuned)
+    monkeypatch.setattr(gpu_name, "FOLDER", tmp_path)
+    tiles._tuned.cache_clear()
     assert tiles.choose_tile(spec, "forward") != tuned
-    monkeypatch.setattr(tiles, "_gpu", lambda: "h200")
+    monkeypatch.setattr(tiles, "this_gpu", lambda: "h200")
     assert tiles.choose_tile(spec, "forward") == tuned
     assert tiles.choose_tile(layer_spec(shapes.VGG19[5]), "forward") != tuned
     assert tiles.choose_tile(dataclasses.replace(spec, gradients=True, relu=True), "forward") == tuned
     strided = layer_spec(shapes.OTHERS[-1])
     assert tiles.key(strided, "input_gradient") == tiles.key(tiles.pointwise(strided), "input_gradient")
-    tiles._table.cache_clear()
+    tiles._tuned.cache_clear()
 
 
 def test_the_input_gradient_goes_the_cheapest_way_that_serves():

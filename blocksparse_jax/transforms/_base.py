@@ -154,6 +154,12 @@ def _bend(spec: Spec, grad: Array, mask: Array, weights: Array, decay: float) ->
     return grad + (decay * jnp.where(mask, 0, weights)).astype(grad.dtype)
 
 
+def check_budget(budget: Any) -> None:
+    """ValueError unless it is the name of a budget, or a map to sparsities; whether its names are layers shows at init."""
+    named = dict.fromkeys(budget, (1,)) if isinstance(budget, Mapping) else {}
+    budgets.layer_densities(budget, named, 0.0)
+
+
 def target_density(budget: budgets.Budget, chosen: dict[str, Array], sparsity: float) -> float:
     """The density that a budget asks of the chosen leaves together."""
     shapes = {name: tuple(leaf.shape) for name, leaf in chosen.items()}

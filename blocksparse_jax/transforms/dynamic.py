@@ -9,7 +9,7 @@ from blocksparse_jax.layout import Dense
 from blocksparse_jax.masks import unstructured
 from blocksparse_jax.scores import magnitude
 from blocksparse_jax.state import Spec
-from blocksparse_jax.transforms._base import Drawn, Leaf, sparse_transformation, target_density
+from blocksparse_jax.transforms._base import Drawn, Leaf, check_budget, sparse_transformation, target_density
 from blocksparse_jax.transforms.static import draw_random
 
 
@@ -61,6 +61,7 @@ def rigl(
     _checks.fraction("sparsity", sparsity)
     _checks.fraction("drop_fraction", drop_fraction, high_open=False)
     due = schedules.Periodic(_checks.positive_int("update_every", update_every), start, until)
+    check_budget(budget)
     random_key = _checks.random_key("key", key)
 
     def draw(chosen: dict[str, Array]) -> Drawn:

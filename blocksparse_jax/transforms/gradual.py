@@ -9,7 +9,7 @@ from blocksparse_jax.layout import Dense
 from blocksparse_jax.masks import unstructured
 from blocksparse_jax.scores import magnitude
 from blocksparse_jax.state import Spec
-from blocksparse_jax.transforms._base import Drawn, Leaf, sparse_transformation, target_density
+from blocksparse_jax.transforms._base import Drawn, Leaf, check_budget, sparse_transformation, target_density
 
 
 def gradual_magnitude(
@@ -63,8 +63,8 @@ def gradual_magnitude(
         raise ValueError(f"initial_sparsity: expected at most sparsity={sparsity}, got {initial_sparsity}")
     _checks.positive_int("update_every", update_every)
     _checks.number("power", power, low_open=True)
-    if not 0 <= start < end:
-        raise ValueError(f"end: expected a step after start={start} (itself at least 0), got {end}")
+    _checks.step("end", end, start=_checks.step("start", start))
+    check_budget(budget)
 
     def due(count: Array) -> Array:
         return (count >= start) & (count <= end) & (((count - start) % update_every == 0) | (count == end))

@@ -10,7 +10,7 @@ from blocksparse_jax import scores as scores_
 from blocksparse_jax.layout import BlockLayout, Layout, layout_to_mask
 from blocksparse_jax.masks import top_rows
 from blocksparse_jax.state import Spec
-from blocksparse_jax.transforms._base import Drawn, Leaf, sparse_transformation, target_density
+from blocksparse_jax.transforms._base import Drawn, Leaf, check_budget, sparse_transformation, target_density
 
 
 def hrbp_prune(
@@ -74,6 +74,7 @@ def hrbp_prune(
     _checks.fraction("drop_fraction", drop_fraction, high_open=False)
     if not _checks.fraction("block_density", block_density, high_open=False) > 0:
         raise ValueError("block_density: expected a number in (0, 1], got 0; 1 keeps whole kernels")
+    check_budget(budget)
     if isinstance(scores, str):
         _checks.choice("scores", scores, ("magnitude", "gradient", "random"))
     if update is not None and not callable(update):

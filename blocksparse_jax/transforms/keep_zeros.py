@@ -26,7 +26,7 @@ def keep_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformat
       An optax transformation.
 
     Raises:
-      ValueError: at init, when there is no sparse method inside; at update, when params is None.
+      ValueError: `inner` is no transformation; at init, when there is no sparse method inside; at update, when params is None.
 
     Example:
       >>> import blocksparse_jax as bsj
@@ -38,6 +38,8 @@ def keep_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformat
 
     Reference: ours; the precedent is `optax.keep_params_nonnegative`.
     """
+    if not (callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))):
+        raise ValueError(f"inner: expected an optax transformation such as optax.chain(rigl(...), optax.sgd(0.1)), got {inner!r}")
     inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> PyTree:

@@ -77,8 +77,7 @@ def subp(
     _checks.choice("criterion", criterion, ("l1", "l2", "bpar"))
     _checks.choice("schedule", schedule, schedules.CURVES)
     _checks.positive_int("update_every", update_every)
-    if not 0 <= start < end:
-        raise ValueError(f"end: expected a step after start={start} (itself at least 0), got {end}")
+    _checks.step("end", end, start=_checks.step("start", start))
     if version not in (1, 2):
         raise ValueError(f"version: expected 1 (scores w) or 2 (scores w * mask), got {version!r}")
     tau, alpha, decay = _checks.number("tau", tau, low_open=True), _checks.number("alpha", alpha), _checks.number("decay", decay)

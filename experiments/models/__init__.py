@@ -4,7 +4,9 @@ Every network takes NHWC images and gives logits: `model.apply(variables, images
 Names: the first conv is `stem`, the last layer `classifier`, 1x1 shortcut convs `downsample`, depthwise convs end in `_depthwise`.
 
 The networks keep CHWN to serve the sparse convolution. A network whose convs are all dense runs faster in NHWC on a CPU: XLA's dense
-convolution is an NHWC one and would transpose its activations.
+convolution is an NHWC one and would transpose its activations. A stem runs as one matrix product in CHWN where it has at most twice as
+many rows (kernel area times 3) as channels: a 3x3 stem of 14 channels or more. Narrower ones, and the 7x7 stem of the ImageNet ResNets up
+to 73 channels, run as XLA's convolution, which copies the stem's output.
 """
 
 import difflib

@@ -82,6 +82,9 @@ def limits(spec: ConvSpec) -> str | None:
         return f"taps lie at most {LARGEST_OFFSET} pixels away: kernel={spec.kernel}, dilation={spec.dilation}, padding={spec.padding}"
     if max(spec.cin, spec.groups * _round_up(spec.group_size, 8)) // 8 >= MOST_RUNS:
         return f"at most {8 * MOST_RUNS - 8} channels: cin={spec.cin}, cout={spec.cout}"
+    seen, rows = pixels(spec, "forward"), spec.groups * _round_up(spec.group_size, 8)
+    if seen.images * max(spec.cin * math.prod(seen.source), rows * math.prod(seen.output)) >= 1 << 31:
+        return f"counts the values of an array in 31 bits: too many in x {spec.in_shape} or y {spec.out_shape}; use 'xla'"
     return None
 
 

@@ -7,6 +7,17 @@ One warpgroup copies ahead through a ring of stages, the others multiply (wgmma)
 
 `gather_product` is persistent: each thread block takes tile after tile, and copies for the next tile run during the end of the last one.
 The blocks of output rows (groups) vary fastest over the tiles: what reads the same pixels runs at the same time and meets in the L2 cache.
+
+Pallas would put a barrier of the 128 threads of a warpgroup before every copy and around every store; it is told not to, and order comes
+from the barriers that are written here (all waits and arrivals are those of 128 threads):
+
+- The ring: a copy into a stage follows the copying thread's own wait on `empty`, where every multiplying thread arrives after its share of
+  the products is done. A fast warp cannot pass a slow one by a round: the next phase of `full` and `empty` needs the slow one's arrivals.
+- The staging memory: `wait_smem_to_gmem` (the thread that stores waits until its bulk stores have read it; then a barrier) comes before
+  anything is written there, `commit_smem` (a fence to the copy engine; then a barrier) between the writes and the next stores.
+- A residual lies in the staging memory before the result does. Its reads and the writes that follow have the same layout (the layout of the
+  sums, without an exchange between threads), so each thread overwrites just what it has read itself.
+- Nothing else is both read and written: lists, counts, weights and the vectors at the end are only read, the result is only written.
 """
 
 import functools
@@ -24,6 +35,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.block_sparse_conv.mosaic_gpu_tiles import MULTIPROCESSORS, Rows, Tile
 
 SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+FLIPS = not hasattr(plgpu, "InterpretGPUParams")
+"""Whether the interpreter needs transposed operands in memory: that of jax 0.10 multiplies no transposed references."""
 OUTSIDE = 1 << 20
 """Added to a pixel's coordinate, it puts all its taps outside the image."""
 
@@ -69,7 +82,8 @@ def _split(number: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 def _launch(body: Any, blocks: int, tile: Tile, out: Any, scratch: list[Any], interpret: Any) -> Any:
     return plgpu.kernel(
         body, out_type=out, scratch_types=scratch, grid=(blocks,), grid_names=("block",), num_threads=tile.consumers + 1,
-        thread_name="warpgroup", interpret=interpret, compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        thread_name="warpgroup", interpret=interpret,
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True),
     )  # fmt: skip
 
 
@@ -363,9 +377,9 @@ def gather_outer(
             mine = pl.ds(pl.multiple_of(warpgroup * width, 64), width)
 
             def operands(slot):
-                if interpret is None:
+                if not flipped:
                     return y_ring.at[slot], x_ring.at[slot, mine].transpose((1, 0))
-                flipped[0][warpgroup] = x_ring[slot, mine].T  # the interpreter multiplies no transposed references
+                flipped[0][warpgroup] = x_ring[slot, mine].T
                 return y_ring.at[slot], flipped[0].at[warpgroup]
 
             product = _multiply(tile, (tile.rows, width), count, jnp.int32(0), full, empty, operands)
@@ -380,7 +394,7 @@ def gather_outer(
         plgpu.Barrier(num_barriers=tile.stages, num_arrivals=1 + entries),
         plgpu.Barrier(num_barriers=tile.stages, num_arrivals=tile.consumers),
     ]
-    if interpret is not None:
+    if interpret is not None and FLIPS:
         scratch.append(plgpu.SMEM((tile.consumers, tile.depth, width), dtype))
     out = jax.ShapeDtypeStruct((tile.splits, groups, tile.rows, parts * tile.columns), jnp.float32)
     return _launch(body, groups * parts * tile.splits, tile, out, scratch, interpret)(lists, source, grouped)

@@ -4,10 +4,10 @@ import dataclasses
 import functools
 import json
 import math
-from pathlib import Path
 
 import jax
 
+from pallas_kernels.block_sparse_conv.gpu_name import table, this_gpu
 from pallas_kernels.block_sparse_conv.spec import ConvSpec
 
 PASSES = ("forward", "input_gradient", "weight_gradient")
@@ -17,7 +17,6 @@ MULTIPROCESSORS = 132
 """Of an H100 SXM and an H200."""
 CHUNK = 64
 """Images in one 128-byte swizzled row of 16-bit values: the batch is padded to a multiple of this."""
-TABLE = Path(__file__).with_name("tuned_mosaic_gpu_h200.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,8 +234,10 @@ def _weight_gradient_tiles(spec: ConvSpec, seen: Pixels) -> list[Tile]:
 
 
 @functools.cache
-def _tuned() -> dict[str, dict[str, int]]:
-    return json.loads(TABLE.read_text())["entries"] if TABLE.exists() else {}
+def _tuned(gpu: str | None) -> dict[str, Tile]:
+    """The tiles that were tuned on a GPU, by `key`; none without a table."""
+    path = table("mosaic_gpu", gpu)
+    return {name: Tile(**fields) for name, fields in json.loads(path.read_text())["entries"].items()} if path.is_file() else {}
 
 
 def key(spec: ConvSpec, pass_name: str) -> str:
@@ -252,14 +253,17 @@ def key(spec: ConvSpec, pass_name: str) -> str:
     Example:
       >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4, kept_taps=3, group_size=4)
       >>> key(spec, "forward")
-      'forward 8x5x5x2 3x3/1x1 2x4x3x4 block 1'
+      'forward 8x5x5x2 3x3/1x1/1x1 0x0x0x0 2x4x3x4 block 1'
 
     Reference: ours.
     """
-    lists = "x".join(map(str, spec.packed_shape))
-    shape = "x".join(map(str, spec.in_shape))
-    kernel = "x".join(map(str, spec.kernel)) + "/" + "x".join(map(str, spec.strides))
-    return f"{pass_name} {shape} {kernel} {lists} block {spec.channel_block}"
+    kernel = "/".join(map(_by, (spec.kernel, spec.strides, spec.dilation)))
+    padding = _by((*spec.padding[0], *spec.padding[1]))
+    return f"{pass_name} {_by(spec.in_shape)} {kernel} {padding} {_by(spec.packed_shape)} block {spec.channel_block}"
+
+
+def _by(sizes: tuple[int, ...]) -> str:
+    return "x".join(map(str, sizes))
 
 
 def choose_tile(spec: ConvSpec, pass_name: str) -> Tile:
@@ -282,9 +286,8 @@ def choose_tile(spec: ConvSpec, pass_name: str) -> Tile:
 
     Reference: ours.
     """
-    tuned = _tuned().get(key(spec, pass_name))
-    if tuned is not None:
-        return Tile(**tuned)
+    if tile := _tuned(this_gpu()).get(key(spec, pass_name)):
+        return tile
     candidates = candidate_tiles(spec, pass_name)
     if pass_name == "weight_gradient":
         fewest = min(-(-spec.kept * spec.kept_taps // tile.columns) for tile in candidates)

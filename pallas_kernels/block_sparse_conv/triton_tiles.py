@@ -5,10 +5,10 @@ import functools
 import itertools
 import json
 import math
-from pathlib import Path
 
 import jax
 
+from pallas_kernels.block_sparse_conv.gpu_name import table, this_gpu
 from pallas_kernels.block_sparse_conv.spec import ConvSpec
 
 PASSES = ("forward", "input_gradient", "weight_gradient")
@@ -289,9 +289,9 @@ def choose_tile(spec: ConvSpec, pass_name: str, capability: int = 90, method: st
     """
     spec = _served(spec, pass_name)
     plain = normal(spec)
-    tuned = _table(_gpu()).get(key(spec, pass_name))
-    if tuned and method in ("", tuned.method):
-        return tuned
+    best = _tuned(this_gpu()).get(key(spec, pass_name))
+    if best and method in ("", best.method):
+        return best
     if pass_name == "input_gradient" and not method:
         method = min(methods(spec), key=functools.partial(cost, spec))
     return Tile(0, 0, 0, method=method) if method == "dense" else _heuristic(plain, pass_name, method, capability)
@@ -387,14 +387,8 @@ def key(spec: ConvSpec, pass_name: str) -> str:
     return " ".join((pass_name, *numbers, spec.dtype, arithmetic(spec)))
 
 
-def _gpu() -> str:
-    """The GPU's name as in the tables' file names: the last word of "NVIDIA H200"."""
-    device = jax.devices()[0]
-    return device.device_kind.split()[-1].lower() if device.platform == "gpu" else ""
-
-
 @functools.cache
-def _table(gpu: str) -> dict[str, Tile]:
-    """The tuned tiles of a GPU by `key`; without a table, none."""
-    path = Path(__file__).with_name(f"tuned_triton_{gpu}.json")
+def _tuned(gpu: str | None) -> dict[str, Tile]:
+    """The tiles that were tuned on a GPU, by `key`; none without a table."""
+    path = table("triton", gpu)
     return {name: Tile(**fields) for name, fields in json.loads(path.read_text())["tiles"].items()} if path.is_file() else {}
