@@ -151,6 +151,7 @@ def dry(tmp_path_factory):
     return config, stopped, lines, bench_gpu.main(config)
 
 
+@pytest.mark.slow
 def test_a_dry_run_stops_goes_on_and_reports(dry):
     config, stopped, lines, report = dry
     assert not stopped["complete"]
@@ -168,6 +169,7 @@ def test_a_dry_run_stops_goes_on_and_reports(dry):
     assert again["rows"] == report["rows"]
 
 
+@pytest.mark.slow
 def test_a_row_tells_what_was_timed(dry):
     report = dry[-1]
     modes = [*gpu_layers.PASSES, gpu_layers.TOGETHER]
@@ -196,6 +198,7 @@ def test_the_chosen_kernel_is_the_fastest_one_and_a_pass_may_run_dense():
     assert found["weight gradient"]["speed_up_over_dense"] == 0.75, "as the chosen kernel does, not hidden"
 
 
+@pytest.mark.slow
 def test_the_reports_make_tables(dry):
     config, *_, report = dry
     assert "| 90% | forward | **" in tables.table("bench_kernels_gpu", config.out.parent)

@@ -60,6 +60,7 @@ def test_alternation_times_each_and_leaves_out_the_first_call():
     assert len(slow["slow"]) == 1
 
 
+@pytest.mark.slow
 def test_the_benchmark_checks_times_and_writes(tmp_path, capsys):
     out = tmp_path / "bench.json"
     config = bench_kernels.KernelConfig(quick=True, layers="resnet32x2 128@8", out=str(out))

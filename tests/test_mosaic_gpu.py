@@ -275,6 +275,7 @@ def test_types_inside_shard_map():
     assert (dx.shape, dvalues.shape) == (x.shape, values.shape)
 
 
+@pytest.mark.slow
 def test_second_derivatives_through_the_door(interpreted):
     spec = dataclasses.replace(INTERPRETED["1x1"], dtype="bfloat16")
     x, dy, values, *index = operands(spec)
