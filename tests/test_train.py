@@ -33,8 +33,14 @@ def config(tmp_path, **options):
 
 
 def flags(settings):
-    given = {k: v for k, v in dataclasses.asdict(settings).items() if v is not None}
-    return [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    given = []
+    for field, value in dataclasses.asdict(settings).items():
+        name = field.replace("_", "-")
+        if isinstance(value, bool):
+            given.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            given += [f"--{name}", str(value)]
+    return given
 
 
 def error_of(capsys, arguments, code=2):
