@@ -22,7 +22,7 @@ from experiments.environment import commit, device, versions
 from experiments.summary import summary
 from pallas_kernels import gpu_clock, gpu_shapes
 from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, choose_implementation
-from pallas_kernels.gpu_journal import LOST, STOPPED, DeviceLost, Journal, TimeUp
+from pallas_kernels.gpu_journal import Journal, TimeUp, exit_status
 
 RESULTS = Path(__file__).parent / "results"
 STAGES = ("gate", "headline", "check", "ceilings", "layers")
@@ -270,14 +270,4 @@ def run(config: GpuConfig) -> int:
 
     Reference: ours.
     """
-    try:
-        report = main(config)
-    except (ValueError, AssertionError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    except DeviceLost as unit:
-        print(f"the device is lost at {unit}; the same command goes on behind it", file=sys.stderr)
-        return LOST
-    if not report["complete"]:
-        return STOPPED
-    return 1 if report["failed"] else 0
+    return exit_status(lambda: main(config))

@@ -1,21 +1,18 @@
 """What a run is: the frozen `TrainConfig`, one preset per data set, and the checks that name a typo's nearest option."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import blocksparse_jax as bsj
-from blocksparse_jax import _checks
+from blocksparse_jax import _checks, scores
 from experiments.datasets import SPECS
-from experiments.methods import METHODS
+from experiments.methods import BUDGETS, METHODS
 from experiments.models import names as model_names
 
 EXECUTIONS = ("masked", "sparse", "packed")
 PRECISIONS = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "adam")
 LR_SCHEDULES = ("step", "cosine", "constant")
-BUDGETS = ("uniform", "erk", "er")
-SCORES = ("magnitude", "gradient", "random")
-CRITERIA = ("l1", "l2", "bpar")
 
 _CIFAR = {"epochs": 160, "batch_size": 128, "lr": 0.1, "lr_schedule": "step", "weight_decay": 5e-4, "label_smoothing": 0.0}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -151,7 +148,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
         sparsity=_sparsity(config),
         budget=_budget(config),
     )
-    choices = {"execution": EXECUTIONS, "optimizer": OPTIMIZERS, "lr_schedule": LR_SCHEDULES, "scores": SCORES, "criterion": CRITERIA}
+    choices = {"execution": EXECUTIONS, "optimizer": OPTIMIZERS, "lr_schedule": LR_SCHEDULES}
+    choices |= {"scores": get_args(scores.Kind), "criterion": get_args(scores.Criterion)}
     for name, options in choices.items():
         _checks.choice(name, getattr(config, name), options)
     if config.execution != "masked" and not method.has_layout:

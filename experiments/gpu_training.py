@@ -29,7 +29,7 @@ from experiments.loop import Trainer, stepper
 from experiments.methods import Length
 from experiments.timing import median_iqr
 from pallas_kernels import gpu_clock, gpu_shapes
-from pallas_kernels.gpu_journal import LOST, STOPPED, DeviceLost, Journal, TimeUp, fingerprint
+from pallas_kernels.gpu_journal import Journal, TimeUp, exit_status, fingerprint
 
 RESULTS = Path(__file__).parent / "results"
 STEP = 1  # its number: no mask update falls on it
@@ -282,14 +282,4 @@ def run(config: GpuTrainingConfig) -> int:
 
     Reference: ours.
     """
-    try:
-        report = main(config)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except DeviceLost as unit:
-        print(f"the device is lost at {unit}; the same command goes on behind it", file=sys.stderr)
-        return LOST
-    if not report["complete"]:
-        return STOPPED
-    return 1 if report["failed"] else 0
+    return exit_status(lambda: main(config))

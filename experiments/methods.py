@@ -173,17 +173,19 @@ def _random_channel(config: "TrainConfig", length: Length, params: Any) -> Recip
     return Recipe(bsj.fixed_masks(layouts=layouts))
 
 
+BUDGETS = ("uniform", "erk", "er")
+
 METHODS: dict[str, Method] = {
     "dense": Method(_dense, sparsity=lambda config: 0.0),
-    "hrbp": Method(_hrbp, has_layout=True, budgets=("uniform", "erk", "er")),
-    "hrbp-dynamic": Method(_hrbp_dynamic, has_layout=True, budgets=("uniform", "erk", "er")),
+    "hrbp": Method(_hrbp, has_layout=True, budgets=BUDGETS),
+    "hrbp-dynamic": Method(_hrbp_dynamic, has_layout=True, budgets=BUDGETS),
     "subp": Method(_subp, has_layout=True),
     "sr-ste": Method(_sr_ste, sparsity=_n_of_m),
     "ste": Method(_ste, sparsity=_n_of_m),
     "rigl": Method(_rigl, budgets=("erk", "uniform", "er")),
-    "random": Method(_random, budgets=("uniform", "erk", "er")),
+    "random": Method(_random, budgets=BUDGETS),
     "random-channel": Method(_random_channel, has_layout=True),
-    "gradual": Method(_gradual, budgets=("uniform", "erk", "er")),
+    "gradual": Method(_gradual, budgets=BUDGETS),
 }
 
 

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,34 @@ class TimeUp(Exception):  # noqa: N818
 
 class DeviceLost(Exception):  # noqa: N818
     """A kernel failed in a way that spoils what this process does next."""
+
+
+def exit_status(work: Callable[[], Mapping[str, Any]]) -> int:
+    """Runs a command, says in one line what stopped it, and tells the shell.
+
+    Args:
+      work: returns a report: "complete" says whether all is done, "failed" holds what failed.
+
+    Returns:
+      0, 1 when something failed or a result was wrong, 2 for a wrong argument, `LOST`, or `STOPPED` when time was up.
+
+    Example:
+      >>> exit_status(lambda: {"complete": True, "failed": []}), exit_status(lambda: {"complete": False, "failed": []})
+      (0, 75)
+
+    Reference: ours.
+    """
+    try:
+        report = work()
+    except (ValueError, AssertionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    except DeviceLost as unit:
+        print(f"the device is lost at {unit}; the same command goes on behind it", file=sys.stderr)
+        return LOST
+    if not report["complete"]:
+        return STOPPED
+    return 1 if report["failed"] else 0
 
 
 class Journal:

@@ -18,7 +18,7 @@ from rich.progress import track
 
 from pallas_kernels import gpu_clock, measure, shapes, tune_gpu
 from pallas_kernels.block_sparse_conv import ConvSpec, cpu, tiles, xla
-from pallas_kernels.gpu_journal import LOST, DeviceLost
+from pallas_kernels.gpu_journal import exit_status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +121,5 @@ if __name__ == "__main__":
     if not gpu_clock.asks_for_gpu(sys.argv[1:]):
         main(tyro.cli(Config))
     else:
-        try:
-            raise SystemExit(tune_gpu.exit_status(tune_gpu.main(tyro.cli(tune_gpu.Config))))
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
-        except DeviceLost as error:
-            print(f"the device is lost at {error}; the same command goes on behind it", file=sys.stderr)
-            raise SystemExit(LOST) from None
+        options = tyro.cli(tune_gpu.Config)
+        raise SystemExit(exit_status(lambda: {"complete": tune_gpu.main(options), "failed": []}))

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from pallas_kernels import gpu_clock, gpu_shapes, measure
 from pallas_kernels.block_sparse_conv import ConvSpec, Implementation
 from pallas_kernels.block_sparse_conv.gpu_name import table
-from pallas_kernels.gpu_journal import STOPPED, Journal, TimeUp
+from pallas_kernels.gpu_journal import Journal, TimeUp
 from pallas_kernels.gpu_tiles import FOLDER, PASSES, Tunable, few, tunable
 
 AGREE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-3}  # relative to the norm; float32 may be tf32
@@ -231,21 +231,3 @@ def write_table(which: Tunable, found: list[dict[str, Any]], config: Config) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'{json.dumps(head)[:-1]},\n"{which.entries}": {{\n{lines}\n}}}}\n')
     return path
-
-
-def exit_status(finished: bool) -> int:
-    """What the command returns to the shell.
-
-    Args:
-      finished: whether all is done.
-
-    Returns:
-      0, or `STOPPED`.
-
-    Example:
-      >>> exit_status(True)
-      0
-
-    Reference: ours.
-    """
-    return 0 if finished else STOPPED

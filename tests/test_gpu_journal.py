@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import gpu_clock
-from pallas_kernels.gpu_journal import FATAL, LOST, DeviceLost, Journal, TimeUp, fingerprint
+from pallas_kernels.gpu_journal import FATAL, LOST, STOPPED, DeviceLost, Journal, TimeUp, exit_status, fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -195,3 +195,17 @@ def test_a_fingerprint_follows_the_contents(tmp_path):
     first = fingerprint([file])
     file.write_text("2")
     assert len({first, fingerprint([file]), fingerprint([tmp_path / "none"])}) == 3
+
+
+def test_the_shell_is_told_how_a_command_ended(capsys):
+    def ends(error):
+        def work():
+            raise error
+
+        return exit_status(work)
+
+    assert exit_status(lambda: {"complete": True, "failed": ["a"]}) == 1
+    assert exit_status(lambda: {"complete": False, "failed": ["a"]}) == STOPPED
+    assert [ends(error) for error in (ValueError("argument"), AssertionError("result"), DeviceLost("unit a"))] == [2, 1, LOST]
+    said = capsys.readouterr().err
+    assert said.splitlines() == ["error: argument", "error: result", "the device is lost at unit a; the same command goes on behind it"]

@@ -9,7 +9,6 @@ Each finished shape is a line in the journal at once; `--minutes 9` stops in tim
 import dataclasses
 import functools
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +19,7 @@ import numpy as np
 import tyro
 
 from pallas_kernels import gpu_clock, measure
-from pallas_kernels.gpu_journal import LOST, STOPPED, DeviceLost, Journal, TimeUp, fingerprint
+from pallas_kernels.gpu_journal import Journal, TimeUp, exit_status, fingerprint
 from pallas_kernels.two_of_four import bound, cusparselt, handler
 from pallas_kernels.two_of_four.api import two_of_four_matmul
 
@@ -251,17 +250,7 @@ def run(config: Config) -> int:
 
     Reference: ours.
     """
-    try:
-        report = main(config)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except DeviceLost as unit:
-        print(f"the device is lost at {unit}; the same command goes on behind it", file=sys.stderr)
-        return LOST
-    if not report["complete"]:
-        return STOPPED
-    return 1 if report["failed"] else 0
+    return exit_status(lambda: main(config))
 
 
 if __name__ == "__main__":
