@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 train: $(VENV)/installed
 	$(BIN)/python -m experiments.compare $(ARGS)
 
+test slow: export OPENBLAS_NUM_THREADS = 1
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 

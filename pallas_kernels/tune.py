@@ -69,6 +69,9 @@ def cases() -> dict[str, ConvSpec]:
         add(layer, 0.9, 64, 16, 9)
         add(layer, 0.9, 64, 64, 9)
         add(layer, 0.7, 64, 16)
+    for layer in shapes.INFERENCE:
+        for batch, group_size in ((1, 16), (1, 32), (8, 16)):
+            add(layer, 0.77, batch, group_size, layer.kernel**2)
     return found
 
 
