@@ -14,10 +14,6 @@ import pytest
 from beartype import BeartypeConf, beartype
 
 PACKAGE = "blocksparse_jax"
-LONG = {  # most of these search for groups, as the example of hrbp_prune does, or for orders of channels
-    *("Optimizer", "channel_order", "channel_orders", "fold_channel_orders", "get_layouts", "get_masks"),
-    *("hrbp_groups", "kept_score", "move_channels", "run_ratio", "summarize"),
-}
 _checks = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int serves where a float is asked for
 
 
@@ -26,25 +22,25 @@ def checked(function):
     return function if function.__name__ == "__init__" else _checks(function)
 
 
-@pytest.mark.parametrize("which", ["short", pytest.param("all", marks=pytest.mark.slow)])
-def test_the_examples_run_with_checked_signatures(which):
+@pytest.mark.slow
+def test_the_examples_run_with_checked_signatures():
     """In a process of its own: the hook must be there before the library is imported."""
     cached = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-    done = subprocess.run([sys.executable, __file__, which], capture_output=True, text=True, env=os.environ | cached)
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=os.environ | cached)
     assert done.returncode == 0, done.stdout + done.stderr
     examples = int(done.stdout.split()[-1])
     assert examples > 100, "most examples were not found"
 
 
-def run_examples(left_out):
-    """Runs the examples of every function and class of the library but some; returns (failed, attempted)."""
+def run_examples():
+    """Runs the examples of every function and class of the library; returns (failed, attempted)."""
     jaxtyping.install_import_hook(PACKAGE, "test_annotations.checked")
     bsj = importlib.import_module(PACKAGE)
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(verbose=False)
     for info in pkgutil.walk_packages(bsj.__path__, f"{PACKAGE}."):
         module = importlib.import_module(info.name)
         for name, value in sorted(vars(module).items()):  # the hook's wrappers hide their module from `doctest.testmod`
-            if callable(value) and getattr(value, "__module__", None) == info.name and name not in left_out:
+            if callable(value) and getattr(value, "__module__", None) == info.name:
                 for test in finder.find(value, f"{info.name}.{name}", module=False, globs=dict(vars(module))):
                     runner.run(test)
     try:
@@ -55,6 +51,6 @@ def run_examples(left_out):
 
 
 if __name__ == "__main__":
-    failed, attempted = run_examples(set() if "all" in sys.argv else LONG)
+    failed, attempted = run_examples()
     print(attempted)
     sys.exit(failed > 0)

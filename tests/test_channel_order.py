@@ -225,6 +225,7 @@ def clustered_cnn():
     return jax.tree.map(jnp.asarray, channel_blocks.draw("cnn:clustered", 0))
 
 
+@pytest.mark.slow
 def test_hrbp_keeps_more_of_a_folded_network():
     params = clustered_cnn()
     in_params = {path_name(path) for path, _ in jax.tree.leaves_with_path(params)}  # this test has no statistics

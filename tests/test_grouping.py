@@ -72,7 +72,7 @@ def check_layout(layout, case):
         assert block.sum() == group_size * kept * kept_taps
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(case=st.sampled_from(CASES), kind=st.sampled_from(KINDS), seed=st.integers(0, 2**20))
 def test_hrbp_groups_is_a_partition_with_exact_counts(case, kind, seed):
     scores = draw(kind, case[0], seed)
