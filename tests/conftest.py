@@ -11,8 +11,11 @@ import jax.numpy as jnp
 import pytest
 from described_gpu import pytest_terminal_summary  # noqa: F401  what the compiler made of each GPU kernel, at the end of the log
 
-# Most of the suite's time is XLA's: its code generator optimizes less here (its graph passes as always). CI's other Python runs it in full.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+# Most of the suite's time is XLA's: its code generator does less here (its graph passes as always). CI's other Python runs it in full.
+_FLAGS = ["--xla_backend_optimization_level=1"]
+if jax.__version_info__ < (0, 11):  # which has no other emitters
+    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
 
 # What one test (or one xdist worker) has compiled, the others need not compile again.
 _RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
