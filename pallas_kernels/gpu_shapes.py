@@ -7,33 +7,10 @@ import jax.numpy as jnp
 
 from pallas_kernels import shapes
 from pallas_kernels.block_sparse_conv import ConvSpec
-from pallas_kernels.shapes import RESNET32, VGG19, Layer
+from pallas_kernels.shapes import RESNET32, RESNET50, VGG19, Layer
 
 FULLEST, EMPTIEST = 1.25, 0.95  # what runs of channels may make of the number of kept channels
 ROUNDING = 1e-9  # of floats such as 1 - 0.9: a bound that is met exactly is met
-
-RESNET50 = (
-    Layer("resnet50 1x1 64@56", 64, 64, 56, 1, 1),
-    Layer("resnet50 64@56", 64, 64, 56),
-    Layer("resnet50 1x1 64-256@56", 64, 256, 56, 1, 1),
-    Layer("resnet50 1x1 256-64@56", 256, 64, 56, 1, 1),
-    Layer("resnet50 1x1 256-128@56/2", 256, 128, 56, 2, 1),
-    Layer("resnet50 128@28", 128, 128, 28),
-    Layer("resnet50 1x1 128-512@28", 128, 512, 28, 1, 1),
-    Layer("resnet50 1x1 256-512@56/2", 256, 512, 56, 2, 1),
-    Layer("resnet50 1x1 512-128@28", 512, 128, 28, 1, 1),
-    Layer("resnet50 1x1 512-256@28/2", 512, 256, 28, 2, 1),
-    Layer("resnet50 256@14", 256, 256, 14),
-    Layer("resnet50 1x1 256-1024@14", 256, 1024, 14, 1, 1),
-    Layer("resnet50 1x1 512-1024@28/2", 512, 1024, 28, 2, 1),
-    Layer("resnet50 1x1 1024-256@14", 1024, 256, 14, 1, 1),
-    Layer("resnet50 1x1 1024-512@14/2", 1024, 512, 14, 2, 1),
-    Layer("resnet50 512@7", 512, 512, 7),
-    Layer("resnet50 1x1 512-2048@7", 512, 2048, 7, 1, 1),
-    Layer("resnet50 1x1 1024-2048@14/2", 1024, 2048, 14, 2, 1),
-    Layer("resnet50 1x1 2048-512@7", 2048, 512, 7, 1, 1),
-)
-"""All conv layers of ResNet-50 behind the stem, each once; the stride sits in the first 1x1 (v1)."""
 
 SMALL = (Layer("small 64@4", 64, 64, 4), Layer("small 1x1 64-128@4/2", 64, 128, 4, 2, 1))
 

@@ -49,28 +49,41 @@ RESNET32 = (
     Layer("resnet32x2 64-128@16/2", 64, 128, 16, 2),
     Layer("resnet32x2 128@8", 128, 128, 8),
 )
+RESNET50 = (
+    Layer("resnet50 1x1 64@56", 64, 64, 56, 1, 1),
+    Layer("resnet50 64@56", 64, 64, 56),
+    Layer("resnet50 1x1 64-256@56", 64, 256, 56, 1, 1),
+    Layer("resnet50 1x1 256-64@56", 256, 64, 56, 1, 1),
+    Layer("resnet50 1x1 256-128@56/2", 256, 128, 56, 2, 1),
+    Layer("resnet50 128@28", 128, 128, 28),
+    Layer("resnet50 1x1 128-512@28", 128, 512, 28, 1, 1),
+    Layer("resnet50 1x1 256-512@56/2", 256, 512, 56, 2, 1),
+    Layer("resnet50 1x1 512-128@28", 512, 128, 28, 1, 1),
+    Layer("resnet50 1x1 512-256@28/2", 512, 256, 28, 2, 1),
+    Layer("resnet50 256@14", 256, 256, 14),
+    Layer("resnet50 1x1 256-1024@14", 256, 1024, 14, 1, 1),
+    Layer("resnet50 1x1 512-1024@28/2", 512, 1024, 28, 2, 1),
+    Layer("resnet50 1x1 1024-256@14", 1024, 256, 14, 1, 1),
+    Layer("resnet50 1x1 1024-512@14/2", 1024, 512, 14, 2, 1),
+    Layer("resnet50 512@7", 512, 512, 7),
+    Layer("resnet50 1x1 512-2048@7", 512, 2048, 7, 1, 1),
+    Layer("resnet50 1x1 1024-2048@14/2", 1024, 2048, 14, 2, 1),
+    Layer("resnet50 1x1 2048-512@7", 2048, 512, 7, 1, 1),
+)
+"""All conv layers of ResNet-50 behind the stem, each once; the stride sits in the first 1x1 (v1)."""
+_NAMED = {layer.name: layer for layer in RESNET50}
 OTHERS = (
     Layer("digits 16-32@8", 16, 32, 8),
     Layer("digits 32-64@8/2", 32, 64, 8, 2),
-    Layer("resnet50 64@56", 64, 64, 56),
-    Layer("resnet50 128@28", 128, 128, 28),
-    Layer("resnet50 512@7", 512, 512, 7),
-    Layer("resnet50 1x1 64-256@56", 64, 256, 56, 1, 1),
-    Layer("resnet50 1x1 512-128@28", 512, 128, 28, 1, 1),
-    Layer("resnet50 1x1 512-2048@7", 512, 2048, 7, 1, 1),
-    Layer("resnet50 1x1 512-1024@28/2", 512, 1024, 28, 2, 1),
+    *(_NAMED[f"resnet50 {name}"] for name in ("64@56", "128@28", "512@7", "1x1 64-256@56", "1x1 512-128@28", "1x1 512-2048@7")),
+    _NAMED["resnet50 1x1 512-1024@28/2"],
 )
-INFERENCE = (
-    Layer("resnet50 1x1 256-64@56", 256, 64, 56, 1, 1),
-    Layer("resnet50 64@56", 64, 64, 56),
-    Layer("resnet50 1x1 64-256@56", 64, 256, 56, 1, 1),
-    Layer("resnet50 1x1 512-128@28", 512, 128, 28, 1, 1),
-    Layer("resnet50 256@14", 256, 256, 14),
-    Layer("resnet50 1x1 256-1024@14", 256, 1024, 14, 1, 1),
-    Layer("resnet50 1x1 1024-2048@14/2", 1024, 2048, 14, 2, 1),
-    Layer("resnet50 1x1 2048-512@7", 2048, 512, 7, 1, 1),
-    Layer("resnet50 512@7", 512, 512, 7),
-    Layer("resnet50 1x1 512-2048@7", 512, 2048, 7, 1, 1),
+INFERENCE = tuple(  # each kernel at each resolution, channels growing and shrinking
+    _NAMED[f"resnet50 {name}"]
+    for name in (
+        *("1x1 256-64@56", "64@56", "1x1 64-256@56", "1x1 512-128@28", "256@14", "1x1 256-1024@14"),
+        *("1x1 1024-2048@14/2", "1x1 2048-512@7", "512@7", "1x1 512-2048@7"),
+    )
 )
 
 

@@ -239,10 +239,10 @@ def test_tables_come_from_the_reports(kernels, inference):
 
 def test_the_parts_are_timed_in_both_formats_and_tabulated(tmp_path, monkeypatch):
     out = tmp_path / "bench_parts_cpu.json"
-    monkeypatch.setattr(bench_parts, "SIZES", {"a": (4, 4)})
+    monkeypatch.setattr(bench_parts, "SIZES", {"a": (4, 4), "b": (6, 2)})
     report = bench_parts.main(bench_parts.Config(batch=2, seconds=0.001, grouping=False, out=str(out)))
     assert json.loads(out.read_text()) == json.loads(json.dumps(report))
-    assert len(report["rows"]) == 2 * len(bench_parts.operations("CHWN")), "forward, and with gradient"
+    assert len(report["rows"]) == 2 * 2 * len(bench_parts.operations("CHWN"))
     for row in report["rows"]:
         ms = {f: times["median"] for f, times in row["ms"].items()}
         assert row["nhwc_over_chwn"] == pytest.approx(ms["NHWC"] / ms["CHWN"], abs=2e-3, rel=0.01)

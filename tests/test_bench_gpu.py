@@ -61,7 +61,7 @@ def test_a_bound_that_is_met_exactly_is_met():
     assert {gpu_shapes.case_spec(case, sparsity=0.9).channel_block for case in gpu_shapes.cases() if case.layer.cin >= 256} == {16}
 
 
-@pytest.mark.parametrize("shape", ["3x3 stride 2", "3x3 valid, 40 images"])
+@pytest.mark.parametrize("shape", ["3x3 stride 2", "1x1 stride 2", "3x3 valid, 40 images"])
 def test_the_float64_reference_is_the_convolution_with_its_gradients(shape):
     spec = dataclasses.replace(gpu_check.SMALL[shape], batch=3)
     found = gpu_check.check(gpu_check.Unit(shape, dataclasses.replace(spec, precision="highest"), "fp32"), xla.IMPLEMENTATION)

@@ -131,7 +131,7 @@ def specs(draw):
     )  # fmt: skip
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(specs(), st.sampled_from(list(IMPLEMENTATIONS)), st.integers(0, 99))
 def test_any_geometry(spec, name, seed):
     check(spec, name, seed)

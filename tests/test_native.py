@@ -32,7 +32,7 @@ def environment(**more):
 
 
 def test_random_convolutions_agree_with_numpy_in_every_variant():
-    fuzz_native.main(50, seed=1)
+    fuzz_native.main(120, seed=1)
 
 
 @pytest.mark.slow
