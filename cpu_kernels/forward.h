@@ -8,13 +8,16 @@ size_t forward_scratch(const Problem& p, const Grid& grid, int64_t vectors) {
 }
 
 // A panel pays when many filters share it. For a few, one vector of their outputs stays in registers while the sources stream by from where
-// they lie: not where all channels begin at the same place of a page, since they would push each other out of the cache.
-constexpr int64_t kStreamFilters = 16, kPage = 4096;
+// they lie, and what the next vector needs is fetched in advance: not where all channels begin at the same place of a page, since they would
+// push each other out of the cache.
+template <class M>
+constexpr int64_t kStreamed = M::kPair == 1 ? 2 * kStreamRows : 0;
+constexpr int64_t kPage = 4096;
 
 template <class M>
 inline bool streams(const Problem& p, const Grid& grid) {
   const bool run = grid.y.source_step == 1 && grid.x.source_step == 1 && grid.x.count == grid.source_width;
-  return M::kPair == 1 && run && p.group_size <= kStreamFilters && grid.source_pitch * sizeof(typename M::Element) % kPage;
+  return run && p.group_size <= kStreamed<M> && grid.source_pitch * sizeof(typename M::Element) % kPage;
 }
 
 // What a task of the streaming pass works on.
@@ -36,6 +39,11 @@ inline void stream_rows(const Stream<typename M::Element>& s, int64_t from, int6
   UNROLL for (int m = 0; m < MR; ++m) sums[m] = Vector{};
   const int64_t step = p.kept_taps * p.group_size, ahead = v + 1 < s.vectors ? kLanes : 0;
   const int32_t *channels = p.channels + s.group * p.kept, *filters = p.filters + s.group * p.group_size + from;
+  for (int m = 0; m < MR; ++m) {
+    const int64_t at = filters[m] * s.grid.target_pitch + s.lanes[v].target + ahead;
+    if (p.epilogue.residual) __builtin_prefetch(static_cast<const E*>(p.epilogue.residual) + at);
+    if (!s.past_caches) __builtin_prefetch(static_cast<const E*>(p.target) + at, 1);
+  }
   for (int64_t t = 0; t < s.reach.count; ++t) {
     const Bits bits = s.reach.bits[t * s.vectors + v];
     const E* source = static_cast<const E*>(p.source) + s.lanes[v].source + s.reach.offset[t];
@@ -67,11 +75,10 @@ void forward_stream(const Problem& p, const Grid& grid, Range groups, const Vect
   for (int64_t group = groups.begin; group < groups.end; ++group) {
     find_reach(p, grid, group, all, vectors, reach);
     const Stream<E> s = {p, grid, reach, all.lanes, group, vectors, past_caches};
-    for (int64_t v = 0; v < vectors; ++v)
-      for (int64_t j = 0; j < columns; ++j) {
-        const int64_t from = filters * j / columns, to = filters * (j + 1) / columns;
-        stream_of<M>(to - from, s, from, v);
-      }
+    for (int64_t j = 0; j < columns; ++j) {
+      const int64_t from = filters * j / columns, to = filters * (j + 1) / columns;
+      for (int64_t v = 0; v < vectors; ++v) stream_of<M>(to - from, s, from, v);
+    }
   }
   if (past_caches) fence();
 }

@@ -5,10 +5,12 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "grids.h"
 #include "parallel.h"
 #include "problem.h"
 
@@ -79,31 +81,6 @@ void* scratch(size_t bytes) {  // null: there is none left
 struct Geometry {
   Sizes kernel, strides, padding, dilation;  // (y, x); padding: top, left, bottom, right
 };
-
-// One axis of the image, forward: a grid of output positions that reads the input.
-struct AxisTaps {
-  std::vector<int64_t> offset;
-  std::vector<uint8_t> active;
-  Axis axis(int64_t count, int64_t source_size, int64_t source_step, int64_t target_step, int64_t target_offset) const {
-    return {count, source_size, source_step, target_step, target_offset, int64_t(offset.size()), offset.data(), active.data()};
-  }
-};
-
-AxisTaps output_taps(int64_t kernel, int64_t padding, int64_t dilation) {
-  AxisTaps out;
-  for (int64_t t = 0; t < kernel; ++t) out.offset.push_back(t * dilation - padding), out.active.push_back(1);
-  return out;
-}
-
-// Input positions phase, phase + stride, ...: each reads one output position for the taps that meet the stride.
-AxisTaps input_taps(int64_t kernel, int64_t padding, int64_t dilation, int64_t stride, int64_t phase) {
-  AxisTaps out;
-  for (int64_t t = 0; t < kernel; ++t) {
-    const int64_t distance = phase + padding - t * dilation, rest = (distance % stride + stride) % stride;
-    out.offset.push_back((distance - rest) / stride), out.active.push_back(rest == 0);
-  }
-  return out;
-}
 
 struct Call {
   const Variant* variant;
@@ -198,20 +175,34 @@ ffi::Error run(ffi::ThreadPool& pool, int64_t tasks, size_t bytes, const Task& t
   return failed ? exhausted() : ffi::Error::Success();
 }
 
+
+Range part(int64_t total, int64_t i, int64_t parts) { return {total * i / parts, total * (i + 1) / parts}; }
+
+constexpr int64_t kValuesAtOnce = 1 << 16;
+
 template <class Word>
-bool any_not_finite(const void* values, int64_t count, Word exponent) {
-  const Word* bits = static_cast<const Word*>(values);
-  int64_t found = 0;
-  for (int64_t i = 0; i < count; ++i) found += (bits[i] & exponent) == exponent;
+bool any_not_finite(ffi::ThreadPool& pool, const ffi::AnyBuffer& values, Word exponent) {
+  const Word* bits = static_cast<const Word*>(values.untyped_data());
+  const int64_t count = values.element_count(), pieces = up(count, kValuesAtOnce);
+  std::atomic<bool> found{false};
+  parallel_for(pool, pieces, [&](int64_t i) {
+    const Range mine = part(count, i, pieces);
+    int64_t here = 0;
+    for (int64_t j = mine.begin; j < mine.end; ++j) here += (bits[j] & exponent) == exponent;
+    if (here) found = true;
+  });
   return found;
 }
 
 // Takes the values in the form that the pass wants; `memory` keeps them. False: there is none left.
 bool prepare(ffi::ThreadPool& pool, Call& c, const ffi::AnyBuffer& values, bool input_gradient, std::vector<float>& memory) {
-  const int64_t size = c.passes->prepared_size(c.problem, input_gradient), count = values.element_count();
+  const Sizes padding = c.geometry.padding;
+  if (input_gradient || *std::max_element(padding.begin(), padding.end()) > 0)  // else no tap reads around the image
+    c.problem.careful =
+        values.element_type() == ffi::F32 ? any_not_finite<uint32_t>(pool, values, 0x7f800000) : any_not_finite<uint16_t>(pool, values, 0x7f80);
   const void* data = values.untyped_data();
-  c.problem.careful = values.element_type() == ffi::F32 ? any_not_finite<uint32_t>(data, count, 0x7f800000) : any_not_finite<uint16_t>(data, count, 0x7f80);
   c.problem.values = static_cast<const float*>(data);
+  const int64_t size = c.passes->prepared_size(c.problem, input_gradient);
   if (!size) return true;
   if (!allocate(memory, size)) return false;
   parallel_for(pool, c.problem.groups, [&](int64_t g) { c.passes->prepare(c.problem, data, input_gradient, {g, g + 1}, memory.data()); });
@@ -219,8 +210,34 @@ bool prepare(ffi::ThreadPool& pool, Call& c, const ffi::AnyBuffer& values, bool 
   return true;
 }
 
-Range part(int64_t total, int64_t i, int64_t parts) { return {total * i / parts, total * (i + 1) / parts}; }
-int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// The source of the forward pass, taken apart by its strides: where its vectors would have to be gathered, again for each group that reads
+// them, or could not stream. False: there is no memory left.
+struct Apart {
+  std::optional<Phases> phases;
+  std::unique_ptr<char[]> memory;
+};
+
+constexpr int64_t kReadsApart = 6, kGathersApart = 2;  // reads of what is copied, from where on that pays: of runs, or lane by lane
+
+bool take_apart(ffi::ThreadPool& pool, Call& c, const ffi::AnyBuffer& x, const AxisTaps& rows, const AxisTaps& columns, Grid& grid, Apart& out) {
+  const Problem& p = c.problem;
+  const Sizes strides = c.geometry.strides;
+  if (strides[0] * strides[1] == 1 || (c.images % c.variant->lanes == 0 && p.group_size > c.passes->streamed)) return true;
+  const int64_t element = ffi::ByteWidth(x.element_type());
+  const Phases& phases = out.phases.emplace(rows, columns, c.height, c.width, c.images * element, strides[0], strides[1]);
+  const int64_t least = 2 * c.images < c.variant->lanes ? kGathersApart : kReadsApart;
+  if (p.groups * p.kept * p.kept_taps < least * p.cin * phases.count()) return true;
+  out.memory.reset(new (std::nothrow) char[p.cin * phases.pitch]);
+  if (!out.memory) return false;
+  const char* from = static_cast<const char*>(x.untyped_data());
+  parallel_for(pool, p.cin, [&](int64_t i) {
+    phases.copy(from + i * c.height * c.width * phases.pixel, c.height, c.width, out.memory.get() + i * phases.pitch);
+  });
+  c.problem.source = out.memory.get();
+  grid.y = phases.y.taps.axis(c.out_height, phases.y.size, 1, 1, 0), grid.x = phases.x.taps.axis(c.out_width, phases.x.size, 1, 1, 0);
+  grid.source_width = phases.x.size, grid.source_pitch = phases.pitch / element;
+  return true;
+}
 
 constexpr int64_t kTasksPerThread = 6;
 constexpr int64_t kTaskBytes = 400 << 10;     // panel and sums of a task, in the L2 cache
@@ -261,10 +278,11 @@ ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values
     return error;
   if (auto error = check_epilogue(*y, scale, bias, residual, relu, c.problem.epilogue); error.failure()) return error;
   const AxisTaps rows = output_taps(kernel[0], padding[0], dilation[0]), columns = output_taps(kernel[1], padding[1], dilation[1]);
-  const Grid grid = output_grid(c, rows, columns);
+  Grid grid = output_grid(c, rows, columns);
   std::vector<float> prepared;
-  if (!prepare(pool, c, values, false, prepared)) return exhausted();
+  Apart apart;
   c.problem.source = x.untyped_data(), c.problem.target = y->untyped_data();
+  if (!prepare(pool, c, values, false, prepared) || !take_apart(pool, c, x, rows, columns, grid, apart)) return exhausted();
   const int64_t vectors = up(grid.positions(), c.variant->lanes);
   const int64_t wanted = kTasksPerThread * pool.num_threads();
   const int64_t chunk = vectors_at_once(c, vectors, wanted, c.problem.kept * c.problem.kept_taps, c.problem.group_size);

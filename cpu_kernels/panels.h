@@ -24,7 +24,7 @@ inline void find_reach(const Problem& p, const Grid& grid, int64_t group, const 
     for (int64_t v = 0; v < count; ++v) any |= bits[v] = all.reached(v, ty, tx);
     if (!any && !(p.careful && grid.y.active[ty] && grid.x.active[tx])) continue;
     out.tap[out.count] = t;
-    out.offset[out.count++] = (grid.y.offset[ty] * grid.source_width + grid.x.offset[tx]) * grid.images;
+    out.offset[out.count++] = (grid.y.place[ty] * grid.source_width + grid.x.place[tx]) * grid.images;
   }
 }
 

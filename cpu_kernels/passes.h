@@ -72,7 +72,7 @@ void prepare(const Problem& p, const void* values, bool input_gradient, Range gr
 
 template <class M>
 Passes passes() {
-  return {prepared_size<M>, prepare<M>, forward_scratch<M>, forward<M>, input_gradient_scratch<M>, input_gradient<M>, weight_gradient_scratch, weight_gradient<M>};
+  return {kStreamed<M>, prepared_size<M>, prepare<M>, forward_scratch<M>, forward<M>, input_gradient_scratch<M>, input_gradient<M>, weight_gradient_scratch, weight_gradient<M>};
 }
 
 #undef UNROLL

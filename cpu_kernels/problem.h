@@ -13,11 +13,12 @@ struct Range {
 };
 
 // One image axis of a grid of positions. Position j of the grid reads the source at j * source_step + offset[tap], for the taps that are
-// active and where that lies in [0, source_size); it writes the target at j * target_step + target_offset.
+// active and where that lies in [0, source_size); it writes the target at j * target_step + target_offset. In memory, what it reads stands at
+// j * source_step + place[tap]: place is offset, unless the source is taken apart (grids.h).
 struct Axis {
   int64_t count, source_size, source_step, target_step, target_offset;
   int64_t taps;
-  const int64_t* offset;
+  const int64_t *offset, *place;
   const uint8_t* active;
 };
 
@@ -55,6 +56,7 @@ struct Problem {
 
 // The three passes for one element type. A vector is a run of `Variant::lanes` positions of the grid.
 struct Passes {
+  int64_t streamed;  // filters in a group, up to which the forward pass goes without panels
   // Packs the values of some groups for the pass; null: the kernels read the float32 values as they are.
   int64_t (*prepared_size)(const Problem&, bool input_gradient);  // floats for all groups
   void (*prepare)(const Problem&, const void* values, bool input_gradient, Range groups, float* prepared);

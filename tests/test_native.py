@@ -51,6 +51,21 @@ def test_odd_groups_in_every_variant(variant, dtype, group_size, kept, cin):
     assert error <= fuzz_native.TOLERANCE[dtype], where
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", cpu.variants())
+@pytest.mark.parametrize(
+    ("batch", "kernel", "strides", "padding"),
+    [(1, (1, 1), (2, 2), 0), (3, (3, 3), (2, 2), 1), (1, (3, 2), (3, 1), 2), (8, (4, 4), (2, 3), 0), (16, (3, 3), (2, 2), 1)],
+)
+def test_strided_sources_that_many_groups_share(variant, dtype, batch, kernel, strides, padding):
+    sizes = {"cin": 9, "kept": 5, "groups": 12, "group_size": 4, "cout": 48, "kept_taps": kernel[0] * kernel[1], "height": 9, "width": 8}
+    around = ((padding, padding), (padding, padding))
+    spec = dataclasses.replace(SPEC, batch=batch, kernel=kernel, strides=strides, padding=around, dtype=dtype, **sizes)
+    error, where = fuzz_native.disagreement(spec, np.random.default_rng(0), 0, variant)
+    os.environ.pop(cpu.VARIABLE)
+    assert error <= fuzz_native.TOLERANCE[dtype], where
+
+
 def test_an_unknown_variant_is_refused(monkeypatch):
     monkeypatch.setenv(cpu.VARIABLE, "avx1024")
     x, _, values, *index = shapes.random_operands(SPEC)
@@ -119,10 +134,13 @@ def test_malformed_buffers_are_refused_by_the_handlers(what):
 
 @pytest.mark.parametrize("variant", cpu.variants())
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize(("strides", "group_size"), [((1, 1), 16), ((1, 1), 24), ((2, 2), 24)])
-def test_a_weight_that_is_not_finite_meets_the_zeros_around_the_image_as_in_dense(monkeypatch, variant, bad, strides, group_size):
+@pytest.mark.parametrize(
+    ("strides", "groups", "group_size"), [((1, 1), 2, 16), ((1, 1), 2, 36), ((2, 2), 2, 36), ((2, 2), 12, 4), ((2, 2), 12, 36)]
+)
+def test_a_weight_that_is_not_finite_meets_the_zeros_around_the_image_as_in_dense(monkeypatch, variant, bad, strides, groups, group_size):
     monkeypatch.setenv(cpu.VARIABLE, variant)
-    spec = dataclasses.replace(SPEC, groups=2, group_size=group_size, cout=2 * group_size, kernel=(3, 3), strides=strides)
+    sizes = {"groups": groups, "group_size": group_size, "cout": groups * group_size}
+    spec = dataclasses.replace(SPEC, **sizes, kernel=(3, 3), strides=strides)
     x, dy, values, *index = shapes.random_operands(spec)
     values = values.at[1, 4, 2, 3].set(bad)
     wanted, dense_pullback = jax.vjp(lambda x: shapes.convolve(spec, "dense", x, values, *index), x)
