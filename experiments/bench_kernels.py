@@ -170,7 +170,7 @@ def _measure(spec: ConvSpec, config: KernelConfig, torch: dict[str, TorchProcess
         _check(spec, results, index)
         clocks = {name: clocked(call) for name, call in calls.items()} | {name: theirs[name][mode] for name in torch}
         times = in_turn(clocks, seconds=config.seconds)
-        times[CHOSEN] = times[choose_implementation(spec).implementation]
+        times[CHOSEN] = times[choose_implementation(dataclasses.replace(spec, gradients=tiles.MODES[mode])).implementation]
         median = {name: median_iqr(t)[0] or 0.0 for name, t in times.items()}
         best, dense = min(sparse, key=median.__getitem__), min(DENSE, key=median.__getitem__)
         row = {

@@ -35,10 +35,10 @@ def available_implementations() -> dict[str, str | None]:
 
 
 def choose_implementation(spec: ConvSpec) -> Choice:
-    """What `implementation=None` picks for a convolution, and why.
+    """What `implementation=None` picks for a convolution, and why: one choice where no gradients follow, one where they do.
 
     Args:
-      spec: the static sizes.
+      spec: the static sizes, and whether the gradients follow.
 
     Returns:
       The name, the reason, and the formulation that runs without and with gradients.
@@ -56,14 +56,13 @@ def choose_implementation(spec: ConvSpec) -> Choice:
     absent = cpu.IMPLEMENTATION.supports(spec)
     if absent:
         return Choice("xla", f"the one that does just the kept work here; 'cpu': {absent}", details)
+    for mode, gradients in tiles.MODES.items():
+        if tiles.native_gain(dataclasses.replace(spec, gradients=gradients)) >= 1:
+            details[mode] = cpu.instructions(spec)
     gain = tiles.native_gain(spec)
     if gain < 1:
         return Choice("xla", f"1/{1 / gain:.2f} the time of the native kernels at the tuned shapes nearby", details)
-    return Choice(
-        "cpu",
-        f"the native kernels: {gain:.1f}x as fast as XLA at the tuned shapes nearby",
-        dict.fromkeys(tiles.MODES, cpu.instructions(spec)),
-    )
+    return Choice("cpu", f"the native kernels: {gain:.1f}x as fast as XLA at the tuned shapes nearby", details)
 
 
 def block_sparse_conv(
@@ -128,7 +127,7 @@ def block_sparse_conv(
     """
     spec = _spec(x, values, filters, channels, taps, kernel_shape, strides, padding, dilation, channel_block, precision)
     spec = dataclasses.replace(spec, relu=bool(relu))
-    chosen = _resolve(spec, implementation)
+    chosen = tuple(_resolve(dataclasses.replace(spec, gradients=gradients), implementation) for gradients in tiles.MODES.values())
     scale, bias = (None if a is None else jnp.asarray(a, jnp.float32) for a in (scale, bias))
     check_epilogue(spec.out_shape, spec.cout, scale, bias, residual)
     if residual is not None:
@@ -174,24 +173,25 @@ def _forward(spec, implementation, x, values, filters, channels, taps, *epilogue
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _conv(spec, implementation, *operands):
-    return _forward(spec, implementation, *operands)
+def _conv(spec, chosen, *operands):
+    """`chosen`: the implementations without and with gradients."""
+    return _forward(spec, chosen[0], *operands)
 
 
-def _conv_fwd(spec, implementation, *operands):
-    y = _forward(dataclasses.replace(spec, gradients=True), implementation, *operands)
+def _conv_fwd(spec, chosen, *operands):
+    y = _forward(dataclasses.replace(spec, gradients=True), chosen[1], *operands)
     return y, (*operands, y if spec.relu else None)
 
 
-def _conv_bwd(spec, implementation, saved, dy):
+def _conv_bwd(spec, chosen, saved, dy):
     """With `d` the gradient before the ReLU and V that of the values at scale 1: the scale's is `sum_k values V`, the values' `scale V`."""
     spec = dataclasses.replace(spec, gradients=True)
     x, values, filters, channels, taps, scale, bias, residual, y = saved
     d = jnp.where(y > 0, dy, 0) if spec.relu else dy
     factor = None if scale is None else scale[filters][:, None, None, :]
     scaled = values if factor is None else values * factor
-    dx = _pass("input_gradient", spec, implementation, d, scaled.astype(x.dtype), filters, channels, taps)
-    dvalues = _pass("weight_gradient", spec, implementation, x, d, filters, channels, taps)
+    dx = _pass("input_gradient", spec, chosen[1], d, scaled.astype(x.dtype), filters, channels, taps)
+    dvalues = _pass("weight_gradient", spec, chosen[1], x, d, filters, channels, taps)
     dscale = None
     if factor is not None:
         dscale = jnp.zeros_like(scale).at[filters].set((dvalues * values.astype(x.dtype)).sum((1, 2)))

@@ -124,7 +124,7 @@ class Choice:
     """What `implementation=None` picks for a spec, and why.
 
     Attributes:
-      implementation: its name.
+      implementation: its name, for the spec as it is.
       reason: one line.
       details: the formulation that runs, `{"forward": ..., "forward + gradients": ...}`.
 

@@ -64,13 +64,12 @@ def choose(spec: ConvSpec, backend: str | None = None) -> str:
     table = _table()
     if (backend or jax.default_backend()) != table["environment"]["device"]:
         return _rule(spec)
-    mode = next(mode for mode, gradients in MODES.items() if gradients == spec.gradients)
-    return _fastest(spec, [_xla(entry["milliseconds"][mode]) for entry in table["entries"]], _weights(spec))
+    return _fastest(spec, [_xla(entry["milliseconds"][_mode(spec)]) for entry in table["entries"]], _weights(spec))
 
 
 @functools.lru_cache(maxsize=4096)
 def native_gain(spec: ConvSpec) -> float:
-    """How many times as fast as the best XLA formulation the native CPU kernels are, by the same votes, over both modes.
+    """How many times as fast as the best XLA formulation the native CPU kernels are, by the same votes.
 
     The table was measured with 512-bit vectors in float32, on both sides; the same ratio is taken for CPUs whose vectors are shorter, which
     slows both sides down, and for bfloat16, which XLA widens.
@@ -88,13 +87,17 @@ def native_gain(spec: ConvSpec) -> float:
 
     Reference: ours.
     """
-    logs, total = 0.0, 0.0
+    mode, logs, total = _mode(spec), 0.0, 0.0
     for entry, weight in zip(_table()["entries"], _weights(spec)):
-        for milliseconds in entry["milliseconds"].values():
-            if NATIVE in milliseconds:
-                logs += weight * math.log(min(_xla(milliseconds).values()) / milliseconds[NATIVE])
-                total += weight
+        milliseconds = entry["milliseconds"][mode]
+        if NATIVE in milliseconds:
+            logs += weight * math.log(min(_xla(milliseconds).values()) / milliseconds[NATIVE])
+            total += weight
     return math.exp(logs / total) if total else 1.0
+
+
+def _mode(spec: ConvSpec) -> str:
+    return next(mode for mode, gradients in MODES.items() if gradients == spec.gradients)
 
 
 def _xla(milliseconds: dict[str, float]) -> dict[str, float]:
