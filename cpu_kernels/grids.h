@@ -43,17 +43,18 @@ inline AxisTaps input_taps(int64_t kernel, int64_t padding, int64_t dilation, in
 struct PhaseAxis {
   int64_t stride, size;         // size: positions in a phase
   std::vector<int64_t> phases;  // those that a tap reads
+  std::vector<int64_t> which;   // of them, each tap's
   AxisTaps taps;                // what they read in their phase
   PhaseAxis(const AxisTaps& whole, int64_t source_size, int64_t stride) : stride(stride), size(up(source_size, stride)) {
     for (int64_t offset : whole.offset) {
       const int64_t phase = modulo(offset, stride);
-      if (std::find(phases.begin(), phases.end(), phase) == phases.end()) phases.push_back(phase);
+      which.push_back(std::find(phases.begin(), phases.end(), phase) - phases.begin());
+      if (which.back() == int64_t(phases.size())) phases.push_back(phase);
       taps.add((offset - phase) / stride);
     }
   }
-  void place(const AxisTaps& whole, int64_t span) {  // span: from one phase to the next, in positions of this axis
-    for (size_t t = 0; t < whole.offset.size(); ++t)
-      taps.place[t] += span * (std::find(phases.begin(), phases.end(), modulo(whole.offset[t], stride)) - phases.begin());
+  void place(int64_t span) {  // span: from one phase to the next, in positions of this axis
+    for (size_t t = 0; t < which.size(); ++t) taps.place[t] += span * which[t];
   }
 };
 
@@ -64,8 +65,8 @@ struct Phases {
   int64_t pixel, pitch;  // bytes of a pixel's images and of a channel
   Phases(const AxisTaps& rows, const AxisTaps& columns, int64_t height, int64_t width, int64_t pixel, int64_t y_stride, int64_t x_stride)
       : y(rows, height, y_stride), x(columns, width, x_stride), pixel(pixel) {
-    y.place(rows, int64_t(x.phases.size()) * y.size);
-    x.place(columns, y.size * x.size);
+    y.place(int64_t(x.phases.size()) * y.size);
+    x.place(y.size * x.size);
     pitch = count() * y.size * x.size * pixel;
     if (pitch % kPage == 0) pitch += kLine;  // else all channels would share one place in the caches
   }

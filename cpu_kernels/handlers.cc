@@ -175,7 +175,6 @@ ffi::Error run(ffi::ThreadPool& pool, int64_t tasks, size_t bytes, const Task& t
   return failed ? exhausted() : ffi::Error::Success();
 }
 
-
 Range part(int64_t total, int64_t i, int64_t parts) { return {total * i / parts, total * (i + 1) / parts}; }
 
 constexpr int64_t kValuesAtOnce = 1 << 16;
