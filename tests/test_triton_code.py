@@ -31,8 +31,8 @@ SHAPES = [(layer, 256) for layer in shapes.OTHERS if "resnet50" in layer.name]
 SHAPES += [(layer, batch) for batch in (128, 1024) for layer in shapes.VGG19 + shapes.RESNET32]
 
 
-def launches(spec, name, fused=False, **private):
-    """The kernel calls of a pass, with the operands' dtypes."""
+def launches(spec, name, capability=90, fused=False, **private):
+    """The kernel calls of a pass on such a GPU, with the operands' dtypes."""
     found = []
 
     def record(launch, *given):
@@ -48,6 +48,7 @@ def launches(spec, name, fused=False, **private):
         spec, index = dataclasses.replace(spec, relu=True), [*index, numbers, numbers, dy]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ours, "_run", record)
+        patch.setattr(ours, "_capability", lambda: capability)
         jax.eval_shape(lambda *a: getattr(ours, f"_{name}")(spec, *a, **private), *given, *index)
     return found
 
@@ -85,7 +86,7 @@ def machine_code(launch, dtypes, capability):
 
 def check_code(record, spec, name, capability=90, fused=False, **private):
     """No spill, what was promised of shared memory, 16-byte copies, tensor cores; the loop waits for the oldest loads only."""
-    found = launches(spec, name, fused, **private)
+    found = launches(spec, name, capability, fused, **private)
     assert len(found) == (private.get("method", "") != "dense" and getattr(private.get("tile"), "method", "") != "dense")
     for launch, dtypes in found:
         measured, sass = machine_code(launch, dtypes, capability)
@@ -130,6 +131,10 @@ REPRESENTATIVE = {
     "float16": [(dataclasses.replace(MAIN, dtype="float16"), name, 90, {}) for name in ("forward", "weight_gradient")],
     "float16, Ampere": [(dataclasses.replace(MAIN, dtype="float16"), "forward", 80, {})],
     "Ampere": [(MAIN, "forward", 80, {}), (MAIN, "weight_gradient", 80, {}), (MAIN, "input_gradient", 80, {"method": "scatter"})],
+    "Ampere, float32": [
+        (dataclasses.replace(MAIN, dtype="float32"), name, 80, {"method": method} if method else {})
+        for name, method in (("forward", ""), ("weight_gradient", ""), ("input_gradient", "transposed"), ("input_gradient", "scatter"))
+    ],
     "tf32": [(dataclasses.replace(MAIN, dtype="float32", precision="high"), name, 90, {}) for name in ("forward", "weight_gradient")],
     "float32": [(dataclasses.replace(MAIN, dtype="float32"), name, 90, {}) for name in ("forward", "weight_gradient")],
 }

@@ -18,6 +18,18 @@ WIDE_TENSOR_CORES = (90, 100, 103)  # those that multiply 64 rows at a time from
 PROGRAMS = 132  # at once on an H200, one on each multiprocessor
 PARTIALS = 16 << 20  # bytes of partial weight gradients: few enough to stay in the L2 cache
 ACCUMULATORS = 128  # float32 of the result in each thread, beside the addresses of the loads: what 255 registers hold
+# Tiles that keep a few words in local memory in some layer though registers are left, found by compiling every candidate (`make slow`):
+# (capability, arithmetic, pass, method, rows, positions, depth, stages).
+SPILLING = {
+    (80, "half", "input_gradient", "scatter", 32, 64, 64, 3),
+    (80, "tf32", "input_gradient", "scatter", 32, 64, 32, 2),
+    (80, "tf32", "weight_gradient", "", 32, 16, 128, 3),
+    (80, "ieee", "input_gradient", "transposed", 16, 256, 16, 3),
+    (90, "ieee", "input_gradient", "scatter", 32, 128, 32, 3),
+    (90, "ieee", "input_gradient", "scatter", 32, 256, 32, 3),
+    (90, "ieee", "input_gradient", "scatter", 64, 64, 16, 4),
+    (90, "ieee", "input_gradient", "scatter", 64, 64, 32, 4),
+}
 # Estimates until a GPU has measured them: FLOP/s, and bytes/s of memory, of rows gathered from L2, of float32 sums into memory.
 RATES = {"half": 790e12, "tf32": 395e12, "ieee": 50e12, "memory": 4.3e12, "gather": 5.5e12, "add": 1.4e12}
 REACHED = {"transposed": 0.6, "scatter": 0.6, "dense": 0.75}  # of those limits
@@ -205,10 +217,24 @@ def _rows(members: int, arithmetic: str) -> int:
 
 
 def _fits(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> bool:
-    result = tile.rows * (tile.depth if pass_name == "weight_gradient" else tile.positions)
     limit = SHARED_KIB.get(capability, 99) * 1024 - 1024
-    most = ACCUMULATORS if _wide(spec, capability) else ACCUMULATORS // 2  # other tensor cores take their operands from registers too
-    return result <= most * 32 * tile.warps and shared_bytes(tile, pass_name, spec) <= limit
+    known = (capability, spec.precision, pass_name, tile.method, tile.rows, tile.positions, tile.depth, tile.stages)
+    registers = _holds_sums(tile, pass_name, spec, capability) and not _too_deep(tile, pass_name, spec, capability)
+    return registers and shared_bytes(tile, pass_name, spec) <= limit and known not in SPILLING
+
+
+def _holds_sums(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> bool:
+    """Whether the sums fit beside what else a thread holds: tensor cores before Hopper's take their operands from registers too."""
+    result = tile.rows * (tile.depth if pass_name == "weight_gradient" else tile.positions)
+    most = ACCUMULATORS if _wide(spec, capability) else ACCUMULATORS // 2
+    if capability < 90 and tile.method == "scatter":
+        most //= 2  # the addresses of the sums in memory
+    return result <= most * 32 * tile.warps
+
+
+def _too_deep(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> bool:
+    """Whether the operands of a step, which true float32 on Ampere holds in registers, are too many for them."""
+    return capability < 90 and spec.precision == "ieee" and pass_name != "weight_gradient" and tile.depth > 16
 
 
 def _wide(spec: ConvSpec, capability: int) -> bool:
@@ -316,8 +342,17 @@ def _heuristic(spec: ConvSpec, pass_name: str, method: str, capability: int) -> 
     if tile.rows == 128:
         tile = dataclasses.replace(tile, warps=8)
     while not _fits(tile, pass_name, spec, capability):
-        tile = dataclasses.replace(tile, stages=tile.stages - 1) if tile.stages > 2 else dataclasses.replace(tile, depth=tile.depth // 2)
+        tile = _smaller(tile, pass_name, spec, capability)
     return dataclasses.replace(tile, splits=_splits(tile, p)) if pass_name == "weight_gradient" else tile
+
+
+def _smaller(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> Tile:
+    """Less of what does not fit: of the result, of a step, of the loads in flight."""
+    if not _holds_sums(tile, pass_name, spec, capability) and pass_name != "weight_gradient":
+        return dataclasses.replace(tile, positions=tile.positions // 2)
+    if tile.stages > 2 and not _too_deep(tile, pass_name, spec, capability):
+        return dataclasses.replace(tile, stages=tile.stages - 1)
+    return dataclasses.replace(tile, depth=tile.depth // 2)
 
 
 def methods(spec: ConvSpec) -> tuple[str, ...]:
