@@ -19,7 +19,7 @@ from pallas_kernels import shapes
 from pallas_kernels.block_sparse_conv import ConvSpec, dense
 from pallas_kernels.block_sparse_conv import triton as ours
 from pallas_kernels.block_sparse_conv import triton_tiles as tiles
-from pallas_kernels.block_sparse_conv.triton_tiles import Tile
+from pallas_kernels.block_sparse_conv.triton_limits import Tile
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_triton = needs("the package triton is not installed" if importlib.util.find_spec("triton") is None else None)

@@ -19,8 +19,9 @@ from pallas_kernels import shapes
 from pallas_kernels.block_sparse_conv import ConvSpec, gpu_name
 from pallas_kernels.block_sparse_conv import triton as ours
 from pallas_kernels.block_sparse_conv import triton_kernels as kernels
+from pallas_kernels.block_sparse_conv import triton_limits as limits
 from pallas_kernels.block_sparse_conv import triton_tiles as tiles
-from pallas_kernels.block_sparse_conv.triton_tiles import Tile
+from pallas_kernels.block_sparse_conv.triton_limits import Tile
 
 MISSING = [name for name in ("triton", "jax_triton", "jax_cuda13_plugin") if importlib.util.find_spec(name) is None]
 needs_triton = needs("the package triton is not installed" if "triton" in MISSING else None)
@@ -93,11 +94,11 @@ def check_code(record, spec, name, capability=90, fused=False, **private):
         record("compiled", f"triton sm_{capability} {tiles.key(spec, name)}{' fused' * fused}: {launch.tile}: {measured}")
         tile, plain = launch.tile, tiles.normal(spec)
         assert measured["spilled"] == 0
-        assert measured["shared"] <= min(tiles.SHARED_KIB[capability] * 1024, tiles.shared_bytes(tile, name, plain) + 1024)
+        assert measured["shared"] <= min(limits.SHARED_KIB[capability] * 1024, limits.shared_bytes(tile, name, plain) + 1024)
         steps = -(-tiles.product(plain, name, tile.method).depth // tile.depth) if name != "weight_gradient" else 8
         copies = re.findall(r"LDGSTS\S*", sass)
         step = tile.positions if name == "weight_gradient" else tile.depth
-        least = min(16, tile.rows * step * tiles.itemsize(spec) // (32 * tile.warps))  # bytes a thread copies of the operand not gathered
+        least = min(16, tile.rows * step * limits.itemsize(spec) // (32 * tile.warps))  # bytes a thread copies of the operand not gathered
         assert {copy.rsplit(".", 1)[1] for copy in copies} <= {"128", str(8 * least)}
         assert not re.search(r"LDG\S*\.U16", sass)
         if steps >= 3:
@@ -199,7 +200,7 @@ def check_tables(record):
         for key, tile in tiles._tuned(gpu).items():
             spec, name = spec_of(key)
             capability = CAPABILITY.get(gpu, 90)
-            assert tile.method == "dense" or tiles._fits(tile, name, tiles.normal(spec), capability)
+            assert tile.method == "dense" or limits.fits(tile, name, tiles.normal(spec), capability)
             check_code(record, spec, name, capability, tile=tile)
             count += 1
     tiles._tuned.cache_clear()
@@ -259,7 +260,7 @@ def test_tiles_fit(capability, dtype):
                     candidates = tiles.candidate_tiles(spec, name, capability)
                     assert candidates
                     for tile in (*candidates, tiles.choose_tile(spec, name, capability)):
-                        assert tiles.shared_bytes(tile, name, plain) < 1024 * tiles.SHARED_KIB[capability]
+                        assert limits.shared_bytes(tile, name, plain) < 1024 * limits.SHARED_KIB[capability]
                         assert tile.method == "dense" or min(tile.rows, tile.positions, tile.depth) >= 16
                         assert (name == "input_gradient") == (tile.method != "")
 

@@ -12,7 +12,8 @@ from jax import lax
 
 from pallas_kernels.block_sparse_conv import dense, triton_kernels
 from pallas_kernels.block_sparse_conv.spec import ConvSpec, Implementation
-from pallas_kernels.block_sparse_conv.triton_tiles import Tile, choose_tile, methods, normal, pointwise
+from pallas_kernels.block_sparse_conv.triton_limits import Tile
+from pallas_kernels.block_sparse_conv.triton_tiles import choose_tile, methods, normal, pointwise
 
 OLDEST = 80  # compute capability of Ampere, times ten
 HOPPER = 90  # what is compiled for where there is no GPU

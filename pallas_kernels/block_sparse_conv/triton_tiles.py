@@ -10,56 +10,16 @@ import jax
 
 from pallas_kernels.block_sparse_conv.gpu_name import table, this_gpu
 from pallas_kernels.block_sparse_conv.spec import ConvSpec
+from pallas_kernels.block_sparse_conv.triton_limits import Tile, fits, holds_sums, itemsize, too_deep, wide
 
 PASSES = ("forward", "input_gradient", "weight_gradient")
 METHODS = ("transposed", "scatter", "dense")  # of the input gradient
-SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}  # of one program, by capability
-WIDE_TENSOR_CORES = (90, 100, 103)  # those that multiply 64 rows at a time from shared memory
 PROGRAMS = 132  # at once on an H200, one on each multiprocessor
 PARTIALS = 16 << 20  # bytes of partial weight gradients: few enough to stay in the L2 cache
-ACCUMULATORS = 128  # float32 of the result in each thread, beside the addresses of the loads: what 255 registers hold
-# Tiles that keep a few words in local memory in some layer though registers are left, found by compiling every candidate (`make slow`):
-# (capability, arithmetic, pass, method, rows, positions, depth, stages).
-SPILLING = {
-    (80, "half", "input_gradient", "scatter", 32, 64, 64, 3),
-    (80, "tf32", "input_gradient", "scatter", 32, 64, 32, 2),
-    (80, "tf32", "weight_gradient", "", 32, 16, 128, 3),
-    (80, "ieee", "input_gradient", "transposed", 16, 256, 16, 3),
-    (90, "ieee", "input_gradient", "scatter", 32, 128, 32, 3),
-    (90, "ieee", "input_gradient", "scatter", 32, 256, 32, 3),
-    (90, "ieee", "input_gradient", "scatter", 64, 64, 16, 4),
-    (90, "ieee", "input_gradient", "scatter", 64, 64, 32, 4),
-}
 # Estimates until a GPU has measured them: FLOP/s, and bytes/s of memory, of rows gathered from L2, of float32 sums into memory.
 RATES = {"half": 790e12, "tf32": 395e12, "ieee": 50e12, "memory": 4.3e12, "gather": 5.5e12, "add": 1.4e12}
 REACHED = {"transposed": 0.6, "scatter": 0.6, "dense": 0.75}  # of those limits
 TF32 = ("default", "fastest", "bfloat16", "high", "tensorfloat32", "bfloat16_3x", "tf32", "tf32_tf32_f32")
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """What one program computes, and how.
-
-    Attributes:
-      rows: filters (of the input gradient: channels) of the result.
-      positions: output values in each row; the weight gradient contracts over them.
-      depth: gathered rows in one step of the contraction; in the weight gradient, of the result.
-      warps, stages: threads / 32, and steps whose loads are in flight.
-      positions_first: the product is `positions x rows` and not `rows x positions`; the first must be 64 for Hopper's tensor cores.
-      splits: shares of the positions in the weight gradient, each with partial sums of its own.
-      method: of the input gradient, one of `METHODS`.
-
-    Reference: ours.
-    """
-
-    rows: int
-    positions: int
-    depth: int
-    warps: int = 4
-    stages: int = 4
-    positions_first: bool = False
-    splits: int = 1
-    method: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,20 +80,6 @@ def normal(spec: ConvSpec) -> ConvSpec:
     )
 
 
-def itemsize(spec: ConvSpec) -> int:
-    """Bytes of one activation.
-
-    Args:
-      spec: the static sizes.
-
-    Returns:
-      4 or 2.
-
-    Reference: ours.
-    """
-    return 4 if spec.dtype == "float32" else 2
-
-
 def pointwise(spec: ConvSpec) -> ConvSpec | None:
     """The same 1x1 convolution of just the pixels that it reads.
 
@@ -182,26 +128,6 @@ def product(spec: ConvSpec, pass_name: str, method: str = "") -> Product:
     return Product(blocks, spec.channel_block, max(1, spec.groups * spec.kept * each // spec.cin), positions)
 
 
-def shared_bytes(tile: Tile, pass_name: str, spec: ConvSpec) -> int:
-    """Shared memory of a program: of the loads in flight, or of the result on its way out.
-
-    Args:
-      tile: the tile.
-      pass_name: one of `PASSES`.
-      spec: the static sizes.
-
-    Returns:
-      Bytes; Triton may take up to 1 KiB more.
-
-    Reference: ours.
-    """
-    if pass_name == "weight_gradient":
-        step, result = tile.positions * (tile.rows + tile.depth), tile.rows * tile.depth
-    else:
-        step, result = tile.depth * (tile.rows + tile.positions), tile.rows * tile.positions
-    return max(itemsize(spec) * tile.stages * step, 4 * result)
-
-
 def _power(size: int, low: int, high: int) -> int:
     """The power of two that holds a size, within bounds."""
     return min(high, max(low, 1 << (size - 1).bit_length()))
@@ -214,32 +140,6 @@ def _rows(members: int, arithmetic: str) -> int:
     """
     high = {"half": 128, "ieee": 64, "tf32": 32}[arithmetic]
     return min((r for r in (16, 32, 64, 128) if r <= high), key=lambda r: -(-members // r) * (r + 32))
-
-
-def _fits(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> bool:
-    limit = SHARED_KIB.get(capability, 99) * 1024 - 1024
-    known = (capability, spec.precision, pass_name, tile.method, tile.rows, tile.positions, tile.depth, tile.stages)
-    registers = _holds_sums(tile, pass_name, spec, capability) and not _too_deep(tile, pass_name, spec, capability)
-    return registers and shared_bytes(tile, pass_name, spec) <= limit and known not in SPILLING
-
-
-def _holds_sums(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> bool:
-    """Whether the sums fit beside what else a thread holds: tensor cores before Hopper's take their operands from registers too."""
-    result = tile.rows * (tile.depth if pass_name == "weight_gradient" else tile.positions)
-    most = ACCUMULATORS if _wide(spec, capability) else ACCUMULATORS // 2
-    if capability < 90 and tile.method == "scatter":
-        most //= 2  # the addresses of the sums in memory
-    return result <= most * 32 * tile.warps
-
-
-def _too_deep(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> bool:
-    """Whether the operands of a step, which true float32 on Ampere holds in registers, are too many for them."""
-    return capability < 90 and spec.precision == "ieee" and pass_name != "weight_gradient" and tile.depth > 16
-
-
-def _wide(spec: ConvSpec, capability: int) -> bool:
-    """Whether the product should have 64 in front."""
-    return spec.precision == "half" and capability in WIDE_TENSOR_CORES
 
 
 def _splits(tile: Tile, p: Product) -> int:
@@ -276,7 +176,7 @@ def candidate_tiles(spec: ConvSpec, pass_name: str, capability: int = 90) -> lis
             continue
         base = _heuristic(plain, pass_name, method, capability)
         if pass_name == "weight_gradient":
-            steps, depths = (32, 64, 128) if _wide(plain, capability) else (32, 64), (64,) if plain.precision == "ieee" else (64, 128)
+            steps, depths = (32, 64, 128) if wide(plain, capability) else (32, 64), (64,) if plain.precision == "ieee" else (64, 128)
             shapes = [(base.rows, positions, depth, False) for positions in steps for depth in depths]
         else:
             shapes = [(base.rows, positions, depth, base.positions_first) for positions in (64, 128, 256) for depth in (32, 64)]
@@ -288,7 +188,7 @@ def candidate_tiles(spec: ConvSpec, pass_name: str, capability: int = 90) -> lis
                 tile = Tile(rows, positions, depth, warps, stages, first, method=method)
                 if pass_name == "weight_gradient":
                     tile = dataclasses.replace(tile, splits=_splits(tile, product(plain, pass_name)))
-                if _fits(tile, pass_name, plain, capability):
+                if fits(tile, pass_name, plain, capability):
                     found.append(tile)
     return found
 
@@ -338,19 +238,19 @@ def _heuristic(spec: ConvSpec, pass_name: str, method: str, capability: int) -> 
             positions //= 2
         steps = -(-p.depth // depth)
         tile = Tile(rows, positions, depth, stages=min(4, max(2, steps)), method=method)
-        tile = dataclasses.replace(tile, positions_first=rows < 64 and _wide(spec, capability))
+        tile = dataclasses.replace(tile, positions_first=rows < 64 and wide(spec, capability))
     if tile.rows == 128:
         tile = dataclasses.replace(tile, warps=8)
-    while not _fits(tile, pass_name, spec, capability):
+    while not fits(tile, pass_name, spec, capability):
         tile = _smaller(tile, pass_name, spec, capability)
     return dataclasses.replace(tile, splits=_splits(tile, p)) if pass_name == "weight_gradient" else tile
 
 
 def _smaller(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> Tile:
     """Less of what does not fit: of the result, of a step, of the loads in flight."""
-    if not _holds_sums(tile, pass_name, spec, capability) and pass_name != "weight_gradient":
+    if not holds_sums(tile, pass_name, spec, capability) and pass_name != "weight_gradient":
         return dataclasses.replace(tile, positions=tile.positions // 2)
-    if tile.stages > 2 and not _too_deep(tile, pass_name, spec, capability):
+    if tile.stages > 2 and not too_deep(tile, pass_name, spec, capability):
         return dataclasses.replace(tile, stages=tile.stages - 1)
     return dataclasses.replace(tile, depth=tile.depth // 2)
 

@@ -1,0 +1,154 @@
+"""Tiles of the Triton kernels, and what registers and shared memory allow."""
+
+import dataclasses
+
+from pallas_kernels.block_sparse_conv.spec import ConvSpec
+
+SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}  # of one program, by capability
+WIDE_TENSOR_CORES = (90, 100, 103)  # those that multiply 64 rows at a time from shared memory
+ACCUMULATORS = 128  # float32 of the result in each thread, beside the addresses of the loads: what 255 registers hold
+# Tiles that keep a few words in local memory in some layer though registers are left, found by compiling every candidate (`make slow`):
+# (capability, arithmetic, pass, method, rows, positions, depth, stages).
+SPILLING = {
+    (80, "half", "input_gradient", "scatter", 32, 64, 64, 3),
+    (80, "tf32", "input_gradient", "scatter", 32, 64, 32, 2),
+    (80, "tf32", "weight_gradient", "", 32, 16, 128, 3),
+    (80, "ieee", "input_gradient", "transposed", 16, 256, 16, 3),
+    (90, "ieee", "input_gradient", "scatter", 32, 128, 32, 3),
+    (90, "ieee", "input_gradient", "scatter", 32, 256, 32, 3),
+    (90, "ieee", "input_gradient", "scatter", 64, 64, 16, 4),
+    (90, "ieee", "input_gradient", "scatter", 64, 64, 32, 4),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """What one program computes, and how.
+
+    Attributes:
+      rows: filters (of the input gradient: channels) of the result.
+      positions: output values in each row; the weight gradient contracts over them.
+      depth: gathered rows in one step of the contraction; in the weight gradient, of the result.
+      warps, stages: threads / 32, and steps whose loads are in flight.
+      positions_first: the product is `positions x rows` and not `rows x positions`; the first must be 64 for Hopper's tensor cores.
+      splits: shares of the positions in the weight gradient, each with partial sums of its own.
+      method: of the input gradient, one of `METHODS`.
+
+    Reference: ours.
+    """
+
+    rows: int
+    positions: int
+    depth: int
+    warps: int = 4
+    stages: int = 4
+    positions_first: bool = False
+    splits: int = 1
+    method: str = ""
+
+
+def itemsize(spec: ConvSpec) -> int:
+    """Bytes of one activation.
+
+    Args:
+      spec: the static sizes.
+
+    Returns:
+      4 or 2.
+
+    Reference: ours.
+    """
+    return 4 if spec.dtype == "float32" else 2
+
+
+def shared_bytes(tile: Tile, pass_name: str, spec: ConvSpec) -> int:
+    """Shared memory of a program: of the loads in flight, or of the result on its way out.
+
+    Args:
+      tile: the tile.
+      pass_name: one of `PASSES`.
+      spec: the static sizes.
+
+    Returns:
+      Bytes; Triton may take up to 1 KiB more.
+
+    Reference: ours.
+    """
+    if pass_name == "weight_gradient":
+        step, result = tile.positions * (tile.rows + tile.depth), tile.rows * tile.depth
+    else:
+        step, result = tile.depth * (tile.rows + tile.positions), tile.rows * tile.positions
+    return max(itemsize(spec) * tile.stages * step, 4 * result)
+
+
+def fits(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> bool:
+    """Whether a tile needs no more registers and shared memory than there are.
+
+    Args:
+      tile: the tile.
+      pass_name: forward, input_gradient or weight_gradient.
+      spec: a normal spec.
+      capability: of the GPU, times ten.
+
+    Returns:
+      Whether it fits.
+
+    Reference: ours.
+    """
+    limit = SHARED_KIB.get(capability, 99) * 1024 - 1024
+    known = (capability, spec.precision, pass_name, tile.method, tile.rows, tile.positions, tile.depth, tile.stages)
+    registers = holds_sums(tile, pass_name, spec, capability) and not too_deep(tile, pass_name, spec, capability)
+    return registers and shared_bytes(tile, pass_name, spec) <= limit and known not in SPILLING
+
+
+def holds_sums(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> bool:
+    """Whether the sums fit beside what else a thread holds: tensor cores before Hopper's take their operands from registers too.
+
+    Args:
+      tile: the tile.
+      pass_name: forward, input_gradient or weight_gradient.
+      spec: a normal spec.
+      capability: of the GPU, times ten.
+
+    Returns:
+      Whether they fit.
+
+    Reference: ours.
+    """
+    result = tile.rows * (tile.depth if pass_name == "weight_gradient" else tile.positions)
+    most = ACCUMULATORS if wide(spec, capability) else ACCUMULATORS // 2
+    if capability < 90 and tile.method == "scatter":
+        most //= 2  # the addresses of the sums in memory
+    return result <= most * 32 * tile.warps
+
+
+def too_deep(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> bool:
+    """Whether the operands of a step, which true float32 on Ampere holds in registers, are too many for them.
+
+    Args:
+      tile: the tile.
+      pass_name: forward, input_gradient or weight_gradient.
+      spec: a normal spec.
+      capability: of the GPU, times ten.
+
+    Returns:
+      Whether they are too many.
+
+    Reference: ours.
+    """
+    return capability < 90 and spec.precision == "ieee" and pass_name != "weight_gradient" and tile.depth > 16
+
+
+def wide(spec: ConvSpec, capability: int) -> bool:
+    """Whether the product should have 64 in front.
+
+    Args:
+      spec: a normal spec.
+      capability: of the GPU, times ten.
+
+    Returns:
+      Whether Hopper's tensor cores multiply it from shared memory.
+
+    Reference: ours.
+    """
+    return spec.precision == "half" and capability in WIDE_TENSOR_CORES
