@@ -198,7 +198,7 @@ def choose_implementation(
       data_format: "NHWC" or "CHWN".
 
     Returns:
-      The implementation's name, the reason, and what each pass runs.
+      The implementation's name and the reason, both for the forward pass alone, and in `details` what runs without and with gradients.
 
     Example:
       >>> import blocksparse_jax as bsj

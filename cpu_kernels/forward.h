@@ -12,7 +12,6 @@ size_t forward_scratch(const Problem& p, const Grid& grid, int64_t vectors) {
 // push each other out of the cache.
 template <class M>
 constexpr int64_t kStreamed = M::kPair == 1 ? 2 * kStreamRows : 0;
-constexpr int64_t kPage = 4096;
 
 template <class M>
 inline bool streams(const Problem& p, const Grid& grid) {

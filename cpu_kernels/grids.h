@@ -68,7 +68,7 @@ struct Phases {
     y.place(int64_t(x.phases.size()) * y.size);
     x.place(y.size * x.size);
     pitch = count() * y.size * x.size * pixel;
-    if (pitch % kPage == 0) pitch += kLine;  // else all channels would share one place in the caches
+    if (pitch % kPage == 0) pitch += kLine;
   }
 
   int64_t count() const { return int64_t(y.phases.size() * x.phases.size()); }
@@ -85,7 +85,7 @@ struct Phases {
   }
 
  private:
-  static constexpr int64_t kPage = 4096, kLine = 64;
+  static constexpr int64_t kLine = 64;
 
   void take(const char* row, int64_t count, char* to) const {
     if (pixel == 2) pixels<2>(row, count, to);

@@ -209,8 +209,7 @@ bool prepare(ffi::ThreadPool& pool, Call& c, const ffi::AnyBuffer& values, bool 
   return true;
 }
 
-// The source of the forward pass, taken apart by its strides: where its vectors would have to be gathered, again for each group that reads
-// them, or could not stream. False: there is no memory left.
+// The source of the forward pass, taken apart by its strides.
 struct Apart {
   std::optional<Phases> phases;
   std::unique_ptr<char[]> memory;
@@ -218,6 +217,8 @@ struct Apart {
 
 constexpr int64_t kReadsApart = 6, kGathersApart = 2;  // reads of what is copied, from where on that pays: of runs, or lane by lane
 
+// Takes the source apart where its vectors would have to be gathered, again for each group that reads them, or could not stream. False: there
+// is no memory left.
 bool take_apart(ffi::ThreadPool& pool, Call& c, const ffi::AnyBuffer& x, const AxisTaps& rows, const AxisTaps& columns, Grid& grid, Apart& out) {
   const Problem& p = c.problem;
   const Sizes strides = c.geometry.strides;

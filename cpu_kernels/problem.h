@@ -7,6 +7,8 @@
 
 namespace block_sparse {
 
+constexpr int64_t kPage = 4096;  // bytes: channels that begin at the same place of a page share one place in the caches
+
 struct Range {
   int64_t begin, end;
   int64_t size() const { return end - begin; }

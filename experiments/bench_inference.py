@@ -1,4 +1,6 @@
-"""Times whole networks at inference: `python -m experiments.bench_inference` (about 5 minutes on 2 CPU cores; `--quick` about one).
+"""Times whole networks at inference: `python -m experiments.bench_inference`; `--quick` about a minute.
+
+About 4 minutes on 2 CPU cores at `--seconds 4`, PyTorch included.
 
 SUBP's claim is CPU speed: ResNets for ImageNet (224x224) under its 1x16 and 1x32 patterns at the paper's FLOPs, packed, against the dense
 network in XLA (NHWC, CHWN, and NHWC with a matrix product per tap at 7x7 pixels) and, with `--torch PATH_TO_PYTHON`, in PyTorch (eager and

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from test_kernels import BASE, specs
 
 from experiments import bench_kernels
-from pallas_kernels import measure, tune
-from pallas_kernels.block_sparse_conv import choose_implementation, tiles, xla
+from pallas_kernels import measure, shapes, tune
+from pallas_kernels.block_sparse_conv import choose_implementation, cpu, tiles, xla
 
 
 def test_the_choice_loses_at_most_a_tenth_at_the_tuned_shapes_and_can_be_told():
@@ -31,6 +31,28 @@ def test_the_choice_loses_at_most_a_tenth_at_the_tuned_shapes_and_can_be_told():
     assert choice.implementation == "xla"
     assert choice.details["forward"] == tiles.choose(half)
     assert choice.details["forward + gradients"] == tiles.choose(dataclasses.replace(half, gradients=True))
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+@pytest.mark.parametrize("wins", ["forward", "forward + gradients"])
+def test_each_mode_runs_what_was_faster_there(monkeypatch, wins):
+    monkeypatch.setattr(tiles, "native_gain", lambda spec: 2.0 if spec.gradients == tiles.MODES[wins] else 0.5)
+    loses = next(mode for mode in tiles.MODES if mode != wins)
+    x, dy, values, *index = shapes.random_operands(BASE)
+    run = functools.partial(shapes.convolve, BASE, None)
+    programs = {
+        "forward": lambda: run(x, values, *index),
+        "forward + gradients": lambda: jax.vjp(lambda x: run(x, values, *index), x)[1](dy),
+    }
+    native = {mode: "ffi_call" in str(jax.make_jaxpr(program)()) for mode, program in programs.items()}
+    assert native == {wins: True, loses: False}
+    for mode, gradients in tiles.MODES.items():
+        choice = choose_implementation(dataclasses.replace(BASE, gradients=gradients))
+        assert choice.implementation == ("cpu" if mode == wins else "xla")
+        assert (choice.details[wins], choice.details[loses]) == (
+            cpu.instructions(BASE),
+            tiles.choose(dataclasses.replace(BASE, gradients=tiles.MODES[loses])),
+        )
 
 
 @settings(max_examples=200, deadline=None)

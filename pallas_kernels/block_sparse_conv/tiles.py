@@ -64,18 +64,19 @@ def choose(spec: ConvSpec, backend: str | None = None) -> str:
     table = _table()
     if (backend or jax.default_backend()) != table["environment"]["device"]:
         return _rule(spec)
-    return _fastest(spec, [_xla(entry["milliseconds"][_mode(spec)]) for entry in table["entries"]], _weights(spec))
+    mode = _mode(spec)
+    return _fastest(spec, [_xla(entry["milliseconds"][mode]) for entry in table["entries"]], _weights(spec))
 
 
 @functools.lru_cache(maxsize=4096)
 def native_gain(spec: ConvSpec) -> float:
     """How many times as fast as the best XLA formulation the native CPU kernels are, by the same votes.
 
-    The table was measured with 512-bit vectors in float32, on both sides; the same ratio is taken for CPUs whose vectors are shorter, which
-    slows both sides down, and for bfloat16, which XLA widens.
+    In the forward pass, or, where the spec's gradients follow, in all three. The table was measured with 512-bit vectors in float32, on both
+    sides; the same ratio is taken for CPUs whose vectors are shorter, which slows both sides down, and for bfloat16, which XLA widens.
 
     Args:
-      spec: the static sizes.
+      spec: the static sizes, and whether the gradients follow.
 
     Returns:
       The weighted geometric mean of `XLA's time / native time`.

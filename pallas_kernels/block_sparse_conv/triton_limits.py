@@ -7,7 +7,7 @@ from pallas_kernels.block_sparse_conv.spec import ConvSpec
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}  # of one program, by capability
 WIDE_TENSOR_CORES = (90, 100, 103)  # those that multiply 64 rows at a time from shared memory
 ACCUMULATORS = 128  # float32 of the result in each thread, beside the addresses of the loads: what 255 registers hold
-# Tiles that keep a few words in local memory in some layer though registers are left, found by compiling every candidate (`make slow`):
+# Tiles that keep a few words in local memory in some layer though registers are left, found by compiling candidates (`make slow`):
 # (capability, arithmetic, pass, method, rows, positions, depth, stages).
 SPILLING = {
     (80, "half", "input_gradient", "scatter", 32, 64, 64, 3),
@@ -32,7 +32,7 @@ class Tile:
       warps, stages: threads / 32, and steps whose loads are in flight.
       positions_first: the product is `positions x rows` and not `rows x positions`; the first must be 64 for Hopper's tensor cores.
       splits: shares of the positions in the weight gradient, each with partial sums of its own.
-      method: of the input gradient, one of `METHODS`.
+      method: of the input gradient: transposed, scatter or dense.
 
     Reference: ours.
     """
@@ -66,7 +66,7 @@ def shared_bytes(tile: Tile, pass_name: str, spec: ConvSpec) -> int:
 
     Args:
       tile: the tile.
-      pass_name: one of `PASSES`.
+      pass_name: forward, input_gradient or weight_gradient.
       spec: the static sizes.
 
     Returns:
@@ -97,24 +97,31 @@ def fits(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> bool:
     """
     limit = SHARED_KIB.get(capability, 99) * 1024 - 1024
     known = (capability, spec.precision, pass_name, tile.method, tile.rows, tile.positions, tile.depth, tile.stages)
-    registers = holds_sums(tile, pass_name, spec, capability) and not too_deep(tile, pass_name, spec, capability)
+    registers = _holds_sums(tile, pass_name, spec, capability) and not _too_deep(tile, pass_name, spec, capability)
     return registers and shared_bytes(tile, pass_name, spec) <= limit and known not in SPILLING
 
 
-def holds_sums(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> bool:
-    """Whether the sums fit beside what else a thread holds: tensor cores before Hopper's take their operands from registers too.
+def smaller(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> Tile:
+    """Less of what does not fit: of the result, of a step, of the loads in flight.
 
     Args:
-      tile: the tile.
-      pass_name: forward, input_gradient or weight_gradient.
-      spec: a normal spec.
-      capability: of the GPU, times ten.
+      tile: one that does not fit.
+      pass_name, spec, capability: as for `fits`.
 
     Returns:
-      Whether they fit.
+      The next tile to try.
 
     Reference: ours.
     """
+    if not _holds_sums(tile, pass_name, spec, capability) and pass_name != "weight_gradient":
+        return dataclasses.replace(tile, positions=tile.positions // 2)
+    if tile.stages > 2 and not _too_deep(tile, pass_name, spec, capability):
+        return dataclasses.replace(tile, stages=tile.stages - 1)
+    return dataclasses.replace(tile, depth=tile.depth // 2)
+
+
+def _holds_sums(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> bool:
+    """Whether the sums fit beside what else a thread holds: tensor cores before Hopper's take their operands from registers too."""
     result = tile.rows * (tile.depth if pass_name == "weight_gradient" else tile.positions)
     most = ACCUMULATORS if wide(spec, capability) else ACCUMULATORS // 2
     if capability < 90 and tile.method == "scatter":
@@ -122,20 +129,8 @@ def holds_sums(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> b
     return result <= most * 32 * tile.warps
 
 
-def too_deep(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> bool:
-    """Whether the operands of a step, which true float32 on Ampere holds in registers, are too many for them.
-
-    Args:
-      tile: the tile.
-      pass_name: forward, input_gradient or weight_gradient.
-      spec: a normal spec.
-      capability: of the GPU, times ten.
-
-    Returns:
-      Whether they are too many.
-
-    Reference: ours.
-    """
+def _too_deep(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> bool:
+    """Whether the operands of a step, which true float32 on Ampere holds in registers, are too many for them."""
     return capability < 90 and spec.precision == "ieee" and pass_name != "weight_gradient" and tile.depth > 16
 
 

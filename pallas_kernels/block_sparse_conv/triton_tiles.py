@@ -10,7 +10,7 @@ import jax
 
 from pallas_kernels.block_sparse_conv.gpu_name import table, this_gpu
 from pallas_kernels.block_sparse_conv.spec import ConvSpec
-from pallas_kernels.block_sparse_conv.triton_limits import Tile, fits, holds_sums, itemsize, too_deep, wide
+from pallas_kernels.block_sparse_conv.triton_limits import Tile, fits, itemsize, smaller, wide
 
 PASSES = ("forward", "input_gradient", "weight_gradient")
 METHODS = ("transposed", "scatter", "dense")  # of the input gradient
@@ -242,17 +242,8 @@ def _heuristic(spec: ConvSpec, pass_name: str, method: str, capability: int) -> 
     if tile.rows == 128:
         tile = dataclasses.replace(tile, warps=8)
     while not fits(tile, pass_name, spec, capability):
-        tile = _smaller(tile, pass_name, spec, capability)
+        tile = smaller(tile, pass_name, spec, capability)
     return dataclasses.replace(tile, splits=_splits(tile, p)) if pass_name == "weight_gradient" else tile
-
-
-def _smaller(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> Tile:
-    """Less of what does not fit: of the result, of a step, of the loads in flight."""
-    if not holds_sums(tile, pass_name, spec, capability) and pass_name != "weight_gradient":
-        return dataclasses.replace(tile, positions=tile.positions // 2)
-    if tile.stages > 2 and not too_deep(tile, pass_name, spec, capability):
-        return dataclasses.replace(tile, stages=tile.stages - 1)
-    return dataclasses.replace(tile, depth=tile.depth // 2)
 
 
 def methods(spec: ConvSpec) -> tuple[str, ...]:
