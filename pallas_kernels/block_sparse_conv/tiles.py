@@ -72,8 +72,8 @@ def choose(spec: ConvSpec, backend: str | None = None) -> str:
 def native_gain(spec: ConvSpec) -> float:
     """How many times as fast as the best XLA formulation the native CPU kernels are, by the same votes.
 
-    In the forward pass, or, where the spec's gradients follow, in all three. The table was measured with 512-bit vectors in float32, on both
-    sides; the same ratio is taken for CPUs whose vectors are shorter, which slows both sides down, and for bfloat16, which XLA widens.
+    In the forward pass, or, where the spec's gradients follow, in all three. The table was measured with 512-bit vectors in float32, on
+    both sides; the same ratio is taken for CPUs whose vectors are shorter, which slows both sides down, and for bfloat16, which XLA widens.
 
     Args:
       spec: the static sizes, and whether the gradients follow.
