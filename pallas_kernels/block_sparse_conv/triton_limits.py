@@ -7,18 +7,30 @@ from pallas_kernels.block_sparse_conv.spec import ConvSpec
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}  # of one program, by capability
 WIDE_TENSOR_CORES = (90, 100, 103)  # those that multiply 64 rows at a time from shared memory
 ACCUMULATORS = 128  # float32 of the result in each thread, beside the addresses of the loads: what 255 registers hold
-# Tiles that keep a few words in local memory in some layer though registers are left, found by compiling candidates (`make slow`):
-# (capability, arithmetic, pass, method, rows, positions, depth, stages).
-SPILLING = {
-    (80, "half", "input_gradient", "scatter", 32, 64, 64, 3),
+# Tiles that keep a few words in local memory in some layer though registers are left, with Triton 3.6 or 3.9, found by compiling
+# candidates (`make slow`): capability, arithmetic, pass, method, rows, positions and, unless all are meant, depth and stages.
+SPILLING = (
+    (80, "half", "forward", "", 32, 64, 32),
+    (80, "half", "forward", "", 32, 256, 32, 3),
+    (80, "half", "forward", "", 128, 64, 32, 3),
+    (80, "half", "input_gradient", "scatter", 32, 64, 64),
+    (80, "half", "input_gradient", "transposed", 16, 256, 64, 3),
+    (80, "tf32", "forward", "", 32, 64, 16, 3),
     (80, "tf32", "input_gradient", "scatter", 32, 64, 32, 2),
     (80, "tf32", "weight_gradient", "", 32, 16, 128, 3),
-    (80, "ieee", "input_gradient", "transposed", 16, 256, 16, 3),
-    (90, "ieee", "input_gradient", "scatter", 32, 128, 32, 3),
+    (80, "ieee", "input_gradient", "transposed", 16, 256),
+    (80, "ieee", "input_gradient", "transposed", 32, 128, 16, 3),
+    (80, "ieee", "input_gradient", "transposed", 32, 128, 16, 4),
+    (90, "tf32", "input_gradient", "scatter", 32, 128, 16, 3),
+    (90, "ieee", "weight_gradient", "", 32, 32, 64),
+    (90, "ieee", "input_gradient", "transposed", 16, 256),
+    (90, "ieee", "input_gradient", "scatter", 32, 128, 16, 2),
+    (90, "ieee", "input_gradient", "scatter", 32, 128, 32),
     (90, "ieee", "input_gradient", "scatter", 32, 256, 32, 3),
     (90, "ieee", "input_gradient", "scatter", 64, 64, 16, 4),
-    (90, "ieee", "input_gradient", "scatter", 64, 64, 32, 4),
-}
+    (90, "ieee", "input_gradient", "scatter", 64, 64, 32),
+    (90, "ieee", "input_gradient", "scatter", 64, 128, 32),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +108,9 @@ def fits(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> bool:
     Reference: ours.
     """
     limit = SHARED_KIB.get(capability, 99) * 1024 - 1024
-    known = (capability, spec.precision, pass_name, tile.method, tile.rows, tile.positions, tile.depth, tile.stages)
-    registers = _holds_sums(tile, pass_name, spec, capability) and not _too_deep(tile, pass_name, spec, capability)
-    return registers and shared_bytes(tile, pass_name, spec) <= limit and known not in SPILLING
+    if shared_bytes(tile, pass_name, spec) > limit or not _holds_sums(tile, pass_name, spec, capability):
+        return False
+    return not _too_deep(tile, pass_name, spec, capability) and not _spills(tile, pass_name, spec, capability)
 
 
 def smaller(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> Tile:
@@ -113,11 +125,20 @@ def smaller(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> Tile
 
     Reference: ours.
     """
-    if not _holds_sums(tile, pass_name, spec, capability) and pass_name != "weight_gradient":
-        return dataclasses.replace(tile, positions=tile.positions // 2)
-    if tile.stages > 2 and not _too_deep(tile, pass_name, spec, capability):
-        return dataclasses.replace(tile, stages=tile.stages - 1)
-    return dataclasses.replace(tile, depth=tile.depth // 2)
+    narrower = dataclasses.replace(tile, positions=tile.positions // 2)
+    shallower = dataclasses.replace(tile, depth=tile.depth // 2)
+    sums = pass_name == "weight_gradient"  # its result is `rows x depth`
+    if not sums and not _holds_sums(tile, pass_name, spec, capability):
+        return narrower
+    if _too_deep(tile, pass_name, spec, capability):
+        return shallower
+    if _spills(tile, pass_name, spec, capability):
+        least = 32 if spec.precision == "half" else 16
+        if sums or (tile.depth == least and tile.stages == 2):
+            return narrower
+        if tile.depth > least:
+            return shallower
+    return dataclasses.replace(tile, stages=tile.stages - 1) if tile.stages > 2 else shallower
 
 
 def _holds_sums(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> bool:
@@ -132,6 +153,12 @@ def _holds_sums(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> 
 def _too_deep(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> bool:
     """Whether the operands of a step, which true float32 on Ampere holds in registers, are too many for them."""
     return capability < 90 and spec.precision == "ieee" and pass_name != "weight_gradient" and tile.depth > 16
+
+
+def _spills(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> bool:
+    """Whether a tile is one of `SPILLING`."""
+    sizes = (tile.rows, tile.positions, tile.depth, tile.stages)
+    return any((capability, spec.precision, pass_name, tile.method, *sizes)[: len(known)] == known for known in SPILLING)
 
 
 def wide(spec: ConvSpec, capability: int) -> bool:
