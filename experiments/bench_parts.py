@@ -1,7 +1,8 @@
-"""Times what is around the convolutions: `python -m experiments.bench_parts` (a minute on 2 CPU cores).
+"""Times what is around the convolutions: `python -m experiments.bench_parts` (5 minutes on 2 CPU cores).
 
 Batch norm, ReLU, the residual add and the pools of the zoo in (C, H, W, N) beside NHWC, forward and forward + gradient, at the sizes of
-VGG-19 and ResNet-32 (width 2) on 32x32 images; and the grouping of single layers and of a whole ResNet-50, after compilation and with it.
+VGG-19 and ResNet-32 (width 2) on 32x32 images and of ResNet-50's ends on 224x224 images, each pool where the networks have it; and the
+grouping of single layers and of a whole ResNet-50, after compilation and with it.
 """
 
 import dataclasses
@@ -27,12 +28,16 @@ from experiments.timing import clocked, in_turn, median_iqr
 from pallas_kernels import measure
 
 RESULTS = Path(__file__).parent / "results"
-SIZES = {
-    "vgg19 64@32": (64, 32),
-    "vgg19 256@8": (256, 8),
-    "vgg19 512@4": (512, 4),
-    "resnet32x2 32@32": (32, 32),
-    "resnet32x2 128@8": (128, 8),
+EVERYWHERE = ("batch norm", "ReLU", "batch norm, ReLU", "batch norm, add, ReLU")
+SIZES = {  # channels, pixels of a side, and the pool that the network has there
+    "vgg19 64@32": (64, 32, "max pool 2x2"),
+    "vgg19 256@8": (256, 8, "max pool 2x2"),
+    "vgg19 512@4": (512, 4, "max pool 2x2"),
+    "vgg19 512@2": (512, 2, "mean over the image"),
+    "resnet32x2 32@32": (32, 32, None),
+    "resnet32x2 128@8": (128, 8, "mean over the image"),
+    "resnet50 64@112": (64, 112, "max pool 3x3/2"),
+    "resnet50 2048@7": (2048, 7, "mean over the image"),
 }
 FORMATS = ("CHWN", "NHWC")
 
@@ -50,7 +55,7 @@ class Config:
     """
 
     batch: int = 128
-    seconds: float = 0.5
+    seconds: float = 2.0
     sizes: int = len(SIZES)
     grouping: bool = True
     out: str = str(RESULTS / "bench_parts_cpu.json")
@@ -89,6 +94,7 @@ def operations(data_format: str) -> dict[str, Callable[[jax.Array, jax.Array], j
         "batch norm, ReLU": lambda x, shortcut: nn.relu(norm(x)),
         "batch norm, add, ReLU": lambda x, shortcut: nn.relu(norm(x) + shortcut),
         "max pool 2x2": lambda x, shortcut: max_pool(x, 2, 2),
+        "max pool 3x3/2": lambda x, shortcut: max_pool(x, 3, 2, padding=1),
         "mean over the image": lambda x, shortcut: x.mean((1, 2)),
     }
 
@@ -105,10 +111,10 @@ def layers(config: Config) -> list[dict[str, Any]]:
     Reference: ours.
     """
     rows = []
-    for name, (channels, size) in list(SIZES.items())[: config.sizes]:
+    for name, (channels, size, pool) in list(SIZES.items())[: config.sizes]:
         chwn = [jax.random.normal(jax.random.key(seed), (channels, size, size, config.batch)) for seed in range(2)]
         arrays = {"CHWN": chwn, "NHWC": [a.transpose(3, 1, 2, 0).copy() for a in chwn]}
-        for operation in operations("CHWN"):
+        for operation in (*EVERYWHERE, *([pool] if pool else [])):
             for mode in ("forward", "forward + gradient"):
                 calls = {}
                 for data_format, (x, shortcut) in arrays.items():

@@ -143,16 +143,20 @@ def _compare(report: dict[str, Any]) -> str:
     return markdown(["method", "test accuracy", "density", "kept FLOPs", "masked step, ms", "packed step, ms", "dense step, ms"], lines)
 
 
-def _kernels(report: dict[str, Any]) -> str:
-    """bench_kernels: what all shapes come to, then the layers at the sparsity nearest to 90%."""
-    modes = ("forward", "forward + gradients")
+def _kernel_totals(report: dict[str, Any]) -> str:
+    """bench_kernels: what all shapes come to."""
     lines = []
     for line in report["summary"]:
         ends = [f"{line[end]['speed_up']:.2f}x ({line[end]['layer']})" for end in ("worst", "best")]
         cells = [line["against"], f"{line['sparsity']:.0%}", line["mode"], f"**{line['geometric_mean']:.2f}x**", *ends]
         lines.append([*cells, f"{len(line['slower'])} of {line['shapes']}"])
     columns = ["against", "sparsity", "pass", "geometric mean", "worst layer", "best layer", "slower than it"]
-    total = markdown(columns, lines, left=3)
+    return markdown(columns, lines, left=3)
+
+
+def _kernels(report: dict[str, Any]) -> str:
+    """bench_kernels: what all shapes come to, then the layers at the sparsity nearest to 90%."""
+    modes = ("forward", "forward + gradients")
     shown = min({row["sparsity"] for row in report["rows"]}, key=lambda sparsity: abs(sparsity - 0.9))
     found = {(r["layer"], r["mode"]): r for r in report["rows"] if r["sparsity"] == shown}
     torch = any("speed_up_over_torch" in row for row in report["rows"])
@@ -170,7 +174,7 @@ def _kernels(report: dict[str, Any]) -> str:
     layers = markdown([f"layer at {shown:.0%}", *(f"{mode}: {column}" for mode in modes for column in columns)], lines)
     regrets = sorted(row["regret"] for row in report["rows"])
     note = f"What is picked against the fastest that was measured: median {statistics.median(regrets):+.0%}, worst {regrets[-1]:+.0%}.\n"
-    return f"{total}\n{layers}\n{note}"
+    return f"{_kernel_totals(report)}\n{layers}\n{note}"
 
 
 def _inference(report: dict[str, Any]) -> str:
@@ -235,6 +239,7 @@ def _gpu(kind: str, report: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "bench_kernels_gpu": functools.partial(_gpu, "kernels"),
     "bench_training_gpu": functools.partial(_gpu, "training"),
+    "bench_kernels_cpu_batch": _kernel_totals,
     "bench_kernels": _kernels,
     "bench_parts": _parts,
     "bench_training": _training,

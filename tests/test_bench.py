@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -239,10 +240,12 @@ def test_tables_come_from_the_reports(kernels, inference):
 
 def test_the_parts_are_timed_in_both_formats_and_tabulated(tmp_path, monkeypatch):
     out = tmp_path / "bench_parts_cpu.json"
-    monkeypatch.setattr(bench_parts, "SIZES", {"a": (4, 4), "b": (6, 2)})
+    monkeypatch.setattr(bench_parts, "SIZES", {"a": (4, 4, "max pool 2x2"), "b": (6, 2, "mean over the image"), "c": (3, 4, None)})
     report = bench_parts.main(bench_parts.Config(batch=2, seconds=0.001, grouping=False, out=str(out)))
     assert json.loads(out.read_text()) == json.loads(json.dumps(report))
-    assert len(report["rows"]) == 2 * 2 * len(bench_parts.operations("CHWN"))
+    timed = Counter((row["layer"], row["operation"]) for row in report["rows"])
+    assert set(timed.values()) == {2}
+    assert set(timed) == {(n, o) for n in "abc" for o in bench_parts.EVERYWHERE} | {("a", "max pool 2x2"), ("b", "mean over the image")}
     for row in report["rows"]:
         ms = {f: times["median"] for f, times in row["ms"].items()}
         assert row["nhwc_over_chwn"] == pytest.approx(ms["NHWC"] / ms["CHWN"], abs=2e-3, rel=0.01)
@@ -256,6 +259,7 @@ def test_the_parts_are_timed_in_both_formats_and_tabulated(tmp_path, monkeypatch
 @pytest.mark.parametrize("operation", bench_parts.operations("CHWN"))
 def test_the_parts_compute_the_same_in_both_formats(operation):
     x, shortcut = (jax.random.normal(jax.random.key(seed), (3, 4, 4, 5)) for seed in range(2))
+    assert {pool for _, _, pool in bench_parts.SIZES.values()} - {None} | set(bench_parts.EVERYWHERE) == set(bench_parts.operations("CHWN"))
     ours, wanted = (bench_parts.operations(f)[operation] for f in ("CHWN", "NHWC"))
     y, theirs = ours(x, shortcut), wanted(x.transpose(3, 1, 2, 0), shortcut.transpose(3, 1, 2, 0))
     np.testing.assert_allclose(y, theirs.T if theirs.ndim == 2 else theirs.transpose(3, 1, 2, 0), rtol=1e-5, atol=1e-5)
