@@ -39,6 +39,7 @@ SIZES = {  # channels, pixels of a side, and the pool that the network has there
     "resnet50 64@112": (64, 112, "max pool 3x3/2"),
     "resnet50 2048@7": (2048, 7, "mean over the image"),
 }
+LARGEST = 100 << 20  # bytes of one layer's activations: with larger ones, the allocator's page faults are what is timed
 FORMATS = ("CHWN", "NHWC")
 
 
@@ -47,7 +48,7 @@ class Config:
     """What is timed.
 
     Attributes:
-      batch: images.
+      batch: images, where no array is larger than `LARGEST` then.
       seconds: for each operation, size and mode, both formats together.
       sizes: of `SIZES`, the first ones.
       grouping: whether the grouping is timed.
@@ -106,13 +107,14 @@ def layers(config: Config) -> list[dict[str, Any]]:
       config: what is timed.
 
     Returns:
-      Rows: layer, operation, mode, and median and spread of each format in milliseconds.
+      Rows: layer, images, operation, mode, and median and spread of each format in milliseconds.
 
     Reference: ours.
     """
     rows = []
     for name, (channels, size, pool) in list(SIZES.items())[: config.sizes]:
-        chwn = [jax.random.normal(jax.random.key(seed), (channels, size, size, config.batch)) for seed in range(2)]
+        batch = min(config.batch, LARGEST // (4 * channels * size * size))
+        chwn = [jax.random.normal(jax.random.key(seed), (channels, size, size, batch)) for seed in range(2)]
         arrays = {"CHWN": chwn, "NHWC": [a.transpose(3, 1, 2, 0).copy() for a in chwn]}
         for operation in (*EVERYWHERE, *([pool] if pool else [])):
             for mode in ("forward", "forward + gradient"):
@@ -125,7 +127,8 @@ def layers(config: Config) -> list[dict[str, Any]]:
                 times = {f: median_iqr(t) for f, t in in_turn(calls, seconds=config.seconds).items()}
                 ms = {f: {"median": median, "iqr": iqr} for f, (median, iqr) in times.items()}
                 ratio = (times["NHWC"][0] or 0.0) / (times["CHWN"][0] or 1.0)
-                rows.append({"layer": name, "operation": operation, "mode": mode, "ms": ms, "nhwc_over_chwn": round(ratio, 3)})
+                row = {"layer": name, "batch": batch, "operation": operation, "mode": mode, "ms": ms}
+                rows.append(row | {"nhwc_over_chwn": round(ratio, 3)})
     return rows
 
 
