@@ -20,6 +20,12 @@ TUNE=${TUNE:-2}
 TWO=${TWO:-1.5}
 STAGES=${STAGES:-first train tune check time}
 BLOCK=${BLOCK:-16}
+for wanted in $STAGES; do
+    case $wanted in
+        first | train | tune | check | time) ;;
+        *) echo "STAGES: expected some of first train tune check time, got $wanted" >&2 && exit 2 ;;
+    esac
+done
 PYTHON=${PYTHON:-python3}
 QUICK=${QUICK:+--quick}
 export PYTHONUNBUFFERED=1
@@ -95,7 +101,6 @@ for wanted in $STAGES; do
                 stage "$MINUTES" "$OUT/two_of_four.jsonl" pallas_kernels.two_of_four.bench --out "$OUT/two_of_four.json"
             fi
             ;;
-        *) echo "STAGES: expected some of first train tune check time, got $wanted" >&2 && exit 2 ;;
     esac
 done
 if [ "$later" -ne 0 ]; then finish "$later"; else finish "$status"; fi

@@ -96,11 +96,12 @@ def test_the_script_stops_goes_on_and_ends(tmp_path):
         own = {"OUT": str(tmp_path), "QUICK": "1", "PYTHON": sys.executable, "COMMIT": "abc", "STAGES": "first train tune time"}
         done = subprocess.run(["bash", "experiments/gpu.sh"], cwd=ROOT, env=os.environ | own | more, capture_output=True, text=True)
         print(done.stdout, done.stderr)
-        return done.returncode, done.stdout.splitlines()[-1]
+        return done.returncode, (done.stderr if done.returncode == 2 else done.stdout).splitlines()[-1]
 
     assert call(MINUTES="0") == (75, "time is up: call again")
     assert not list(tmp_path.glob("*.jsonl"))
-    assert call(STAGES="firts")[0] == 2
+    assert call(STAGES="train firts") == (2, "STAGES: expected some of first train tune check time, got firts")
+    assert not list(tmp_path.iterdir())
     assert call(MINUTES="0.7")[0] == 75
     assert call(MINUTES="30") == (0, "all done")
     sizes = {path.name: len(path.read_text()) for path in tmp_path.glob("*.jsonl")}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -157,6 +158,24 @@ def test_the_chosen_tiles_of_every_layer_compile(sparsity, name, record_property
         for run, method in ((1, "scatter"), (16, "transposed")) if name == "input_gradient" else ((1, ""),):
             private = {"method": method} if method else {}
             check_code(record_property, layer_spec(layer, batch, sparsity, run=run), name, **private)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tiles.PASSES)
+@pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", None), ("float32", None), ("float32", "high")])
+@pytest.mark.parametrize("capability", [90, 80])
+def test_the_rules_tiles_compile(capability, dtype, precision, name, record_property):
+    ways = ((1, "scatter"), (16, "transposed"), (32, "transposed")) if name == "input_gradient" else ((1, ""), (16, ""))
+    picked = {}  # the specs of each tile
+    for (layer, batch), sparsity, group_size, (run, method) in itertools.product(SHAPES, (0.8, 0.9, 0.95), (16, 32, 64, 128), ways):
+        if layer.cout % group_size == 0:
+            spec = layer_spec(layer, batch, sparsity, group_size, run, dtype=dtype, precision=precision)
+            picked.setdefault((tiles.choose_tile(spec, name, capability, method), layer.kernel), []).append((spec, method))
+    for specs in picked.values():
+        for spec, method in dict.fromkeys((specs[0], specs[len(specs) // 2], specs[-1])):
+            private = {"method": method} if method else {}
+            check_code(record_property, spec, name, capability, fused=name == "forward", **private)
 
 
 @needs_triton
