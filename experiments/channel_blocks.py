@@ -53,7 +53,7 @@ class Config:
 
     networks: tuple[str, ...] = ("cnn:trained", "vgg19:random", "vgg19:clustered", "resnet50:random", "resnet50:clustered")
     channel_blocks: tuple[int, ...] = (8, 16, 32)
-    sparsities: tuple[float, ...] = (0.9,)
+    sparsities: tuple[float, ...] = (0.8, 0.9, 0.95)
     group_size: int = 32
     spaces: int = 4
     epochs: int = 3
