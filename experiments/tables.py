@@ -221,13 +221,17 @@ def _parts(report: dict[str, Any]) -> str:
 
 
 def _channel_blocks(report: dict[str, Any]) -> str:
-    """channel_blocks: what runs of channels keep, in the order and as the channels were."""
+    """channel_blocks: what runs of channels keep, in the order and as the channels were, a column for each sparsity."""
+    found = {(row["network"], row["channel_block"], row["sparsity"]): row for row in report["rows"]}
+    sparsities = sorted({sparsity for *_, sparsity in found})
     lines = []
-    for row in sorted(report["rows"], key=lambda row: (row["network"].split(":")[::-1], row["sparsity"], row["channel_block"])):
-        kept = (f"{row[name]:.3f}" for name in ("ordered", "unordered", "chance"))
-        model, _, kind = row["network"].partition(":")
-        lines.append([f"{model}, {kind} weights", f"{row['sparsity']:.0%}", str(row["channel_block"]), *kept])
-    return markdown(["network", "sparsity", "channels in a run", "ordered", "as they were", "blindly chosen"], lines)
+    for network, run in sorted({(n, run) for n, run, _ in found}, key=lambda which: (which[0].split(":")[::-1], which[1])):
+        model, _, kind = network.partition(":")
+        rows = [found.get((network, run, sparsity)) for sparsity in sparsities]
+        cells = [f"**{row['ordered']:.3f}** ({row['unordered']:.3f}, {row['chance']:.3f})" if row else "—" for row in rows]
+        lines.append([f"{model}, {kind} weights", str(run), *cells])
+    note = "In brackets: with the channels as they were, and of blocks chosen blindly.\n"
+    return markdown(["network", "channels in a run", *(f"{s:.0%}" for s in sparsities)], lines) + "\n" + note
 
 
 def _gpu(kind: str, report: dict[str, Any]) -> str:
