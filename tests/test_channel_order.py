@@ -18,7 +18,7 @@ from blocksparse_jax import tree
 from blocksparse_jax.channel_order import Consumer, channel_order, run_ratio
 from blocksparse_jax.channel_spaces import _checked, channel_orders, fold_channel_orders, space_consumers
 from blocksparse_jax.tree import conv_kernels, path_name
-from experiments import channel_blocks
+from experiments import channel_blocks, tables
 from experiments.config import TrainConfig, resolve
 from experiments.loop import Trainer
 from experiments.methods import Length
@@ -310,11 +310,20 @@ def test_errors_name_the_argument_and_the_fix():
 
 
 def test_the_command_writes_its_table(tmp_path, capsys):
-    config = channel_blocks.Config(networks=("cnn:clustered",), channel_blocks=(16,), sparsities=(0.9,), out=str(tmp_path / "report.json"))
-    channel_blocks.main(config)
-    (row,) = json.loads((tmp_path / "report.json").read_text())["rows"]
+    config = channel_blocks.Config(
+        networks=("cnn:clustered",), channel_blocks=(16,), sparsities=(0.9,), out=str(tmp_path / "channel_blocks.json")
+    )
+    report = channel_blocks.main(config)
+    assert json.loads((tmp_path / "channel_blocks.json").read_text()) == json.loads(json.dumps(report))
+    (row,) = report["rows"]
     assert row["chance"] < row["unordered"] < row["worst"] <= row["ordered"] < 1.05
-    assert f"{row['ordered']:.3f}" in capsys.readouterr().out
+    ordered, unordered, chance = (f"{row[name]:.3f}" for name in ("ordered", "unordered", "chance"))
+    assert ordered in capsys.readouterr().out
+    report["rows"].append(row | {"channel_block": 32, "sparsity": 0.8})
+    (tmp_path / "channel_blocks.json").write_text(json.dumps(report))
+    text = tables.table("channel_blocks", tmp_path)
+    assert f"| cnn, clustered weights | 16 | — | **{ordered}** ({unordered}, {chance}) |" in text
+    assert f"| cnn, clustered weights | 32 | **{ordered}** ({unordered}, {chance}) | — |" in text
     with pytest.raises(ValueError, match="networks: expected"):
         channel_blocks.draw("vgg19:trained", 1)
 
