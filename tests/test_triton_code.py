@@ -175,6 +175,7 @@ def test_the_chosen_tiles_of_every_layer_compile(sparsity, name, record_property
 @pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", None), ("float32", None), ("float32", "high")])
 @pytest.mark.parametrize("capability", [90, 80])
 def test_the_rules_tiles_compile(capability, dtype, precision, name, record_property):
+    around = (capability, dtype, name) == (80, "bfloat16", "weight_gradient")  # Triton 3.6: one word, stored before the loop, read after it
     ways = ((1, "scatter"), (16, "transposed"), (32, "transposed")) if name == "input_gradient" else ((1, ""), (16, ""))
     picked = {}  # the specs of each tile
     for (layer, batch), sparsity, group_size, (run, method) in itertools.product(SHAPES, (0.8, 0.9, 0.95), (16, 32, 64, 128), ways):
@@ -184,7 +185,7 @@ def test_the_rules_tiles_compile(capability, dtype, precision, name, record_prop
     for specs in picked.values():
         for spec, method in dict.fromkeys((specs[0], specs[len(specs) // 2], specs[-1])):
             private = {"method": method} if method else {}
-            check_code(record_property, spec, name, capability, name == "forward", around_loops=capability == 80, **private)
+            check_code(record_property, spec, name, capability, name == "forward", around_loops=around, **private)
 
 
 @needs_triton
