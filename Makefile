@@ -27,11 +27,11 @@ lint: $(VENV)/installed
 	$(BIN)/python -m mypy
 
 bench: $(VENV)/installed
-	$(BIN)/python -m experiments.bench_kernels --device cpu
-	$(BIN)/python -m experiments.bench_training
-	$(BIN)/python -m experiments.bench_inference
-	$(BIN)/python -m experiments.bench_parts
-	$(BIN)/python -m experiments.tables
+	$(BIN)/python -m experiments.bench.kernels --device cpu
+	$(BIN)/python -m experiments.bench.training
+	$(BIN)/python -m experiments.bench.inference
+	$(BIN)/python -m experiments.bench.parts
+	$(BIN)/python -m experiments.reporting.tables
 
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard cpu_kernels/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

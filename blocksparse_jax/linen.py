@@ -12,7 +12,8 @@ from flax.linen.dtypes import promote_dtype
 from jax import lax
 from jaxtyping import Array, Float
 
-from blocksparse_jax import _checks, ops
+from blocksparse_jax import _checks
+from blocksparse_jax import conv as ops
 from blocksparse_jax.layout import BlockLayout, ConsecutiveGroups, Dense, is_layout
 from blocksparse_jax.state import Spec
 from blocksparse_jax.tree import path_name

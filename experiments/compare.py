@@ -18,14 +18,14 @@ from rich.console import Console
 from rich.table import Table
 
 from blocksparse_jax._checks import choice
-from experiments import plots
-from experiments.config import TrainConfig
-from experiments.environment import commit, device, versions
-from experiments.loop import stepper
-from experiments.methods import METHODS
-from experiments.timing import alternate, median_iqr
+from experiments.bench import measure
+from experiments.bench.environment import commit, device, versions
+from experiments.bench.timing import alternate, median_iqr
+from experiments.reporting import plots
 from experiments.train import Run
-from pallas_kernels import measure
+from experiments.training.config import TrainConfig
+from experiments.training.loop import stepper
+from experiments.training.methods import METHODS
 
 COMPARED = ("dense", "hrbp", "hrbp-dynamic", "subp", "sr-ste", "rigl")
 SMOKE = ("dense", "hrbp-dynamic")  # every execution: masked, packed, and sparse at the update of the masks; nearly all is compiling

@@ -7,10 +7,10 @@ from typing import Any
 import tyro
 
 import blocksparse_jax as bsj
-from experiments.data import load
-from experiments.loop import Trainer
-from experiments.methods import Length
-from experiments.run_folder import RunFolder
+from experiments.data.resident import load
+from experiments.training.loop import Trainer
+from experiments.training.methods import Length
+from experiments.training.run_folder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from blocksparse_jax._checks import choice
-from experiments.datasets import SPECS
-from experiments.sources import open_source
-from experiments.tfds_layout import prepared_versions, write
+from experiments.data.sources import open_source
+from experiments.data.specs import SPECS
+from experiments.data.tfds_layout import prepared_versions, write
 
 T = TypeVar("T")
 

@@ -18,16 +18,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import blocksparse_jax as bsj
-from experiments import plots
-from experiments.config import TrainConfig, resolve
-from experiments.data import load
-from experiments.environment import commit, device, versions
-from experiments.flops import conv_positions
-from experiments.loop import Metrics, State, Trainer
-from experiments.methods import Length, learning_rate
-from experiments.run_folder import RunFolder
-from experiments.timing import StepTimer, median_iqr
-from pallas_kernels import measure
+from experiments.bench import measure
+from experiments.bench.environment import commit, device, versions
+from experiments.bench.timing import StepTimer, median_iqr
+from experiments.data.resident import load
+from experiments.models.flops import conv_positions
+from experiments.reporting import plots
+from experiments.training.config import TrainConfig, resolve
+from experiments.training.loop import Metrics, State, Trainer
+from experiments.training.methods import Length, learning_rate
+from experiments.training.run_folder import RunFolder
 
 _QUIET = 10.0  # seconds after which a run without a terminal says how far it is
 

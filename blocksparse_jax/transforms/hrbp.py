@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from blocksparse_jax import _checks, budgets, grouping, schedules, tree
+from blocksparse_jax import _checks, budgets, schedules, tree
 from blocksparse_jax import scores as scores_
+from blocksparse_jax.grouping import search as grouping
 from blocksparse_jax.layout import BlockLayout, Layout, layout_to_mask
 from blocksparse_jax.masks import top_rows
 from blocksparse_jax.state import Spec

@@ -11,9 +11,9 @@ from flax.linen.dtypes import promote_dtype
 from jax import lax
 from jaxtyping import Array, Float
 
+from blocksparse_jax.conv import finish
 from blocksparse_jax.layout import Dense
 from blocksparse_jax.linen import BlockSparseConv, channel_axis, pair
-from blocksparse_jax.ops import finish
 
 Pair = tuple[int, int]
 PIXELS, WEIGHTS = 16, 128 * 256  # measured: at most so many output pixels, at least so many weights per tap

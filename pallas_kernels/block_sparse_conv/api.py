@@ -10,9 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_sparse_conv import cpu, dense, mosaic_gpu, tiles, triton, xla
+from pallas_kernels.block_sparse_conv import reference as dense
+from pallas_kernels.block_sparse_conv.cpu import launch as cpu
 from pallas_kernels.block_sparse_conv.epilogue import apply_epilogue, check_epilogue
+from pallas_kernels.block_sparse_conv.mosaic_gpu import launch as mosaic_gpu
 from pallas_kernels.block_sparse_conv.spec import Choice, ConvSpec, Implementation
+from pallas_kernels.block_sparse_conv.triton import launch as triton
+from pallas_kernels.block_sparse_conv.xla import kernels as xla
+from pallas_kernels.block_sparse_conv.xla import tiles
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     module.IMPLEMENTATION.name: module.IMPLEMENTATION for module in (xla, cpu, dense, triton, mosaic_gpu)

@@ -1,0 +1,1 @@
+"""Grouping: filters, columns and channels brought into blocks."""

@@ -1,0 +1,1 @@
+"""Benchmarks on a GPU: resumable, in short stretches."""

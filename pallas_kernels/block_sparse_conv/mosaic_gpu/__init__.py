@@ -1,0 +1,1 @@
+"""The convolution in Pallas on Mosaic GPU, for Hopper."""

@@ -1,0 +1,1 @@
+"""The convolution in Triton, for NVIDIA GPUs."""

@@ -1,0 +1,1 @@
+"""The convolution in plain XLA."""

@@ -1,0 +1,154 @@
+"""Masked, sparse and packed execution of one training run are one run: equal losses, masks and weights."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import blocksparse_jax as bsj
+from experiments.data.resident import load
+from experiments.training.config import TrainConfig, resolve
+from experiments.training.loop import Trainer
+from experiments.training.methods import METHODS, Length
+
+STEPS = 50
+BASE = TrainConfig(
+    model="cnn", width=0.25, sparsity=0.8, group_size=16, block=16, batch_size=16, update_every=10, epochs=1, drop_fraction=0.9
+)
+LR = {"sgd": 0.02, "adam": 1e-3}  # small: rounding may turn a maximum or a ReLU of nearly equal values, and training then drifts apart
+EVERY = {"subp": 16}  # each of its updates compiles anew
+
+
+class Trained(NamedTuple):
+    """A run of STEPS steps: the losses, the steps that moved masks, and how often the training step was traced."""
+
+    trainer: Trainer
+    state: Any
+    losses: np.ndarray
+    moved: list[int]
+    traces: int
+
+
+def trainer_of(**options):
+    if METHODS[options["method"]].sparsity:
+        options["sparsity"] = None  # the method has its own
+    config = resolve(dataclasses.replace(BASE, **options))
+    return Trainer(config, (8, 8, 1), 10, Length(STEPS, STEPS))
+
+
+def batches(steps=STEPS):
+    for step, batch in zip(range(steps), load("digits").train_batches(0, BASE.batch_size, 0)):
+        yield step, *batch
+
+
+@functools.cache
+def train(method, execution, optimizer="sgd", precision="float32"):
+    every = EVERY.get(method, BASE.update_every)
+    trainer = trainer_of(method=method, execution=execution, optimizer=optimizer, precision=precision, lr=LR[optimizer], update_every=every)
+    traces, body = [], trainer._train_step
+
+    @functools.wraps(body)
+    def counted(*args, **kwargs):
+        traces.append(1)
+        return body(*args, **kwargs)
+
+    trainer._step = jax.jit(counted, static_argnames="dense_gradient", donate_argnums=0)
+    state, losses, moved = trainer.init(), [], []
+    masks = trainer.masks(state)
+    for step, images, labels in batches():
+        state, metrics = trainer.step(state, step, images, labels)
+        losses.append(float(metrics.loss))
+        before, masks = masks, trainer.masks(state)
+        if not all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(masks), strict=True)):
+            moved.append(step)
+    return Trained(trainer, state, np.array(losses), moved, len(traces))
+
+
+# The least loss as a fraction of the first: 0.818, 0.939, 0.803, 0.733, 0.910 and 0.812 were measured; without learning 0.976 and more.
+LEARNT = {
+    ("hrbp", "sgd"): 0.87,
+    ("hrbp-dynamic", "adam"): 0.96,
+    ("subp", "sgd"): 0.87,
+    ("random-channel", "sgd"): 0.8,
+    ("hrbp", "adam"): 0.935,
+    ("hrbp-dynamic", "sgd"): 0.87,
+}
+# Slow: the other pairs hold both HRBP methods, both optimizers and every form.
+VARIANTS = [("hrbp", "adam"), ("hrbp-dynamic", "sgd"), ("random-channel", "sgd")]
+
+
+@pytest.mark.parametrize(
+    ("method", "optimizer"), [pytest.param(*case, marks=[pytest.mark.slow] if case in VARIANTS else []) for case in LEARNT]
+)
+def test_executions_agree(method, optimizer):
+    runs = {e: train(method, e, optimizer) for e in ("masked", "sparse", "packed")}
+    losses = runs["masked"].losses
+    assert losses.min() < LEARNT[method, optimizer] * losses[0]
+    assert [run.state.form for run in runs.values()] == ["masked", "sparse", "packed"]
+    masks = runs["masked"].trainer.masks(runs["masked"].state)
+    expected = jax.tree.map(jnp.multiply, runs["masked"].state.params, masks)
+    for run in runs.values():
+        np.testing.assert_allclose(run.losses, losses, atol=1e-4)
+        jax.tree.map(np.testing.assert_array_equal, run.trainer.masks(run.state), masks)
+        kept = jax.tree.map(jnp.multiply, run.trainer.to("masked", run.state).params, masks)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), kept, expected)
+
+
+def test_dynamic_masks_move_only_at_topology_steps():
+    # not 40 and on: the last quarter of training keeps its masks
+    assert train("hrbp-dynamic", "packed", "adam").moved == [10, 20, 30]
+
+
+def test_packed_state_shrinks_with_the_density():
+    dense, packed = trainer_of(method="dense").init(), train("hrbp", "packed").state
+
+    def floats(tree):
+        return sum(leaf.size for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating))
+
+    for part in ("params", "opt_state"):
+        assert floats(getattr(packed, part)) < 0.35 * floats(getattr(dense, part))
+
+
+@pytest.mark.parametrize(("method", "optimizer"), [("hrbp", "sgd"), ("hrbp-dynamic", "adam")])
+def test_to_is_exact_both_ways(method, optimizer):
+    run = train(method, "packed", optimizer)
+    again = run.trainer.to("packed", run.trainer.to("sparse", run.state))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(run.state), jax.tree.leaves(again))
+    assert jax.tree.structure(run.state) == jax.tree.structure(again)
+
+
+def test_new_masks_do_not_recompile():
+    run = train("hrbp-dynamic", "packed", "adam")
+    assert len(run.moved) == 3
+    assert run.traces == 2  # one packed step, one topology step
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.has_layout])
+def test_masked_only_methods_train(method):
+    trainer = trainer_of(method=method)
+    state = trainer.init()
+    for step, images, labels in batches(12):
+        state, metrics = trainer.step(state, step, images, labels)
+    assert np.isfinite(float(metrics.loss))
+    assert state.form == "masked"
+    expected = {"dense": 1.0, "sr-ste": 0.5, "ste": 0.5}.get(method, 0.2)
+    if method != "gradual":  # which is half way at step 12
+        assert float(bsj.metrics.density(trainer.masks(state))) == pytest.approx(expected, abs=0.002)
+
+
+def test_bfloat16_keeps_float32_parameters():
+    half, full = train("hrbp", "packed", precision="bfloat16"), train("hrbp", "packed")
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.state.params)} == {jnp.dtype("float32")}
+    assert half.losses[-5:].mean() < half.losses[:5].mean()
+    assert 1e-7 < np.abs(half.losses - full.losses).max() < 0.3  # bf16 was used, and is close
+
+
+def test_random_channel_drops_whole_channels():
+    state = train("random-channel", "packed").state
+    layouts = [x for x in jax.tree.leaves(state.layouts, is_leaf=bsj.is_layout) if isinstance(x, bsj.BlockLayout)]
+    assert layouts
+    assert all(layout.filters.shape[0] == 1 for layout in layouts)

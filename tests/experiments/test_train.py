@@ -1,0 +1,363 @@
+"""The command line, the run folder, stop and resume, and the errors a user meets."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import blocksparse_jax as bsj
+from experiments import evaluate, train
+from experiments.reporting import plots
+from experiments.train import Run, cli
+from experiments.training.config import TrainConfig, resolve
+from experiments.training.methods import METHODS, Length
+from experiments.training.run_folder import RunFolder
+
+TINY = TrainConfig(
+    model="cnn", width=0.25, sparsity=0.8, group_size=16, block=16, batch_size=128, epochs=3, update_every=5, log_every=4, lr=0.05
+)
+PER_EPOCH = 11
+TIMES = ("step_ms_median", "step_ms_iqr")
+RESULT = {
+    *("method", "dataset", "model", "seed", "sparsity", "density", "test_accuracy", "kept_flops_fraction", "step_ms_median"),
+    *("step_ms_iqr", "epochs", "versions", "device", "execution", "precision", "commit"),
+}
+
+
+def config(tmp_path, **options):
+    return dataclasses.replace(TINY, **({"out": str(tmp_path / "run")} | options))
+
+
+def flags(settings):
+    given = []
+    for field, value in dataclasses.asdict(settings).items():
+        name = field.replace("_", "-")
+        if isinstance(value, bool):
+            given.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            given += [f"--{name}", str(value)]
+    return given
+
+
+def error_of(capsys, arguments, code=2):
+    with pytest.raises(SystemExit) as stop:
+        cli(arguments)
+    text = capsys.readouterr().err
+    assert stop.value.code == code
+    assert "Traceback" not in text
+    return text
+
+
+def output_of(capsys, arguments):
+    cli(arguments)
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One whole run of packed dynamic HRBP."""
+    settings = config(tmp_path_factory.mktemp("finished"), method="hrbp-dynamic")
+    run = Run(settings)
+    result = run.train()
+    return settings, run, result
+
+
+def test_the_command_of_the_readme(tmp_path):
+    command = "-m experiments.train --dataset digits --model cnn --method hrbp --sparsity 0.9 --epochs 1 --seed 0 --width 0.25 --out"
+    cached = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}  # of conftest
+    done = subprocess.run([sys.executable, *command.split(), str(tmp_path / "a")], capture_output=True, text=True, env=os.environ | cached)
+    assert done.returncode == 0, done.stderr
+    first, *_ = done.stdout.splitlines()
+    assert first.startswith("hrbp on digits: cnn, 1 epochs of batches of 64, packed, float32; cpu")
+    assert f"run folder {tmp_path / 'a'}" in first
+    assert "test accuracy" in done.stdout
+    assert "conv1/kernel" in done.stdout
+    assert json.loads((tmp_path / "a" / "result.json").read_text())["density"] == pytest.approx(0.1, abs=0.002)
+
+
+def test_run_folder(finished):
+    settings, run, result = finished
+    folder = run.folder.path
+    assert set(result) >= RESULT
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert TrainConfig(**json.loads((folder / "config.json").read_text())) == run.config == resolve(settings)
+    assert result["density"] == pytest.approx(0.2, abs=0.001)
+    assert result["test_accuracy"] > 0.3
+    assert 0.19 < result["kept_flops_fraction"] < 0.5  # the stem, dense, weighs more in a small network
+    assert result["step_ms_median"] > 0
+    rows = run.folder.metrics()
+    epochs = [row for row in rows if row["kind"] == "epoch"]
+    assert [row["step"] for row in epochs] == [PER_EPOCH, 2 * PER_EPOCH, 3 * PER_EPOCH]
+    assert epochs[0]["sad"] > 0
+    assert epochs[-1]["lr"] < epochs[0]["lr"]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [4, 8, 12, 16, 20, 24, 28, 32]
+    for picture in ("learning_curves.png", "block_structure.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    assert run.folder.latest() == 3 * PER_EPOCH
+
+
+def test_block_structure_draws_each_sparse_layer(finished):
+    _, run, _ = finished
+    masks, layouts = run.trainer.masks(run.state), run.trainer.layouts(run.state)
+    drawn = [ax for ax in plots.block_structure(masks, layouts).axes if ax.images]
+    assert [ax.get_title().split("\n")[0] for ax in drawn] == ["conv1/kernel", "conv2/kernel", "conv3/kernel"]
+    kernels = np.asarray(masks["conv1"]["kernel"]).mean((0, 1)).T[np.asarray(layouts["conv1"]["kernel"].filters).reshape(-1)]
+    np.testing.assert_allclose(drawn[0].images[0].get_array(), kernels)
+    assert len(drawn[0].lines) == layouts["conv1"]["kernel"].filters.shape[0] - 1
+    figure = plots.block_structure(masks, layouts, title="hrbp-dynamic: cnn on digits")
+    assert figure.get_suptitle() == "hrbp-dynamic: cnn on digits"
+    assert "white keeps no tap, black keeps all; red lines part the groups" in figure.get_supxlabel()
+    assert "red lines" not in plots.block_structure(masks, {}).get_supxlabel()
+
+
+@pytest.mark.parametrize(("sads", "final"), [((0.0, 0.3, 0.1, 0.0, 0.0), 3), ((0.0, 0.0, 0.0), None), ((0.1, 0.1), None)])
+def test_learning_curves_say_where_the_masks_became_final(sads, final):
+    numbers = dict.fromkeys(("loss", "train_accuracy", "test_accuracy", "density"), 0.5)
+    figure = plots.learning_curves([{"kind": "epoch", "epoch": i, "sad": sad, **numbers} for i, sad in enumerate(sads)])
+    for ax in figure.axes:
+        marks = [line for line in ax.lines if line.get_label().startswith("masks final")]
+        assert [(line.get_label(), line.get_xdata()[0]) for line in marks] == ([(f"masks final in epoch {final}", final)] if final else [])
+
+
+def test_evaluate_gives_the_accuracy_of_the_run(finished, capsys):
+    _, run, result = finished
+    assert evaluate.main(evaluate.EvaluateConfig(run=str(run.folder.path)))["test_accuracy"] == result["test_accuracy"]
+    assert "hrbp-dynamic" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=rf"has no checkpoint of step 3; it has {2 * PER_EPOCH}, {3 * PER_EPOCH}$"):
+        evaluate.main(evaluate.EvaluateConfig(run=str(run.folder.path), step=3))
+
+
+def test_resume_of_an_ended_run_changes_nothing(finished, capsys):
+    """The folder alone says what the run is; its seconds are those of all sessions."""
+    settings, run, result = finished
+    before = (run.folder.path / "metrics.jsonl").read_text()
+    assert Run(settings, resume=True).train() == result
+    assert f"{result['test_accuracy']:.2%}" in output_of(capsys, ["--out", settings.out, "--resume"])
+    assert "sparsity 0.8 -> 0.5" in error_of(capsys, ["--out", settings.out, "--resume", "--sparsity", "0.5"])
+    assert (run.folder.path / "metrics.jsonl").read_text() == before
+
+
+def assert_same_run(resumed, run):
+    assert jax.tree.structure(resumed.state) == jax.tree.structure(run.state) or resumed.trainer is not run.trainer
+    for a, b in zip(jax.tree.leaves(resumed.state), jax.tree.leaves(run.state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    rows, expected = ([{k: v for k, v in r.items() if k not in TIMES} for r in run.folder.metrics()] for run in (resumed, run))
+    assert rows == expected
+
+
+def test_resume_gives_the_same_bits(finished, tmp_path):
+    """Stopped at an epoch's end and in the middle of one."""
+    settings, run, _ = finished
+    settings = dataclasses.replace(settings, out=str(tmp_path / "again"))
+    assert Run(settings).train(stop_after=PER_EPOCH) is None
+    resumed = Run(settings, resume=True)
+    assert resumed.step == PER_EPOCH
+    assert resumed.train(stop_after=18) is None
+    resumed = Run(settings, resume=True)
+    assert resumed.step == 18
+    resumed.seconds += 1000
+    assert resumed.train()["train_seconds"] > 1000
+    assert_same_run(resumed, run)
+    assert Run(settings, resume=True).seconds > 1000
+
+
+def test_resume_after_crashes_gives_the_same_bits(tmp_path, monkeypatch):
+    """SUBP crashes in its soft phase, and again after it, packed."""
+    options = {"method": "subp", "update_every": PER_EPOCH}
+    run = Run(config(tmp_path, out=str(tmp_path / "whole"), **options))
+    run.train()
+    settings = config(tmp_path, checkpoint_every=7, **options)
+    resumed = Run(settings)
+    for crash_at, last, form in ((20, 14, "masked"), (30, 28, "packed")):
+        inner = resumed.trainer.step
+
+        def crash(state, number, images, labels, inner=inner, crash_at=crash_at):
+            if number == crash_at:
+                raise KeyboardInterrupt
+            return inner(state, number, images, labels)
+
+        monkeypatch.setattr(resumed.trainer, "step", crash)
+        with pytest.raises(KeyboardInterrupt):
+            resumed.train()
+        resumed = Run(settings, resume=True)
+        assert resumed.step == last
+        assert resumed.state.form == form
+    resumed.train()
+    assert_same_run(resumed, run)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "nearest"),
+    [
+        ("dataset", "cifar1O", "cifar10"),
+        ("model", "resnet33", "resnet3"),
+        ("method", "hrpb", "hrbp"),
+        ("execution", "paked", "packed"),
+        ("precision", "bfloat", "bfloat16"),
+        ("optimizer", "sdg", "sgd"),
+        ("budget", "erkk", "erk"),
+        ("scores", "magnitud", "magnitude"),
+        ("criterion", "l11", "l1"),
+    ],
+)
+def test_a_typo_names_the_nearest_option(tmp_path, capsys, flag, value, nearest):
+    text = error_of(capsys, [f"--{flag}", value, "--out", str(tmp_path / "run")])
+    assert f"{flag}: " in text
+    assert value in text
+    assert f"did you mean '{nearest}" in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--sparsity", "1.0"], "sparsity: expected a number in [0.0, 1.0)"),
+        (["--group-size", "0"], "group_size: expected an integer of at least 1"),
+        (["--method", "rigl", "--execution", "packed"], "hrbp, hrbp-dynamic, subp, random-channel"),
+        (["--dataset", "cifar10"], "python -m experiments.prepare_data --dataset cifar10"),
+        (["--batch-size", "4096"], "batch_size: "),
+        (["--implementation", "cuda"], "expected one of 'xla', 'cpu', 'dense'"),
+        (["--implementation", "mosaic_gpu"], "cannot run here"),
+        (["--method", "sr-ste", "--m", "5"], "m: 5 does not divide the 64 input channels of conv1/kernel; take one that divides 64"),
+        (["--method", "ste", "--n", "5"], "n: expected at most m=4, got 5"),
+        (["--method", "sr-ste", "--sparsity", "0.9"], "sparsity: sr-ste has 0.5 (--n 2 --m 4); set these two instead, got 0.9"),
+        (["--method", "dense", "--sparsity", "0.9"], "sparsity: dense has 0; leave --sparsity out, got 0.9"),
+        (["--stem", "imagenet"], "stem: "),
+        (["--method", "rigl", "--budget", "nonsense"], "budget: expected one of 'uniform', 'erk', 'er', got 'nonsense'"),
+        (["--method", "subp", "--budget", "erk"], "budget: subp prunes all layers alike ('uniform'); leave --budget out, got 'erk'"),
+        (["--lr", "-1"], "lr: expected a number above 0, got -1.0"),
+        (["--width", "0"], "width: expected a number above 0, got 0.0"),
+        (["--weight-decay", "-0.1"], "weight_decay: expected a number of at least 0"),
+        (["--momentum", "1"], "momentum: expected a number in [0.0, 1.0)"),
+        (["--drop-fraction", "1.5"], "drop_fraction: expected a number in [0.0, 1.0]"),
+        (["--block-density", "0"], "block_density: expected a number above 0"),
+        (["--resume"], "does not exist, so there is no run to go on with; leave --resume out"),
+    ],
+)
+def test_bad_input_ends_with_one_line(tmp_path, capsys, arguments, words):
+    data = ["--data-dir", str(tmp_path / "data")]
+    assert words in error_of(capsys, [*arguments, *data, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_folder_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert "--resume" in error_of(capsys, ["--out", str(tmp_path / "run")])
+    for resume in ([], ["--resume"]):
+        assert "notes.txt is a file; choose a folder" in error_of(capsys, ["--out", str(tmp_path / "run" / "notes.txt"), *resume])
+    assert "config.json: missing" in error_of(capsys, ["--out", str(tmp_path / "run"), "--resume"])
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+@pytest.fixture
+def stopped(finished, tmp_path):
+    """A copy of the finished run, as if stopped before its end."""
+    settings, run, _ = finished
+    settings = dataclasses.replace(settings, out=str(tmp_path / "copy"))
+    subprocess.run(["cp", "-r", str(run.folder.path), settings.out], check=True)
+    folder = RunFolder(settings.out)
+    (folder.path / "result.json").unlink()
+    return settings, folder
+
+
+def test_resume_with_another_config_names_the_fields(stopped, capsys):
+    settings, _ = stopped
+    text = error_of(capsys, [*flags(dataclasses.replace(settings, sparsity=0.5, seed=3)), "--resume"])
+    assert "seed 0 -> 3" in text
+    assert "sparsity 0.8 -> 0.5" in text
+    assert "epochs" not in text
+
+
+@pytest.mark.parametrize(("text", "words"), [("{", "not JSON"), ("[]", "other fields"), ('{"dataset": "digits"}', "other fields")])
+def test_a_garbled_config_is_named(stopped, capsys, text, words):
+    settings, folder = stopped
+    (folder.path / "config.json").write_text(text)
+    message = error_of(capsys, [*flags(settings), "--resume"])
+    assert "config.json" in message
+    assert words in message
+
+
+def test_a_truncated_checkpoint_is_named_and_the_one_before_works(stopped, capsys):
+    settings, folder = stopped
+    last = folder.path / "checkpoints" / str(3 * PER_EPOCH)
+    for file in last.rglob("d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    message = error_of(capsys, [*flags(settings), "--resume"])
+    assert f"{last}: " in message
+    assert "is damaged" in message
+    assert "delete the folder" in message
+    subprocess.run(["rm", "-r", str(last)], check=True)
+    resumed = Run(settings, resume=True)
+    assert resumed.step == 2 * PER_EPOCH
+    resumed.train()
+
+
+def test_a_garbled_row_of_metrics_is_named(stopped, capsys):
+    settings, folder = stopped
+    path = folder.path / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, lines[0][:10]]))  # cut short by a stop: left out
+    assert len(folder.metrics()) == len(lines)
+    path.write_text("\n".join([lines[0][:10], *lines[1:]]))
+    message = error_of(capsys, [*flags(settings), "--resume"])
+    assert "metrics.jsonl" in message
+    assert "line 1" in message
+
+
+def test_evaluate_of_no_run(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json: missing, so .* is not the folder of a run$"):
+        evaluate.main(evaluate.EvaluateConfig(run=str(tmp_path)))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
+    settings = config(tmp_path, method="dense", sparsity=None, lr=1e30, epochs=1)
+    text = error_of(capsys, flags(settings), code=1)
+    assert "the loss is " in text
+    assert "lower --lr (1e+30)" in text
+
+
+def test_without_a_terminal_a_slow_run_says_how_far_it_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "_QUIET", -1)
+    out = output_of(capsys, flags(config(tmp_path, method="random-channel", epochs=1)))
+    assert "random-channel step 4/11: loss " in out
+    assert "\nrandom-channel: sparse layers keep 0.19" in out  # the name of the command line, not of the transformation
+
+
+def test_the_methods_that_fix_their_sparsity_store_it():
+    assert [resolve(TrainConfig(method=name)).sparsity for name in ("dense", "sr-ste", "hrbp")] == [0.0, 0.5, 0.9]
+    assert resolve(TrainConfig(method="ste", n=1)).sparsity == 0.75
+
+
+UNIFORM = ("dense", "subp", "sr-ste", "ste", "random-channel")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_config_names_the_budget_that_is_used(method):
+    """`None` is the method's own; a run of an older version has stored "uniform" for all of them."""
+    settings = TrainConfig(method=method)
+    assert resolve(settings).budget == ("erk" if method == "rigl" else "uniform")
+    assert resolve(dataclasses.replace(settings, budget="uniform")).budget == "uniform"
+    assert METHODS[method].budgets == ("uniform",) or method not in UNIFORM
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in UNIFORM])
+def test_the_budget_reaches_the_method(method, params):
+    """The layers' densities after pruning are those of the budget that config.json names."""
+    spread = {}
+    for budget in ("uniform", "erk"):
+        settings = resolve(dataclasses.replace(TINY, method=method, budget=budget))
+        transform = METHODS[method].build(settings, Length(4, 8), params).transform
+        state = transform.init(params)
+        for _ in range(5 if method == "gradual" else 0):  # which starts dense
+            _, state = transform.update(params, state, params)
+        masks = bsj.get_masks(state)
+        densities = [float(masks[name]["kernel"].mean()) for name in ("conv1", "conv2")]
+        spread[budget] = abs(densities[0] - densities[1])
+    assert spread["uniform"] < 0.1
+    assert spread["erk"] > 0.3

@@ -1,0 +1,315 @@
+"""The Triton kernels' numbers, in Triton's interpreter: no GPU needed."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from described_gpu import needs
+
+from experiments.bench import shapes
+from pallas_kernels.block_sparse_conv import ConvSpec
+from pallas_kernels.block_sparse_conv import reference as dense
+from pallas_kernels.block_sparse_conv.triton import launch as ours
+from pallas_kernels.block_sparse_conv.triton import tiles
+from pallas_kernels.block_sparse_conv.triton.limits import Tile
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_triton = needs("the package triton is not installed" if importlib.util.find_spec("triton") is None else None)
+
+# Kernels are interpreted in a process of their own: Triton decides at import. There, arrays stand in for tensors; what no operand holds
+# must not be read or written; results begin as NaN; and bfloat16 products are mended (the interpreter multiplies their bits as integers).
+WORKER = """
+import os, pickle, sys
+os.environ["TRITON_INTERPRET"] = "1"
+pipe, sys.stdout = os.fdopen(os.dup(1), "wb"), sys.stderr
+import ml_dtypes, numpy as np, triton.language as tl
+from triton.runtime import interpreter
+from pallas_kernels.block_sparse_conv import triton_kernels as kernels
+
+class Tensor:
+    types = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16, "int32": tl.int32}
+    def __init__(self, array): self.array, self.dtype = array, self.types[array.dtype.name]
+    def data_ptr(self): return self.array.ctypes.data
+    def cpu(self): return self
+    def copy_(self, other): pass
+    def untyped_storage(self): return self
+    def new_empty(self, *_, **__): return Tensor(self.array)
+    def set_(self, storage, *_): self.array = storage.array; return self
+    def storage_offset(self): return 0
+    def size(self): return self.array.shape
+    def stride(self): return self.array.strides
+
+held = []
+def guarded(name, mask_at):
+    plain = getattr(interpreter.InterpreterBuilder, name)
+    def checked(self, *args):
+        pointers = next(a for a in args if isinstance(a, interpreter.TensorHandle))
+        at = np.asarray(pointers.data)[np.broadcast_to(np.asarray(args[mask_at].data, bool), np.shape(pointers.data))].astype(np.int64)
+        inside = np.zeros(at.shape, bool)
+        for array in held:
+            inside |= (at >= array.ctypes.data) & (at < array.ctypes.data + array.nbytes)
+        assert inside.all(), f"{name}: {(~inside).sum()} of {at.size} addresses lie outside of the operands"
+        return plain(self, *args)
+    setattr(interpreter.InterpreterBuilder, name, checked)
+guarded("create_masked_load", 1)
+guarded("create_masked_store", 2)
+guarded("create_atomic_rmw", 3)
+
+def dot(self, a, b, d, *_):
+    a, b = (np.asarray(t.data).view(ml_dtypes.bfloat16) if t.dtype.scalar == tl.bfloat16 else np.asarray(t.data) for t in (a, b))
+    return interpreter.TensorHandle(a.astype(np.float32) @ b.astype(np.float32) + d.data, d.dtype.scalar)
+interpreter.InterpreterBuilder.create_dot = dot
+
+patch = interpreter._patch_lang_tensor
+def patched(tensor, *scope):
+    patch(tensor, *scope)
+    tensor.__index__ = lambda self: int(np.asarray(self.handle.data).item())  # Triton 3.6 takes int([n]), which NumPy 2.5 refuses
+interpreter._patch_lang_tensor = patched
+
+while True:
+    kernel, programs, constants, shape, dtype, zeroed, arrays = pickle.load(sys.stdin.buffer)
+    out = np.full(shape, 0 if zeroed else np.nan, dtype)
+    held[:] = [*arrays, out]
+    try:
+        getattr(kernels, kernel)[(programs,)](*map(Tensor, held), **constants)
+    except Exception as error:
+        out = repr(error)
+    pickle.dump(out, pipe)
+    pipe.flush()
+"""
+_WORKER: list[subprocess.Popen] = []
+
+
+def interpret(launch: ours.Launch, *operands):
+    """Stands in for `triton._run`: the kernel in Triton's interpreter."""
+
+    def call(*arrays):
+        if not _WORKER:
+            env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+            _WORKER.append(subprocess.Popen([sys.executable, "-c", WORKER], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        arrays = [np.array(a) for a in arrays]
+        message = (launch.kernel, launch.programs, dict(launch.constants), launch.out.shape, launch.out.dtype, launch.zeroed, arrays)
+        pickle.dump(message, _WORKER[0].stdin)
+        _WORKER[0].stdin.flush()
+        out = pickle.load(_WORKER[0].stdout)
+        if isinstance(out, str):
+            raise AssertionError(out)
+        return out
+
+    return jax.pure_callback(call, launch.out, *operands, vmap_method="sequential")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _interpreter():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ours, "_run", interpret)
+        yield
+    while _WORKER:
+        worker = _WORKER.pop()
+        worker.kill()
+        worker.communicate()
+
+
+TRITON = dataclasses.replace(ours.IMPLEMENTATION, supports=ours._unfit)  # any machine will do
+BASE = ConvSpec(cin=24, height=4, width=5, batch=3, kernel=(3, 3), cout=32, groups=2, kept=13, kept_taps=3, group_size=16)
+SAME = dataclasses.replace(BASE, padding=((1, 1), (1, 1)))
+BLOCKS = dataclasses.replace(SAME, cin=64, kept=32, channel_block=16)
+POINT = dataclasses.replace(BASE, kernel=(1, 1), kept_taps=1)
+
+
+def operands(spec, seed=0):
+    """Random ones; with runs of channels where the spec has them, the last run kept by nobody."""
+    x, dy, values, *index = shapes.random_operands(spec, seed)
+    if (run := spec.channel_block) > 1:
+        rng = np.random.default_rng(seed)
+        blocks = [np.sort(rng.permutation(spec.cin // run - 1)[: spec.kept // run]) for _ in range(spec.groups)]
+        index[1] = jnp.asarray((np.stack(blocks)[:, :, None] * run + np.arange(run)).reshape(spec.groups, -1), jnp.int32)
+    return x, dy, values, *index
+
+
+def assert_close(result, reference, tolerance):
+    assert (result.shape, result.dtype) == (reference.shape, reference.dtype)
+    result, reference = (np.asarray(a, np.float32) for a in (result, reference))
+    np.testing.assert_allclose(result, reference, rtol=0, atol=tolerance * np.abs(reference).max())
+
+
+def check(spec, seed=0, tolerance=1e-5, **tile):
+    """All three passes, and the input gradient by every method, against XLA's dense convolution of the masked kernel."""
+    x, dy, values, *index = operands(spec, seed)
+    exact = dataclasses.replace(spec, precision="highest", dtype="float32")
+    single = [a.astype(jnp.float32) for a in (x, dy, values)]
+    forward, backward, weights = dense.IMPLEMENTATION.forward, dense.IMPLEMENTATION.input_gradient, dense.IMPLEMENTATION.weight_gradient
+    y = jax.jit(lambda *a: ours._forward(spec, *a, tile=tile.get("forward")))(x, values, *index)
+    assert_close(y, forward(exact, single[0], single[2], *index).astype(x.dtype), tolerance)
+    dvalues = jax.jit(lambda *a: ours._weight_gradient(spec, *a, tile=tile.get("weight_gradient")))(x, dy, *index)
+    assert_close(dvalues, weights(exact, *single[:2], *index), tolerance)
+    dx = backward(exact, *single[1:], *index).astype(x.dtype)
+    for method in (None,) if "input_gradient" in tile else tiles.methods(spec):
+        chosen = {"method": method} if method else {"tile": tile["input_gradient"]}
+        assert_close(jax.jit(lambda *a, chosen=chosen: ours._input_gradient(spec, *a, **chosen))(dy, values, *index), dx, tolerance)
+
+
+CASES = {
+    "padded lists": SAME,
+    "strides, uneven padding": dataclasses.replace(BASE, strides=(2, 3), padding=((0, 1), (1, 0)), kept_taps=9),
+    "groups of 8, images of several tiles": dataclasses.replace(SAME, height=2, width=1, batch=256, groups=4, group_size=8),
+    "groups of 24": dataclasses.replace(SAME, cout=48, group_size=24, kept=24),
+    "rectangular, dilated": dataclasses.replace(BASE, kernel=(2, 4), dilation=(3, 1), padding=((4, 0), (0, 5))),
+    "1x1": POINT,
+    "1x1, strides, padding": dataclasses.replace(POINT, strides=(2, 3), padding=((2, 0), (0, 1)), batch=1),
+    "runs of 16 channels": BLOCKS,
+    "runs of 8, strides": dataclasses.replace(BLOCKS, channel_block=8, kept=24, strides=(2, 2), padding=((0, 1), (0, 1))),
+    "1x1, runs of 32": dataclasses.replace(POINT, cin=96, kept=32, channel_block=32),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("case", CASES)
+def test_the_passes_are_those_of_the_masked_dense_convolution(case):
+    check(CASES[case])
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_accumulates_in_single(dtype):
+    check(dataclasses.replace(BLOCKS, dtype=dtype), tolerance=1e-2)
+    spec = dataclasses.replace(BASE, cin=300, kept=290, kept_taps=9, height=3, width=3, dtype=dtype)
+    x, _, values, *index = operands(spec)
+    y = ours._forward(spec, jnp.ones_like(x), jnp.ones_like(values), *index)
+    assert (y == jnp.asarray(290 * 9, dtype)).all(), "a sum of 2610 ones stalls in half precision"
+
+
+def random_spec(seed):
+    rng = np.random.default_rng(seed)
+
+    def pair(low, high):
+        return tuple(int(a) for a in rng.integers(low, high, 2))
+
+    kernel, dilation, groups = pair(1, 5), pair(1, 3), int(rng.integers(1, 4))
+    padding = (pair(0, 4), pair(0, 4))
+    reach = [(k - 1) * d for k, d in zip(kernel, dilation)]
+    height, width = (max(int(rng.integers(1, 8)), r + 1 - sum(p)) for r, p in zip(reach, padding))
+    run, size = int(rng.choice([1, 1, 8, 16])), int(rng.choice([8, 12, 16, 40]))
+    cin = run * int(rng.integers(2, 5)) if run > 1 else int(rng.integers(1, 20))
+    kept = run * int(rng.integers(1, cin // run)) if run > 1 else int(rng.integers(1, cin + 1))
+    return ConvSpec(
+        cin=cin, height=height, width=width, batch=int(rng.integers(1, 10)), kernel=kernel, cout=groups * size, groups=groups, kept=kept,
+        kept_taps=int(rng.integers(1, math.prod(kernel) + 1)), group_size=size, strides=pair(1, 4), padding=padding, dilation=dilation,
+        channel_block=run,
+    )  # fmt: skip
+
+
+@needs_triton
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 80))])
+def test_any_geometry(seed):
+    check(random_spec(seed), seed)
+
+
+@needs_triton
+@pytest.mark.parametrize("first", [False, True])
+def test_tiles_that_cut_rows_depth_and_positions(first, monkeypatch):
+    """Several tiles of rows, a ragged last one, splits that do not divide; with 64-bit offsets, as for more than 2^31 values."""
+    plain = ours._constants
+    monkeypatch.setattr(ours, "_constants", lambda *a: plain(*a) | {"wide": first})
+    for method in ("scatter", "transposed"):
+        product = Tile(16, 16, 32, positions_first=first, method=method)
+        check(
+            dataclasses.replace(BLOCKS, cout=48, group_size=24, channel_block=32, height=2, width=3),
+            forward=product, input_gradient=product, weight_gradient=Tile(16, 16, 64, splits=5),
+        )  # fmt: skip
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("spec", [SAME, POINT], ids=["3x3", "1x1"])
+def test_the_epilogue_is_fused(spec, dtype):
+    spec = dataclasses.replace(spec, dtype=dtype, relu=True)
+    x, residual, values, *index = operands(spec)
+    scale, bias = (jnp.asarray(np.random.default_rng(i).standard_normal(spec.cout), jnp.float32) for i in range(2))
+    single = (a.astype(jnp.float32) for a in (x, values))
+    sums = dense.IMPLEMENTATION.forward(dataclasses.replace(spec, dtype="float32", precision="highest"), *single, *index)
+    for given in ({"scale": scale, "bias": bias, "residual": residual}, {"bias": bias}, {"scale": scale}, {"residual": residual}):
+        wanted = sums * given["scale"][:, None, None, None] if "scale" in given else sums
+        wanted = wanted + given["bias"][:, None, None, None] if "bias" in given else wanted
+        wanted = wanted + given["residual"].astype(jnp.float32) if "residual" in given else wanted
+        y = jax.jit(lambda given: ours._forward(spec, x, values, *index, **given))(given)
+        assert_close(y, jnp.maximum(wanted, 0).astype(dtype), 1e-5 if dtype == "float32" else 1e-2)
+    y = ours._forward(spec, x, values, *index, None, None, residual.at[3, 2, 1, 0].set(jnp.nan))
+    assert np.argwhere(np.isnan(np.asarray(y, np.float32))).tolist() == [[3, 2, 1, 0]]
+
+
+@needs_triton
+def test_what_is_not_kept_is_not_touched():
+    spec = dataclasses.replace(SAME, groups=1, cout=16)
+    x, dy, values, *index = operands(spec)
+    x = x.at[np.setdiff1d(np.arange(spec.cin), index[1][0])].set(jnp.inf)
+    assert jnp.isfinite(ours._forward(spec, x, values, *index)).all()
+    assert jnp.isfinite(ours._weight_gradient(spec, x, dy, *index)).all()
+
+
+@needs_triton
+def test_vmap_and_gradients_through_the_door():
+    spec = dataclasses.replace(SAME, height=3, width=3)
+    many = [operands(spec, seed) for seed in range(2)]
+
+    def run(implementation, x, dy, values, *index):
+        y, pullback = jax.vjp(lambda x, v: shapes.convolve(spec, implementation, x, v, *index), x, values)
+        return y, *pullback(dy)
+
+    every = jax.jit(jax.vmap(lambda *a: run(TRITON, *a)))(*(jnp.stack(a) for a in zip(*many)))
+    for i, one in enumerate(many):
+        for result, reference in zip(every, run("dense", *one), strict=True):
+            assert_close(result[i], reference, 1e-5)
+
+
+@needs_triton
+def test_second_derivatives_through_the_door():
+    spec = dataclasses.replace(SAME, height=3, width=3, batch=2, relu=False)
+    x, dy, values, *index = operands(spec)
+
+    def penalty(implementation, x, values):
+        def loss(x, values):
+            return (shapes.convolve(spec, implementation, x, values, *index) ** 3 * dy).mean()
+
+        return sum((g**2).sum() for g in jax.grad(loss, (0, 1))(x, values))
+
+    ours_, reference = (jax.jit(jax.grad(lambda *a, which=which: penalty(which, *a), (0, 1)))(x, values) for which in (TRITON, "dense"))
+    for result, wanted in zip(ours_, reference, strict=True):
+        assert_close(result, wanted, 1e-4)
+
+
+@needs_triton
+@pytest.mark.parametrize("empty", ["kept", "kept_taps"])
+def test_nothing_kept_gives_what_is_added(empty):
+    spec = dataclasses.replace(SAME, **{empty: 0})
+    x, dy, values, *index = shapes.random_operands(spec)
+    y, pullback = jax.vjp(lambda x, v: shapes.convolve(spec, TRITON, x, v, *index), x, values)
+    assert y.shape == spec.out_shape
+    assert not y.any()
+    assert [a.shape for a in pullback(dy)] == [x.shape, values.shape]
+    assert not pullback(dy)[0].any()
+
+
+def test_inside_shard_map_the_results_vary_as_the_operands_do():
+    spec, parts = dataclasses.replace(SAME, batch=2), jax.sharding.PartitionSpec
+    x, dy, values, *index = operands(dataclasses.replace(SAME, batch=4))
+    images = parts(None, None, None, "batch")
+
+    def loss(x, dy, values, *index):
+        return jax.lax.psum((shapes.convolve(spec, TRITON, x, values, *index) * dy).sum(), "batch")
+
+    mesh = jax.sharding.AbstractMesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.shard_map(
+        jax.grad(loss, (0, 2)), mesh=mesh, in_specs=(images, images, *[parts()] * 4), out_specs=(images, parts())
+    )  # fmt: skip
+    dx, dvalues = jax.eval_shape(sharded, x, dy, values, *index)
+    assert (dx.shape, dvalues.shape) == (x.shape, values.shape)

@@ -1,0 +1,107 @@
+"""What is picked and how it is measured: the tuned table, the choice, alternation, and the kernel benchmark."""
+
+import dataclasses
+import functools
+import json
+import time
+
+import jax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_kernels import BASE, specs
+
+from experiments.bench import kernels as bench_kernels
+from experiments.bench import measure, shapes, tune
+from pallas_kernels.block_sparse_conv import choose_implementation
+from pallas_kernels.block_sparse_conv.cpu import launch as cpu
+from pallas_kernels.block_sparse_conv.xla import kernels as xla
+from pallas_kernels.block_sparse_conv.xla import tiles
+
+
+def test_the_choice_loses_at_most_a_tenth_at_the_tuned_shapes_and_can_be_told():
+    cases, entries = tune.cases(), json.loads(tiles.TABLE.read_text())["entries"]
+    assert {entry["name"] for entry in entries} == set(cases)
+    for entry in entries:
+        spec, times = cases[entry["name"]], entry["milliseconds"]
+        assert entry["features"] == tiles.features(spec)
+        for mode, gradients in tiles.MODES.items():
+            chosen = tiles.choose(dataclasses.replace(spec, gradients=gradients), "cpu")
+            formulations = {name: ms for name, ms in times[mode].items() if name != tiles.NATIVE}
+            assert times[mode][chosen] <= 1.1 * min(formulations.values()), (entry["name"], mode)
+    half = dataclasses.replace(BASE, dtype="float16")  # not among the native kernels' dtypes
+    choice = choose_implementation(half)
+    assert choice.implementation == "xla"
+    assert choice.details["forward"] == tiles.choose(half)
+    assert choice.details["forward + gradients"] == tiles.choose(dataclasses.replace(half, gradients=True))
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+@pytest.mark.parametrize("wins", ["forward", "forward + gradients"])
+def test_each_mode_runs_what_was_faster_there(monkeypatch, wins):
+    monkeypatch.setattr(tiles, "native_gain", lambda spec: 2.0 if spec.gradients == tiles.MODES[wins] else 0.5)
+    loses = next(mode for mode in tiles.MODES if mode != wins)
+    x, dy, values, *index = shapes.random_operands(BASE)
+    run = functools.partial(shapes.convolve, BASE, None)
+    programs = {
+        "forward": lambda: run(x, values, *index),
+        "forward + gradients": lambda: jax.vjp(lambda x: run(x, values, *index), x)[1](dy),
+    }
+    native = {mode: "ffi_call" in str(jax.make_jaxpr(program)()) for mode, program in programs.items()}
+    assert native == {wins: True, loses: False}
+    for mode, gradients in tiles.MODES.items():
+        choice = choose_implementation(dataclasses.replace(BASE, gradients=gradients))
+        assert choice.implementation == ("cpu" if mode == wins else "xla")
+        assert (choice.details[wins], choice.details[loses]) == (
+            cpu.instructions(BASE),
+            tiles.choose(dataclasses.replace(BASE, gradients=tiles.MODES[loses])),
+        )
+
+
+@settings(max_examples=200, deadline=None)
+@given(specs(), st.sampled_from(["cpu", "gpu", "tpu"]))
+def test_something_supported_is_chosen_for_any_shape(spec, backend):
+    many = dataclasses.replace(spec, groups=spec.groups * 16, cout=spec.cout * 16)
+    for any_spec in (spec, many):
+        assert xla.FORMULATIONS[tiles.choose(any_spec, backend)].supports(any_spec) is None
+
+
+def test_tuning_rewrites_one_entry_and_keeps_the_others(tmp_path):
+    table = tmp_path / "table.json"
+    table.write_text(tiles.TABLE.read_text())
+    tune.main(tune.Config(seconds=0.0, only="digits 16-32@8 80%", table=table))
+    before, after = (json.loads(path.read_text()) for path in (tiles.TABLE, table))
+    changed = [a["name"] for a, b in zip(after["entries"], before["entries"], strict=True) if a != b]
+    assert len(changed) == 1
+    assert after["environment"]["jax"] == jax.__version__
+
+
+def test_alternation_times_each_and_leaves_out_the_first_call():
+    calls = {"a": [], "b": []}
+    times = measure.alternate({name: functools.partial(log.append, 1) for name, log in calls.items()}, seconds=0.01, rounds=4)
+    assert {name: len(t) for name, t in times.items()} == {name: len(log) - 2 for name, log in calls.items()}
+    assert len(times["a"]) == len(times["b"]) >= 4
+    slow = measure.alternate({"slow": functools.partial(time.sleep, 0.02)}, seconds=0.01)
+    assert len(slow["slow"]) == 1
+
+
+@pytest.mark.slow
+def test_the_benchmark_checks_times_and_writes(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    config = bench_kernels.KernelConfig(quick=True, layers="resnet32x2 128@8", out=str(out))
+    report = bench_kernels.main(config)
+    assert json.loads(out.read_text()) == json.loads(json.dumps(report))
+    assert [row["mode"] for row in report["rows"]] == list(tiles.MODES)
+    wanted = {"shape", "density", "tile", "device", "versions", "commit", "regret", "ms"}
+    assert all(wanted <= set(row) for row in report["rows"])
+    assert "resnet32x2 128@8" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="layers: no layer"):
+        bench_kernels.main(dataclasses.replace(config, layers="resnet33"))
+
+
+def test_the_benchmark_fails_loudly_on_a_wrong_kernel(monkeypatch):
+    rows = xla.FORMULATIONS["rows"]
+    wrong = dataclasses.replace(rows, weight_gradient=lambda *operands: 1.001 * rows.weight_gradient(*operands))
+    monkeypatch.setitem(xla.FORMULATIONS, "rows", wrong)
+    with pytest.raises(AssertionError, match="xla:rows: the weight gradient differs"):
+        bench_kernels.main(bench_kernels.KernelConfig(quick=True, layers="resnet32x2 128@8"))
