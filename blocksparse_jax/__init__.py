@@ -2,15 +2,29 @@
 
     scores -> masks -> layout -> grouping -> optax transform -> op -> Flax layer -> experiment
 
-Data runs left to right and so do imports. Masks and layouts live in the optax state; a layer takes `(kernel, layout)`.
+Data runs left to right and so do imports. Masks and layouts live in the optax state; a layer takes
+`(kernel, layout)`.
 """
 
 from blocksparse_jax import linen, metrics, nnx
-from blocksparse_jax.conv import available_implementations, choose_implementation, conv, dense_kernel_gradient
+from blocksparse_jax.conv import (
+    available_implementations,
+    choose_implementation,
+    conv,
+    dense_kernel_gradient,
+)
 from blocksparse_jax.grouping.channel_spaces import channel_orders, fold_channel_orders
 from blocksparse_jax.grouping.column_blocks import ColumnBlocks, block_fill, dsb_groups, rumi_groups
 from blocksparse_jax.grouping.search import hrbp_groups, kept_score, random_groups
-from blocksparse_jax.layout import BlockLayout, ConsecutiveGroups, Dense, is_layout, layout_to_mask, mask_to_layout, validate
+from blocksparse_jax.layout import (
+    BlockLayout,
+    ConsecutiveGroups,
+    Dense,
+    is_layout,
+    layout_to_mask,
+    mask_to_layout,
+    validate,
+)
 from blocksparse_jax.masks import apply_masks
 from blocksparse_jax.metrics import sad, summarize
 from blocksparse_jax.packing import pack, pack_tree, unpack, unpack_tree

@@ -1,4 +1,6 @@
-"""Checks of arguments, shared by all modules: a ValueError names the argument, the value, what was expected and the fix."""
+"""Checks of arguments, shared by all modules: a ValueError names the argument, the value, what was
+expected and the fix.
+"""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -14,14 +16,19 @@ T = TypeVar("T", bound=str)
 def concrete(name: str, array: Any) -> np.ndarray:
     """The array on the host; ValueError when it is traced."""
     if isinstance(array, jax.core.Tracer):
-        raise ValueError(f"{name}: its values are read on the host, but it is traced; call this outside of jit")
+        raise ValueError(
+            f"{name}: its values are read on the host, but it is traced; call this outside of jit"
+        )
     return np.asarray(array)
 
 
 def kernel_shape(name: str, shape: Sequence[int]) -> tuple[int, int, int, int]:
     """The shape of a conv kernel; ValueError unless it has rank 4 and no empty axis."""
     if len(shape) != 4 or min(shape) < 1:
-        raise ValueError(f"{name}: expected a conv kernel (kh, kw, cin, cout) with positive sizes, got {tuple(shape)}")
+        raise ValueError(
+            f"{name}: expected a conv kernel (kh, kw, cin, cout) with positive sizes, got "
+            f"{tuple(shape)}"
+        )
     kh, kw, cin, cout = (int(s) for s in shape)
     return kh, kw, cin, cout
 
@@ -29,16 +36,28 @@ def kernel_shape(name: str, shape: Sequence[int]) -> tuple[int, int, int, int]:
 def positive_int(name: str, value: Any) -> int:
     """The value as an int; ValueError unless it is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        static = f' (static: inject_hyperparams(..., static_args=("{name}",)))' if isinstance(value, jax.Array) else ""
+        static = (
+            f' (static: inject_hyperparams(..., static_args=("{name}",)))'
+            if isinstance(value, jax.Array)
+            else ""
+        )
         raise ValueError(f"{name}: expected an integer of at least 1{static}, got {value!r}")
     return int(value)
 
 
 def step(name: str, value: Any, *, start: int | None = None) -> int:
-    """The value as an int; ValueError unless it is a training step: an integer of at least 0, and after step `start` if that is given."""
+    """The value as an int; ValueError unless it is a training step: an integer of at least 0, and
+    after step `start` if that is given.
+    """
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
-        static = f' (static: inject_hyperparams(..., static_args=("{name}",)))' if isinstance(value, jax.Array) else ""
-        raise ValueError(f"{name}: expected a step, an integer of at least 0{static}, got {value!r}")
+        static = (
+            f' (static: inject_hyperparams(..., static_args=("{name}",)))'
+            if isinstance(value, jax.Array)
+            else ""
+        )
+        raise ValueError(
+            f"{name}: expected a step, an integer of at least 0{static}, got {value!r}"
+        )
     if start is not None and value <= start:
         raise ValueError(f"{name}: expected a step after start={start}, got {value}")
     return int(value)
@@ -48,7 +67,9 @@ def pair(name: str, value: Any) -> tuple[int, int]:
     """Two integers from one or two; ValueError unless they are at least 1."""
     values = (value, value) if np.ndim(value) == 0 else tuple(value)
     if len(values) != 2:
-        raise ValueError(f"{name}: expected an integer or two (y, x), got {value!r}; this convolves images (2-D)")
+        raise ValueError(
+            f"{name}: expected an integer or two (y, x), got {value!r}; this convolves images (2-D)"
+        )
     return positive_int(name, values[0]), positive_int(name, values[1])
 
 
@@ -56,38 +77,55 @@ def number(name: str, value: Any, *, low: float = 0.0, low_open: bool = False) -
     """The value as a float; ValueError unless it is a finite number of at least (or above) `low`."""
     result = _float(value)
     if not (low <= result < float("inf")) or (low_open and result == low):
-        raise ValueError(f"{name}: expected a number {'above' if low_open else 'of at least'} {low:g}, got {value!r}")
+        raise ValueError(
+            f"{name}: expected a number {'above' if low_open else 'of at least'} {low:g}, got "
+            f"{value!r}"
+        )
     return result
 
 
 def random_key(name: str, key: Any) -> jax.Array:
-    """The key, `jax.random.key(0)` for None; ValueError unless it is one JAX random key, new-style or raw."""
+    """The key, `jax.random.key(0)` for None; ValueError unless it is one JAX random key, new-style
+    or raw.
+    """
     if key is None:
         return jax.random.key(0)
     dtype, ndim = getattr(key, "dtype", None), getattr(key, "ndim", None)
     raw = (ndim, dtype) == (1, np.uint32)
     if dtype is None or not (raw or (ndim == 0 and jnp.issubdtype(dtype, jax.dtypes.prng_key))):
         got = repr(key) if dtype is None else f"{dtype}{list(key.shape)}"
-        raise ValueError(f"{name}: expected one JAX random key such as jax.random.key(0), got {got}")
+        raise ValueError(
+            f"{name}: expected one JAX random key such as jax.random.key(0), got {got}"
+        )
     return key
 
 
 def data_format(value: Any) -> Literal["NHWC", "CHWN"]:
     """The value; ValueError unless it is "NHWC" or "CHWN"."""
     if value == "NCHW":
-        raise ValueError("data_format: expected one of 'NHWC', 'CHWN', got 'NCHW'; transpose x to NHWC: jnp.transpose(x, (0, 2, 3, 1))")
+        raise ValueError(
+            "data_format: expected one of 'NHWC', 'CHWN', got 'NCHW'; transpose x to NHWC: "
+            "jnp.transpose(x, (0, 2, 3, 1))"
+        )
     return choice("data_format", value, ("NHWC", "CHWN"))
 
 
-def fraction(name: str, value: Any, *, low: float = 0.0, high: float = 1.0, high_open: bool = True) -> float:
-    """The value as a float; ValueError unless it is a concrete number in [low, high) (or [low, high])."""
+def fraction(
+    name: str, value: Any, *, low: float = 0.0, high: float = 1.0, high_open: bool = True
+) -> float:
+    """The value as a float; ValueError unless it is a concrete number in [low, high) (or [low,
+    high]).
+    """
     if isinstance(value, jax.core.Tracer):
         raise ValueError(
-            f"{name}: shapes depend on it, so it must be a Python number, got a traced value; keep it out of inject_hyperparams"
+            f"{name}: shapes depend on it, so it must be a Python number, got a traced value; keep "
+            f"it out of inject_hyperparams"
         )
     result = _float(value)
     if not (low <= result < high or (result == high and not high_open)):
-        raise ValueError(f"{name}: expected a number in [{low}, {high}{')' if high_open else ']'}, got {value!r}")
+        raise ValueError(
+            f"{name}: expected a number in [{low}, {high}{')' if high_open else ']'}, got {value!r}"
+        )
     return result
 
 
@@ -106,7 +144,9 @@ def choice(name: str, value: Any, options: Iterable[T]) -> T:
         return value
     near = difflib.get_close_matches(str(value), options, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}{hint}")
+    raise ValueError(
+        f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}{hint}"
+    )
 
 
 def divisor(n: int, most: int) -> int:
@@ -117,6 +157,13 @@ def divisor(n: int, most: int) -> int:
 def permutation(name: str, value: Any, size: int | None) -> np.ndarray:
     """The value on the host; ValueError unless it is a permutation of `range(size)`."""
     array = concrete(name, value)
-    if size is None or array.shape != (size,) or not np.array_equal(np.sort(array), np.arange(size)):
-        raise ValueError(f"{name}: expected a permutation of 0..{(size or 0) - 1}, got {array.dtype}{list(array.shape)}")
+    if (
+        size is None
+        or array.shape != (size,)
+        or not np.array_equal(np.sort(array), np.arange(size))
+    ):
+        raise ValueError(
+            f"{name}: expected a permutation of 0..{(size or 0) - 1}, got "
+            f"{array.dtype}{list(array.shape)}"
+        )
     return array

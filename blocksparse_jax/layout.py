@@ -1,7 +1,8 @@
 """BlockLayout: the index arrays that say which weights of a conv kernel are kept.
 
-A layout partitions the filters (output channels) of a conv kernel into groups of equal size. All filters of a group keep the same
-input channels and, at those, the same taps, so a group is one dense block. Every array has a static shape: new masks never recompile.
+A layout partitions the filters (output channels) of a conv kernel into groups of equal size. All
+filters of a group keep the same input channels and, at those, the same taps, so a group is one
+dense block. Every array has a static shape: new masks never recompile.
 """
 
 import dataclasses
@@ -21,12 +22,15 @@ from blocksparse_jax import _checks
 class BlockLayout:
     """The kept blocks of one conv kernel `[kh, kw, cin, cout]`; a pytree of three index arrays.
 
-    Two layouts are equal when they are one object, as arrays have no single answer; to compare patterns compare `layout_to_mask`.
+    Two layouts are equal when they are one object, as arrays have no single answer; to compare
+    patterns compare `layout_to_mask`.
 
     Attributes:
       filters: int32 `[groups, group_size]`, a partition of `range(cout)`.
-      channels: int32 `[groups, kept]`, the input channels that each group keeps, ascending, without repeats.
-      taps: int32 `[groups, kept_taps]`, the kernel positions `y * kw + x` that each group keeps, ascending, without repeats.
+      channels: int32 `[groups, kept]`, the input channels that each group keeps, ascending, without
+        repeats.
+      taps: int32 `[groups, kept_taps]`, the kernel positions `y * kw + x` that each group keeps,
+        ascending, without repeats.
       shape: `(kh, kw, cin, cout)` of the conv kernel (static).
       channel_block: channels come in aligned runs of this many (static).
 
@@ -35,7 +39,7 @@ class BlockLayout:
       >>> layout.packed_shape, layout.density
       ((2, 1, 1, 2), 0.027777777777777776)
 
-    Reference: ours; the block of Ma et al., "HRBP", CPAL 2024.
+    Reference: the block of Ma et al., "HRBP", CPAL 2024.
     """
 
     filters: jax.Array  # int32[groups, group_size]
@@ -47,7 +51,12 @@ class BlockLayout:
     @property
     def packed_shape(self) -> tuple[int, int, int, int]:
         """Shape of the packed values: `(groups, kept, kept_taps, group_size)`."""
-        return (self.filters.shape[-2], self.channels.shape[-1], self.taps.shape[-1], self.filters.shape[-1])
+        return (
+            self.filters.shape[-2],
+            self.channels.shape[-1],
+            self.taps.shape[-1],
+            self.filters.shape[-1],
+        )
 
     @property
     def density(self) -> float:
@@ -63,17 +72,17 @@ class Dense:
     Example:
       >>> jax.tree.leaves({"bias": Dense()})
       []
-
-    Reference: ours (an explicit marker, since `None` breaks `jax.tree.map`).
     """
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class ConsecutiveGroups:
-    """The layout of a leaf whose mask has blocks of `group_size` consecutive filters, with a kept count that changes in training.
+    """The layout of a leaf whose mask has blocks of `group_size` consecutive filters, with a kept
+    count that changes in training.
 
-    The kept count is a shape, so it is read from the mask outside of jit: `get_layouts` turns this marker into a `BlockLayout`.
+    The kept count is a shape, so it is read from the mask outside of jit: `get_layouts` turns this
+    marker into a `BlockLayout`.
 
     Attributes:
       group_size: filters in a group.
@@ -82,7 +91,7 @@ class ConsecutiveGroups:
       >>> ConsecutiveGroups(16).group_size
       16
 
-    Reference: ours; the 1xN block of Xiang et al., "SUBP", NeurIPS 2023.
+    Reference: the 1xN block of Xiang et al., "SUBP", NeurIPS 2023.
     """
 
     group_size: int
@@ -103,14 +112,13 @@ def is_layout(node: Any) -> TypeGuard[Layout]:
     Example:
       >>> is_layout(Dense()), is_layout({})
       (True, False)
-
-    Reference: ours.
     """
     return isinstance(node, Layout)
 
 
 def validate(layout: BlockLayout) -> BlockLayout:
-    """Checks a layout's arrays: a partition of the filters, sorted distinct channels and taps in range, aligned runs.
+    """Checks a layout's arrays: a partition of the filters, sorted distinct channels and taps in
+    range, aligned runs.
 
     Args:
       layout: a concrete layout (call outside of jit).
@@ -125,31 +133,52 @@ def validate(layout: BlockLayout) -> BlockLayout:
       >>> layout = mask_to_layout(jnp.ones((3, 3, 4, 8), bool))
       >>> validate(layout).packed_shape
       (1, 4, 9, 8)
-
-    Reference: ours.
     """
     if not isinstance(layout, BlockLayout):
-        raise ValueError(f"layout: expected a BlockLayout, got {type(layout).__name__}; a dense leaf has nothing to validate")
+        raise ValueError(
+            f"layout: expected a BlockLayout, got {type(layout).__name__}; a dense leaf has "
+            f"nothing to validate"
+        )
     kh, kw, cin, cout = _checks.kernel_shape("layout.shape", layout.shape)
-    filters, channels, taps = (_checks.concrete(f"layout.{n}", getattr(layout, n)) for n in ("filters", "channels", "taps"))
+    filters, channels, taps = (
+        _checks.concrete(f"layout.{n}", getattr(layout, n)) for n in ("filters", "channels", "taps")
+    )
     for name, array in (("filters", filters), ("channels", channels), ("taps", taps)):
-        if array.ndim != 2 or array.shape[0] != filters.shape[0] or not np.issubdtype(array.dtype, np.integer):
+        if (
+            array.ndim != 2
+            or array.shape[0] != filters.shape[0]
+            or not np.issubdtype(array.dtype, np.integer)
+        ):
             raise ValueError(
-                f"layout.{name}: expected an integer array [groups={filters.shape[0]}, n], got {array.dtype}{list(array.shape)}"
+                f"layout.{name}: expected an integer array [groups={filters.shape[0]}, n], got "
+                f"{array.dtype}{list(array.shape)}"
             )
     if not np.array_equal(np.sort(filters, axis=None), np.arange(cout)):
-        raise ValueError(f"layout.filters: {filters.shape} indices must hold each filter 0..{cout - 1} exactly once (shape={layout.shape})")
+        raise ValueError(
+            f"layout.filters: {filters.shape} indices must hold each filter 0..{cout - 1} exactly "
+            f"once (shape={layout.shape})"
+        )
     for name, array, bound in (("channels", channels, cin), ("taps", taps, kh * kw)):
         if array.size and (array.min() < 0 or array.max() >= bound):
-            raise ValueError(f"layout.{name}: index {array.min()}..{array.max()} out of range, expected 0..{bound - 1}")
+            raise ValueError(
+                f"layout.{name}: index {array.min()}..{array.max()} out of range, expected "
+                f"0..{bound - 1}"
+            )
         if (np.diff(array, axis=1) <= 0).any():
-            raise ValueError(f"layout.{name}: each row must be strictly ascending (sorted, no repeats); sort it with np.sort(..., axis=1)")
+            raise ValueError(
+                f"layout.{name}: each row must be strictly ascending (sorted, no repeats); sort it "
+                f"with np.sort(..., axis=1)"
+            )
     block = _checks.positive_int("layout.channel_block", layout.channel_block)
     if channels.shape[1] % block or cin % block:
-        raise ValueError(f"layout.channel_block: {block} must divide kept={channels.shape[1]} and cin={cin}")
+        raise ValueError(
+            f"layout.channel_block: {block} must divide kept={channels.shape[1]} and cin={cin}"
+        )
     runs = channels.reshape(channels.shape[0], -1, block)
     if (runs[..., :1] % block).any() or (np.diff(runs, axis=-1) != 1).any():
-        raise ValueError(f"layout.channels: expected aligned runs of channel_block={block} consecutive channels")
+        raise ValueError(
+            f"layout.channels: expected aligned runs of channel_block={block} consecutive channels"
+        )
     return layout
 
 
@@ -166,39 +195,47 @@ def layout_to_mask(layout: BlockLayout) -> Bool[Array, "kh kw cin cout"]:
       >>> layout = BlockLayout(jnp.array([[0, 2], [1, 3]]), jnp.array([[0], [2]]), jnp.array([[0], [0]]), shape=(1, 1, 4, 4))
       >>> layout_to_mask(layout)[0, 0].astype(int).tolist()
       [[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]
-
-    Reference: ours.
     """
     kh, kw, cin, cout = layout.shape
     mask = jnp.zeros((kh * kw, cin, cout), bool)
     return mask.at[block_index(layout)].set(True).reshape(layout.shape)
 
 
-def block_index(layout: BlockLayout) -> tuple[Int[Array, "g 1 t 1"], Int[Array, "g k 1 1"], Int[Array, "g 1 1 s"]]:
-    """Index arrays into a kernel reshaped to `[kh * kw, cin, cout]` that broadcast to the packed shape.
+def block_index(
+    layout: BlockLayout,
+) -> tuple[Int[Array, "g 1 t 1"], Int[Array, "g k 1 1"], Int[Array, "g 1 1 s"]]:
+    """Index arrays into a kernel reshaped to `[kh * kw, cin, cout]` that broadcast to the packed
+    shape.
 
     Args:
       layout: a layout.
 
     Returns:
-      `(taps, channels, filters)` with shapes `[groups, 1, kept_taps, 1]`, `[groups, kept, 1, 1]`, `[groups, 1, 1, group_size]`.
+      `(taps, channels, filters)` with shapes `[groups, 1, kept_taps, 1]`, `[groups, kept, 1, 1]`,
+      `[groups, 1, 1, group_size]`.
 
     Example:
       >>> layout = mask_to_layout(jnp.ones((1, 1, 2, 4), bool))
       >>> [i.shape for i in block_index(layout)]
       [(1, 1, 1, 1), (1, 2, 1, 1), (1, 1, 1, 4)]
-
-    Reference: ours.
     """
-    return layout.taps[:, None, :, None], layout.channels[:, :, None, None], layout.filters[:, None, None, :]
+    return (
+        layout.taps[:, None, :, None],
+        layout.channels[:, :, None, None],
+        layout.filters[:, None, None, :],
+    )
 
 
-def mask_to_layout(mask: Bool[Array | np.ndarray, "kh kw cin cout"], filters: Int[Array, "groups group_size"] | None = None) -> BlockLayout:
+def mask_to_layout(
+    mask: Bool[Array | np.ndarray, "kh kw cin cout"],
+    filters: Int[Array, "groups group_size"] | None = None,
+) -> BlockLayout:
     """Reads the layout off a block-structured mask (on the host: the kept counts become shapes).
 
     Args:
       mask: bool `[kh, kw, cin, cout]`, concrete.
-      filters: int `[groups, group_size]`, the groups; None groups the filters whose masks are equal.
+      filters: int `[groups, group_size]`, the groups; None groups the filters whose masks are
+        equal.
 
     Returns:
       A layout with `layout_to_mask(layout) == mask`.
@@ -211,36 +248,53 @@ def mask_to_layout(mask: Bool[Array | np.ndarray, "kh kw cin cout"], filters: In
       >>> layout = mask_to_layout(mask)
       >>> layout.filters.tolist(), layout.channels.tolist(), layout.taps.tolist()
       ([[0, 1], [2, 3]], [[0], [3]], [[3, 4, 5], [0, 1, 2]])
-
-    Reference: ours.
     """
     flat = _checks.concrete("mask", mask)
     kh, kw, cin, cout = _checks.kernel_shape("mask.shape", flat.shape)
     if flat.dtype != np.bool_:
-        raise ValueError(f"mask: expected dtype bool, got {flat.dtype}; compare first, e.g. mask = kernel != 0")
+        raise ValueError(
+            f"mask: expected dtype bool, got {flat.dtype}; compare first, e.g. mask = kernel != 0"
+        )
     flat = flat.reshape(kh * kw, cin, cout)
     groups = _equal_filters(flat) if filters is None else _checks.concrete("filters", filters)
     if groups.ndim != 2 or not np.array_equal(np.sort(groups, axis=None), np.arange(cout)):
-        raise ValueError(f"filters: expected int[groups, group_size] holding each filter 0..{cout - 1} once, got shape {groups.shape}")
+        raise ValueError(
+            f"filters: expected int[groups, group_size] holding each filter 0..{cout - 1} once, "
+            f"got shape {groups.shape}"
+        )
     channel_lists, tap_lists = [], []
     for g, members in enumerate(groups):
         block = flat[:, :, members]
         kept_channels, kept_taps = np.asarray(block.any((0, 2))), np.asarray(block.any((1, 2)))
         if not (block == (kept_taps[:, None, None] & kept_channels[None, :, None])).all():
             raise ValueError(
-                f"mask: group {g} (filters {members[:4].tolist()}...) is not one block of channels x taps; run it masked-dense"
+                f"mask: group {g} (filters {members[:4].tolist()}...) is not one block of channels "
+                f"x taps; run it masked-dense"
             )
         channel_lists.append(np.flatnonzero(kept_channels))
         tap_lists.append(np.flatnonzero(kept_taps))
     counts = {(len(c), len(t)) for c, t in zip(channel_lists, tap_lists)}
     if len(counts) != 1:
-        raise ValueError(f"mask: groups keep different (channels, taps) counts {sorted(counts)[:4]}, expected one; run it masked-dense")
-    channels, taps = jnp.asarray(np.array(channel_lists), jnp.int32), jnp.asarray(np.array(tap_lists), jnp.int32)
+        raise ValueError(
+            f"mask: groups keep different (channels, taps) counts {sorted(counts)[:4]}, expected "
+            f"one; run it masked-dense"
+        )
+    channels, taps = (
+        jnp.asarray(np.array(channel_lists), jnp.int32),
+        jnp.asarray(np.array(tap_lists), jnp.int32),
+    )
     return BlockLayout(jnp.asarray(groups, jnp.int32), channels, taps, (kh, kw, cin, cout))
 
 
 def _equal_filters(flat: np.ndarray) -> np.ndarray:
-    """Filters with equal masks, as groups of one size: the greatest common divisor of the classes' sizes."""
-    _, classes, sizes = np.unique(np.packbits(flat.reshape(-1, flat.shape[-1]), axis=0), axis=1, return_inverse=True, return_counts=True)
+    """Filters with equal masks, as groups of one size: the greatest common divisor of the classes'
+    sizes.
+    """
+    _, classes, sizes = np.unique(
+        np.packbits(flat.reshape(-1, flat.shape[-1]), axis=0),
+        axis=1,
+        return_inverse=True,
+        return_counts=True,
+    )
     groups = np.argsort(classes.reshape(-1), kind="stable").reshape(-1, math.gcd(*sizes.tolist()))
     return groups[np.argsort(groups[:, 0], kind="stable")]

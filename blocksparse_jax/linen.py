@@ -1,4 +1,6 @@
-"""`BlockSparseConv` for Flax linen: `nn.Conv` whose kernel may be block-sparse, and the convolution that both Flax layers share."""
+"""`BlockSparseConv` for Flax linen: `nn.Conv` whose kernel may be block-sparse, and the convolution
+that both Flax layers share.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -23,13 +25,15 @@ Padding = str | int | Sequence[int | Pair]
 
 
 class BlockSparseConv(nn.Module):
-    """A 2-D convolution with `nn.Conv`'s parameters and defaults, which does only the kept work where its kernel has a layout.
+    """A 2-D convolution with `nn.Conv`'s parameters and defaults, which does only the kept work
+    where its kernel has a layout.
 
-    `y = activation(scale * (x * kernel + bias) + shift + residual)`, what follows `bias` given in the call: at inference a batch norm, a
-    shortcut and a ReLU in the same pass over memory. The layouts ride in a collection of their own, `layouts`, with the params' structure:
-    `model.apply({"params": params, "layouts": layouts, ...}, x)`. A leaf is a `BlockLayout`, `Dense()` or absent (= dense). Where it is
-    a `BlockLayout`, the param `kernel` may be the dense array `[kh, kw, cin, cout]` or the packed values
-    `[groups, kept, kept_taps, group_size]`.
+    `y = activation(scale * (x * kernel + bias) + shift + residual)`, what follows `bias` given in
+    the call: at inference a batch norm, a shortcut and a ReLU in the same pass over memory. The
+    layouts ride in a collection of their own, `layouts`, with the params' structure:
+    `model.apply({"params": params, "layouts": layouts, ...}, x)`. A leaf is a `BlockLayout`,
+    `Dense()` or absent (= dense). Where it is a `BlockLayout`, the param `kernel` may be the dense
+    array `[kh, kw, cin, cout]` or the packed values `[groups, kept, kept_taps, group_size]`.
 
     Attributes:
       features: filters (output channels).
@@ -37,20 +41,24 @@ class BlockSparseConv(nn.Module):
       strides: step in pixels `(y, x)`, or one integer for both.
       padding: `"SAME"`, `"VALID"`, an integer, or per axis an integer or `(low, high)`, in pixels.
       kernel_dilation: distance between taps in pixels `(y, x)`, or one integer for both.
-      feature_group_count: groups of a grouped (depthwise) convolution; above 1 the kernel must be dense.
+      feature_group_count: groups of a grouped (depthwise) convolution; above 1 the kernel must be
+        dense.
       use_bias: adds a bias `[features]`.
       dtype: of the computation; None takes it from the input and the params.
       param_dtype: of the params.
       precision: as in `jax.lax.conv_general_dilated`.
       kernel_init: initializer of the kernel `[kh, kw, cin, cout]`.
       bias_init: initializer of the bias.
-      data_format: `"NHWC"` or `"CHWN"` (native: no transposes around a sparse layer), of the input and the output.
+      data_format: `"NHWC"` or `"CHWN"` (native: no transposes around a sparse layer), of the input
+        and the output.
       implementation: as in `blocksparse_jax.conv`; dense leaves do not use it.
-      kernel_gradient: `"masked"` or `"dense"`, as in `blocksparse_jax.conv`; dynamic HRBP and RigL need `"dense"` at their update steps.
+      kernel_gradient: `"masked"` or `"dense"`, as in `blocksparse_jax.conv`; dynamic HRBP and RigL
+        need `"dense"` at their update steps.
 
     Raises:
-      ValueError: the layout or the kernel is another layer's (the message starts with this module's path), the collection `layouts` names
-        a kernel that the params do not have, or an argument is unknown.
+      ValueError: the layout or the kernel is another layer's (the message starts with this module's
+        path), the collection `layouts` names a kernel that the params do not have, or an argument
+        is unknown.
 
     Example:
       >>> from blocksparse_jax import layout, packing
@@ -61,7 +69,7 @@ class BlockSparseConv(nn.Module):
       >>> layer.apply({"params": values, "layouts": {"kernel": kept}}, x).shape
       (1, 5, 5, 8)
 
-    Reference: ours; the block of Ma et al., "HRBP", CPAL 2024.
+    Reference: the block of Ma et al., "HRBP", CPAL 2024.
     """
 
     features: int
@@ -93,9 +101,10 @@ class BlockSparseConv(nn.Module):
         """Convolves.
 
         Args:
-          x: activations `[n, h, w, cin]` (also without or with more batch axes, as `nn.Conv`), or `[cin, h, w, n]` with `"CHWN"`.
-          scale, shift: one number for each feature; a batch norm at inference has `scale = gamma / sqrt(var + epsilon)` and
-            `shift = beta - mean * scale`.
+          x: activations `[n, h, w, cin]` (also without or with more batch axes, as `nn.Conv`), or
+            `[cin, h, w, n]` with `"CHWN"`.
+          scale, shift: one number for each feature; a batch norm at inference has `scale = gamma /
+            sqrt(var + epsilon)` and `shift = beta - mean * scale`.
           residual: added to the output; in its shape.
           activation: `"relu"` or None.
 
@@ -104,11 +113,17 @@ class BlockSparseConv(nn.Module):
         """
         cin = x.shape[channel_axis(self.data_format)] // self.feature_group_count
         shape = (*pair("kernel_size", self.kernel_size), cin, self.features)
-        if self.has_variable("params", "kernel"):  # self.param accepts no packed values: they have another shape
+        if self.has_variable(
+            "params", "kernel"
+        ):  # self.param accepts no packed values: they have another shape
             kernel = nn.meta.unbox(self.get_variable("params", "kernel"))
         else:
             kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
-        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
+        bias = (
+            self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+            if self.use_bias
+            else None
+        )
         layout: Any = self.get_variable("layouts", "kernel", None)
         if layout is None:
             _refuse_strangers(self)
@@ -143,8 +158,6 @@ def channel_axis(data_format: str) -> int:
     Example:
       >>> channel_axis("CHWN")
       0
-
-    Reference: ours.
     """
     return {"NHWC": -1, "CHWN": 0}[_checks.data_format(data_format)]
 
@@ -165,8 +178,6 @@ def pair(name: str, value: int | Sequence[int] | None) -> Pair:
     Example:
       >>> pair("strides", 2), pair("strides", None)
       ((2, 2), (1, 1))
-
-    Reference: ours.
     """
     return _checks.pair(name, 1 if value is None else value)
 
@@ -204,16 +215,23 @@ def convolve(
 
     Raises:
       ValueError: the layout or the kernel does not fit; the message starts with `name`.
-
-    Reference: ours.
     """
     _check_layer(layer, name, kernel, layout, shape)
     x, promoted, bias = promote_dtype(x, kernel, bias, dtype=layer.dtype)
-    kernel = promoted if isinstance(layout, Dense) else kernel  # ops.conv casts, and gives its gradient in the kernel's own dtype
-    strides, dilation, padding = pair("strides", layer.strides), pair("kernel_dilation", layer.kernel_dilation), _padding(layer.padding)
+    kernel = (
+        promoted if isinstance(layout, Dense) else kernel
+    )  # ops.conv casts, and gives its gradient in the kernel's own dtype
+    strides, dilation, padding = (
+        pair("strides", layer.strides),
+        pair("kernel_dilation", layer.kernel_dilation),
+        _padding(layer.padding),
+    )
     native, batch = layer.data_format == "CHWN", x.shape[:-3]
     if native and x.ndim != 4:
-        raise ValueError(f"x: expected [cin, h, w, n] (data_format='CHWN'), got shape {x.shape}; add a batch axis at the end")
+        raise ValueError(
+            f"x: expected [cin, h, w, n] (data_format='CHWN'), got shape {x.shape}; add a batch "
+            f"axis at the end"
+        )
     if not native and len(batch) != 1:
         x = x.reshape(-1, *x.shape[-3:])
         residual = None if residual is None else residual.reshape(-1, *residual.shape[-3:])
@@ -224,16 +242,42 @@ def convolve(
     if layer.feature_group_count > 1:
         dimensions = (layer.data_format, "HWIO", layer.data_format)
         y = lax.conv_general_dilated(
-            x, kernel, strides, padding, None, dilation, dimensions, layer.feature_group_count, precision=layer.precision
-        )  # fmt: skip
+            x,
+            kernel,
+            strides,
+            padding,
+            None,
+            dilation,
+            dimensions,
+            layer.feature_group_count,
+            precision=layer.precision,
+        )
     elif native and isinstance(layout, Dense) and few_rows:
-        y = matrix_conv(x, kernel, strides=strides, padding=padding, dilation=dilation, precision=layer.precision)
+        y = matrix_conv(
+            x,
+            kernel,
+            strides=strides,
+            padding=padding,
+            dilation=dilation,
+            precision=layer.precision,
+        )
     else:
         y = ops.conv(
-            x, kernel, layout, strides=strides, padding=padding, dilation=dilation, data_format=layer.data_format, scale=scale, bias=bias,
-            residual=residual, activation=activation, implementation=layer.implementation, kernel_gradient=layer.kernel_gradient,
+            x,
+            kernel,
+            layout,
+            strides=strides,
+            padding=padding,
+            dilation=dilation,
+            data_format=layer.data_format,
+            scale=scale,
+            bias=bias,
+            residual=residual,
+            activation=activation,
+            implementation=layer.implementation,
+            kernel_gradient=layer.kernel_gradient,
             precision=layer.precision,
-        )  # fmt: skip
+        )
         return y if native else y.reshape(*batch, *y.shape[1:])
     y = ops.finish(y, scale, bias, residual, activation, layer.data_format)
     return y if native else y.reshape(*batch, *y.shape[1:])
@@ -248,10 +292,12 @@ def matrix_conv(
     dilation: Pair = (1, 1),
     precision: Any = None,
 ) -> Float[Array, "cout ho wo n"]:
-    """A dense CHWN convolution as one matrix product: `kernel^T` times the shifted rows `[kh * kw * cin, ho * wo * n]`.
+    """A dense CHWN convolution as one matrix product: `kernel^T` times the shifted rows `[kh * kw *
+    cin, ho * wo * n]`.
 
-    XLA's CPU convolution runs in NHWC, so a CHWN one transposes its activations; this one does not. It costs the memory of the rows, so the
-    layers use it where they are at most twice the output (a stem of 3 channels) and for 1x1 kernels.
+    XLA's CPU convolution runs in NHWC, so a CHWN one transposes its activations; this one does not.
+    It costs the memory of the rows, so the layers use it where they are at most twice the output (a
+    stem of 3 channels) and for 1x1 kernels.
 
     Args:
       x: activations `[cin, h, w, n]`.
@@ -266,8 +312,6 @@ def matrix_conv(
     Example:
       >>> matrix_conv(jnp.ones((3, 8, 8, 2)), jnp.ones((3, 3, 3, 16)), strides=(2, 2)).shape
       (16, 4, 4, 2)
-
-    Reference: ours.
     """
     kh, kw, cin, cout = kernel.shape
     reach = ((kh - 1) * dilation[0] + 1, (kw - 1) * dilation[1] + 1)
@@ -279,7 +323,9 @@ def matrix_conv(
     starts = [(i * dilation[0], j * dilation[1]) for i in range(kh) for j in range(kw)]
     shifted = [x[:, i : i + ends[0] : strides[0], j : j + ends[1] : strides[1]] for i, j in starts]
     rows = jnp.concatenate(shifted).reshape(kh * kw * cin, -1)
-    y = lax.dot_general(kernel.reshape(-1, cout), rows, (((0,), (0,)), ((), ())), precision=precision)
+    y = lax.dot_general(
+        kernel.reshape(-1, cout), rows, (((0,), (0,)), ((), ())), precision=precision
+    )
     return y.reshape(cout, ho, wo, -1)
 
 
@@ -289,7 +335,9 @@ def _padding(padding: Padding) -> str | tuple[Pair, Pair]:
         return _checks.choice("padding", padding, ("SAME", "VALID"))
     axes = (padding, padding) if isinstance(padding, int) else padding
     try:
-        (top, bottom), (left, right) = ((axis, axis) if isinstance(axis, int) else axis for axis in axes)
+        (top, bottom), (left, right) = (
+            (axis, axis) if isinstance(axis, int) else axis for axis in axes
+        )
     except (TypeError, ValueError):
         expected = "'SAME', 'VALID', an integer, or two integers or (low, high) pairs"
         raise ValueError(f"padding: expected {expected}, got {padding!r}") from None
@@ -297,51 +345,81 @@ def _padding(padding: Padding) -> str | tuple[Pair, Pair]:
 
 
 def _refuse_strangers(layer: nn.Module) -> None:
-    """ValueError where `layouts` holds a BlockLayout at a name that is no parameter: it would be ignored, and its layer run dense."""
+    """ValueError where `layouts` holds a BlockLayout at a name that is no parameter: it would be
+    ignored, and its layer run dense.
+    """
     if layer.is_initializing() or layer.scope is None:
         return
     variables = layer.scope.root.variables()
     layouts = jax.tree.leaves_with_path(variables.get("layouts", {}), is_leaf=is_layout)
-    known = {path_name(path) for path, _ in jax.tree.leaves_with_path(variables.get("params", {}))} if layouts else set()
+    known = (
+        {path_name(path) for path, _ in jax.tree.leaves_with_path(variables.get("params", {}))}
+        if layouts
+        else set()
+    )
     for path, node in layouts:
         if isinstance(node, BlockLayout) and path_name(path) not in known:
             raise ValueError(
-                f"layouts: {path_name(path)!r} is no parameter of this model, expected names among {sorted(known)[:8]}; give the "
+                f"layouts: {path_name(path)!r} is no parameter of this model, expected names among "
+                f"{sorted(known)[:8]}; give the "
                 "collection the structure of the params"
             )
 
 
-def _check_layer(layer: Any, name: str, kernel: jax.Array, layout: Any, shape: tuple[int, int, int, int]) -> None:
+def _check_layer(
+    layer: Any, name: str, kernel: jax.Array, layout: Any, shape: tuple[int, int, int, int]
+) -> None:
     """ValueError unless the kernel and the layout are this layer's."""
     if isinstance(layout, Dense):
         if kernel.shape != shape:
             raise ValueError(
-                f"{name}/kernel: expected shape {shape}, got {kernel.shape}; packed values need their layout in the collection 'layouts'"
+                f"{name}/kernel: expected shape {shape}, got {kernel.shape}; packed values need "
+                f"their layout in the collection 'layouts'"
             )
     elif not isinstance(layout, BlockLayout):
         raise ValueError(
-            f"{name}/kernel: expected a BlockLayout or Dense() as its layout, got {layout!r}; read layouts with get_layouts(state)"
+            f"{name}/kernel: expected a BlockLayout or Dense() as its layout, got {layout!r}; read "
+            f"layouts with get_layouts(state)"
         )
     elif layer.feature_group_count > 1:
-        raise ValueError(f"{name}/kernel: a convolution with feature_group_count={layer.feature_group_count} stays dense; give it Dense()")
+        raise ValueError(
+            f"{name}/kernel: a convolution with feature_group_count={layer.feature_group_count} "
+            f"stays dense; give it Dense()"
+        )
     elif tuple(layout.shape) != shape:
-        raise ValueError(f"{name}/kernel: its layout is of a kernel {tuple(layout.shape)}, expected {shape}; layouts must be of this model")
+        raise ValueError(
+            f"{name}/kernel: its layout is of a kernel {tuple(layout.shape)}, expected {shape}; "
+            f"layouts must be of this model"
+        )
     elif kernel.shape not in (shape, layout.packed_shape):
         raise ValueError(
-            f"{name}/kernel: expected shape {shape} or packed {layout.packed_shape}, got {kernel.shape}; repack with the layout"
+            f"{name}/kernel: expected shape {shape} or packed {layout.packed_shape}, got "
+            f"{kernel.shape}; repack with the layout"
         )
 
 
 def _register_serialization() -> None:
-    """`flax.serialization` can write an optimizer state: of layouts the index arrays; what is static comes from the target."""
+    """`flax.serialization` can write an optimizer state: of layouts the index arrays; what is
+    static comes from the target.
+    """
     arrays = ("filters", "channels", "taps")
 
     def restore(layout: BlockLayout, state: dict[str, Any]) -> BlockLayout:
-        return dataclasses.replace(layout, **{name: serialization.from_state_dict(getattr(layout, name), state[name]) for name in arrays})
+        return dataclasses.replace(
+            layout,
+            **{
+                name: serialization.from_state_dict(getattr(layout, name), state[name])
+                for name in arrays
+            },
+        )
 
-    serialization.register_serialization_state(BlockLayout, lambda layout: {name: getattr(layout, name) for name in arrays}, restore)
+    serialization.register_serialization_state(
+        BlockLayout, lambda layout: {name: getattr(layout, name) for name in arrays}, restore
+    )
     for static in (Dense, ConsecutiveGroups, Spec):
-        serialization.register_serialization_state(static, lambda node: {}, lambda node, state: node)
+        serialization.register_serialization_state(
+            static, lambda node: {}, lambda node, state: node
+        )
 
 
 _register_serialization()

@@ -23,12 +23,12 @@ def ranks(scores: Float[Array, "... n"]) -> Int[Array, "... n"]:
     Example:
       >>> ranks(jnp.array([1.0, 3.0, 3.0])).tolist()
       [2, 0, 1]
-
-    Reference: ours.
     """
     order = jnp.argsort(scores, axis=-1, stable=True, descending=True)
     places = jnp.broadcast_to(jnp.arange(scores.shape[-1], dtype=jnp.int32), scores.shape)
-    return jnp.put_along_axis(jnp.zeros(scores.shape, jnp.int32), order, places, axis=-1, inplace=False)
+    return jnp.put_along_axis(
+        jnp.zeros(scores.shape, jnp.int32), order, places, axis=-1, inplace=False
+    )
 
 
 def unstructured(scores: Float[Array, "..."], count: Any) -> Bool[Array, "..."]:
@@ -76,7 +76,8 @@ def n_of_m(scores: Float[Array, "..."], n: int, m: int, axis: Axis = "input") ->
       scores: a conv kernel's `[kh, kw, cin, cout]` or a dense kernel's `[cin, cout]`.
       n: kept scores in a run.
       m: length of a run.
-      axis: "input" runs over input channels at one tap and filter; "kernel" over (channel, y, x) of one filter, x fastest.
+      axis: "input" runs over input channels at one tap and filter; "kernel" over (channel, y, x) of
+        one filter, x fastest.
 
     Returns:
       bool of the same shape.
@@ -88,18 +89,25 @@ def n_of_m(scores: Float[Array, "..."], n: int, m: int, axis: Axis = "input") ->
       >>> n_of_m(jnp.array([[1.0], [2.0], [4.0], [3.0]]), 2, 4)[:, 0].tolist()
       [False, False, True, True]
 
-    Reference: Zhou et al., "Learning N:M fine-grained structured sparse neural networks from scratch", ICLR 2021.
+    Reference: Zhou et al., "Learning N:M fine-grained structured sparse neural networks from
+    scratch", ICLR 2021.
     """
     _checks.choice("axis", axis, ("input", "kernel"))
     if not 0 < _checks.positive_int("n", n) <= _checks.positive_int("m", m):
         raise ValueError(f"n: expected at most m={m}, got {n}")
     if scores.ndim not in (2, 4):
-        raise ValueError(f"scores: expected a kernel [kh, kw, cin, cout] or [cin, cout], got shape {scores.shape}")
+        raise ValueError(
+            f"scores: expected a kernel [kh, kw, cin, cout] or [cin, cout], got shape "
+            f"{scores.shape}"
+        )
     order = (0, 1, 3, 2) if axis == "input" else (3, 2, 0, 1)
     rows = jnp.transpose(scores, order) if scores.ndim == 4 else scores.T
     length = scores.shape[-2] if axis == "input" or scores.ndim == 2 else scores[..., 0].size
     if length % m:
-        raise ValueError(f"m: {m} does not divide the {axis} axis of length {length}; exclude the layer with `where`, or take another m")
+        raise ValueError(
+            f"m: {m} does not divide the {axis} axis of length {length}; exclude the layer with "
+            f"`where`, or take another m"
+        )
     runs = rows.reshape(-1, m)
     # Comparing all pairs of a short run is many times faster than sorting millions of them.
     ahead = (runs[:, None, :] > runs[:, :, None]) | (
@@ -111,7 +119,9 @@ def n_of_m(scores: Float[Array, "..."], n: int, m: int, axis: Axis = "input") ->
     return jnp.transpose(mask, (0, 1, 3, 2) if axis == "input" else (2, 3, 1, 0))
 
 
-def one_by_n(blocks: Bool[Array, "groups cin"], shape: tuple[int, int, int, int]) -> Bool[Array, "kh kw cin cout"]:
+def one_by_n(
+    blocks: Bool[Array, "groups cin"], shape: tuple[int, int, int, int]
+) -> Bool[Array, "kh kw cin cout"]:
     """The mask of kept 1xN blocks: consecutive filters x one input channel x the whole kernel.
 
     Args:
@@ -136,7 +146,8 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
 
     Args:
       params: any pytree.
-      masks: a tree of the same structure (`get_masks(state)`); the scalar True of a dense leaf keeps it all.
+      masks: a tree of the same structure (`get_masks(state)`); the scalar True of a dense leaf
+        keeps it all.
 
     Returns:
       `where(mask, param, 0)` leaf by leaf.
@@ -147,14 +158,15 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
     Example:
       >>> apply_masks({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([True, False])})["w"].tolist()
       [1.0, 0.0]
-
-    Reference: ours.
     """
     nodes = tree.match("masks", masks, params)
     leaves = jax.tree.leaves_with_path(params)
     for (path, leaf), mask in zip(leaves, nodes, strict=True):
         if jnp.shape(mask) not in ((), jnp.shape(leaf)):
-            raise ValueError(f"masks: expected shape {leaf.shape} (or the scalar True) at {tree.path_name(path)!r}, got {jnp.shape(mask)}")
+            raise ValueError(
+                f"masks: expected shape {leaf.shape} (or the scalar True) at "
+                f"{tree.path_name(path)!r}, got {jnp.shape(mask)}"
+            )
     kept = [jnp.where(mask, leaf, 0) for (_, leaf), mask in zip(leaves, nodes, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(params), kept)
 
@@ -179,4 +191,6 @@ def straight_through(weights: Float[Array, "..."], mask: Bool[Array, "..."]) -> 
     return jnp.where(mask, weights, 0)
 
 
-straight_through.defvjp(lambda weights, mask: (jnp.where(mask, weights, 0), None), lambda _, g: (g, None))
+straight_through.defvjp(
+    lambda weights, mask: (jnp.where(mask, weights, 0), None), lambda _, g: (g, None)
+)

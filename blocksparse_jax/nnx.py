@@ -1,4 +1,6 @@
-"""`BlockSparseConv` for Flax nnx: `nnx.Conv` whose kernel may be block-sparse; the layout is a variable of the module."""
+"""`BlockSparseConv` for Flax nnx: `nnx.Conv` whose kernel may be block-sparse; the layout is a
+variable of the module.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -13,25 +15,29 @@ from blocksparse_jax.layout import BlockLayout, Dense, is_layout
 from blocksparse_jax.linen import Padding, channel_axis, convolve, pair
 from blocksparse_jax.tree import path_name
 
-_KERNEL_INIT, _BIAS_INIT = nnx.initializers.lecun_normal(), nnx.initializers.zeros_init()  # those of nnx.Conv
+_KERNEL_INIT, _BIAS_INIT = (
+    nnx.initializers.lecun_normal(),
+    nnx.initializers.zeros_init(),
+)  # those of nnx.Conv
 
 
 class Layouts(nnx.Variable):
-    """The variable type that holds a layer's layout: `nnx.state(model, Layouts)` has the index arrays, `nnx.Param` has none of them.
+    """The variable type that holds a layer's layout: `nnx.state(model, Layouts)` has the index
+    arrays, `nnx.Param` has none of them.
 
     Example:
       >>> isinstance(BlockSparseConv(4, 8, 3, rngs=nnx.Rngs(0)).layout, Layouts)
       True
-
-    Reference: ours.
     """
 
 
 class BlockSparseConv(nnx.Module):
-    """A 2-D convolution with `nnx.Conv`'s parameters and defaults, which does only the kept work where it has a layout.
+    """A 2-D convolution with `nnx.Conv`'s parameters and defaults, which does only the kept work
+    where it has a layout.
 
-    `y = x * kernel + bias`. The layout sits in `self.layout`, a `Layouts` variable that starts as `Dense()`; `set_layouts` fills a whole
-    model. Where it is a `BlockLayout`, `self.kernel` may hold the dense kernel or the packed values.
+    `y = x * kernel + bias`. The layout sits in `self.layout`, a `Layouts` variable that starts as
+    `Dense()`; `set_layouts` fills a whole model. Where it is a `BlockLayout`, `self.kernel` may
+    hold the dense kernel or the packed values.
 
     Args:
       in_features: input channels.
@@ -40,27 +46,31 @@ class BlockSparseConv(nnx.Module):
       strides: step in pixels `(y, x)`, or one integer for both.
       padding: `"SAME"`, `"VALID"`, an integer, or per axis an integer or `(low, high)`, in pixels.
       kernel_dilation: distance between taps in pixels `(y, x)`, or one integer for both.
-      feature_group_count: groups of a grouped (depthwise) convolution; above 1 the kernel must be dense.
+      feature_group_count: groups of a grouped (depthwise) convolution; above 1 the kernel must be
+        dense.
       use_bias: adds a bias `[out_features]`.
       dtype: of the computation; None takes it from the input and the params.
       param_dtype: of the params.
       precision: as in `jax.lax.conv_general_dilated`.
       kernel_init: initializer of the kernel `[kh, kw, cin, cout]`.
       bias_init: initializer of the bias.
-      data_format: `"NHWC"` or `"CHWN"` (native: no transposes around a sparse layer), of the input and the output.
+      data_format: `"NHWC"` or `"CHWN"` (native: no transposes around a sparse layer), of the input
+        and the output.
       implementation: as in `blocksparse_jax.conv`; a dense layer does not use it.
-      kernel_gradient: `"masked"` or `"dense"`, as in `blocksparse_jax.conv`; dynamic HRBP and RigL need `"dense"` at their update steps.
+      kernel_gradient: `"masked"` or `"dense"`, as in `blocksparse_jax.conv`; dynamic HRBP and RigL
+        need `"dense"` at their update steps.
       rngs: `nnx.Rngs`.
 
     Raises:
-      ValueError: an argument is unknown, or (in a call) the layout or the kernel is another layer's.
+      ValueError: an argument is unknown, or (in a call) the layout or the kernel is another
+        layer's.
 
     Example:
       >>> layer = BlockSparseConv(4, 8, (3, 3), rngs=nnx.Rngs(0))
       >>> layer(jnp.ones((1, 5, 5, 4))).shape
       (1, 5, 5, 8)
 
-    Reference: ours; the block of Ma et al., "HRBP", CPAL 2024.
+    Reference: the block of Ma et al., "HRBP", CPAL 2024.
     """
 
     def __init__(
@@ -85,13 +95,25 @@ class BlockSparseConv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         channel_axis(data_format)
-        self.kernel_shape = (*pair("kernel_size", kernel_size), in_features // feature_group_count, out_features)
+        self.kernel_shape = (
+            *pair("kernel_size", kernel_size),
+            in_features // feature_group_count,
+            out_features,
+        )
         self.kernel = nnx.Param(kernel_init(rngs.params(), self.kernel_shape, param_dtype))
-        self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else nnx.data(None)
+        self.bias = (
+            nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype))
+            if use_bias
+            else nnx.data(None)
+        )
         self.layout = Layouts(Dense())
         self.strides, self.padding, self.kernel_dilation = strides, padding, kernel_dilation
         self.feature_group_count, self.dtype, self.precision = feature_group_count, dtype, precision
-        self.data_format, self.implementation, self.kernel_gradient = data_format, implementation, kernel_gradient
+        self.data_format, self.implementation, self.kernel_gradient = (
+            data_format,
+            implementation,
+            kernel_gradient,
+        )
 
     def __call__(
         self,
@@ -106,10 +128,11 @@ class BlockSparseConv(nnx.Module):
         """Convolves.
 
         Args:
-          x: activations `[n, h, w, cin]` (also without or with more batch axes, as `nnx.Conv`), or `[cin, h, w, n]` with `"CHWN"`.
+          x: activations `[n, h, w, cin]` (also without or with more batch axes, as `nnx.Conv`), or
+            `[cin, h, w, n]` with `"CHWN"`.
           layout: used in place of `self.layout`.
-          scale, shift: one number for each feature; a batch norm at inference has `scale = gamma / sqrt(var + epsilon)` and
-            `shift = beta - mean * scale`.
+          scale, shift: one number for each feature; a batch norm at inference has `scale = gamma /
+            sqrt(var + epsilon)` and `shift = beta - mean * scale`.
           residual: added to the output; in its shape.
           activation: `"relu"` or None.
 
@@ -137,8 +160,9 @@ class BlockSparseConv(nnx.Module):
 class Optimizer(nnx.Optimizer):
     """`nnx.Optimizer` for transformations whose state holds layouts.
 
-    The original writes its state back leaf by leaf and leaves a dict where a `BlockLayout` was; this one keeps each layout whole, so
-    `get_layouts(optimizer.opt_state)` works after any number of updates, and the first update does not change the state's structure.
+    The original writes its state back leaf by leaf and leaves a dict where a `BlockLayout` was;
+    this one keeps each layout whole, so `get_layouts(optimizer.opt_state)` works after any number
+    of updates, and the first update does not change the state's structure.
 
     Example:
       >>> import blocksparse_jax as bsj
@@ -149,7 +173,7 @@ class Optimizer(nnx.Optimizer):
       >>> model[0].layout.get_value().packed_shape
       (2, 8, 9, 16)
 
-    Reference: ours, over `flax.nnx.Optimizer`.
+    Reference: over `flax.nnx.Optimizer`.
     """
 
     def update(self, model: Any, grads: Any, /, **kwargs: Any) -> Any:
@@ -167,20 +191,28 @@ class Optimizer(nnx.Optimizer):
         params, gradients, state, extra = (nnx.as_pure(tree) for tree in trees)
         updates, new = self.tx.update(gradients, state, params, **extra)
         nnx.update(model, optax.apply_updates(params, updates))
-        jax.tree.map(lambda old, value: old.set_value(value), self.opt_state, new, is_leaf=lambda node: isinstance(node, nnx.Variable))
+        jax.tree.map(
+            lambda old, value: old.set_value(value),
+            self.opt_state,
+            new,
+            is_leaf=lambda node: isinstance(node, nnx.Variable),
+        )
         self.step[...] += 1
         return updates
 
 
 def set_layouts(model: nnx.Module, layouts: Any) -> None:
-    """Places a tree of layouts into a model's `BlockSparseConv` modules, in place; those that the tree does not name become dense.
+    """Places a tree of layouts into a model's `BlockSparseConv` modules, in place; those that the
+    tree does not name become dense.
 
     Args:
       model: any nnx module.
-      layouts: a tree with the structure of `nnx.state(model, nnx.Param)` (`get_layouts` gives one), its leaves `BlockLayout | Dense()`.
+      layouts: a tree with the structure of `nnx.state(model, nnx.Param)` (`get_layouts` gives one),
+        its leaves `BlockLayout | Dense()`.
 
     Raises:
-      ValueError: a layout is not of a `BlockSparseConv` kernel of this model; the message names its path.
+      ValueError: a layout is not of a `BlockSparseConv` kernel of this model; the message names its
+        path.
 
     Example:
       >>> from blocksparse_jax.layout import mask_to_layout
@@ -188,19 +220,30 @@ def set_layouts(model: nnx.Module, layouts: Any) -> None:
       >>> set_layouts(model, {0: {"kernel": mask_to_layout(jnp.ones((3, 3, 4, 8), bool)), "bias": Dense()}})
       >>> model[0].layout.get_value().packed_shape
       (1, 4, 9, 8)
-
-    Reference: ours.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(layouts, is_leaf=is_layout)
     found = {path_name(path): layout for path, layout in leaves if not isinstance(layout, Dense)}
-    modules = [(path, module) for path, module in nnx.iter_modules(model) if isinstance(module, BlockSparseConv)]
+    modules = [
+        (path, module)
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, BlockSparseConv)
+    ]
     convs = {"/".join(map(str, (*path, "kernel"))): module for path, module in modules}
     for name, layout in found.items():
         if not isinstance(layout, BlockLayout):
-            raise ValueError(f"layouts: at {name} expected a BlockLayout or Dense(), got {type(layout).__name__}; use get_layouts(state)")
+            raise ValueError(
+                f"layouts: at {name} expected a BlockLayout or Dense(), got "
+                f"{type(layout).__name__}; use get_layouts(state)"
+            )
         if name not in convs:
-            raise ValueError(f"layouts: {name} is no kernel of a BlockSparseConv of this model; expected: {', '.join(convs) or 'none'}")
+            raise ValueError(
+                f"layouts: {name} is no kernel of a BlockSparseConv of this model; expected: "
+                f"{', '.join(convs) or 'none'}"
+            )
         if tuple(layout.shape) != convs[name].kernel_shape:
-            raise ValueError(f"layouts: {name} is of a kernel {tuple(layout.shape)}, expected {convs[name].kernel_shape}")
+            raise ValueError(
+                f"layouts: {name} is of a kernel {tuple(layout.shape)}, expected "
+                f"{convs[name].kernel_shape}"
+            )
     for name, module in convs.items():
         module.layout.set_value(found.get(name, Dense()))

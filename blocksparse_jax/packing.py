@@ -1,4 +1,6 @@
-"""Packing: one conv kernel, or a whole tree with its optimizer state, between dense arrays and packed values."""
+"""Packing: one conv kernel, or a whole tree with its optimizer state, between dense arrays and
+packed values.
+"""
 
 from typing import Any
 
@@ -12,8 +14,11 @@ from blocksparse_jax.layout import BlockLayout, Dense, block_index, is_layout, l
 from blocksparse_jax.state import SparseState, is_sparse_state
 
 
-def pack(kernel: Float[Array, "kh kw cin cout"], layout: BlockLayout) -> Float[Array, "groups kept kept_taps group_size"]:
-    """Gathers the kept weights: `values[g, k, t, i] = kernel[tap taps[g, t], channels[g, k], filters[g, i]]`.
+def pack(
+    kernel: Float[Array, "kh kw cin cout"], layout: BlockLayout
+) -> Float[Array, "groups kept kept_taps group_size"]:
+    """Gathers the kept weights: `values[g, k, t, i] = kernel[tap taps[g, t], channels[g, k],
+    filters[g, i]]`.
 
     Args:
       kernel: a conv kernel.
@@ -29,19 +34,26 @@ def pack(kernel: Float[Array, "kh kw cin cout"], layout: BlockLayout) -> Float[A
       >>> layout = layouts_.mask_to_layout(jnp.ones((1, 1, 2, 2), bool))
       >>> pack(jnp.arange(4.0).reshape(1, 1, 2, 2), layout).shape
       (1, 2, 1, 2)
-
-    Reference: ours.
     """
     if jnp.shape(kernel) != layout.shape:
         raise ValueError(
-            f"kernel: expected shape {layout.shape} of the layout, got {jnp.shape(kernel)}; was the layout made for another layer?"
+            f"kernel: expected shape {layout.shape} of the layout, got {jnp.shape(kernel)}; was "
+            f"the layout made for another layer?"
         )
     kh, kw, cin, cout = layout.shape
-    return jnp.asarray(kernel).reshape(kh * kw, cin, cout).at[block_index(layout)].get(mode="promise_in_bounds", unique_indices=True)
+    return (
+        jnp.asarray(kernel)
+        .reshape(kh * kw, cin, cout)
+        .at[block_index(layout)]
+        .get(mode="promise_in_bounds", unique_indices=True)
+    )
 
 
-def unpack(values: Float[Array, "groups kept kept_taps group_size"], layout: BlockLayout) -> Float[Array, "kh kw cin cout"]:
-    """Scatters packed values into a conv kernel that is zero elsewhere; `unpack(pack(w)) == where(mask, w, 0)`.
+def unpack(
+    values: Float[Array, "groups kept kept_taps group_size"], layout: BlockLayout
+) -> Float[Array, "kh kw cin cout"]:
+    """Scatters packed values into a conv kernel that is zero elsewhere; `unpack(pack(w)) ==
+    where(mask, w, 0)`.
 
     Args:
       values: packed values.
@@ -57,40 +69,50 @@ def unpack(values: Float[Array, "groups kept kept_taps group_size"], layout: Blo
       >>> layout = layouts_.mask_to_layout(jnp.ones((1, 1, 2, 2), bool))
       >>> unpack(jnp.ones((1, 2, 1, 2)), layout).shape
       (1, 1, 2, 2)
-
-    Reference: ours.
     """
     if jnp.shape(values) != layout.packed_shape:
         raise ValueError(
-            f"values: expected packed shape (groups, kept, kept_taps, group_size) = {layout.packed_shape} of the layout, "
+            f"values: expected packed shape (groups, kept, kept_taps, group_size) = "
+            f"{layout.packed_shape} of the layout, "
             f"got {jnp.shape(values)}"
         )
     kh, kw, cin, cout = layout.shape
     flat = jnp.zeros((kh * kw, cin, cout), jnp.asarray(values).dtype)
-    return flat.at[block_index(layout)].set(values, mode="promise_in_bounds", unique_indices=True).reshape(layout.shape)
+    return (
+        flat.at[block_index(layout)]
+        .set(values, mode="promise_in_bounds", unique_indices=True)
+        .reshape(layout.shape)
+    )
 
 
-def pack_tree(params: PyTree, state: PyTree, layouts: PyTree, *, drop_pruned: bool = False) -> tuple[PyTree, PyTree]:
-    """Packs parameters and everything in the optimizer state that has their shape (moments, traces, accumulators).
+def pack_tree(
+    params: PyTree, state: PyTree, layouts: PyTree, *, drop_pruned: bool = False
+) -> tuple[PyTree, PyTree]:
+    """Packs parameters and everything in the optimizer state that has their shape (moments, traces,
+    accumulators).
 
-    A packed leaf holds kept weights only, so the methods in `state` neither mask it nor move its topology: training continues with the
-    same `tx` as ordinary training of a smaller tree. To change masks, `unpack_tree`, update, pack again.
+    A packed leaf holds kept weights only, so the methods in `state` neither mask it nor move its
+    topology: training continues with the same `tx` as ordinary training of a smaller tree. To
+    change masks, `unpack_tree`, update, pack again.
 
-    The pruned weights are not in the packed values. Hard methods have zeros there, and `unpack_tree` gives back all that was; a
-    straight-through method (soft SUBP) trains its pruned weights, and packing ends that.
+    The pruned weights are not in the packed values. Hard methods have zeros there, and
+    `unpack_tree` gives back all that was; a straight-through method (soft SUBP) trains its pruned
+    weights, and packing ends that.
 
     Args:
       params: any pytree.
       state: an optimizer state for `params`, or None.
       layouts: `get_layouts(state)`: a BlockLayout for each leaf to pack, `Dense()` for the others.
-      drop_pruned: pack also where a straight-through method keeps non-zero pruned weights, which are then lost.
+      drop_pruned: pack also where a straight-through method keeps non-zero pruned weights, which
+        are then lost.
 
     Returns:
       `(values, state)`.
 
     Raises:
-      ValueError: the layouts are of another tree or another kernel; or pruned weights of a straight-through method would be lost
-        (inside jit, where the values are not known, this is not seen).
+      ValueError: the layouts are of another tree or another kernel; or pruned weights of a
+        straight-through method would be lost (inside jit, where the values are not known, this is
+        not seen).
 
     Example:
       >>> params = {"w": jnp.ones((1, 1, 2, 2)), "b": jnp.ones(2)}
@@ -98,16 +120,17 @@ def pack_tree(params: PyTree, state: PyTree, layouts: PyTree, *, drop_pruned: bo
       >>> values, _ = pack_tree(params, None, layouts)
       >>> values["w"].shape, values["b"].shape
       ((1, 2, 1, 2), (2,))
-
-    Reference: ours.
     """
     if not drop_pruned:
         _refuse_loss(params, state, layouts)
-    return _convert(params, state, layouts, pack, lambda layout: layout.shape, lambda layout: jnp.asarray(True))
+    return _convert(
+        params, state, layouts, pack, lambda layout: layout.shape, lambda layout: jnp.asarray(True)
+    )
 
 
 def unpack_tree(values: PyTree, state: PyTree, layouts: PyTree) -> tuple[PyTree, PyTree]:
-    """The inverse of `pack_tree`: dense parameters and optimizer state, zero where pruned, with their masks.
+    """The inverse of `pack_tree`: dense parameters and optimizer state, zero where pruned, with
+    their masks.
 
     Args:
       values: packed parameters.
@@ -125,35 +148,53 @@ def unpack_tree(values: PyTree, state: PyTree, layouts: PyTree) -> tuple[PyTree,
       >>> params, _ = unpack_tree({"w": jnp.ones((1, 2, 1, 2))}, None, layouts)
       >>> params["w"].shape
       (1, 1, 2, 2)
-
-    Reference: ours.
     """
-    return _convert(values, state, layouts, unpack, lambda layout: layout.packed_shape, layouts_.layout_to_mask)
+    return _convert(
+        values, state, layouts, unpack, lambda layout: layout.packed_shape, layouts_.layout_to_mask
+    )
 
 
 def _refuse_loss(params: PyTree, state: PyTree, layouts: PyTree) -> None:
-    """ValueError where a straight-through method holds non-zero weights outside of a layout (as far as the values are known)."""
+    """ValueError where a straight-through method holds non-zero weights outside of a layout (as far
+    as the values are known).
+    """
     leaves = jax.tree.leaves_with_path(params)
     nodes = tree.match("layouts", layouts, params, is_leaf=is_layout)
-    states = [node for node in jax.tree.leaves(state, is_leaf=is_sparse_state) if is_sparse_state(node)]
+    states = [
+        node for node in jax.tree.leaves(state, is_leaf=is_sparse_state) if is_sparse_state(node)
+    ]
     for sparse in states:
         if not sparse.spec.straight_through:
             continue
-        own = {tree.path_name(path) for path, node in jax.tree.leaves_with_path(sparse.layouts, is_leaf=is_layout) if node != Dense()}
+        own = {
+            tree.path_name(path)
+            for path, node in jax.tree.leaves_with_path(sparse.layouts, is_leaf=is_layout)
+            if node != Dense()
+        }
         for (path, leaf), layout in zip(leaves, nodes, strict=True):
             name = tree.path_name(path)
-            if name not in own or not isinstance(layout, BlockLayout) or jnp.shape(leaf) != layout.shape:
+            if (
+                name not in own
+                or not isinstance(layout, BlockLayout)
+                or jnp.shape(leaf) != layout.shape
+            ):
                 continue
             lost = jnp.count_nonzero(jnp.where(layout_to_mask(layout), 0, leaf))
             if not isinstance(lost, jax.core.Tracer) and lost:
                 raise ValueError(
-                    f"params: {sparse.spec.method} trains the pruned weights too, and packing would lose {int(lost)} of them at {name!r}; "
-                    "once the pattern is final set them to zero (apply_masks), or pass drop_pruned=True"
+                    f"params: {sparse.spec.method} trains the pruned weights too, and packing "
+                    f"would lose {int(lost)} of them at {name!r}; "
+                    "once the pattern is final set them to zero (apply_masks), or pass "
+                    "drop_pruned=True"
                 )
 
 
-def _convert(params: PyTree, state: PyTree, layouts: PyTree, convert: Any, shape: Any, mask: Any) -> tuple[PyTree, PyTree]:
-    """Converts each leaf with a BlockLayout, and each state leaf that belongs to it and has its shape; masks become `mask(layout)`."""
+def _convert(
+    params: PyTree, state: PyTree, layouts: PyTree, convert: Any, shape: Any, mask: Any
+) -> tuple[PyTree, PyTree]:
+    """Converts each leaf with a BlockLayout, and each state leaf that belongs to it and has its
+    shape; masks become `mask(layout)`.
+    """
     structure = jax.tree.structure(params)
     paths = [tree.path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
     nodes = dict(zip(paths, tree.match("layouts", layouts, params, is_leaf=is_layout), strict=True))
@@ -162,12 +203,20 @@ def _convert(params: PyTree, state: PyTree, layouts: PyTree, convert: Any, shape
         if is_sparse_state(value):
             return _convert_masks(value)
         layout = nodes.get(name) if name is not None else None
-        return convert(value, layout) if isinstance(layout, BlockLayout) and jnp.shape(value) == shape(layout) else value
+        return (
+            convert(value, layout)
+            if isinstance(layout, BlockLayout) and jnp.shape(value) == shape(layout)
+            else value
+        )
 
     def _convert_masks(sparse: SparseState) -> SparseState:
         def one(path: Any, own: Any, layout: Any) -> Any:
             node = nodes.get(tree.path_name(path))
-            return mask(node) if isinstance(node, BlockLayout) and not isinstance(layout, Dense) else own
+            return (
+                mask(node)
+                if isinstance(node, BlockLayout) and not isinstance(layout, Dense)
+                else own
+            )
 
         return sparse._replace(masks=jax.tree.map_with_path(one, sparse.masks, sparse.layouts))
 
@@ -177,5 +226,10 @@ def _convert(params: PyTree, state: PyTree, layouts: PyTree, convert: Any, shape
     ]
     for name, node in nodes.items():
         if not is_layout(node) or isinstance(node, layouts_.ConsecutiveGroups):
-            raise ValueError(f"layouts: expected a BlockLayout or Dense() at {name!r}, got {type(node).__name__}; use get_layouts(state)")
-    return jax.tree.unflatten(structure, converted), tree.map_state(leaf, params, state, is_leaf=is_sparse_state)
+            raise ValueError(
+                f"layouts: expected a BlockLayout or Dense() at {name!r}, got "
+                f"{type(node).__name__}; use get_layouts(state)"
+            )
+    return jax.tree.unflatten(structure, converted), tree.map_state(
+        leaf, params, state, is_leaf=is_sparse_state
+    )

@@ -1,4 +1,6 @@
-"""Schedules: step -> amount, and "is this an update step?". All take Python ints and traced counts alike."""
+"""Schedules: step -> amount, and "is this an update step?". All take Python ints and traced counts
+alike.
+"""
 
 import dataclasses
 from typing import Any, Literal
@@ -18,7 +20,8 @@ class Periodic:
 
     Attributes:
       every: steps between updates.
-      start: the step from which they are counted; no update there, since nothing has been learnt yet.
+      start: the step from which they are counted; no update there, since nothing has been learnt
+        yet.
       until: no update at this step or later; None = forever.
 
     Example:
@@ -57,7 +60,8 @@ def periodic(every: int, start: int = 0, until: int | None = None) -> Periodic:
       A callable step -> bool.
 
     Raises:
-      ValueError: `every` below 1, a step that is no integer of at least 0, or `until` not after `start`.
+      ValueError: `every` below 1, a step that is no integer of at least 0, or `until` not after
+        `start`.
 
     Example:
       >>> periodic(10)(20), periodic(10)(25)
@@ -69,7 +73,8 @@ def periodic(every: int, start: int = 0, until: int | None = None) -> Periodic:
 
 
 def cosine_fraction(fraction: float, count: Any, start: int, until: int | None) -> Float[Array, ""]:
-    """The drop fraction `fraction / 2 * (1 + cos(pi * (t - start) / (until - start)))`; constant without `until`.
+    """The drop fraction `fraction / 2 * (1 + cos(pi * (t - start) / (until - start)))`; constant
+    without `until`.
 
     Args:
       fraction: the fraction at `start`.
@@ -95,8 +100,9 @@ def cosine_fraction(fraction: float, count: Any, start: int, until: int | None) 
 def progress(curve: Curve, count: Any, start: int, end: int, every: int = 1) -> Float[Array, ""]:
     """How far a gradual method has come: 0 until `start`, 1 from `end` on.
 
-    With `t = clip((count - start) / (end - start), 0, 1)`: cubic `t^3`, linear `t`, cos `1 - cos(pi t / 2)`, and exp
-    `(1 - exp(-i / 20)) / (1 - exp(-n / 20))` with i of n the update (epoch) since `start`.
+    With `t = clip((count - start) / (end - start), 0, 1)`: cubic `t^3`, linear `t`, cos `1 - cos(pi
+    t / 2)`, and exp `(1 - exp(-i / 20)) / (1 - exp(-n / 20))` with i of n the update (epoch) since
+    `start`.
 
     Args:
       curve: which curve.
@@ -109,7 +115,8 @@ def progress(curve: Curve, count: Any, start: int, end: int, every: int = 1) -> 
       float32 scalar in [0, 1].
 
     Raises:
-      ValueError: an unknown curve, a step that is no integer of at least 0, or `end` not after `start`.
+      ValueError: an unknown curve, a step that is no integer of at least 0, or `end` not after
+        `start`.
 
     Example:
       >>> [float(progress("cubic", t, 0, 10)) for t in (0, 5, 10)]
@@ -130,8 +137,11 @@ def progress(curve: Curve, count: Any, start: int, end: int, every: int = 1) -> 
     return (1 - jnp.exp(-0.05 * t * n)) / (1 - jnp.exp(-0.05 * n))
 
 
-def cubic_sparsity(initial: float, final: float, count: Any, start: int, end: int, power: float = 3.0) -> Float[Array, ""]:
-    """Sparsity `s_f + (s_i - s_f) * (1 - t)^power`, t = clip((count - start) / (end - start), 0, 1).
+def cubic_sparsity(
+    initial: float, final: float, count: Any, start: int, end: int, power: float = 3.0
+) -> Float[Array, ""]:
+    """Sparsity `s_f + (s_i - s_f) * (1 - t)^power`, t = clip((count - start) / (end - start), 0,
+    1).
 
     Args:
       initial: sparsity at `start`.

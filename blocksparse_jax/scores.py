@@ -50,11 +50,14 @@ def random(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
     return jax.random.uniform(key, shape)
 
 
-def make(scores: Kind | PyTree, chosen: dict[str, Array], grads: dict[str, Array] | None, key: Array) -> dict[str, Array]:
+def make(
+    scores: Kind | PyTree, chosen: dict[str, Array], grads: dict[str, Array] | None, key: Array
+) -> dict[str, Array]:
     """Scores of the chosen leaves, by name.
 
     Args:
-      scores: "magnitude" (`|w|`), "gradient" (`|g|`), "random", or a tree with an array for each chosen leaf.
+      scores: "magnitude" (`|w|`), "gradient" (`|g|`), "random", or a tree with an array for each
+        chosen leaf.
       chosen: name -> weights.
       grads: name -> gradients, for "gradient".
       key: a JAX random key, for "random"; each leaf folds in its position.
@@ -68,31 +71,45 @@ def make(scores: Kind | PyTree, chosen: dict[str, Array], grads: dict[str, Array
     Example:
       >>> make("magnitude", {"w": jnp.array([-3.0])}, None, jax.random.key(0))["w"].tolist()
       [3.0]
-
-    Reference: ours.
     """
     if isinstance(scores, str):
         kind = _checks.choice("scores", scores, ("magnitude", "gradient", "random"))
         if kind == "random":
-            return {name: random(jax.random.fold_in(key, i), w.shape) for i, (name, w) in enumerate(chosen.items())}
+            return {
+                name: random(jax.random.fold_in(key, i), w.shape)
+                for i, (name, w) in enumerate(chosen.items())
+            }
         if kind == "gradient" and grads is None:
             raise ValueError("scores: 'gradient' needs gradients")
-        return {name: magnitude(leaf) for name, leaf in (grads if kind == "gradient" and grads else chosen).items()}
+        return {
+            name: magnitude(leaf)
+            for name, leaf in (grads if kind == "gradient" and grads else chosen).items()
+        }
     given = {tree.path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(scores)}
     for name, leaf in chosen.items():
         if name not in given or jnp.shape(given[name]) != leaf.shape:
-            got = f"shape {jnp.shape(given[name])}" if name in given else f"a tree with leaves {list(given)[:8]}"
-            raise ValueError(f"scores: expected an array of shape {leaf.shape} at {name!r}, got {got}")
+            got = (
+                f"shape {jnp.shape(given[name])}"
+                if name in given
+                else f"a tree with leaves {list(given)[:8]}"
+            )
+            raise ValueError(
+                f"scores: expected an array of shape {leaf.shape} at {name!r}, got {got}"
+            )
     return {name: jnp.asarray(given[name], jnp.float32) for name in chosen}
 
 
 def block_scores(
-    kernel: Float[Array, "kh kw cin cout"], block: int, criterion: Criterion = "l1", alpha: float = 1.0
+    kernel: Float[Array, "kh kw cin cout"],
+    block: int,
+    criterion: Criterion = "l1",
+    alpha: float = 1.0,
 ) -> Float[Array, "groups cin"]:
     """Scores of 1xN blocks: N consecutive filters x one input channel x the whole kernel.
 
-    With `l_j` the L1 norm of block j of a group and `r_j = sum_i |cos(w_i, w_j)|` (i = j included), BPAR is
-    `l_j / sum_i l_i - alpha * r_j / sum_i r_i`; a zero block's normalised redundancy is set to 1.
+    With `l_j` the L1 norm of block j of a group and `r_j = sum_i |cos(w_i, w_j)|` (i = j included),
+    BPAR is `l_j / sum_i l_i - alpha * r_j / sum_i r_i`; a zero block's normalised redundancy is set
+    to 1.
 
     Args:
       kernel: a conv kernel.
@@ -114,7 +131,9 @@ def block_scores(
     """
     _checks.choice("criterion", criterion, ("l1", "l2", "bpar"))
     kh, kw, cin, cout = kernel.shape
-    blocks = jnp.moveaxis(kernel.astype(jnp.float32).reshape(kh * kw, cin, cout // block, block), 2, 0)
+    blocks = jnp.moveaxis(
+        kernel.astype(jnp.float32).reshape(kh * kw, cin, cout // block, block), 2, 0
+    )
     blocks = jnp.swapaxes(blocks, 1, 2).reshape(cout // block, cin, -1)
     l1 = jnp.abs(blocks).sum(-1)
     if criterion == "l1":

@@ -1,4 +1,6 @@
-"""The optax state of every sparse method, and what can be read from it: masks, layouts, the weights of the forward pass."""
+"""The optax state of every sparse method, and what can be read from it: masks, layouts, the weights
+of the forward pass.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,17 +25,18 @@ class Spec:
       method: the method's name, for reports.
       density: target density over the chosen leaves.
       group_size: filters in a group as asked for; None where the pattern has no groups.
-      straight_through: the forward pass uses `w * mask` and gradients pass to all weights (`masked`).
-      rule: weights -> mask, for methods whose mask follows the weights at every step; None = the stored masks.
+      straight_through: the forward pass uses `w * mask` and gradients pass to all weights
+        (`masked`).
+      rule: weights -> mask, for methods whose mask follows the weights at every step; None = the
+        stored masks.
       skips: an update of the masks applies no gradient.
-      full_gradient: an update of the masks reads the gradient of the pruned weights, which masked execution leaves at zero.
+      full_gradient: an update of the masks reads the gradient of the pruned weights, which masked
+        execution leaves at zero.
       channel_block: channels in a run as asked for; None where the pattern has no runs.
 
     Example:
       >>> Spec("rigl", 0.1, skips=True).straight_through
       False
-
-    Reference: ours.
     """
 
     method: str
@@ -51,18 +54,19 @@ class SparseState(NamedTuple):
 
     Attributes:
       count: int32, updates so far.
-      masks: the params' structure; bool arrays of the leaf's shape, the scalar True for a dense (or packed) leaf.
+      masks: the params' structure; bool arrays of the leaf's shape, the scalar True for a dense (or
+        packed) leaf.
       layouts: the params' structure; `BlockLayout`, `ConsecutiveGroups` or `Dense()`.
-      skip_gradient: bool, whether the last update moved the topology instead of applying a gradient.
-      blind_updates: int32, updates of the masks that should have grown weights by their gradient, and found it zero on every pruned
-        weight of a layer, though not on the kept ones: the step gave the masked gradient where the method needs the full one.
+      skip_gradient: bool, whether the last update moved the topology instead of applying a
+        gradient.
+      blind_updates: int32, updates of the masks that should have grown weights by their gradient,
+        and found it zero on every pruned weight of a layer, though not on the kept ones: the step
+        gave the masked gradient where the method needs the full one.
       spec: what is fixed about the method (static).
 
     Example:
       >>> SparseState._fields
       ('count', 'masks', 'layouts', 'skip_gradient', 'blind_updates', 'spec')
-
-    Reference: ours.
     """
 
     count: jax.Array  # type: ignore[assignment]  # int32[]; optax names it so, tuple.count or not
@@ -95,13 +99,16 @@ def sparse_states(state: PyTree) -> list[SparseState]:
       Traceback (most recent call last):
       ...
       ValueError: state: expected the state of a chain that holds a sparse method (hrbp_prune, rigl, ...), found none in EmptyState
-
-    Reference: ours.
     """
-    found = [node for node in jax.tree.leaves(state, is_leaf=is_sparse_state) if is_sparse_state(node)]
+    found = [
+        node for node in jax.tree.leaves(state, is_leaf=is_sparse_state) if is_sparse_state(node)
+    ]
     if not found:
         kind = type(state[0] if type(state) is tuple and state else state).__name__
-        raise ValueError(f"state: expected the state of a chain that holds a sparse method (hrbp_prune, rigl, ...), found none in {kind}")
+        raise ValueError(
+            f"state: expected the state of a chain that holds a sparse method (hrbp_prune, rigl, "
+            f"...), found none in {kind}"
+        )
     return found
 
 
@@ -112,9 +119,11 @@ def get_masks(state: PyTree) -> PyTree:
       state: the state of a transformation that holds a sparse method, under any wrappers.
 
     Returns:
-      A tree of the params' structure: bool masks of the leaves' shapes, and the scalar True for dense leaves (it broadcasts, so
-      `jax.tree.map(jnp.multiply, params, masks)` works in either order). Where several methods share a leaf: what all of them keep. A
-      subtree that `optax.multi_transform` hides whole from the method comes back as one True; the functions here take it so.
+      A tree of the params' structure: bool masks of the leaves' shapes, and the scalar True for
+      dense leaves (it broadcasts, so `jax.tree.map(jnp.multiply, params, masks)` works in either
+      order). Where several methods share a leaf: what all of them keep. A subtree that
+      `optax.multi_transform` hides whole from the method comes back as one True; the functions here
+      take it so.
 
     Raises:
       ValueError: there is no sparse method in the state.
@@ -124,27 +133,29 @@ def get_masks(state: PyTree) -> PyTree:
       >>> state = bsj.rigl(0.5, until=10).init({"w": jnp.ones((3, 3, 8, 8)), "b": jnp.ones(8)})
       >>> int(bsj.get_masks(state)["w"].sum()), bool(bsj.get_masks(state)["b"])
       (288, True)
-
-    Reference: ours.
     """
     return _merge([s.masks for s in sparse_states(state)], _both, jnp.asarray(True))
 
 
 def get_layouts(state: PyTree) -> PyTree:
-    """The block layouts in an optimizer state; hand them to `conv`, to a layer's `layouts` collection or to `pack_tree`.
+    """The block layouts in an optimizer state; hand them to `conv`, to a layer's `layouts`
+    collection or to `pack_tree`.
 
-    A method whose kept count changes in training (`subp`) keeps masks only; its layouts are read from them here, outside of jit. Give
-    them to the jitted step as an argument: it compiles once for each kept count.
+    A method whose kept count changes in training (`subp`) keeps masks only; its layouts are read
+    from them here, outside of jit. Give them to the jitted step as an argument: it compiles once
+    for each kept count.
 
     Args:
       state: the state of a transformation that holds a sparse method, under any wrappers.
 
     Returns:
-      A tree of the params' structure: a `BlockLayout`, or `Dense()` for leaves that are dense or whose pattern has no layout.
+      A tree of the params' structure: a `BlockLayout`, or `Dense()` for leaves that are dense or
+      whose pattern has no layout.
 
     Raises:
-      ValueError: there is no sparse method in the state, layouts must be read from masks that are traced or packed away, or
-        `flax.nnx.Optimizer` has taken the layouts apart (`bsj.nnx.Optimizer` keeps them).
+      ValueError: there is no sparse method in the state, layouts must be read from masks that are
+        traced or packed away, or `flax.nnx.Optimizer` has taken the layouts apart
+        (`bsj.nnx.Optimizer` keeps them).
 
     Example:
       >>> import blocksparse_jax as bsj
@@ -152,8 +163,6 @@ def get_layouts(state: PyTree) -> PyTree:
       >>> layouts = bsj.get_layouts(bsj.hrbp_prune(0.75, group_size=4, block_density=1).init(params))
       >>> layouts["w"].packed_shape, layouts["b"]
       ((2, 2, 9, 4), Dense())
-
-    Reference: ours.
     """
     states = sparse_states(state)
     for sparse in states:
@@ -161,7 +170,8 @@ def get_layouts(state: PyTree) -> PyTree:
             if not _is_node(node):
                 name = tree.path_name(path)
                 raise ValueError(
-                    f"state: expected a layout at {name!r}, got its arrays; flax.nnx.Optimizer did that, use bsj.nnx.Optimizer"
+                    f"state: expected a layout at {name!r}, got its arrays; flax.nnx.Optimizer did "
+                    f"that, use bsj.nnx.Optimizer"
                 )
     resolved = [jax.tree.map(_resolve, s.layouts, s.masks, is_leaf=_is_node) for s in states]
     return _merge(resolved, lambda a, b: b if isinstance(a, Dense) else a, Dense())
@@ -170,8 +180,8 @@ def get_layouts(state: PyTree) -> PyTree:
 def masked(params: PyTree, state: PyTree) -> PyTree:
     """The weights of the forward pass: one training loop for every method.
 
-    The identity for hard methods, whose pruned weights are zero already; for straight-through methods (SR-STE, soft SUBP) `w * mask`
-    with the gradient passed to all weights.
+    The identity for hard methods, whose pruned weights are zero already; for straight-through
+    methods (SR-STE, soft SUBP) `w * mask` with the gradient passed to all weights.
 
     Args:
       params: the parameters.
@@ -197,7 +207,9 @@ def masked(params: PyTree, state: PyTree) -> PyTree:
         if sparse.spec.straight_through:
             rule = sparse.spec.rule
             leaves = [
-                w if isinstance(mask, optax.MaskedNode) or not jnp.ndim(mask) else straight_through(w, mask if rule is None else rule(w))
+                w
+                if isinstance(mask, optax.MaskedNode) or not jnp.ndim(mask)
+                else straight_through(w, mask if rule is None else rule(w))
                 for w, mask in zip(jax.tree.leaves(params), nodes, strict=True)
             ]
             params = jax.tree.unflatten(jax.tree.structure(params), leaves)
@@ -205,8 +217,13 @@ def masked(params: PyTree, state: PyTree) -> PyTree:
 
 
 def hard_masks(state: PyTree, params: PyTree) -> list[Array]:
-    """The masks at the leaves of `params`, the scalar True for straight-through methods, whose pruned weights live on."""
-    trees = [jax.tree.map(lambda m: jnp.asarray(True), s.masks) if s.spec.straight_through else s.masks for s in sparse_states(state)]
+    """The masks at the leaves of `params`, the scalar True for straight-through methods, whose
+    pruned weights live on.
+    """
+    trees = [
+        jax.tree.map(lambda m: jnp.asarray(True), s.masks) if s.spec.straight_through else s.masks
+        for s in sparse_states(state)
+    ]
     nodes = tree.match("state", _merge(trees, _both, optax.MaskedNode()), params, is_leaf=_is_node)
     return [jnp.asarray(True) if isinstance(node, optax.MaskedNode) else node for node in nodes]
 
@@ -224,16 +241,22 @@ def _resolve(layout: Any, mask: Any) -> Any:
     if not isinstance(layout, ConsecutiveGroups):
         return layout
     if not jnp.ndim(mask):
-        raise ValueError("state: packed, and this method's layouts are read from its masks: use those given to pack_tree, or unpack_tree")
+        raise ValueError(
+            "state: packed, and this method's layouts are read from its masks: use those given to "
+            "pack_tree, or unpack_tree"
+        )
     if isinstance(mask, jax.core.Tracer):
         raise ValueError(
-            "state: this method's kept count changes, so get_layouts reads it from the masks: call it outside of jit, pass them in"
+            "state: this method's kept count changes, so get_layouts reads it from the masks: call "
+            "it outside of jit, pass them in"
         )
     return mask_to_layout(mask, jnp.arange(mask.shape[3]).reshape(-1, layout.group_size))
 
 
 def _merge(trees: list[PyTree], combine: Callable[[Any, Any], Any], absent: Any) -> PyTree:
-    """One tree from those of several methods: `optax.MaskedNode` marks leaves that a method does not see (multi_transform)."""
+    """One tree from those of several methods: `optax.MaskedNode` marks leaves that a method does
+    not see (multi_transform).
+    """
 
     def two(path: Any, a: Any, b: Any) -> Any:
         if isinstance(a, optax.MaskedNode) or isinstance(b, optax.MaskedNode):
@@ -243,10 +266,18 @@ def _merge(trees: list[PyTree], combine: Callable[[Any, Any], Any], absent: Any)
     merged = trees[0]
     for other in trees[1:]:
         nodes = jax.tree.leaves_with_path(other, is_leaf=_is_node)
-        hidden = {path for path, node in nodes if isinstance(node, optax.MaskedNode)}  # leaves, or whole subtrees
+        hidden = {
+            path for path, node in nodes if isinstance(node, optax.MaskedNode)
+        }  # leaves, or whole subtrees
 
         def stop(path: Any, node: Any, hidden: set = hidden) -> bool:
             return path in hidden or _is_node(node)
 
-        merged = jax.tree_util.tree_map_with_path(two, merged, other, is_leaf=stop, is_leaf_takes_path=True)
-    return jax.tree.map(lambda node: absent if isinstance(node, optax.MaskedNode) else node, merged, is_leaf=_is_node)
+        merged = jax.tree_util.tree_map_with_path(
+            two, merged, other, is_leaf=stop, is_leaf_takes_path=True
+        )
+    return jax.tree.map(
+        lambda node: absent if isinstance(node, optax.MaskedNode) else node,
+        merged,
+        is_leaf=_is_node,
+    )

@@ -1,4 +1,6 @@
-"""Pytrees of parameters: names of leaves, which leaves are sparse, and state leaves that belong to a parameter."""
+"""Pytrees of parameters: names of leaves, which leaves are sparse, and state leaves that belong to
+a parameter.
+"""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -23,8 +25,6 @@ def path_name(path: tuple[Any, ...]) -> str:
     Example:
       >>> [path_name(path) for path, _ in jax.tree.leaves_with_path({"Conv_0": {"kernel": 1.0}})]
       ['Conv_0/kernel']
-
-    Reference: ours.
     """
     return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
@@ -32,8 +32,9 @@ def path_name(path: tuple[Any, ...]) -> str:
 def conv_kernels(name: str, leaf: Array) -> bool:
     """The default choice of sparse leaves: conv kernels except the stem.
 
-    A conv kernel is a leaf `[kh, kw, cin, cout]`; the stem is one whose name holds "stem" or that reads at most 4 input channels
-    (images); depthwise kernels read one channel each and stay dense by the same rule.
+    A conv kernel is a leaf `[kh, kw, cin, cout]`; the stem is one whose name holds "stem" or that
+    reads at most 4 input channels (images); depthwise kernels read one channel each and stay dense
+    by the same rule.
 
     Args:
       name: the leaf's path name.
@@ -63,14 +64,13 @@ def choose(where: Where | None, params: PyTree) -> dict[str, Array]:
       Name -> leaf, in tree order.
 
     Raises:
-      ValueError: no leaf is chosen, a chosen one is no float array, two leaves have one name, or `where` takes other arguments.
+      ValueError: no leaf is chosen, a chosen one is no float array, two leaves have one name, or
+        `where` takes other arguments.
 
     Example:
       >>> import jax.numpy as jnp
       >>> list(choose(None, {"a": jnp.zeros((3, 3, 8, 8)), "b": jnp.zeros(8)}))
       ['a']
-
-    Reference: ours.
     """
     where = conv_kernels if where is None else where
     if not callable(where):
@@ -79,7 +79,8 @@ def choose(where: Where | None, params: PyTree) -> dict[str, Array]:
         inspect.signature(where).bind("", None)
     except TypeError as error:
         raise ValueError(
-            f"where: expected a predicate of two arguments, (name, leaf) -> bool, but it does not take them: {error}"
+            f"where: expected a predicate of two arguments, (name, leaf) -> bool, but it does not "
+            f"take them: {error}"
         ) from None
     except ValueError:
         pass  # a builtin without a signature
@@ -89,24 +90,37 @@ def choose(where: Where | None, params: PyTree) -> dict[str, Array]:
     chosen = {name: leaf for name, leaf in leaves if where(name, leaf)}
     if not chosen:
         shapes = ", ".join(f"{name}{list(leaf.shape)}" for name, leaf in leaves[:8])
-        raise ValueError(f"where: no leaf of params was chosen, expected at least one of: {shapes}; pass where=lambda name, leaf: ...")
+        raise ValueError(
+            f"where: no leaf of params was chosen, expected at least one of: {shapes}; pass "
+            f"where=lambda name, leaf: ..."
+        )
     for name, leaf in chosen.items():
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            raise ValueError(f"params[{name!r}]: expected floats, got {leaf.dtype}; cast it, or exclude the leaf with `where`")
+            raise ValueError(
+                f"params[{name!r}]: expected floats, got {leaf.dtype}; cast it, or exclude the "
+                f"leaf with `where`"
+            )
     if len({name for name, _ in leaves}) != len(leaves):
-        raise ValueError("params: two leaves have the same path name; rename one so that layers can be told apart")
+        raise ValueError(
+            "params: two leaves have the same path name; rename one so that layers can be told "
+            "apart"
+        )
     return chosen
 
 
-def match(name: str, tree: PyTree, params: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:
+def match(
+    name: str, tree: PyTree, params: PyTree, is_leaf: Callable[[Any], bool] | None = None
+) -> list[Any]:
     """The nodes of `tree` at the leaves of `params`.
 
-    Leaves of two trees belong together when their path names are equal, so the state of an `nnx.Optimizer` (its own kind of variable at
-    each leaf) fits the params of the model, as they are or as plain dicts.
+    Leaves of two trees belong together when their path names are equal, so the state of an
+    `nnx.Optimizer` (its own kind of variable at each leaf) fits the params of the model, as they
+    are or as plain dicts.
 
     Args:
       name: the argument's name, for the error.
-      tree: a tree with the structure of `params`; one node may stand for a whole subtree (as of masks read through multi_transform).
+      tree: a tree with the structure of `params`; one node may stand for a whole subtree (as of
+        masks read through multi_transform).
       params: any pytree.
       is_leaf: what counts as one node of `tree`.
 
@@ -119,26 +133,42 @@ def match(name: str, tree: PyTree, params: PyTree, is_leaf: Callable[[Any], bool
     Example:
       >>> match("masks", {"a": 1}, {"a": 2})
       [1]
-
-    Reference: ours.
     """
     expected: Any = jax.tree.structure(params)
     if is_leaf is None and expected == jax.tree.structure(tree):
         return jax.tree.leaves(tree)
     names = [path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
-    flat = [(path_name(path), node) for path, node in jax.tree.leaves_with_path(tree, is_leaf=is_leaf)]
+    flat = [
+        (path_name(path), node) for path, node in jax.tree.leaves_with_path(tree, is_leaf=is_leaf)
+    ]
     nodes = dict(flat)
-    if len(set(names)) < len(names) or len(nodes) < len(flat):  # two leaves of one name: only the structure tells them apart
+    if len(set(names)) < len(names) or len(nodes) < len(
+        flat
+    ):  # two leaves of one name: only the structure tells them apart
         try:
             return expected.flatten_up_to(tree)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{name}: expected the tree structure of params; was it made from another model?") from error
+            raise ValueError(
+                f"{name}: expected the tree structure of params; was it made from another model?"
+            ) from error
     owners = [_nearest(leaf, nodes) for leaf in names]
-    hidden = {path_name(path) for path, _ in jax.tree.leaves_with_path(params, is_leaf=is_leaf)}  # multi_transform marks what it hides
-    missing, extra = [n for n, owner in zip(names, owners) if owner is None], sorted(set(nodes) - set(owners) - hidden)
+    hidden = {
+        path_name(path) for path, _ in jax.tree.leaves_with_path(params, is_leaf=is_leaf)
+    }  # multi_transform marks what it hides
+    missing, extra = (
+        [n for n, owner in zip(names, owners) if owner is None],
+        sorted(set(nodes) - set(owners) - hidden),
+    )
     if missing or extra:
-        differences = [f"{what} {some[0]!r}" for what, some in (("it lacks", missing), ("params lack", extra)) if some]
-        raise ValueError(f"{name}: expected the tree structure of params, but {' and '.join(differences)}; was it made from another model?")
+        differences = [
+            f"{what} {some[0]!r}"
+            for what, some in (("it lacks", missing), ("params lack", extra))
+            if some
+        ]
+        raise ValueError(
+            f"{name}: expected the tree structure of params, but {' and '.join(differences)}; was "
+            f"it made from another model?"
+        )
     return [nodes[owner] for owner in owners if owner is not None]
 
 
@@ -154,14 +184,22 @@ def _plain(path: tuple[Any, ...]) -> tuple[Any, ...]:
     return path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
 
 
-def map_state(function: Callable[..., Any], params: PyTree, state: PyTree, *rest: PyTree, is_leaf: Callable[[Any], bool]) -> PyTree:
+def map_state(
+    function: Callable[..., Any],
+    params: PyTree,
+    state: PyTree,
+    *rest: PyTree,
+    is_leaf: Callable[[Any], bool],
+) -> PyTree:
     """Maps over the leaves of an optimizer state, telling which parameter each one belongs to.
 
-    A state leaf belongs to a parameter when its key path ends with the parameter's: moments, traces and accumulators of any
-    transformation do, whatever wraps it (chain, inject_hyperparams, MultiSteps, multi_transform); counts do not.
+    A state leaf belongs to a parameter when its key path ends with the parameter's: moments, traces
+    and accumulators of any transformation do, whatever wraps it (chain, inject_hyperparams,
+    MultiSteps, multi_transform); counts do not.
 
     Args:
-      function: called as `function(name | None, leaf, *rest_leaves)`, name = the parameter's path name.
+      function: called as `function(name | None, leaf, *rest_leaves)`, name = the parameter's path
+        name.
       params: any pytree.
       state: an optimizer state.
       *rest: states of the same structure.
@@ -176,15 +214,21 @@ def map_state(function: Callable[..., Any], params: PyTree, state: PyTree, *rest
       >>> state = optax.trace(0.9).init(params)
       >>> map_state(lambda name, leaf: name, params, state, is_leaf=lambda x: False).trace
       {'w': 'w'}
-
-    Reference: ours.
     """
-    owners: Mapping[tuple[Any, ...], str] = {_plain(path): path_name(path) for path, _ in jax.tree.leaves_with_path(params)}
+    owners: Mapping[tuple[Any, ...], str] = {
+        _plain(path): path_name(path) for path, _ in jax.tree.leaves_with_path(params)
+    }
     lengths = sorted({len(path) for path in owners}, reverse=True)
 
     def call(path: tuple[Any, ...], leaf: Any, *others: Any) -> Any:
         path = _plain(path)
-        owner = None if is_leaf(leaf) else next((owners[tail] for n in lengths if (tail := path[len(path) - n :]) in owners), None)
+        owner = (
+            None
+            if is_leaf(leaf)
+            else next(
+                (owners[tail] for n in lengths if (tail := path[len(path) - n :]) in owners), None
+            )
+        )
         return function(owner, leaf, *others)
 
     return jax.tree.map_with_path(call, state, *rest, is_leaf=is_leaf)

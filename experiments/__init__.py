@@ -1,5 +1,5 @@
 """What users run on top of the library: models, data, training, benchmarks, tables and plots.
 
-`python -m experiments.train` trains, `python -m experiments.prepare_data` converts data sets, `python -m experiments.bench.kernels` and
-`python -m experiments.bench.training` measure.
+`python -m experiments.train` trains, `python -m experiments.prepare_data` converts data sets,
+`python -m experiments.bench.kernels` and `python -m experiments.bench.training` measure.
 """

@@ -1,8 +1,10 @@
-"""The main job: `python -m experiments.compare` trains one small CNN on real images with six methods and prints one table.
+"""The main job: `python -m experiments.compare` trains one small CNN on real images with six
+methods and prints one table.
 
-Digits (scikit-learn, 1797 real images), 90% sparsity, 2:4 for SR-STE. Digits is tiny: the table proves the road, it claims no accuracy.
-The step times are measured afterwards, all methods and executions in turn in one process, to be compared with each other; a run's own
-result.json has the median of its training steps, with nothing between them. About two minutes on 2 CPU cores.
+Digits (scikit-learn, 1797 real images), 90% sparsity, 2:4 for SR-STE. Digits is tiny: the table
+proves the road, it claims no accuracy. The step times are measured afterwards, all methods and
+executions in turn in one process, to be compared with each other; a run's own result.json has the
+median of its training steps, with nothing between them. About two minutes on 2 CPU cores.
 """
 
 import dataclasses
@@ -28,7 +30,10 @@ from experiments.training.loop import stepper
 from experiments.training.methods import METHODS
 
 COMPARED = ("dense", "hrbp", "hrbp-dynamic", "subp", "sr-ste", "rigl")
-SMOKE = ("dense", "hrbp-dynamic")  # every execution: masked, packed, and sparse at the update of the masks; nearly all is compiling
+SMOKE = (
+    "dense",
+    "hrbp-dynamic",
+)  # every execution: masked, packed, and sparse at the update of the masks; nearly all is compiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +47,10 @@ class CompareConfig:
       epochs: of each training.
       repetitions: timed steps of each method and execution.
       seed: of everything.
-      smoke: one epoch of a narrow network and few repetitions, to see that all of it runs; without `--methods`, two of them.
-      results: a second place for comparison.json; the README's table reads experiments/results/compare_digits_cpu.json.
+      smoke: one epoch of a narrow network and few repetitions, to see that all of it runs; without
+        `--methods`, two of them.
+      results: a second place for comparison.json; the README's table reads
+        experiments/results/compare_digits_cpu.json.
     """
 
     out: str | None = None
@@ -67,8 +74,6 @@ def main(config: CompareConfig) -> dict[str, Any]:
 
     Raises:
       ValueError: an unknown method, or `out` holds runs already.
-
-    Reference: ours.
     """
     if config.smoke:
         methods = SMOKE if config.methods == COMPARED else config.methods
@@ -77,19 +82,36 @@ def main(config: CompareConfig) -> dict[str, Any]:
     out = Path(config.out or time.strftime("runs/compare-%Y%m%d-%H%M%S"))
     width = 0.25 if config.smoke else 1
     base = TrainConfig(width=width, epochs=config.epochs, seed=config.seed, log_every=10)
-    runs = {name: Run(dataclasses.replace(base, method=name, out=str(out / name), **_options(config, name))) for name in config.methods}
+    runs = {
+        name: Run(
+            dataclasses.replace(base, method=name, out=str(out / name), **_options(config, name))
+        )
+        for name in config.methods
+    }
     console, results = Console(), {}
     for name, run in runs.items():
         results[name] = run.train() or {}
-        console.print(f"{name}: test accuracy {results[name]['test_accuracy']:.2%} after {results[name]['train_seconds']:.0f} s")
+        console.print(
+            f"{name}: test accuracy {results[name]['test_accuracy']:.2%} after "
+            f"{results[name]['train_seconds']:.0f} s"
+        )
     times = alternate(_steppers(runs), config.repetitions)
     dense = median_iqr(times["dense", "masked"])[0] if "dense" in runs else None
     rows = []
     for name, result in results.items():
-        timed = {form: median_iqr(times[name, form]) for form in ("masked", "packed") if (name, form) in times}
-        row = {key: result[key] for key in ("method", "test_accuracy", "density", "kept_flops_fraction")}
+        timed = {
+            form: median_iqr(times[name, form])
+            for form in ("masked", "packed")
+            if (name, form) in times
+        }
+        row = {
+            key: result[key]
+            for key in ("method", "test_accuracy", "density", "kept_flops_fraction")
+        }
         for form in ("masked", "packed"):
-            row[f"{form}_step_ms_median"], row[f"{form}_step_ms_iqr"] = timed.get(form, (None, None))
+            row[f"{form}_step_ms_median"], row[f"{form}_step_ms_iqr"] = timed.get(
+                form, (None, None)
+            )
         packed = row["packed_step_ms_median"]
         row["packed_speed_up_over_dense"] = round(dense / packed, 3) if dense and packed else None
         rows.append(row)
@@ -99,7 +121,8 @@ def main(config: CompareConfig) -> dict[str, Any]:
         "sparsity": config.sparsity,
         "epochs": config.epochs,
         "seed": config.seed,
-        "step_times": f"medians of {config.repetitions} steps of each, taken in turn after the training",
+        "step_times": f"medians of {config.repetitions} steps of each, taken in turn after the "
+        f"training",
         "dense_step_ms_median": dense,
         "rows": rows,
         "device": device(),
@@ -108,7 +131,9 @@ def main(config: CompareConfig) -> dict[str, Any]:
     }
     for path in filter(None, (out / "comparison.json", config.results)):
         Path(path).write_text(json.dumps(report, indent=2) + "\n")
-    plots.comparison({name: run.folder.metrics() for name, run in runs.items()}, out / "learning_curves.png")
+    plots.comparison(
+        {name: run.folder.metrics() for name, run in runs.items()}, out / "learning_curves.png"
+    )
     Console(width=None if console.is_terminal else 120).print(_table(report))
     print(f"run folders, pictures and comparison.json: {out}")
     return report
@@ -116,27 +141,48 @@ def main(config: CompareConfig) -> dict[str, Any]:
 
 def _options(config: CompareConfig, method: str) -> dict[str, Any]:
     """What differs from method to method; a smoke run has one update of the masks."""
-    options: dict[str, Any] = {} if METHODS[choice("methods", method, METHODS)].sparsity else {"sparsity": config.sparsity}
+    options: dict[str, Any] = (
+        {}
+        if METHODS[choice("methods", method, METHODS)].sparsity
+        else {"sparsity": config.sparsity}
+    )
     return options | ({"update_every": 10} if config.smoke else {})
 
 
 def _steppers(runs: dict[str, Run]) -> dict[tuple[str, str], Any]:
-    """For every run and execution that it has: a function that makes one training step from the trained state."""
+    """For every run and execution that it has: a function that makes one training step from the
+    trained state.
+    """
     steppers = {}
     for name, run in runs.items():
         images, labels = next(run.data.train_batches(0, run.config.batch_size, run.config.seed))
         for form in ("masked", "packed") if METHODS[name].has_layout else ("masked",):
             trainer = run.trainer.with_execution(form)
-            steppers[name, form] = stepper(trainer, trainer.to(form, run.state), run.length.total, images, labels)
+            steppers[name, form] = stepper(
+                trainer, trainer.to(form, run.state), run.length.total, images, labels
+            )
     return steppers
 
 
 def _table(report: dict[str, Any]) -> Table:
-    title = f"{report['model']} on {report['dataset']}, {report['epochs']} epochs, {report['device']}"
+    title = (
+        f"{report['model']} on {report['dataset']}, {report['epochs']} epochs, {report['device']}"
+    )
     caption = f"steps in ms: {report['step_times']}; speed-up: dense over packed"
     table = Table(title=title, caption=caption, box=box.SIMPLE)
-    for column in ("method", "test accuracy", "density", "kept FLOPs", "masked step", "packed step", "dense step", "speed-up"):
-        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
+    for column in (
+        "method",
+        "test accuracy",
+        "density",
+        "kept FLOPs",
+        "masked step",
+        "packed step",
+        "dense step",
+        "speed-up",
+    ):
+        table.add_column(
+            column, justify="left" if column == "method" else "right", no_wrap=column == "method"
+        )
 
     def ms(value: float | None) -> str:
         return "—" if value is None else f"{value:.1f}"

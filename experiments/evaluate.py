@@ -1,4 +1,6 @@
-"""Tests a trained network again: `python -m experiments.evaluate --run runs/a` prints its test accuracy and a table of its layers."""
+"""Tests a trained network again: `python -m experiments.evaluate --run runs/a` prints its test
+accuracy and a table of its layers.
+"""
 
 import dataclasses
 import sys
@@ -40,21 +42,24 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
       ValueError: the folder is not a run's, or its checkpoint cannot be read.
       FileNotFoundError: the data set is not prepared.
-
-    Reference: ours.
     """
     folder = RunFolder(config.run)
     train = folder.config()
     step = folder.latest() if config.step is None else config.step
     if step is None:
         raise ValueError(
-            f"{folder.path}: has no checkpoint yet; go on with the run: python -m experiments.train --out {config.run} --resume"
+            f"{folder.path}: has no checkpoint yet; go on with the run: python -m "
+            f"experiments.train --out {config.run} --resume"
         )
     data = load(train.dataset, config.data_dir or train.data_dir)
     per_epoch = data.steps_per_epoch(train.batch_size)
-    trainer = Trainer(train, data.image_shape, data.num_classes, Length(per_epoch, per_epoch * train.epochs))
+    trainer = Trainer(
+        train, data.image_shape, data.num_classes, Length(per_epoch, per_epoch * train.epochs)
+    )
     fresh = trainer.init()
-    state, _ = folder.restore(step, (trainer.to(folder.meta(step)["form"], fresh), trainer.masks(fresh)))
+    state, _ = folder.restore(
+        step, (trainer.to(folder.meta(step)["form"], fresh), trainer.masks(fresh))
+    )
     accuracy = trainer.evaluate(state, data.test_batches(train.batch_size))
     print(f"{train.method} on {train.dataset}, step {step}: test accuracy {accuracy:.2%}")
     if trainer.recipe.transform is not None:

@@ -1,8 +1,10 @@
-"""Trains one network: `python -m experiments.train --dataset digits --model cnn --method hrbp --sparsity 0.9 --epochs 5 --out runs/a`.
+"""Trains one network: `python -m experiments.train --dataset digits --model cnn --method hrbp
+--sparsity 0.9 --epochs 5 --out runs/a`.
 
-Every method and execution runs in the same loop (loop.py). Stop it anywhere and go on with `--resume --out runs/a`: the run continues from
-its last checkpoint and ends with the same bits as without the stop. On 2 CPU cores the command above takes half a minute and reaches
-about 97% on digits.
+Every method and execution runs in the same loop (loop.py). Stop it anywhere and go on with
+`--resume --out runs/a`: the run continues from its last checkpoint and ends with the same bits as
+without the stop. On 2 CPU cores the command above takes half a minute and reaches about 97% on
+digits.
 """
 
 import dataclasses
@@ -41,7 +43,8 @@ class Sums(NamedTuple):
 
 
 class Run:
-    """One training run: everything that can be wrong is found when it is made, `train` then does the work.
+    """One training run: everything that can be wrong is found when it is made, `train` then does
+    the work.
 
     Args:
       config: what to train; fields left at None take their preset.
@@ -56,10 +59,9 @@ class Run:
       seconds: of training, over all sessions, up to the last checkpoint.
 
     Raises:
-      ValueError: a field, the folder or a checkpoint is wrong; the message says which and what to do.
+      ValueError: a field, the folder or a checkpoint is wrong; the message says which and what to
+        do.
       FileNotFoundError: the data set is not prepared; the message holds the command.
-
-    Reference: ours.
     """
 
     def __init__(self, config: TrainConfig, resume: bool = False):
@@ -92,22 +94,26 @@ class Run:
         self._fetch()
         now = time.perf_counter()
         self.seconds, self._since = self.seconds + now - self._since, now
-        meta = {"form": self.state.form, "window": self._window, "epoch": self._epoch, "seconds": self.seconds}
+        meta = {
+            "form": self.state.form,
+            "window": self._window,
+            "epoch": self._epoch,
+            "seconds": self.seconds,
+        }
         self.folder.save(self.step, (self.state, self._masks), meta)
 
     def train(self, stop_after: int | None = None) -> dict[str, Any] | None:
         """Trains to the end, or for some steps.
 
         Args:
-          stop_after: write a checkpoint and return after this many steps of the run; None trains to the end.
+          stop_after: write a checkpoint and return after this many steps of the run; None trains to
+            the end.
 
         Returns:
           The result, as in result.json; None when it stopped before the end.
 
         Raises:
           FloatingPointError: the loss is not finite.
-
-        Reference: ours.
         """
         if self.step == self.length.total and (done := self.folder.result()) is not None:
             return done
@@ -120,17 +126,26 @@ class Run:
             TimeRemainingColumn(),
             TextColumn("{task.fields[info]}"),
         )
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task(self.config.method, total=self.length.total, completed=self.step, info="")
+        with Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal
+        ) as bar:
+            task = bar.add_task(
+                self.config.method, total=self.length.total, completed=self.step, info=""
+            )
             while self.step < self.length.total:
                 epoch, done = divmod(self.step, self.length.steps_per_epoch)
-                for images, labels in self.data.train_batches(epoch, self.config.batch_size, self.config.seed, start_step=done):
+                for images, labels in self.data.train_batches(
+                    epoch, self.config.batch_size, self.config.seed, start_step=done
+                ):
                     self._train_step(images, labels)
                     if self.step % self.config.log_every == 0:
                         loss = self._log_window(epoch)
                         bar.update(task, completed=self.step)
                         if not console.is_terminal and time.perf_counter() - said > _QUIET:
-                            console.print(f"{self.config.method} step {self.step}/{self.length.total}: loss {loss:.3f}")
+                            console.print(
+                                f"{self.config.method} step {self.step}/{self.length.total}: loss "
+                                f"{loss:.3f}"
+                            )
                             said = time.perf_counter()
                     if self.step % self.length.steps_per_epoch == 0:
                         row = self._log_epoch(epoch)
@@ -141,7 +156,11 @@ class Run:
                             said = time.perf_counter()
                     stop = self.step == stop_after
                     every = self.config.checkpoint_every
-                    if stop or self.step % self.length.steps_per_epoch == 0 or (every and self.step % every == 0):
+                    if (
+                        stop
+                        or self.step % self.length.steps_per_epoch == 0
+                        or (every and self.step % every == 0)
+                    ):
                         self._save()
                     if stop:
                         return None
@@ -152,7 +171,9 @@ class Run:
         moves = trainer.recipe.changes(step) or trainer.form(step + 1) != state.form
         program = state.form, tuple(leaf.shape for leaf in jax.tree.leaves(state.layouts))
         kind = "topology" if moves else state.form
-        self.state, metrics = self._timer.time(kind, program, lambda: trainer.step(state, step, images, labels))
+        self.state, metrics = self._timer.time(
+            kind, program, lambda: trainer.step(state, step, images, labels)
+        )
         self._pending.append(metrics)
         self.step += 1
 
@@ -160,16 +181,22 @@ class Run:
         """Brings the metrics of the steps since the last call from the device, all at once."""
         for loss, correct in jax.device_get(self._pending):
             self._window, self._epoch = (
-                Sums(s.loss + float(loss), s.correct + int(correct), s.steps + 1) for s in (self._window, self._epoch)
+                Sums(s.loss + float(loss), s.correct + int(correct), s.steps + 1)
+                for s in (self._window, self._epoch)
             )
         self._pending.clear()
         if not math.isfinite(self._epoch.loss):
-            raise FloatingPointError(f"the loss is {self._epoch.loss} at step {self.step}; lower --lr ({self.config.lr:g})")
+            raise FloatingPointError(
+                f"the loss is {self._epoch.loss} at step {self.step}; lower --lr "
+                f"({self.config.lr:g})"
+            )
 
     def _log_window(self, epoch: int) -> float:
         self._fetch()
         means = self._means(self._window)
-        self.folder.append({"kind": "train", "step": self.step, "epoch": epoch} | means | {"lr": self._lr()})
+        self.folder.append(
+            {"kind": "train", "step": self.step, "epoch": epoch} | means | {"lr": self._lr()}
+        )
         self._window = Sums()
         return means["loss"]
 
@@ -182,7 +209,9 @@ class Run:
             "step": self.step,
             "epoch": epoch,
             **self._means(self._epoch),
-            "test_accuracy": self.trainer.evaluate(self.state, self.data.test_batches(self.config.batch_size)),
+            "test_accuracy": self.trainer.evaluate(
+                self.state, self.data.test_batches(self.config.batch_size)
+            ),
             "lr": self._lr(),
             "density": float(bsj.metrics.density(masks)),
             "sad": float(bsj.sad(masks, self._masks).total),
@@ -194,7 +223,10 @@ class Run:
         return row
 
     def _means(self, sums: Sums) -> dict[str, float]:
-        return {"loss": sums.loss / sums.steps, "train_accuracy": sums.correct / (sums.steps * self.config.batch_size)}
+        return {
+            "loss": sums.loss / sums.steps,
+            "train_accuracy": sums.correct / (sums.steps * self.config.batch_size),
+        }
 
     def _lr(self) -> float:
         return float(learning_rate(self.config, self.length)(self.step - 1))
@@ -207,7 +239,10 @@ class Run:
         rows = self.folder.metrics()
         last = [row for row in rows if row["kind"] == "epoch"][-1]
         median, iqr = median_iqr(self._timer.milliseconds(self.state.form))
-        config = {name: getattr(self.config, name) for name in ("method", "dataset", "model", "width", "seed", "sparsity")}
+        config = {
+            name: getattr(self.config, name)
+            for name in ("method", "dataset", "model", "width", "seed", "sparsity")
+        }
         result = config | {
             "density": last["density"],
             "test_accuracy": last["test_accuracy"],
@@ -228,7 +263,9 @@ class Run:
         }
         title = f"{self.config.method}: {self.config.model} on {self.config.dataset}"
         plots.learning_curves(rows, self.folder.path / "learning_curves.png", title)
-        plots.block_structure(masks, self.trainer.layouts(self.state), self.folder.path / "block_structure.png", title)
+        plots.block_structure(
+            masks, self.trainer.layouts(self.state), self.folder.path / "block_structure.png", title
+        )
         self.folder.write_result(result)
         return result
 
@@ -250,8 +287,6 @@ def main(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
 
     Example:
       main(TrainConfig(dataset="digits", method="hrbp", epochs=5, out="runs/a"))["test_accuracy"]
-
-    Reference: ours.
     """
     measure.steady_memory()
     result = Run(config, resume).train()
@@ -265,25 +300,28 @@ class Arguments:
 
     Attributes:
       config: what to train.
-      resume: go on with the run in --out, from its last checkpoint and with its config; flags that are given must agree with it.
+      resume: go on with the run in --out, from its last checkpoint and with its config; flags that
+        are given must agree with it.
     """
 
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TrainConfig)
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=TrainConfig
+    )
     resume: bool = False
 
 
 def cli(args: list[str] | None = None) -> None:
-    """The command line: wrong arguments, a wrong folder or missing data end it with one line and exit code 2, diverging with 1.
+    """The command line: wrong arguments, a wrong folder or missing data end it with one line and
+    exit code 2, diverging with 1.
 
     Args:
       args: None takes the process's arguments.
-
-    Reference: ours.
     """
     try:
         config, resume = _parse(args)
         print(
-            f"{config.method} on {config.dataset}: {config.model}, {config.epochs} epochs of batches of {config.batch_size}, "
+            f"{config.method} on {config.dataset}: {config.model}, {config.epochs} epochs of "
+            f"batches of {config.batch_size}, "
             f"{config.execution}, {config.precision}; {device()}; run folder {config.out}",
             flush=True,
         )
@@ -298,20 +336,30 @@ def cli(args: list[str] | None = None) -> None:
         raise SystemExit(1) from None
     assert result is not None
     name = f"{run.folder.path.name}, {config.method}"
-    Console().print(f"{name}: test accuracy {result['test_accuracy']:.2%}, density {result['density']:.4f}")
+    Console().print(
+        f"{name}: test accuracy {result['test_accuracy']:.2%}, density {result['density']:.4f}"
+    )
     if run.trainer.recipe.transform is not None:
         dense = run.trainer.to("masked", run.state)
-        print(dataclasses.replace(bsj.summarize(dense.params, dense.opt_state), method=config.method))
+        print(
+            dataclasses.replace(bsj.summarize(dense.params, dense.opt_state), method=config.method)
+        )
 
 
 def _parse(args: list[str] | None) -> tuple[TrainConfig, bool]:
-    """The resolved config and whether to resume; then the run's own config stands for the flags that are not given."""
+    """The resolved config and whether to resume; then the run's own config stands for the flags
+    that are not given.
+    """
     parse = functools.partial(tyro.cli, Arguments, args=args, prog="python -m experiments.train")
     given = parse()
     if given.resume:
         folder = RunFolder(given.config.out or str(resolve(given.config).out))
         if (folder.path / "config.json").exists():
-            given = parse(default=Arguments(dataclasses.replace(folder.config(), out=str(folder.path)), resume=True))
+            given = parse(
+                default=Arguments(
+                    dataclasses.replace(folder.config(), out=str(folder.path)), resume=True
+                )
+            )
     return resolve(given.config), given.resume
 
 

@@ -1,1 +1,3 @@
-"""Kernels for sparse convolutions: arrays in, arrays out. Nothing here knows of pruning, Flax or Optax."""
+"""Kernels for sparse convolutions: arrays in, arrays out. Nothing here knows of pruning, Flax or
+Optax.
+"""

@@ -1,4 +1,6 @@
-"""Shared fixtures: a small network's parameters, and warnings of third parties that are not ours to mend."""
+"""Shared fixtures: a small network's parameters, and warnings of third parties that are not ours to
+mend.
+"""
 
 import gc
 import os
@@ -11,7 +13,8 @@ import jax.numpy as jnp
 import pytest
 from described_gpu import pytest_terminal_summary  # noqa: F401  what the compiler made of each GPU kernel, at the end of the log
 
-# Most of the suite's time is XLA's: its code generator does less here (its graph passes as always). CI's other Python runs it in full.
+# Most of the suite's time is XLA's: its code generator does less here (its graph passes as always).
+# CI's other Python runs it in full.
 _FLAGS = ["--xla_backend_optimization_level=1"]
 if jax.__version_info__ < (0, 11):  # which has no other emitters
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")

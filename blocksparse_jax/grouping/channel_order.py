@@ -1,8 +1,10 @@
-"""Orders of channels: with similar channels side by side, groups that keep aligned runs lose little against single-channel lists.
+"""Orders of channels: with similar channels side by side, groups that keep aligned runs lose little
+against single-channel lists.
 
-One order of the channels that some conv kernels read; `channel_spaces` finds them for a whole network and folds them into its parameters.
-The search runs on the host, in NumPy: run once
-and full of sorts and branches, it would take longer to compile than to run. It asks `hrbp_groups`, compiled as `hrbp_prune` calls it.
+One order of the channels that some conv kernels read; `channel_spaces` finds them for a whole
+network and folds them into its parameters. The search runs on the host, in NumPy: run once and full
+of sorts and branches, it would take longer to compile than to run. It asks `hrbp_groups`, compiled
+as `hrbp_prune` calls it.
 """
 
 from collections.abc import Sequence
@@ -17,8 +19,16 @@ from blocksparse_jax.grouping.search import hrbp_groups, kept_score
 from blocksparse_jax.layout import BlockLayout
 
 _ROUNDS = 12  # of ordering and grouping
-_HOT, _COLD, _STEPS, _SWEEPS = 1.0, 0.02, 12, 4  # annealing: temperatures in standard deviations of a row's run sums
-_PAIR_SWEEPS, _PAIR_WORK = 16, 2**27  # exchanges with the choice of runs free, up to this much work (rows * cin^2 each)
+_HOT, _COLD, _STEPS, _SWEEPS = (
+    1.0,
+    0.02,
+    12,
+    4,
+)  # annealing: temperatures in standard deviations of a row's run sums
+_PAIR_SWEEPS, _PAIR_WORK = (
+    16,
+    2**27,
+)  # exchanges with the choice of runs free, up to this much work (rows * cin^2 each)
 _GAIN = 1e-6  # relative gains below this are noise
 
 _Rows = Float[np.ndarray, "rows cin"]
@@ -26,7 +36,8 @@ _Owner = Int[np.ndarray, " cin"]  # the run of each channel
 
 
 class Consumer(NamedTuple):
-    """A conv kernel that reads a channel space, and what its groups will keep; the sizes are as in `hrbp_groups`.
+    """A conv kernel that reads a channel space, and what its groups will keep; the sizes are as in
+    `hrbp_groups`.
 
     Attributes:
       scores: `[kh, kw, cin, cout]`, higher = keep, none negative; NaN counts as 0.
@@ -35,8 +46,6 @@ class Consumer(NamedTuple):
     Example:
       >>> Consumer(jnp.ones((3, 3, 8, 4)), group_size=2, kept=4, kept_taps=3).kept
       4
-
-    Reference: ours.
     """
 
     scores: Any
@@ -46,7 +55,9 @@ class Consumer(NamedTuple):
 
 
 class RunRatio(NamedTuple):
-    """Kept score with aligned runs over `single`, that with single-channel lists of the same length: in the order, and as channels were."""
+    """Kept score with aligned runs over `single`, that with single-channel lists of the same
+    length: in the order, and as channels were.
+    """
 
     ordered: float
     unordered: float
@@ -54,23 +65,27 @@ class RunRatio(NamedTuple):
 
 
 def channel_order(consumers: Sequence[Consumer], *, channel_block: int) -> Int[np.ndarray, " cin"]:
-    """An order of the channels of one space in which groups that keep aligned runs keep a large score, summed over all consumers.
+    """An order of the channels of one space in which groups that keep aligned runs keep a large
+    score, summed over all consumers.
 
-    Co-clustering: starting from the groups that `hrbp_groups` makes with single channels, it alternates (a) every group says how much
-    score `v[g, c]` each channel would keep for it (its filters and taps fixed), and the channels are dealt to runs of `channel_block` so
-    that the best runs of all groups hold as much as possible; (b) `hrbp_groups` groups anew, with runs. In (a) membership is annealed:
-    with `R[g, r]` the sum of run r for group g, `m[g, r] = sigmoid((R[g, r] - threshold[g]) / temperature)` and
-    `B[c, r] = sum_g m[g, r] v[g, c]`, channels are exchanged between runs while that raises `sum_c B[c, run(c)]`; then the temperature
-    falls, at last to a hard top-k, and pairs are exchanged with the top-k chosen anew. The best order as valued by `hrbp_groups`, the
-    given one included, wins, so the result is never below that of no ordering. Deterministic.
+    Co-clustering: starting from the groups that `hrbp_groups` makes with single channels, it
+    alternates (a) every group says how much score `v[g, c]` each channel would keep for it (its
+    filters and taps fixed), and the channels are dealt to runs of `channel_block` so that the best
+    runs of all groups hold as much as possible; (b) `hrbp_groups` groups anew, with runs. In (a)
+    membership is annealed: with `R[g, r]` the sum of run r for group g, `m[g, r] = sigmoid((R[g, r]
+    - threshold[g]) / temperature)` and `B[c, r] = sum_g m[g, r] v[g, c]`, channels are exchanged
+    between runs while that raises `sum_c B[c, run(c)]`; then the temperature falls, at last to a
+    hard top-k, and pairs are exchanged with the top-k chosen anew. The best order as valued by
+    `hrbp_groups`, the given one included, wins, so the result is never below that of no ordering.
+    Deterministic.
 
     Args:
       consumers: at least one; all read the same channels.
       channel_block: channels in a run; divides `cin` and every `kept`.
 
     Returns:
-      `order`, a permutation on the host: channel `order[i]` comes to place `i`, so the ordered scores are `scores[:, :, order]`. Channels
-      ascend in each run, and runs by first channel.
+      `order`, a permutation on the host: channel `order[i]` comes to place `i`, so the ordered
+      scores are `scores[:, :, order]`. Channels ascend in each run, and runs by first channel.
 
     Raises:
       ValueError: no consumer, consumers of different `cin`, or sizes that `hrbp_groups` refuses.
@@ -80,7 +95,7 @@ def channel_order(consumers: Sequence[Consumer], *, channel_block: int) -> Int[n
       >>> channel_order([Consumer(scores, group_size=1, kept=2, kept_taps=1)], channel_block=2).tolist()
       [0, 2, 1, 3]
 
-    Reference: ours; the channel permutation before runs is left open by Ma et al., "HRBP", CPAL 2024.
+    Reference: the channel permutation before runs is left open by Ma et al., "HRBP", CPAL 2024.
     """
     tables = _tables(consumers)
     cin = tables[0].shape[2]
@@ -90,7 +105,9 @@ def channel_order(consumers: Sequence[Consumer], *, channel_block: int) -> Int[n
     layouts, most = _group(tables, consumers, order, channel_block)
     if all(consumer.kept == cin for consumer in consumers):
         return best
-    kept_runs = np.concatenate([np.full(len(lay.filters), c.kept // channel_block) for lay, c in zip(layouts, consumers)])
+    kept_runs = np.concatenate(
+        [np.full(len(lay.filters), c.kept // channel_block) for lay, c in zip(layouts, consumers)]
+    )
     layouts, _ = _group(tables, consumers, order, 1)
     owner, seen = order // channel_block, set[bytes]()
     for _ in range(_ROUNDS):
@@ -106,7 +123,9 @@ def channel_order(consumers: Sequence[Consumer], *, channel_block: int) -> Int[n
     return best
 
 
-def run_ratio(consumers: Sequence[Consumer], order: Int[np.ndarray, " cin"], *, channel_block: int) -> RunRatio:
+def run_ratio(
+    consumers: Sequence[Consumer], order: Int[np.ndarray, " cin"], *, channel_block: int
+) -> RunRatio:
     """What aligned runs keep of the score of single-channel lists, with and without an order.
 
     Args:
@@ -115,39 +134,62 @@ def run_ratio(consumers: Sequence[Consumer], order: Int[np.ndarray, " cin"], *, 
       channel_block: channels in a run.
 
     Returns:
-      `(ordered, unordered, single)`, all grouped by `hrbp_groups` and summed over the consumers; 1.0 where no score is kept at all.
+      `(ordered, unordered, single)`, all grouped by `hrbp_groups` and summed over the consumers;
+      1.0 where no score is kept at all.
 
     Example:
       >>> consumers = [Consumer(jnp.array([9., 1., 9., 1.]).reshape(1, 1, 4, 1), group_size=1, kept=2, kept_taps=1)]
       >>> run_ratio(consumers, np.array([0, 2, 1, 3]), channel_block=2)
       RunRatio(ordered=1.0, unordered=0.5555555555555556, single=18.0)
-
-    Reference: ours.
     """
     tables = _tables(consumers)
-    order, given = _checks.permutation("order", order, tables[0].shape[2]), np.arange(tables[0].shape[2])
-    single, ordered, unordered = (
-        _group(tables, consumers, o, b)[1] for o, b in ((given, 1), (order, channel_block), (given, channel_block))
+    order, given = (
+        _checks.permutation("order", order, tables[0].shape[2]),
+        np.arange(tables[0].shape[2]),
     )
-    return RunRatio(ordered / single, unordered / single, single) if single else RunRatio(1.0, 1.0, 0.0)
+    single, ordered, unordered = (
+        _group(tables, consumers, o, b)[1]
+        for o, b in ((given, 1), (order, channel_block), (given, channel_block))
+    )
+    return (
+        RunRatio(ordered / single, unordered / single, single)
+        if single
+        else RunRatio(1.0, 1.0, 0.0)
+    )
 
 
 def _tables(consumers: Sequence[Consumer]) -> list[np.ndarray]:
     if not consumers:
-        raise ValueError("consumers: expected at least one conv kernel that reads the channels, got none")
-    tables = [np.nan_to_num(_checks.concrete("scores", c.scores).astype(np.float32), posinf=1e30, neginf=-1e30) for c in consumers]
+        raise ValueError(
+            "consumers: expected at least one conv kernel that reads the channels, got none"
+        )
+    tables = [
+        np.nan_to_num(
+            _checks.concrete("scores", c.scores).astype(np.float32), posinf=1e30, neginf=-1e30
+        )
+        for c in consumers
+    ]
     channels = [_checks.kernel_shape("scores", table.shape)[2] for table in tables]
     if len(set(channels)) > 1:
-        raise ValueError(f"consumers: expected kernels with the same input channels, got {channels}; they are different spaces")
+        raise ValueError(
+            f"consumers: expected kernels with the same input channels, got {channels}; they are "
+            f"different spaces"
+        )
     return tables
 
 
-def _group(tables: Sequence[np.ndarray], consumers: Sequence[Consumer], order: np.ndarray, block: int) -> tuple[list[BlockLayout], float]:
+def _group(
+    tables: Sequence[np.ndarray], consumers: Sequence[Consumer], order: np.ndarray, block: int
+) -> tuple[list[BlockLayout], float]:
     """The layouts of all consumers with their channels in that order, and the score they keep."""
     layouts, total = list[BlockLayout](), 0.0
     for table, (_, group_size, kept, kept_taps) in zip(tables, consumers):
         scores = jnp.asarray(table[:, :, order])
-        layouts.append(hrbp_groups(scores, group_size=group_size, kept=kept, kept_taps=kept_taps, channel_block=block))
+        layouts.append(
+            hrbp_groups(
+                scores, group_size=group_size, kept=kept, kept_taps=kept_taps, channel_block=block
+            )
+        )
         total += float(kept_score(scores, layouts[-1]))
     return layouts, total
 
@@ -155,7 +197,10 @@ def _group(tables: Sequence[np.ndarray], consumers: Sequence[Consumer], order: n
 def _values(table: np.ndarray, layout: BlockLayout) -> _Rows:
     """What every channel would keep for each group, with the group's filters and taps."""
     flat = table.reshape(-1, *table.shape[2:])
-    blocks = (flat[taps][:, :, filters] for filters, taps in zip(np.asarray(layout.filters), np.asarray(layout.taps)))
+    blocks = (
+        flat[taps][:, :, filters]
+        for filters, taps in zip(np.asarray(layout.filters), np.asarray(layout.taps))
+    )
     return np.stack([block.sum((0, 2), dtype=np.float64) for block in blocks])
 
 
@@ -164,14 +209,23 @@ def _sums(rows: _Rows, owner: _Owner) -> Float[np.ndarray, "rows runs"]:
     return rows[:, np.argsort(owner, kind="stable")].reshape(len(rows), len(runs), -1).sum(2)
 
 
-def _hot(sums: Float[np.ndarray, "rows runs"], kept_runs: np.ndarray) -> Float[np.ndarray, "rows runs"]:
+def _hot(
+    sums: Float[np.ndarray, "rows runs"], kept_runs: np.ndarray
+) -> Float[np.ndarray, "rows runs"]:
     """1.0 at the largest runs of each row; the lower index wins a tie."""
     hot = np.zeros_like(sums)
-    np.put_along_axis(hot, np.argsort(-sums, axis=1, kind="stable"), (np.arange(sums.shape[1]) < kept_runs[:, None]) * 1.0, axis=1)
+    np.put_along_axis(
+        hot,
+        np.argsort(-sums, axis=1, kind="stable"),
+        (np.arange(sums.shape[1]) < kept_runs[:, None]) * 1.0,
+        axis=1,
+    )
     return hot
 
 
-def _threshold(sums: Float[np.ndarray, "rows runs"], kept_runs: np.ndarray) -> Float[np.ndarray, "rows 1"]:
+def _threshold(
+    sums: Float[np.ndarray, "rows runs"], kept_runs: np.ndarray
+) -> Float[np.ndarray, "rows 1"]:
     """Between the last kept run and the first that is not."""
     place = np.stack([kept_runs - 1, np.minimum(kept_runs, sums.shape[1] - 1)], axis=1)
     return np.take_along_axis(-np.sort(-sums, axis=1), place, axis=1).mean(1, keepdims=True)
@@ -183,10 +237,14 @@ def _kept(rows: _Rows, owner: _Owner, kept_runs: np.ndarray) -> float:
 
 
 def _anneal(rows: _Rows, owner: _Owner, kept_runs: np.ndarray) -> _Owner:
-    """Deals channels to runs, from soft memberships of the runs in the rows to hard ones; then on until nothing gains."""
+    """Deals channels to runs, from soft memberships of the runs in the rows to hard ones; then on
+    until nothing gains.
+    """
     for temperature in np.geomspace(_HOT, _COLD, _STEPS):
         sums = _sums(rows, owner)
-        scale = temperature * np.maximum(sums.std(1, keepdims=True), 1e-6 * np.abs(sums).max() + 1e-30)
+        scale = temperature * np.maximum(
+            sums.std(1, keepdims=True), 1e-6 * np.abs(sums).max() + 1e-30
+        )
         soft = (1 + np.tanh((sums - _threshold(sums, kept_runs)) / (2 * scale))) / 2
         owner = _exchange(rows.T @ soft, owner, _SWEEPS)
     kept = _kept(rows, owner, kept_runs)
@@ -199,15 +257,22 @@ def _anneal(rows: _Rows, owner: _Owner, kept_runs: np.ndarray) -> _Owner:
 
 
 def _exchange(benefit: Float[np.ndarray, "cin runs"], owner: _Owner, sweeps: int) -> _Owner:
-    """Exchanges channels between runs where that raises the sum of `benefit[c, owner[c]]`; a sweep moves a channel once at most."""
+    """Exchanges channels between runs where that raises the sum of `benefit[c, owner[c]]`; a sweep
+    moves a channel once at most.
+    """
     channels, runs = benefit.shape
     owner, every, noise = owner.copy(), np.arange(channels), _GAIN * np.abs(benefit).max()
     for _ in range(sweeps):
         gain = benefit - benefit[every, owner][:, None]
         members = np.argsort(owner, kind="stable").reshape(runs, -1)
         inside = gain[members]  # [own, member, to]
-        offer, first = inside.max(1), np.take_along_axis(members, inside.argmax(1), axis=1)  # [own, to]: who goes first, and its gain
-        total = gain + offer[:, owner].T  # [channel, to]: this one goes there, the first of them comes here
+        offer, first = (
+            inside.max(1),
+            np.take_along_axis(members, inside.argmax(1), axis=1),
+        )  # [own, to]: who goes first, and its gain
+        total = (
+            gain + offer[:, owner].T
+        )  # [channel, to]: this one goes there, the first of them comes here
         total[every, owner] = 0
         to, best, free = total.argmax(1), total.max(1), np.ones(channels, bool)
         for channel in np.argsort(-best, kind="stable"):
@@ -223,7 +288,9 @@ def _exchange(benefit: Float[np.ndarray, "cin runs"], owner: _Owner, sweeps: int
 
 
 def _concentrate(rows: _Rows, owner: _Owner, kept_runs: np.ndarray) -> _Owner:
-    """Exchanges pairs of channels, each row free to choose its runs anew: a run counts by how far its sum is above the row's threshold."""
+    """Exchanges pairs of channels, each row free to choose its runs anew: a run counts by how far
+    its sum is above the row's threshold.
+    """
     kept = _kept(rows, owner, kept_runs)
     for _ in range(min(_PAIR_SWEEPS, _PAIR_WORK // (rows.size * rows.shape[1]))):
         sums = _sums(rows, owner)
@@ -236,7 +303,9 @@ def _concentrate(rows: _Rows, owner: _Owner, kept_runs: np.ndarray) -> _Owner:
         moved, free = owner.copy(), np.ones(sums.shape[1], bool)
         for channel in np.argsort(-best, kind="stable"):
             pair = [channel, other[channel]]
-            if best[channel] > _GAIN * kept and free[owner[pair]].all():  # one exchange in a run: then gains add up
+            if (
+                best[channel] > _GAIN * kept and free[owner[pair]].all()
+            ):  # one exchange in a run: then gains add up
                 free[owner[pair]] = False
                 moved[pair] = owner[pair[::-1]]
         value = _kept(rows, moved, kept_runs)

@@ -1,8 +1,10 @@
-"""Orders of channels for whole networks: found before training, folded into the parameters, so that nothing is permuted while it trains.
+"""Orders of channels for whole networks: found before training, folded into the parameters, so that
+nothing is permuted while it trains.
 
-A channel space is all axes of a network that count the same channels: `{space: [(leaf name, axis), ...]}`. An order of them changes the
-parameters, not the function. Use: `orders = channel_orders(params, spaces, 0.9, channel_block=8)`, `fold_channel_orders(spaces, orders,
-params, batch_stats)`, then train what comes back with `hrbp_prune(0.9, channel_block=8)`.
+A channel space is all axes of a network that count the same channels: `{space: [(leaf name, axis),
+...]}`. An order of them changes the parameters, not the function. Use: `orders =
+channel_orders(params, spaces, 0.9, channel_block=8)`, `fold_channel_orders(spaces, orders, params,
+batch_stats)`, then train what comes back with `hrbp_prune(0.9, channel_block=8)`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,10 +23,19 @@ Spaces = Mapping[str, Sequence[tuple[str, int]]]
 
 
 def space_consumers(
-    params: PyTree, spaces: Spaces, sparsity: float, *, channel_block: int, group_size: int = 32, block_density: float = 1 / 3,
-    budget: budgets.Budget = "uniform", scores: scores_.Kind | PyTree = "magnitude", where: tree.Where | None = None,
-) -> dict[str, dict[str, Consumer]]:  # fmt: skip
-    """The sparse conv kernels that read each channel space, with the counts that `hrbp_prune` would give them.
+    params: PyTree,
+    spaces: Spaces,
+    sparsity: float,
+    *,
+    channel_block: int,
+    group_size: int = 32,
+    block_density: float = 1 / 3,
+    budget: budgets.Budget = "uniform",
+    scores: scores_.Kind | PyTree = "magnitude",
+    where: tree.Where | None = None,
+) -> dict[str, dict[str, Consumer]]:
+    """The sparse conv kernels that read each channel space, with the counts that `hrbp_prune` would
+    give them.
 
     Args:
       params: any pytree of arrays.
@@ -45,21 +56,39 @@ def space_consumers(
       >>> found = space_consumers(params, {"s": [("a", 3), ("b", 2)]}, 0.9, channel_block=8)
       >>> [(name, consumer.kept, consumer.kept_taps) for name, consumer in found["s"].items()]
       [('b', 56, 1)]
-
-    Reference: ours.
     """
     if isinstance(scores, str) and scores != "magnitude":
-        raise ValueError(f"scores: expected 'magnitude' or a tree of arrays, got {scores!r}; an order needs scores before training")
+        raise ValueError(
+            f"scores: expected 'magnitude' or a tree of arrays, got {scores!r}; an order needs "
+            f"scores before training"
+        )
     _checked(spaces, [params], missing_ok=True)
     chosen = tree.choose(where, params)
-    shapes = {name: _checks.kernel_shape(f"params[{name!r}]", leaf.shape) for name, leaf in chosen.items()}
-    runs = {name: _checks.divisor(shape[2], _checks.positive_int("channel_block", channel_block)) for name, shape in shapes.items()}
+    shapes = {
+        name: _checks.kernel_shape(f"params[{name!r}]", leaf.shape) for name, leaf in chosen.items()
+    }
+    runs = {
+        name: _checks.divisor(shape[2], _checks.positive_int("channel_block", channel_block))
+        for name, shape in shapes.items()
+    }
     densities = budgets.layer_densities(budget, shapes, sparsity)
-    counts = budgets.block_counts(shapes, densities, block_density=block_density, channel_blocks=runs)
+    counts = budgets.block_counts(
+        shapes, densities, block_density=block_density, channel_blocks=runs
+    )
     made = scores_.make(scores, chosen, None, jax.random.key(0))
-    size = {name: _checks.divisor(shape[3], _checks.positive_int("group_size", group_size)) for name, shape in shapes.items()}
-    read = {space: [name for name, axis in entries if name in shapes and axis in (2, -2)] for space, entries in spaces.items()}
-    return {space: {name: Consumer(made[name], size[name], *counts[name]) for name in names} for space, names in read.items() if names}
+    size = {
+        name: _checks.divisor(shape[3], _checks.positive_int("group_size", group_size))
+        for name, shape in shapes.items()
+    }
+    read = {
+        space: [name for name, axis in entries if name in shapes and axis in (2, -2)]
+        for space, entries in spaces.items()
+    }
+    return {
+        space: {name: Consumer(made[name], size[name], *counts[name]) for name in names}
+        for space, names in read.items()
+        if names
+    }
 
 
 def channel_orders(
@@ -72,45 +101,60 @@ def channel_orders(
       spaces: `{space: [(leaf name, axis), ...]}`, as in `fold_channel_orders`.
       sparsity: as in `hrbp_prune`.
       channel_block: as in `hrbp_prune`.
-      **options: further ones of `space_consumers`. Scores given as a tree must be folded too before they go to `hrbp_prune`.
+      **options: further ones of `space_consumers`. Scores given as a tree must be folded too before
+        they go to `hrbp_prune`.
 
     Returns:
-      `{space: order}`, each as from `channel_order`; a space that no sparse conv kernel reads is left out.
+      `{space: order}`, each as from `channel_order`; a space that no sparse conv kernel reads is
+      left out.
 
     Example:
       >>> params, spaces = {"a": jnp.ones((3, 3, 3, 64)), "b": jnp.ones((3, 3, 64, 64))}, {"s": [("a", 3), ("b", 2)]}
       >>> orders = channel_orders(params, spaces, 0.9, channel_block=8)
       >>> (params,) = fold_channel_orders(spaces, orders, params)  # and train these with hrbp_prune(0.9, channel_block=8)
-
-    Reference: ours.
     """
     found = space_consumers(params, spaces, sparsity, channel_block=channel_block, **options)
-    blocks = {space: _checks.divisor(next(iter(named.values())).scores.shape[2], channel_block) for space, named in found.items()}
-    return {space: channel_order(list(named.values()), channel_block=blocks[space]) for space, named in found.items()}
+    blocks = {
+        space: _checks.divisor(next(iter(named.values())).scores.shape[2], channel_block)
+        for space, named in found.items()
+    }
+    return {
+        space: channel_order(list(named.values()), channel_block=blocks[space])
+        for space, named in found.items()
+    }
 
 
-def fold_channel_orders(spaces: Spaces, orders: Mapping[str, Int[np.ndarray, " cin"]], *trees: PyTree) -> tuple[PyTree, ...]:
-    """Reorders the channels of a network's parameters, so that it computes the same function with its channels in another order.
+def fold_channel_orders(
+    spaces: Spaces, orders: Mapping[str, Int[np.ndarray, " cin"]], *trees: PyTree
+) -> tuple[PyTree, ...]:
+    """Reorders the channels of a network's parameters, so that it computes the same function with
+    its channels in another order.
 
-    A space is `{"hidden": [("conv1/kernel", 3), ("norm1/scale", 0), ("norm1/bias", 0), ("norm1/mean", 0), ("norm1/var", 0),
-    ("conv2/kernel", 2)]}`: every axis of every leaf that counts the same channels. Producers have them on a kernel's last axis (and the
-    bias), norms on their only one (statistics too), consumers on a kernel's input axis: 2 of a conv, 0 of a dense layer behind a pool. A
-    residual stream is one space: all convs that add to it, all that read it. A depthwise kernel `[kh, kw, 1, c]` has them on axis 3, in
-    one space with what comes before and behind. Leave out what must keep its order: images, logits, and channels that are flattened
-    together with pixels. Then the function is unchanged up to the rounding of sums in another order.
+    A space is `{"hidden": [("conv1/kernel", 3), ("norm1/scale", 0), ("norm1/bias", 0),
+    ("norm1/mean", 0), ("norm1/var", 0), ("conv2/kernel", 2)]}`: every axis of every leaf that
+    counts the same channels. Producers have them on a kernel's last axis (and the bias), norms on
+    their only one (statistics too), consumers on a kernel's input axis: 2 of a conv, 0 of a dense
+    layer behind a pool. A residual stream is one space: all convs that add to it, all that read it.
+    A depthwise kernel `[kh, kw, 1, c]` has them on axis 3, in one space with what comes before and
+    behind. Leave out what must keep its order: images, logits, and channels that are flattened
+    together with pixels. Then the function is unchanged up to the rounding of sums in another
+    order.
 
     Fold before `tx.init`.
 
     Args:
       spaces: `{space: [(leaf name, axis), ...]}`, names as of `blocksparse_jax.tree.path_name`.
-      orders: `{space: order}` for some or all of the spaces, as from `channel_orders`; `np.argsort(order)` takes an order back.
-      *trees: the params and, if there are any, the batch statistics; every leaf of `spaces` must be in one of them.
+      orders: `{space: order}` for some or all of the spaces, as from `channel_orders`;
+        `np.argsort(order)` takes an order back.
+      *trees: the params and, if there are any, the batch statistics; every leaf of `spaces` must be
+        in one of them.
 
     Returns:
       The trees, reordered.
 
     Raises:
-      ValueError: a leaf that no tree has, an axis out of range, of another size or in two spaces, or an order that is none.
+      ValueError: a leaf that no tree has, an axis out of range, of another size or in two spaces,
+        or an order that is none.
 
     Example:
       >>> params = {"a": jnp.array([[1., 2.]]), "b": jnp.array([[3.], [4.]])}
@@ -118,13 +162,16 @@ def fold_channel_orders(spaces: Spaces, orders: Mapping[str, Int[np.ndarray, " c
       >>> folded["a"].tolist(), folded["b"].tolist(), (params["a"] @ params["b"] == folded["a"] @ folded["b"]).item()
       ([[2.0, 1.0]], [[4.0], [3.0]], True)
 
-    Reference: ours; Pool and Yu, "Channel permutations for N:M sparsity", NeurIPS 2021, fold theirs likewise.
+    Reference: Pool and Yu, "Channel permutations for N:M sparsity", NeurIPS 2021, fold theirs
+    likewise.
     """
     sizes = _checked(spaces, trees)
     moves: dict[str, list[tuple[int, np.ndarray]]] = {}
     for space, order in orders.items():
         if space not in spaces:
-            raise ValueError(f"orders: {space!r} is no channel space, expected names among {list(spaces)[:8]}")
+            raise ValueError(
+                f"orders: {space!r} is no channel space, expected names among {list(spaces)[:8]}"
+            )
         checked = _checks.permutation(f"orders[{space!r}]", order, sizes.get(space))
         for name, axis in spaces[space]:
             moves.setdefault(name, []).append((axis, checked))
@@ -139,19 +186,35 @@ def fold_channel_orders(spaces: Spaces, orders: Mapping[str, Int[np.ndarray, " c
 
 def _checked(spaces: Spaces, trees: Sequence[PyTree], missing_ok: bool = False) -> dict[str, int]:
     """The number of channels of each space; params alone lack the batch statistics."""
-    shapes = {tree.path_name(path): jnp.shape(leaf) for one in trees for path, leaf in jax.tree.leaves_with_path(one)}
+    shapes = {
+        tree.path_name(path): jnp.shape(leaf)
+        for one in trees
+        for path, leaf in jax.tree.leaves_with_path(one)
+    }
     sizes, owners = dict[str, int](), dict[tuple[str, int], str]()
     for space, entries in spaces.items():
         for name, axis in entries:
             if name not in shapes and missing_ok:
                 continue
             if (shape := shapes.get(name)) is None:
-                raise ValueError(f"spaces[{space!r}]: no tree has a leaf {name!r}, expected names such as {list(shapes)[:8]}")
+                raise ValueError(
+                    f"spaces[{space!r}]: no tree has a leaf {name!r}, expected names such as "
+                    f"{list(shapes)[:8]}"
+                )
             if not -len(shape) <= axis < len(shape):
-                raise ValueError(f"spaces[{space!r}]: axis {axis} of {name!r} is out of range, its shape is {shape}")
+                raise ValueError(
+                    f"spaces[{space!r}]: axis {axis} of {name!r} is out of range, its shape is "
+                    f"{shape}"
+                )
             if shape[axis] != sizes.setdefault(space, shape[axis]):
-                raise ValueError(f"spaces[{space!r}]: axis {axis} of {name!r} {shape} has {shape[axis]} channels, expected {sizes[space]}")
+                raise ValueError(
+                    f"spaces[{space!r}]: axis {axis} of {name!r} {shape} has {shape[axis]} "
+                    f"channels, expected {sizes[space]}"
+                )
             other = owners.setdefault((name, axis % len(shape)), space)
             if other != space:
-                raise ValueError(f"spaces[{space!r}]: axis {axis} of {name!r} is in {other!r} too; make them one space")
+                raise ValueError(
+                    f"spaces[{space!r}]: axis {axis} of {name!r} is in {other!r} too; make them "
+                    f"one space"
+                )
     return sizes

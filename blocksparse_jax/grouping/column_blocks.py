@@ -1,7 +1,9 @@
-"""Blocks of arbitrary columns of the forward matrix (Rumi et al., DSB): the baselines of HRBP, and the fill that tells them apart.
+"""Blocks of arbitrary columns of the forward matrix (Rumi et al., DSB): the baselines of HRBP, and
+the fill that tells them apart.
 
-A convolution runs as `Y = W X` with `W` of shape `[cout, cin * kh * kw]`, and its input gradient as `dX = W' dY` with `W'` of shape
-`[cin, cout * kh * kw]`. A block of rows and arbitrary columns of `W` is dense forward and shattered in `W'`. On the host, in NumPy.
+A convolution runs as `Y = W X` with `W` of shape `[cout, cin * kh * kw]`, and its input gradient as
+`dX = W' dY` with `W'` of shape `[cin, cout * kh * kw]`. A block of rows and arbitrary columns of
+`W` is dense forward and shattered in `W'`. On the host, in NumPy.
 """
 
 import dataclasses
@@ -21,13 +23,15 @@ class ColumnBlocks:
 
     Attributes:
       shape: `(kh, kw, cin, cout)` of the conv kernel.
-      blocks: pairs `(rows, columns)` of ascending int arrays: filters, and columns `channel * kh * kw + y * kw + x`.
+      blocks: pairs `(rows, columns)` of ascending int arrays: filters, and columns `channel * kh *
+        kw + y * kw + x`.
 
     Example:
       >>> ColumnBlocks((1, 1, 3, 4), ((np.array([0, 2]), np.array([1])),)).mask()[0, 0].astype(int).tolist()
       [[0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
 
-    Reference: ours; the blocks of Rumi et al., "Accelerating sparse CNN inference on GPUs with performance-aware weight pruning", 2020.
+    Reference: the blocks of Rumi et al., "Accelerating sparse CNN inference on GPUs with
+    performance-aware weight pruning", 2020.
     """
 
     shape: tuple[int, int, int, int]
@@ -43,13 +47,18 @@ class ColumnBlocks:
 
 
 def rumi_groups(
-    mask: Bool[Array | np.ndarray, "kh kw cin cout"], *, min_rows: int = 16, max_rows: int = 32, t1: float = 1.5
+    mask: Bool[Array | np.ndarray, "kh kw cin cout"],
+    *,
+    min_rows: int = 16,
+    max_rows: int = 32,
+    t1: float = 1.5,
 ) -> ColumnBlocks:
     """Regroups an unstructured mask into dense blocks of filters x columns.
 
-    Empty rows and columns go; the rows are clustered; clusters of more than `max_rows` are split evenly and those of fewer than
-    `min_rows` dropped; each cluster takes its non-empty columns in order of non-zeros while `i <= t1 * remaining` for some row: `i`
-    columns taken, `remaining` the row's non-zeros. The mask is the union of the blocks.
+    Empty rows and columns go; the rows are clustered; clusters of more than `max_rows` are split
+    evenly and those of fewer than `min_rows` dropped; each cluster takes its non-empty columns in
+    order of non-zeros while `i <= t1 * remaining` for some row: `i` columns taken, `remaining` the
+    row's non-zeros. The mask is the union of the blocks.
 
     Args:
       mask: bool `[kh, kw, cin, cout]`, concrete.
@@ -69,14 +78,17 @@ def rumi_groups(
       >>> [(rows[:3].tolist(), columns.tolist()) for rows, columns in rumi_groups(mask, max_rows=16).blocks]
       [([0, 2, 4], [1]), ([1, 3, 5], [2])]
 
-    Reference: Rumi et al., "Accelerating sparse CNN inference on GPUs with performance-aware weight pruning", 2020, in the variant of its
-    public re-implementation. Ours: complete-linkage clusters by Jaccard distance, as few as fit `max_rows`, instead of a hypergraph
-    partition; `remaining` read as above.
+    Reference: Rumi et al., "Accelerating sparse CNN inference on GPUs with performance-aware weight
+    pruning", 2020, in the variant of its public re-implementation. Ours: complete-linkage clusters
+    by Jaccard distance, as few as fit `max_rows`, instead of a hypergraph partition; `remaining`
+    read as above.
     """
     kept = _checks.concrete("mask", mask)
     shape = _checks.kernel_shape("mask.shape", kept.shape)
     if kept.dtype != np.bool_:
-        raise ValueError(f"mask: expected dtype bool, got {kept.dtype}; compare first, e.g. mask = kernel != 0")
+        raise ValueError(
+            f"mask: expected dtype bool, got {kept.dtype}; compare first, e.g. mask = kernel != 0"
+        )
     if _checks.positive_int("min_rows", min_rows) > _checks.positive_int("max_rows", max_rows):
         raise ValueError(f"min_rows: expected at most max_rows={max_rows}, got {min_rows}")
     if not t1 > 0:
@@ -97,16 +109,20 @@ def rumi_groups(
     return ColumnBlocks(shape, tuple(blocks))
 
 
-def dsb_groups(weights: Float[Array | np.ndarray, "kh kw cin cout"], *, sparsity: float, block: int = 16) -> ColumnBlocks:
+def dsb_groups(
+    weights: Float[Array | np.ndarray, "kh kw cin cout"], *, sparsity: float, block: int = 16
+) -> ColumnBlocks:
     """Shuffles rows and columns into `block x block` squares and keeps the heaviest.
 
-    Rows are clustered by `1 - cosine` and cut into groups of `block`; a group's columns, by descending L2 norm, are cut into runs of
-    `block`; the `ceil((1 - sparsity) * size / block^2)` squares of largest L2 norm in the layer stay.
+    Rows are clustered by `1 - cosine` and cut into groups of `block`; a group's columns, by
+    descending L2 norm, are cut into runs of `block`; the `ceil((1 - sparsity) * size / block^2)`
+    squares of largest L2 norm in the layer stay.
 
     Args:
       weights: `[kh, kw, cin, cout]`, weights or scores, concrete.
       sparsity: fraction removed, in [0, 1).
-      block: side of a square; the last rows and columns make smaller blocks where it does not divide.
+      block: side of a square; the last rows and columns make smaller blocks where it does not
+        divide.
 
     Returns:
       The kept squares, by group of rows.
@@ -119,8 +135,8 @@ def dsb_groups(weights: Float[Array | np.ndarray, "kh kw cin cout"], *, sparsity
       >>> [(rows.tolist(), columns.tolist()) for rows, columns in blocks.blocks], float(blocks.mask().mean())
       ([([4, 5, 6, 7], [4, 5, 6, 7])], 0.25)
 
-    Reference: "Shuffled block sparsity" (DSB), 2022. Ours: groups of exactly `block` are cut from the order in which the complete-linkage
-    tree lists the rows; ties go to the lower index.
+    Reference: "Shuffled block sparsity" (DSB), 2022. Ours: groups of exactly `block` are cut from
+    the order in which the complete-linkage tree lists the rows; ties go to the lower index.
     """
     dense = _checks.concrete("weights", weights)
     shape = _checks.kernel_shape("weights.shape", dense.shape)
@@ -137,15 +153,18 @@ def dsb_groups(weights: Float[Array | np.ndarray, "kh kw cin cout"], *, sparsity
         for at in range(0, len(columns), block):
             squares.append((rows, np.sort(columns[at : at + block])))
             energy.append(norms[columns[at : at + block]].sum())
-    best = np.argsort(-np.array(energy), kind="stable")[: math.ceil(density * forward.size / block**2 - 1e-9)]
+    best = np.argsort(-np.array(energy), kind="stable")[
+        : math.ceil(density * forward.size / block**2 - 1e-9)
+    ]
     return ColumnBlocks(shape, tuple(squares[i] for i in np.sort(best)))
 
 
 def block_fill(blocks: ColumnBlocks | BlockLayout) -> tuple[float, float]:
     """How densely the blocks sit in the matrices of the forward pass and of the input gradient.
 
-    Each block's kept weights over its bounding rectangle (touched rows x touched columns), summed over the blocks:
-    `sum_b kept_b / sum_b rows_b * columns_b`, in `W[cout, cin * kh * kw]` and in `W'[cin, cout * kh * kw]`.
+    Each block's kept weights over its bounding rectangle (touched rows x touched columns), summed
+    over the blocks: `sum_b kept_b / sum_b rows_b * columns_b`, in `W[cout, cin * kh * kw]` and in
+    `W'[cin, cout * kh * kw]`.
 
     Args:
       blocks: column blocks, or a layout (one block a group), concrete.
@@ -163,7 +182,7 @@ def block_fill(blocks: ColumnBlocks | BlockLayout) -> tuple[float, float]:
       >>> block_fill(ColumnBlocks((3, 3, 4, 4), ((np.array([0, 2]), np.array([4, 18])),)))
       (1.0, 0.5)
 
-    Reference: ours; the argument of Ma et al., "HRBP", CPAL 2024, as a number.
+    Reference: the argument of Ma et al., "HRBP", CPAL 2024, as a number.
     """
     positions = blocks.shape[0] * blocks.shape[1]
     kept, area = np.zeros(2), np.zeros(2)
@@ -171,19 +190,29 @@ def block_fill(blocks: ColumnBlocks | BlockLayout) -> tuple[float, float]:
         channels, place = np.unique(columns // positions, return_inverse=True)
         block = np.zeros((len(rows), len(channels), positions), bool)
         block[:, place, columns % positions] = True
-        for i, matrix in enumerate((block.reshape(len(rows), -1), block.transpose(1, 0, 2).reshape(len(channels), -1))):
+        for i, matrix in enumerate(
+            (block.reshape(len(rows), -1), block.transpose(1, 0, 2).reshape(len(channels), -1))
+        ):
             kept[i] += matrix.sum()
             area[i] += matrix.any(1).sum() * matrix.any(0).sum()
     if not area.all():
-        raise ValueError(f"blocks: a pattern of shape {blocks.shape} without blocks has no fill; keep at least one block")
+        raise ValueError(
+            f"blocks: a pattern of shape {blocks.shape} without blocks has no fill; keep at least "
+            f"one block"
+        )
     forward, backward = (kept / area).tolist()
     return forward, backward
 
 
-def _rows_and_columns(blocks: ColumnBlocks | BlockLayout) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+def _rows_and_columns(
+    blocks: ColumnBlocks | BlockLayout,
+) -> Iterable[tuple[np.ndarray, np.ndarray]]:
     if isinstance(blocks, ColumnBlocks):
         return blocks.blocks
-    filters, channels, taps = (_checks.concrete(f"blocks.{name}", getattr(blocks, name)) for name in ("filters", "channels", "taps"))
+    filters, channels, taps = (
+        _checks.concrete(f"blocks.{name}", getattr(blocks, name))
+        for name in ("filters", "channels", "taps")
+    )
     columns = channels[:, :, None] * (blocks.shape[0] * blocks.shape[1]) + taps[:, None]
     return zip(filters, columns.reshape(len(filters), -1))
 
@@ -194,9 +223,11 @@ def _forward(kernel: np.ndarray) -> np.ndarray:
 
 
 def _complete_linkage(distance: np.ndarray, clusters: int) -> list[np.ndarray]:
-    """Merges the closest pair of clusters (by their farthest members; the lower index wins a tie) until `clusters` are left.
+    """Merges the closest pair of clusters (by their farthest members; the lower index wins a tie)
+    until `clusters` are left.
 
-    Each cluster lists its members in the order of its tree; clusters come by the place of their tree's first leaf.
+    Each cluster lists its members in the order of its tree; clusters come by the place of their
+    tree's first leaf.
     """
     if len(distance) <= clusters:
         return [np.array([i]) for i in range(len(distance))]

@@ -1,4 +1,6 @@
-"""Grouping: scores of a conv kernel -> balanced groups of filters, with the input channels and the taps that each group keeps."""
+"""Grouping: scores of a conv kernel -> balanced groups of filters, with the input channels and the
+taps that each group keeps.
+"""
 
 import functools
 import math
@@ -16,7 +18,9 @@ from blocksparse_jax.layout import BlockLayout, block_index
 _MAX_ROUNDS = 100  # of exchanges, from one start
 _GAIN = 3e-6  # relative gains below this are float32 noise
 _RANDOM_WORK = 2**22  # random starts share this much work (cout * table size each)
-_BISECTED = 2**15  # from this many values on, the largest are found by bisection: 10 times as fast as top_k on a CPU, slower to compile
+_BISECTED = (
+    2**15
+)  # from this many values on, the largest are found by bisection: 10 times as fast as top_k on a CPU, slower to compile
 _EXACT_WORK = 2**18  # exchanges are valued exactly up to this much work (cout^2 * runs)
 
 _Table = Float[Array, "cout taps runs"]
@@ -33,25 +37,31 @@ def hrbp_groups(
 ) -> BlockLayout:
     """Groups filters, and chooses each group's channels and taps, so that the kept score is large.
 
-    Maximises `sum_g sum_{t in taps_g} sum_{c in channels_g} sum_{f in filters_g} scores[t, c, f]` over all balanced groups by
-    alternation: (a) every group keeps its best channels given its taps and its best taps given its channels; (b) filters are exchanged
-    between groups. With `B[f, g]` the score that filter `f` would keep in group `g` and `D[f, g] = B[f, g] - B[f, own(f)]`, exchanging
-    `f` and `h` gains `D[f, own(h)] + D[h, own(f)]`; each pair of groups matches its filters by rank of `D`, every filter picks its best
-    match, and picks that are mutual and gain are exchanged at once (they are disjoint, so their gains add up exactly). Small layers then
-    go on with exchanges valued with the channels chosen anew. Every step raises the score, so the result is never below that of
-    consecutive filters, one of the starts; the others are a greedy cosine grouping and, the smaller the layer the more, random ones. The
-    best final score wins; ties go to the lower index everywhere.
+    Maximises `sum_g sum_{t in taps_g} sum_{c in channels_g} sum_{f in filters_g} scores[t, c, f]`
+    over all balanced groups by alternation: (a) every group keeps its best channels given its taps
+    and its best taps given its channels; (b) filters are exchanged between groups. With `B[f, g]`
+    the score that filter `f` would keep in group `g` and `D[f, g] = B[f, g] - B[f, own(f)]`,
+    exchanging `f` and `h` gains `D[f, own(h)] + D[h, own(f)]`; each pair of groups matches its
+    filters by rank of `D`, every filter picks its best match, and picks that are mutual and gain
+    are exchanged at once (they are disjoint, so their gains add up exactly). Small layers then go
+    on with exchanges valued with the channels chosen anew. Every step raises the score, so the
+    result is never below that of consecutive filters, one of the starts; the others are a greedy
+    cosine grouping and, the smaller the layer the more, random ones. The best final score wins;
+    ties go to the lower index everywhere.
 
     Args:
       scores: `[kh, kw, cin, cout]`, higher = keep; NaN counts as 0.
       group_size: filters in a group; divides `cout`.
       kept: input channels that a group keeps.
-      kept_taps: kernel positions that a group keeps, the same for all its channels (HRBP++ below `kh * kw`).
+      kept_taps: kernel positions that a group keeps, the same for all its channels (HRBP++ below
+        `kh * kw`).
       channel_block: channels are kept in aligned runs of this many; divides `cin` and `kept`.
-      filters: int `[groups, group_size]`, fixed groups (dynamic HRBP); then only channels and taps are chosen.
+      filters: int `[groups, group_size]`, fixed groups (dynamic HRBP); then only channels and taps
+        are chosen.
 
     Returns:
-      A layout; filters, channels and taps ascend in each group, and groups ascend by first filter. `filters`, if given, stay as they are.
+      A layout; filters, channels and taps ascend in each group, and groups ascend by first filter.
+      `filters`, if given, stay as they are.
 
     Raises:
       ValueError: a size is out of range or does not divide.
@@ -62,17 +72,34 @@ def hrbp_groups(
       >>> layout.filters.tolist(), layout.channels.tolist(), float(kept_score(scores, layout))
       ([[0, 2], [1, 3]], [[0], [1]], 36.0)
 
-    Reference: Ma et al., "HRBP: Hardware-friendly Regrouping towards Block-based Pruning for Sparse CNN Training", CPAL 2024; balanced
-    groups, the objective and the algorithm are ours (the paper leaves them open).
+    Reference: Ma et al., "HRBP: Hardware-friendly Regrouping towards Block-based Pruning for Sparse
+    CNN Training", CPAL 2024; balanced groups, the objective and the algorithm are ours (the paper
+    leaves them open).
     """
     shape = _sizes(scores.shape, group_size, kept, kept_taps, channel_block)
     if filters is not None and filters.shape != (shape[3] // group_size, group_size):
-        raise ValueError(f"filters: expected shape {(shape[3] // group_size, group_size)} (groups, group_size), got {filters.shape}")
-    return _hrbp_groups(scores, filters, group_size=group_size, kept=kept, kept_taps=kept_taps, channel_block=channel_block)
+        raise ValueError(
+            f"filters: expected shape {(shape[3] // group_size, group_size)} (groups, group_size), "
+            f"got {filters.shape}"
+        )
+    return _hrbp_groups(
+        scores,
+        filters,
+        group_size=group_size,
+        kept=kept,
+        kept_taps=kept_taps,
+        channel_block=channel_block,
+    )
 
 
 def random_groups(
-    key: PRNGKeyArray, shape: Sequence[int], *, group_size: int, kept: int, kept_taps: int, channel_block: int = 1
+    key: PRNGKeyArray,
+    shape: Sequence[int],
+    *,
+    group_size: int,
+    kept: int,
+    kept_taps: int,
+    channel_block: int = 1,
 ) -> BlockLayout:
     """Draws balanced groups, and their channels and taps, uniformly at random.
 
@@ -94,13 +121,15 @@ def random_groups(
       >>> random_groups(jax.random.key(0), (3, 3, 16, 32), group_size=8, kept=4, kept_taps=3).packed_shape
       (4, 4, 3, 8)
 
-    Reference: ours (the random mask initialization of Ma et al., "HRBP", CPAL 2024).
+    Reference: the random mask initialization of Ma et al., "HRBP", CPAL 2024.
     """
     kh, kw, cin, cout = _sizes(shape, group_size, kept, kept_taps, channel_block)
     groups = cout // group_size
     keys = jax.random.split(_checks.random_key("key", key), 3)
     (filters,) = _ascending(jax.random.permutation(keys[0], cout).reshape(groups, group_size))
-    runs = _multi_hot(jax.random.uniform(keys[1], (groups, cin // channel_block)), kept // channel_block)
+    runs = _multi_hot(
+        jax.random.uniform(keys[1], (groups, cin // channel_block)), kept // channel_block
+    )
     taps = _multi_hot(jax.random.uniform(keys[2], (groups, kh * kw)), kept_taps)
     return _layout(filters, runs, taps, (kh, kw, cin, cout), kept // channel_block, kept_taps)
 
@@ -122,38 +151,68 @@ def kept_score(scores: Float[Array, "kh kw cin cout"], layout: BlockLayout) -> F
       >>> layout = random_groups(jax.random.key(0), (3, 3, 16, 32), group_size=8, kept=4, kept_taps=3)
       >>> float(kept_score(jnp.ones((3, 3, 16, 32)), layout)) == 4 * 4 * 3 * 8
       True
-
-    Reference: ours.
     """
     if scores.shape != layout.shape:
-        raise ValueError(f"scores: shape {scores.shape} is not the layout's {layout.shape}; pass the scores of the same conv kernel")
+        raise ValueError(
+            f"scores: shape {scores.shape} is not the layout's {layout.shape}; pass the scores of "
+            f"the same conv kernel"
+        )
     return scores.reshape(-1, *scores.shape[2:])[block_index(layout)].sum(dtype=jnp.float32)
 
 
-def _sizes(shape: Sequence[int], group_size: int, kept: int, kept_taps: int, channel_block: int) -> tuple[int, int, int, int]:
+def _sizes(
+    shape: Sequence[int], group_size: int, kept: int, kept_taps: int, channel_block: int
+) -> tuple[int, int, int, int]:
     kh, kw, cin, cout = _checks.kernel_shape("shape", shape)
-    for name, value, most in (("kept", kept, cin), ("kept_taps", kept_taps, kh * kw), ("group_size", group_size, cout)):
+    for name, value, most in (
+        ("kept", kept, cin),
+        ("kept_taps", kept_taps, kh * kw),
+        ("group_size", group_size, cout),
+    ):
         if _checks.positive_int(name, value) > most:
-            raise ValueError(f"{name}: expected 1..{most} for a kernel of shape {(kh, kw, cin, cout)}, got {value}")
+            raise ValueError(
+                f"{name}: expected 1..{most} for a kernel of shape {(kh, kw, cin, cout)}, got "
+                f"{value}"
+            )
     if cout % group_size:
-        raise ValueError(f"group_size: {group_size} does not divide cout={cout}; use a divisor, e.g. {math.gcd(group_size, cout)}")
+        raise ValueError(
+            f"group_size: {group_size} does not divide cout={cout}; use a divisor, e.g. "
+            f"{math.gcd(group_size, cout)}"
+        )
     if cin % _checks.positive_int("channel_block", channel_block) or kept % channel_block:
-        raise ValueError(f"channel_block: {channel_block} must divide cin={cin} and kept={kept}; use {math.gcd(channel_block, cin, kept)}")
+        raise ValueError(
+            f"channel_block: {channel_block} must divide cin={cin} and kept={kept}; use "
+            f"{math.gcd(channel_block, cin, kept)}"
+        )
     return kh, kw, cin, cout
 
 
 @functools.partial(jax.jit, static_argnames=("group_size", "kept", "kept_taps", "channel_block"))
-def _hrbp_groups(scores: Array, filters: Array | None, *, group_size: int, kept: int, kept_taps: int, channel_block: int) -> BlockLayout:
+def _hrbp_groups(
+    scores: Array,
+    filters: Array | None,
+    *,
+    group_size: int,
+    kept: int,
+    kept_taps: int,
+    channel_block: int,
+) -> BlockLayout:
     kh, kw, cin, cout = scores.shape
-    table = jnp.nan_to_num(scores.astype(jnp.float32), posinf=1e30, neginf=-1e30)  # corrupted scores still give a valid layout
-    table = table.reshape(kh * kw, cin // channel_block, channel_block, cout).sum(2).transpose(2, 0, 1)
+    table = jnp.nan_to_num(
+        scores.astype(jnp.float32), posinf=1e30, neginf=-1e30
+    )  # corrupted scores still give a valid layout
+    table = (
+        table.reshape(kh * kw, cin // channel_block, channel_block, cout).sum(2).transpose(2, 0, 1)
+    )
     if kept_taps == kh * kw:
         table = table.sum(1, keepdims=True)  # no choice of taps: one score for a kernel slice
     counts = _Counts(group_size, runs=kept // channel_block, taps=min(kept_taps, table.shape[1]))
     if filters is None:
         filters, runs, taps = _search(table, counts)
     else:
-        runs, taps, _ = _choose(table[filters].sum(1), _ones(len(filters), table.shape[1]), counts, thorough=True)
+        runs, taps, _ = _choose(
+            table[filters].sum(1), _ones(len(filters), table.shape[1]), counts, thorough=True
+        )
     if kept_taps == kh * kw:
         taps = _ones(len(taps), kept_taps)
     return _layout(filters, runs, taps, (kh, kw, cin, cout), counts.runs, kept_taps)
@@ -170,7 +229,9 @@ def _search(table: _Table, counts: _Counts) -> list[Array]:
     cout, positions, channels = table.shape
     in_order, rng = np.arange(cout), np.random.default_rng(0)
     random = [rng.permutation(cout) for _ in range(min(_RANDOM_WORK // (cout * table.size), 64))]
-    starts = jnp.concatenate([jnp.asarray(np.stack([in_order, *random])), _cosine_order(table, counts.group_size)[None]])
+    starts = jnp.concatenate(
+        [jnp.asarray(np.stack([in_order, *random])), _cosine_order(table, counts.group_size)[None]]
+    )
     every_tap = _ones(len(starts), cout // counts.group_size, positions)
     exact = cout * cout * channels <= _EXACT_WORK
 
@@ -180,59 +241,97 @@ def _search(table: _Table, counts: _Counts) -> list[Array]:
 
     @jax.vmap
     def choose(order: Array, taps: Array) -> tuple[Array, Array, Array]:
-        return _choose(table[order.reshape(-1, counts.group_size)].sum(1), taps, counts, thorough=True)
+        return _choose(
+            table[order.reshape(-1, counts.group_size)].sum(1), taps, counts, thorough=True
+        )
 
-    orders, taps = (jnp.concatenate([a[:1], b]) for a, b in zip((starts, every_tap), improve(starts, every_tap)))
+    orders, taps = (
+        jnp.concatenate([a[:1], b]) for a, b in zip((starts, every_tap), improve(starts, every_tap))
+    )
     runs, taps, values = choose(orders, taps)
     total = values.sum(1)
     best = jnp.argmax(total >= total.max() - _GAIN * jnp.abs(total.max()))  # the first of the best
     return _ascending(orders[best].reshape(-1, counts.group_size), runs[best], taps[best])
 
 
-def _climb(table: _Table, order: Array, taps: Array, counts: _Counts, exact: bool) -> tuple[Array, Array]:
+def _climb(
+    table: _Table, order: Array, taps: Array, counts: _Counts, exact: bool
+) -> tuple[Array, Array]:
     """Alternates choice and exchange until nothing moves; `order` lists the filters group by group."""
     here = jnp.arange(len(order))
 
     def climb(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         order, taps, rounds = state
-        runs, taps, values = _choose(table[order.reshape(-1, counts.group_size)].sum(1), taps, counts, thorough=exact)
+        runs, taps, values = _choose(
+            table[order.reshape(-1, counts.group_size)].sum(1), taps, counts, thorough=exact
+        )
         places = _exchange(table, order, runs, taps, counts)
         if exact:
-            places = jnp.where((places == here).all(), _exchange_exact(table, order, taps, values, counts), places)
+            places = jnp.where(
+                (places == here).all(), _exchange_exact(table, order, taps, values, counts), places
+            )
         return order[places], taps, jnp.where((places == here).all(), _MAX_ROUNDS, rounds + 1)
 
-    return jax.lax.while_loop(lambda state: state[2] < _MAX_ROUNDS, climb, (order, taps, jnp.int32(0)))[:2]
+    return jax.lax.while_loop(
+        lambda state: state[2] < _MAX_ROUNDS, climb, (order, taps, jnp.int32(0))
+    )[:2]
 
 
-def _exchange(table: _Table, order: Array, runs: Array, taps: Array, counts: _Counts) -> Int[Array, " cout"]:
+def _exchange(
+    table: _Table, order: Array, runs: Array, taps: Array, counts: _Counts
+) -> Int[Array, " cout"]:
     """The exchanges that gain with channels and taps fixed, as a permutation of places in `order`."""
     group, member = jnp.arange(len(taps)), jnp.arange(counts.group_size)
-    score = jnp.einsum("gtr,ftr->gf", taps[:, :, None] * runs[:, None, :], table, precision="highest")[:, order]
+    score = jnp.einsum(
+        "gtr,ftr->gf", taps[:, :, None] * runs[:, None, :], table, precision="highest"
+    )[:, order]
     score = score.reshape(len(group), len(group), -1).swapaxes(0, 1)  # [own, to, member]
     own = score[group, group][:, None]
     loss = own + _GAIN * jnp.abs(own) - score
     mine, other = loss[..., :, None], loss[..., None, :]
-    rank = ((other < mine) | ((other == mine) & (member < member[:, None]))).sum(-1, dtype=jnp.int32)
+    rank = ((other < mine) | ((other == mine) & (member < member[:, None]))).sum(
+        -1, dtype=jnp.int32
+    )
     back = rank.swapaxes(0, 1)
-    loss += jnp.where(rank[..., :, None] == back[..., None, :], loss.swapaxes(0, 1)[..., None, :], 0).sum(-1)
+    loss += jnp.where(
+        rank[..., :, None] == back[..., None, :], loss.swapaxes(0, 1)[..., None, :], 0
+    ).sum(-1)
     best = jnp.argmin(loss, axis=1)  # [own, member]: the group to go to
-    match = jnp.take_along_axis(rank, best[:, None], axis=1)[:, 0, :, None] == back[group[:, None], best]
+    match = (
+        jnp.take_along_axis(rank, best[:, None], axis=1)[:, 0, :, None]
+        == back[group[:, None], best]
+    )
     here = jnp.arange(len(order))
-    partner = jnp.where(loss.min(1) < 0, best * counts.group_size + match.argmax(-1), here.reshape(best.shape)).reshape(-1)
+    partner = jnp.where(
+        loss.min(1) < 0, best * counts.group_size + match.argmax(-1), here.reshape(best.shape)
+    ).reshape(-1)
     return jnp.where(partner[partner] == here, partner, here)
 
 
-def _exchange_exact(table: _Table, order: Array, taps: Array, values: Array, counts: _Counts) -> Int[Array, " cout"]:
-    """The best exchange of every pair of groups that picks each other, the channels chosen anew; quadratic in the filters."""
+def _exchange_exact(
+    table: _Table, order: Array, taps: Array, values: Array, counts: _Counts
+) -> Int[Array, " cout"]:
+    """The best exchange of every pair of groups that picks each other, the channels chosen anew;
+    quadratic in the filters.
+    """
     cout, here = len(order), jnp.arange(len(order))
     own = here // counts.group_size
-    given = jnp.einsum("ftr,gt->gfr", table[order], taps, precision="highest")  # [group, place, run]
-    apart = given.reshape(len(taps), len(taps), counts.group_size, -1).sum(2)[own, own] - given[own, here]
-    exchanged = jax.lax.top_k(apart[:, None] + given[own], counts.runs)[0].sum(-1)  # [place, other]: own group, with other for place
+    given = jnp.einsum(
+        "ftr,gt->gfr", table[order], taps, precision="highest"
+    )  # [group, place, run]
+    apart = (
+        given.reshape(len(taps), len(taps), counts.group_size, -1).sum(2)[own, own]
+        - given[own, here]
+    )
+    exchanged = jax.lax.top_k(apart[:, None] + given[own], counts.runs)[0].sum(
+        -1
+    )  # [place, other]: own group, with other for place
     gain = exchanged - (values + _GAIN * jnp.abs(values))[own][:, None]
     gain = jnp.where(own[:, None] == own, 0, gain + gain.T).reshape(len(taps), -1)
     best = gain.max(1, keepdims=True)
-    code = (jnp.minimum(here[:, None], here) * cout + jnp.maximum(here[:, None], here)).reshape(gain.shape)
+    code = (jnp.minimum(here[:, None], here) * cout + jnp.maximum(here[:, None], here)).reshape(
+        gain.shape
+    )
     pair = jnp.where(gain == best, code, cout * cout).min(1)
     first, second = pair // cout, pair % cout
     agreed = (best[:, 0] > 0) & (pair[own[first]] == pair[own[second]])
@@ -240,16 +339,24 @@ def _exchange_exact(table: _Table, order: Array, taps: Array, values: Array, cou
     return here.at[first].set(second, mode="drop").at[second].set(first, mode="drop")
 
 
-def _choose(sums: Float[Array, "groups taps runs"], taps: Array, counts: _Counts, thorough: bool) -> tuple[Array, Array, Array]:
-    """Each group's runs and taps (multi-hot) and kept score, alternating from `taps` and, thorough, from all taps and from each."""
+def _choose(
+    sums: Float[Array, "groups taps runs"], taps: Array, counts: _Counts, thorough: bool
+) -> tuple[Array, Array, Array]:
+    """Each group's runs and taps (multi-hot) and kept score, alternating from `taps` and, thorough,
+    from all taps and from each.
+    """
     groups, positions, _ = sums.shape
     if positions == counts.taps:
         runs = _multi_hot(sums.sum(1), counts.runs)
         return runs, taps, jnp.einsum("gtr,gr->g", sums, runs, precision="highest")
 
     def alternate(_: Int[Array, ""], pair: tuple[Array, Array]) -> tuple[Array, Array]:
-        runs = _multi_hot(jnp.einsum("gtr,sgt->sgr", sums, pair[0], precision="highest"), counts.runs)
-        return _multi_hot(jnp.einsum("gtr,sgr->sgt", sums, runs, precision="highest"), counts.taps), runs
+        runs = _multi_hot(
+            jnp.einsum("gtr,sgt->sgr", sums, pair[0], precision="highest"), counts.runs
+        )
+        return _multi_hot(
+            jnp.einsum("gtr,sgr->sgt", sums, runs, precision="highest"), counts.taps
+        ), runs
 
     seeds = taps[None]
     if thorough:
@@ -263,7 +370,9 @@ def _choose(sums: Float[Array, "groups taps runs"], taps: Array, counts: _Counts
 
 
 def _cosine_order(table: _Table, group_size: int) -> Int[Array, " cout"]:
-    """Greedy groups: the strongest free filter takes the free filters whose scores are most similar to its own."""
+    """Greedy groups: the strongest free filter takes the free filters whose scores are most similar
+    to its own.
+    """
     rows = table.reshape(len(table), -1)
     strength = rows.sum(1)
     unit = rows / jnp.maximum(jnp.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
@@ -271,10 +380,16 @@ def _cosine_order(table: _Table, group_size: int) -> Int[Array, " cout"]:
 
     def take(free: Array, _: None) -> tuple[Array, Array]:
         seed = jnp.argmax(jnp.where(free, strength, -jnp.inf))
-        nearness = jnp.where(jnp.arange(len(rows)) == seed, jnp.inf, jnp.where(free, similar[seed], -jnp.inf))
-        return free & (_multi_hot(nearness, group_size) == 0), jax.lax.top_k(nearness, group_size)[1]
+        nearness = jnp.where(
+            jnp.arange(len(rows)) == seed, jnp.inf, jnp.where(free, similar[seed], -jnp.inf)
+        )
+        return free & (_multi_hot(nearness, group_size) == 0), jax.lax.top_k(nearness, group_size)[
+            1
+        ]
 
-    return jax.lax.scan(take, jnp.ones(len(rows), bool), length=len(rows) // group_size)[1].reshape(-1)
+    return jax.lax.scan(take, jnp.ones(len(rows), bool), length=len(rows) // group_size)[1].reshape(
+        -1
+    )
 
 
 def _ones(*shape: int) -> Array:
@@ -285,7 +400,9 @@ def _multi_hot(values: Float[Array, "*rows n"], count: int) -> Float[Array, "*ro
     """1.0 at the largest `count` entries of the last axis; the lower index wins a tie."""
     if values.size < _BISECTED:
         top, index = (array[..., -1:] for array in jax.lax.top_k(values, count))
-        return ((values > top) | ((values == top) & (jnp.arange(values.shape[-1]) <= index))).astype(values.dtype)
+        return (
+            (values > top) | ((values == top) & (jnp.arange(values.shape[-1]) <= index))
+        ).astype(values.dtype)
     bits = jax.lax.bitcast_convert_type(values + 0.0, jnp.int32)  # + 0.0: no negative zero
     key = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # ordered as the values
 
@@ -300,17 +417,28 @@ def _multi_hot(values: Float[Array, "*rows n"], count: int) -> Float[Array, "*ro
     return ((key > top) | (tie & (jnp.cumsum(tie, -1) <= room))).astype(values.dtype)
 
 
-def _layout(filters: Array, runs: Array, taps: Array, shape: tuple[int, int, int, int], kept_runs: int, kept_taps: int) -> BlockLayout:
+def _layout(
+    filters: Array,
+    runs: Array,
+    taps: Array,
+    shape: tuple[int, int, int, int],
+    kept_runs: int,
+    kept_taps: int,
+) -> BlockLayout:
     """From multi-hot runs and taps; top_k lists equal values by ascending index."""
     channel_block = shape[2] // runs.shape[1]
     starts = jax.lax.top_k(runs, kept_runs)[1][..., None] * channel_block
     channels = (starts + jnp.arange(channel_block)).reshape(len(runs), -1)
-    filters, channels, taps = (a.astype(jnp.int32) for a in (filters, channels, jax.lax.top_k(taps, kept_taps)[1]))
+    filters, channels, taps = (
+        a.astype(jnp.int32) for a in (filters, channels, jax.lax.top_k(taps, kept_taps)[1])
+    )
     return BlockLayout(filters, channels, taps, shape=shape, channel_block=channel_block)
 
 
 def _ascending(filters: Int[Array, "groups group_size"], *others: Array) -> list[Array]:
-    """Filters ascending in each group and groups by first filter; the others' rows follow their groups."""
+    """Filters ascending in each group and groups by first filter; the others' rows follow their
+    groups.
+    """
     filters = jnp.sort(filters, axis=1)
     groups = jnp.argsort(filters[:, 0])
     return [array[groups] for array in (filters, *others)]

@@ -1,4 +1,6 @@
-"""The frame of every sparse method: choose leaves, draw masks, redraw them on a schedule, mask or bend the gradient."""
+"""The frame of every sparse method: choose leaves, draw masks, redraw them on a schedule, mask or
+bend the gradient.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -43,7 +45,8 @@ def sparse_transformation(
       spec: what is fixed about the method, or a function of the chosen leaves.
       where: which leaves are sparse.
       draw: chosen weights by name -> (mask, layout) by name, at init.
-      redraw: (count, leaves by name) -> the same at an update of the masks; arrays keep their shapes.
+      redraw: (count, leaves by name) -> the same at an update of the masks; arrays keep their
+        shapes.
       due: count -> whether masks are redrawn; None with a `redraw` means at every step.
       decay: straight-through methods add `decay * (1 - mask) * w` to the gradient.
 
@@ -66,10 +69,15 @@ def sparse_transformation(
             spec=spec(chosen) if callable(spec) else spec,
         )
 
-    def update(updates: PyTree, state: SparseState, params: PyTree | None = None, **extra_args: Any) -> tuple[PyTree, SparseState]:
+    def update(
+        updates: PyTree, state: SparseState, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, SparseState]:
         del extra_args
         if params is None:
-            raise ValueError(f"params: {state.spec.method} reads the weights, expected tx.update(grads, state, params), got None")
+            raise ValueError(
+                f"params: {state.spec.method} reads the weights, expected tx.update(grads, state, "
+                f"params), got None"
+            )
         names, structure = _names(params)
         masks = tree.match("state", state.masks, params)
         layouts = tree.match("state", state.layouts, params, is_leaf=is_layout)
@@ -78,7 +86,9 @@ def sparse_transformation(
         skip, blind = jnp.asarray(False), state.blind_updates
         active = {
             name: Leaf(*leaf)
-            for name, leaf in zip(names, zip(weights, grads, masks, layouts, strict=True), strict=True)
+            for name, leaf in zip(
+                names, zip(weights, grads, masks, layouts, strict=True), strict=True
+            )
             if jnp.ndim(leaf[2])
         }
         _same_shapes(active)
@@ -88,14 +98,24 @@ def sparse_transformation(
             fresh = (
                 redraw(state.count, active)
                 if due is None
-                else jax.lax.cond(now, lambda leaves: redraw(state.count, leaves), lambda leaves: kept, active)
+                else jax.lax.cond(
+                    now, lambda leaves: redraw(state.count, leaves), lambda leaves: kept, active
+                )
             )
             if state.spec.full_gradient:
                 blind = blind + _is_blind(state.spec.method, now, active)
-            masks = [fresh[name][0] if name in fresh else mask for name, mask in zip(names, masks, strict=True)]
-            layouts = [fresh[name][1] if name in fresh else layout for name, layout in zip(names, layouts, strict=True)]
+            masks = [
+                fresh[name][0] if name in fresh else mask
+                for name, mask in zip(names, masks, strict=True)
+            ]
+            layouts = [
+                fresh[name][1] if name in fresh else layout
+                for name, layout in zip(names, layouts, strict=True)
+            ]
             skip = now if state.spec.skips else skip
-        bent = [_bend(state.spec, g, m, w, decay) for g, m, w in zip(grads, masks, weights, strict=True)]
+        bent = [
+            _bend(state.spec, g, m, w, decay) for g, m, w in zip(grads, masks, weights, strict=True)
+        ]
         if redraw is not None and state.spec.skips:
             bent = [jnp.where(skip, jnp.zeros_like(g), g) for g in bent]
         new_state = SparseState(
@@ -112,41 +132,52 @@ def sparse_transformation(
 
 
 def _names(params: PyTree) -> tuple[list[str], Any]:
-    return [tree.path_name(path) for path, _ in jax.tree.leaves_with_path(params)], jax.tree.structure(params)
+    return [
+        tree.path_name(path) for path, _ in jax.tree.leaves_with_path(params)
+    ], jax.tree.structure(params)
 
 
 def _same_shapes(leaves: dict[str, Leaf]) -> None:
     for name, leaf in leaves.items():
         if not leaf.weights.shape == leaf.grad.shape == leaf.mask.shape:
             raise ValueError(
-                f"params: expected shape {leaf.mask.shape} at {name!r} as at init, got weights {leaf.weights.shape} and gradient "
+                f"params: expected shape {leaf.mask.shape} at {name!r} as at init, got weights "
+                f"{leaf.weights.shape} and gradient "
                 f"{leaf.grad.shape}; packed values go with the packed state of pack_tree"
             )
 
 
 def _is_blind(method: str, now: Array, leaves: dict[str, Leaf]) -> Array:
-    """Whether an update happens now and a layer's gradient is zero on all its pruned weights, though not on the kept ones.
+    """Whether an update happens now and a layer's gradient is zero on all its pruned weights,
+    though not on the kept ones.
 
     Raises ValueError where the values are known (outside of jit).
     """
 
     def look(leaves: dict[str, Leaf]) -> Array:
         sees = {name: (leaf.grad != 0) for name, leaf in leaves.items()}
-        blind = [(sees[n] & x.mask).any() & ~(sees[n] & ~x.mask).any() & ~x.mask.all() for n, x in leaves.items()]
+        blind = [
+            (sees[n] & x.mask).any() & ~(sees[n] & ~x.mask).any() & ~x.mask.all()
+            for n, x in leaves.items()
+        ]
         return jnp.stack(blind)
 
     blind = jax.lax.cond(now, look, lambda leaves: jnp.zeros(len(leaves), bool), leaves)
     if not isinstance(blind, jax.core.Tracer) and bool(blind.any()):
         name = next(name for name, is_blind in zip(leaves, blind.tolist(), strict=True) if is_blind)
         raise ValueError(
-            f"updates: the gradient at {name!r} is zero on every pruned weight, so {method} can grow none; give its update steps the full "
-            "gradient: conv(..., kernel_gradient='dense'), likewise in BlockSparseConv, or a dense convolution of the masked weights"
+            f"updates: the gradient at {name!r} is zero on every pruned weight, so {method} can "
+            f"grow none; give its update steps the full "
+            "gradient: conv(..., kernel_gradient='dense'), likewise in BlockSparseConv, or a dense "
+            "convolution of the masked weights"
         )
     return blind.any().astype(jnp.int32)
 
 
 def _bend(spec: Spec, grad: Array, mask: Array, weights: Array, decay: float) -> Array:
-    """The gradient that goes on: masked for hard methods, whole plus the SR-STE term for straight-through ones."""
+    """The gradient that goes on: masked for hard methods, whole plus the SR-STE term for
+    straight-through ones.
+    """
     if not spec.straight_through:
         return jnp.where(mask, grad, jnp.zeros_like(grad)) if jnp.ndim(mask) else grad
     if not jnp.ndim(mask) or decay == 0:
@@ -155,7 +186,9 @@ def _bend(spec: Spec, grad: Array, mask: Array, weights: Array, decay: float) ->
 
 
 def check_budget(budget: Any) -> None:
-    """ValueError unless it is the name of a budget, or a map to sparsities; whether its names are layers shows at init."""
+    """ValueError unless it is the name of a budget, or a map to sparsities; whether its names are
+    layers shows at init.
+    """
     named = dict.fromkeys(budget, (1,)) if isinstance(budget, Mapping) else {}
     budgets.layer_densities(budget, named, 0.0)
 

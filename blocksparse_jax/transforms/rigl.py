@@ -9,7 +9,13 @@ from blocksparse_jax.layout import Dense
 from blocksparse_jax.masks import unstructured
 from blocksparse_jax.scores import magnitude
 from blocksparse_jax.state import Spec
-from blocksparse_jax.transforms._base import Drawn, Leaf, check_budget, sparse_transformation, target_density
+from blocksparse_jax.transforms._base import (
+    Drawn,
+    Leaf,
+    check_budget,
+    sparse_transformation,
+    target_density,
+)
 from blocksparse_jax.transforms.static import draw_random
 
 
@@ -26,11 +32,13 @@ def rigl(
 ) -> optax.GradientTransformationExtraArgs:
     """RigL: drops the smallest weights and grows the connections with the largest gradient.
 
-    Every `update_every` steps after `start`, before `until`, each layer with n active weights drops `floor(f * n)`,
-    `f = drop_fraction / 2 * (1 + cos(pi * (t - start) / (until - start)))`, keeps the largest `|w|` and grows as many of the largest
-    `|g|` among all others, the just dropped ones included. Grown weights start at zero with fresh moments (under `keep_zeros`), and that
-    step applies no gradient. Masks start at random. The gradient must be the full one, as any dense execution gives it; where it is zero
-    on every pruned weight, the update raises a ValueError, or inside jit counts in `blind_updates`, which `summarize` shows.
+    Every `update_every` steps after `start`, before `until`, each layer with n active weights drops
+    `floor(f * n)`, `f = drop_fraction / 2 * (1 + cos(pi * (t - start) / (until - start)))`, keeps
+    the largest `|w|` and grows as many of the largest `|g|` among all others, the just dropped ones
+    included. Grown weights start at zero with fresh moments (under `keep_zeros`), and that step
+    applies no gradient. Masks start at random. The gradient must be the full one, as any dense
+    execution gives it; where it is zero on every pruned weight, the update raises a ValueError, or
+    inside jit counts in `blind_updates`, which `summarize` shows.
 
     Args:
       sparsity: fraction of the chosen weights to remove, in [0, 1).
@@ -40,7 +48,8 @@ def rigl(
       drop_fraction: the fraction at `start`, in [0, 1].
       budget: "erk", "uniform", "er", or a map layer name -> sparsity.
       where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.
-      key: JAX random key of the first masks; None is `jax.random.key(0)`, the same masks in every run.
+      key: JAX random key of the first masks; None is `jax.random.key(0)`, the same masks in every
+        run.
 
     Returns:
       An optax transformation that masks gradients; put it first in the chain, inside `keep_zeros`.
@@ -55,8 +64,8 @@ def rigl(
       >>> int(bsj.get_masks(tx.init(params))["w"].sum())
       58
 
-    Reference: Evci et al., "Rigging the lottery: making all tickets winners", ICML 2020, algorithm 1. No topology step at `start`
-    itself, before anything is learnt, is ours.
+    Reference: Evci et al., "Rigging the lottery: making all tickets winners", ICML 2020, algorithm
+    1. No topology step at `start` itself, before anything is learnt, is ours.
     """
     _checks.fraction("sparsity", sparsity)
     _checks.fraction("drop_fraction", drop_fraction, high_open=False)
@@ -65,14 +74,19 @@ def rigl(
     random_key = _checks.random_key("key", key)
 
     def draw(chosen: dict[str, Array]) -> Drawn:
-        return {name: (mask, Dense()) for name, mask in draw_random(random_key, chosen, sparsity, budget).items()}
+        return {
+            name: (mask, Dense())
+            for name, mask in draw_random(random_key, chosen, sparsity, budget).items()
+        }
 
     def redraw(count: Array, leaves: dict[str, Leaf]) -> Drawn:
         fraction = schedules.cosine_fraction(drop_fraction, count, start, until)
         return {name: (_drop_and_grow(leaf, fraction), Dense()) for name, leaf in leaves.items()}
 
     return sparse_transformation(
-        lambda chosen: Spec("rigl", target_density(budget, chosen, sparsity), skips=True, full_gradient=True),
+        lambda chosen: Spec(
+            "rigl", target_density(budget, chosen, sparsity), skips=True, full_gradient=True
+        ),
         where=where,
         draw=draw,
         redraw=redraw,

@@ -26,18 +26,24 @@ class _LargestOfRun:
 
 
 def sr_ste(
-    n: int = 2, m: int = 4, decay: float = 2e-4, *, axis: Axis = "input", where: tree.Where | None = None
+    n: int = 2,
+    m: int = 4,
+    decay: float = 2e-4,
+    *,
+    axis: Axis = "input",
+    where: tree.Where | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """SR-STE: the forward pass uses the n largest of each m weights, all weights are trained.
 
-    The gradient `g` taken at `w~ = mask * w` (from `masked(params, state)`) goes to all weights, plus `decay * (1 - mask) * w`; the mask
-    is the one of the present weights at every step.
+    The gradient `g` taken at `w~ = mask * w` (from `masked(params, state)`) goes to all weights,
+    plus `decay * (1 - mask) * w`; the mask is the one of the present weights at every step.
 
     Args:
       n: kept weights in a run.
       m: length of a run, a divisor of the axis.
       decay: lambda, the pull of pruned weights towards zero.
-      axis: "input": runs over input channels (the authors' NHWC form); "kernel": over (channel, y, x) of one filter.
+      axis: "input": runs over input channels (the authors' NHWC form); "kernel": over (channel, y,
+        x) of one filter.
       where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.
 
     Returns:
@@ -55,7 +61,8 @@ def sr_ste(
       >>> [round(u, 3) for u in tx.update(grads, state, params)[0]["conv"].reshape(-1).tolist()]
       [0.1, 0.2, 0.0, 0.0, 0.5, 0.6, 0.0, 0.0]
 
-    Reference: Zhou et al., "Learning N:M fine-grained structured sparse neural networks from scratch", ICLR 2021, equation 9.
+    Reference: Zhou et al., "Learning N:M fine-grained structured sparse neural networks from
+    scratch", ICLR 2021, equation 9.
     """
     _checks.positive_int("m", m)
     if _checks.positive_int("n", n) > m:
@@ -80,7 +87,9 @@ def sr_ste(
     return sparse_transformation(spec, where=where, draw=draw, redraw=redraw, decay=decay)
 
 
-def ste(n: int = 2, m: int = 4, *, axis: Axis = "input", where: tree.Where | None = None) -> optax.GradientTransformationExtraArgs:
+def ste(
+    n: int = 2, m: int = 4, *, axis: Axis = "input", where: tree.Where | None = None
+) -> optax.GradientTransformationExtraArgs:
     """STE: N:M sparsity with the plain straight-through gradient, `sr_ste` with decay 0.
 
     Args:

@@ -30,16 +30,20 @@ def subp(
     where: tree.Where | None = None,
     key: Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """SUBP: every group of N consecutive filters keeps the same number of input channels, chosen anew once an epoch.
+    """SUBP: every group of N consecutive filters keeps the same number of input channels, chosen
+    anew once an epoch.
 
-    At each update the `floor(P * C)` blocks (N filters x one channel x the whole kernel) of lowest score go in every group, and
-    `floor((P - P * rho(t)) * C)` of those come back, drawn without replacement with probabilities `softmax(x / tau)`, x = their scores
-    divided by the scores' L2 norm. rho rises from 0 at `start` (dense) to 1 at `end` (plain top-k from there on). Soft: the forward pass
-    uses `w * mask` (`masked(params, state)`), the gradient goes to all weights plus `decay * (1 - mask) * w`. Hard: gradients are masked.
+    At each update the `floor(P * C)` blocks (N filters x one channel x the whole kernel) of lowest
+    score go in every group, and `floor((P - P * rho(t)) * C)` of those come back, drawn without
+    replacement with probabilities `softmax(x / tau)`, x = their scores divided by the scores' L2
+    norm. rho rises from 0 at `start` (dense) to 1 at `end` (plain top-k from there on). Soft: the
+    forward pass uses `w * mask` (`masked(params, state)`), the gradient goes to all weights plus
+    `decay * (1 - mask) * w`. Hard: gradients are masked.
 
     Args:
       sparsity: P, the final fraction of blocks to remove, in [0, 1).
-      block: N, filters in a block; a layer whose filter count it does not divide uses the largest divisor below it.
+      block: N, filters in a block; a layer whose filter count it does not divide uses the largest
+        divisor below it.
       criterion: "l1", "l2" or "bpar" (see `scores.block_scores`).
       schedule: rho's curve: "cubic", "linear", "cos" or "exp".
       start: step at which pruning starts.
@@ -50,12 +54,15 @@ def subp(
       tau: temperature of the regrowth.
       alpha: weight of the redundancy in BPAR.
       decay: pull of pruned weights towards zero, soft only.
-      where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem; each must be `[kh, kw, cin, cout]`.
-      key: JAX random key of the regrowth, each update and leaf folds in its number; None is `jax.random.key(0)`, the same in every run.
+      where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem; each
+        must be `[kh, kw, cin, cout]`.
+      key: JAX random key of the regrowth, each update and leaf folds in its number; None is
+        `jax.random.key(0)`, the same in every run.
 
     Returns:
-      An optax transformation. `get_layouts(state)`, outside of jit, gives the pattern's layouts, of the present kept count. While it is
-      soft, `pack_tree` would lose the pruned weights and refuses.
+      An optax transformation. `get_layouts(state)`, outside of jit, gives the pattern's layouts, of
+      the present kept count. While it is soft, `pack_tree` would lose the pruned weights and
+      refuses.
 
     Raises:
       ValueError: a bad argument, or at init a chosen leaf that is no conv kernel.
@@ -70,7 +77,8 @@ def subp(
       >>> bsj.get_layouts(state)["w"].packed_shape
       (2, 4, 9, 16)
 
-    Reference: Xiang et al., "SUBP: soft uniform block pruning for 1xN sparse CNNs multithreading acceleration", NeurIPS 2023.
+    Reference: Xiang et al., "SUBP: soft uniform block pruning for 1xN sparse CNNs multithreading
+    acceleration", NeurIPS 2023.
     """
     _checks.fraction("sparsity", sparsity)
     _checks.positive_int("block", block)
@@ -80,12 +88,22 @@ def subp(
     _checks.step("end", end, start=_checks.step("start", start))
     if version not in (1, 2):
         raise ValueError(f"version: expected 1 (scores w) or 2 (scores w * mask), got {version!r}")
-    tau, alpha, decay = _checks.number("tau", tau, low_open=True), _checks.number("alpha", alpha), _checks.number("decay", decay)
+    tau, alpha, decay = (
+        _checks.number("tau", tau, low_open=True),
+        _checks.number("alpha", alpha),
+        _checks.number("decay", decay),
+    )
     random_key = _checks.random_key("key", key)
 
     def draw(chosen: dict[str, Array]) -> Drawn:
-        shapes = {name: _checks.kernel_shape(f"params[{name!r}]", leaf.shape) for name, leaf in chosen.items()}
-        return {name: (jnp.ones(s, bool), ConsecutiveGroups(_checks.divisor(s[3], block))) for name, s in shapes.items()}
+        shapes = {
+            name: _checks.kernel_shape(f"params[{name!r}]", leaf.shape)
+            for name, leaf in chosen.items()
+        }
+        return {
+            name: (jnp.ones(s, bool), ConsecutiveGroups(_checks.divisor(s[3], block)))
+            for name, s in shapes.items()
+        }
 
     def redraw(count: Array, leaves: dict[str, Leaf]) -> Drawn:
         rho = schedules.progress(schedule, count, start, end, update_every)
@@ -111,11 +129,17 @@ def subp(
 
 
 def soft_blocks(
-    key: Array, scores: Float[Array, "groups cin"], sparsity: float, rho: Float[Array, ""], tau: float = 1.0
+    key: Array,
+    scores: Float[Array, "groups cin"],
+    sparsity: float,
+    rho: Float[Array, ""],
+    tau: float = 1.0,
 ) -> Bool[Array, "groups cin"]:
-    """Removes the lowest `floor(P * C)` blocks of each group and regrows `floor((P - P * rho) * C)` of them by importance sampling.
+    """Removes the lowest `floor(P * C)` blocks of each group and regrows `floor((P - P * rho) * C)`
+    of them by importance sampling.
 
-    Sampling without replacement is the top-k of `x / tau` plus Gumbel noise, which has the same distribution as drawing one by one.
+    Sampling without replacement is the top-k of `x / tau` plus Gumbel noise, which has the same
+    distribution as drawing one by one.
 
     Args:
       key: JAX random key.
@@ -131,12 +155,15 @@ def soft_blocks(
       >>> soft_blocks(jax.random.key(0), jnp.array([[1.0, 4.0, 2.0, 3.0]]), 0.5, jnp.float32(1.0)).tolist()
       [[False, True, False, True]]
 
-    Reference: Xiang et al., "SUBP", NeurIPS 2023; Kool et al., "Stochastic beams", ICML 2019 (Gumbel top-k).
+    Reference: Xiang et al., "SUBP", NeurIPS 2023; Kool et al., "Stochastic beams", ICML 2019
+    (Gumbel top-k).
     """
     cin = scores.shape[1]
     removed = ~top_rows(scores, cin - _floor(sparsity * cin))
     regrown = (sparsity - sparsity * rho) * cin
-    regrown = jnp.floor(regrown + 1e-4).astype(jnp.int32)  # float32 turns 3 into 2.99997 when cin is in the hundreds
+    regrown = jnp.floor(regrown + 1e-4).astype(
+        jnp.int32
+    )  # float32 turns 3 into 2.99997 when cin is in the hundreds
     norm = jnp.sqrt(jnp.square(jnp.where(removed, scores, 0)).sum(1, keepdims=True))
     logits = scores / jnp.where(norm == 0, 1, norm) / tau + jax.random.gumbel(key, scores.shape)
     return ~removed | top_rows(jnp.where(removed, logits, -jnp.inf), regrown)
@@ -149,5 +176,8 @@ def _floor(x: float) -> int:
 
 def _density(chosen: dict[str, Array], sparsity: float) -> float:
     """The pattern's final density, which the paper's floor decides."""
-    kept = sum(leaf.size * (1 - _floor(sparsity * leaf.shape[2]) / leaf.shape[2]) for leaf in chosen.values())
+    kept = sum(
+        leaf.size * (1 - _floor(sparsity * leaf.shape[2]) / leaf.shape[2])
+        for leaf in chosen.values()
+    )
     return kept / sum(leaf.size for leaf in chosen.values())

@@ -1,9 +1,12 @@
-"""What runs of channels keep: `python -m experiments.bench.channel_blocks` prints one table of kept scores over single-channel lists.
+"""What runs of channels keep: `python -m experiments.bench.channel_blocks` prints one table of kept
+scores over single-channel lists.
 
-For whole networks at HRBP's default settings: every channel space is ordered (`blocksparse_jax.channel_order`), then grouped with runs and
-with single channels, which keep equally many. Of spaces whose layers have the same shapes one is measured and counted as often as they are
-there, and of each network only the spaces with the most weights. Most of the time is the compilation of the grouping, once per layer
-shape, kept count and run length; the report is written row by row, and `--resume` goes on with it.
+For whole networks at HRBP's default settings: every channel space is ordered
+(`blocksparse_jax.channel_order`), then grouped with runs and with single channels, which keep
+equally many. Of spaces whose layers have the same shapes one is measured and counted as often as
+they are there, and of each network only the spaces with the most weights. Most of the time is the
+compilation of the grouping, once per layer shape, kept count and run length; the report is written
+row by row, and `--resume` goes on with it.
 """
 
 import dataclasses
@@ -40,8 +43,9 @@ class Config:
     """What is measured.
 
     Attributes:
-      networks: model:scores. Scores are random (fresh weights), clustered (fresh weights times a factor for each pair of a filter cluster
-        and a channel cluster) or trained (the CNN after a dense training on digits).
+      networks: model:scores. Scores are random (fresh weights), clustered (fresh weights times a
+        factor for each pair of a filter cluster and a channel cluster) or trained (the CNN after a
+        dense training on digits).
       channel_blocks: channels in a run.
       sparsities: of static HRBP, uniform.
       group_size: filters in a group.
@@ -51,7 +55,13 @@ class Config:
       out: the report, JSON.
     """
 
-    networks: tuple[str, ...] = ("cnn:trained", "vgg19:random", "vgg19:clustered", "resnet50:random", "resnet50:clustered")
+    networks: tuple[str, ...] = (
+        "cnn:trained",
+        "vgg19:random",
+        "vgg19:clustered",
+        "resnet50:random",
+        "resnet50:clustered",
+    )
     channel_blocks: tuple[int, ...] = (8, 16, 32)
     sparsities: tuple[float, ...] = (0.8, 0.9, 0.95)
     group_size: int = 32
@@ -68,24 +78,46 @@ def main(config: Config) -> dict[str, Any]:
       config: what is measured.
 
     Returns:
-      What the report holds: `rows`, one for each network, sparsity and channel block, device, versions and commit.
+      What the report holds: `rows`, one for each network, sparsity and channel block, device,
+      versions and commit.
 
     Raises:
       ValueError: an unknown network or kind of scores, or sizes that the library refuses.
-
-    Reference: ours.
     """
-    out, settings = Path(config.out), {name: getattr(config, name) for name in ("group_size", "spaces", "epochs")}
-    found = json.loads(out.read_text()) if config.resume and out.exists() else settings | {"rows": []}
+    out, settings = (
+        Path(config.out),
+        {name: getattr(config, name) for name in ("group_size", "spaces", "epochs")},
+    )
+    found = (
+        json.loads(out.read_text()) if config.resume and out.exists() else settings | {"rows": []}
+    )
     if settings != {name: found[name] for name in settings}:
-        raise ValueError(f"resume: {out} was measured with { ({name: found[name] for name in settings}) }, not {settings}")
-    report = settings | {"device": device(), "versions": versions(), "commit": commit(), "rows": found["rows"]}
+        raise ValueError(
+            f"resume: {out} was measured with { ({name: found[name] for name in settings}) }, not "
+            f"{settings}"
+        )
+    report = settings | {
+        "device": device(),
+        "versions": versions(),
+        "commit": commit(),
+        "rows": found["rows"],
+    }
     have = {(row["network"], row["sparsity"], row["channel_block"]) for row in report["rows"]}
     for network in config.networks:
-        wanted = [(s, b) for s in config.sparsities for b in config.channel_blocks if (network, s, b) not in have]
+        wanted = [
+            (s, b)
+            for s in config.sparsities
+            for b in config.channel_blocks
+            if (network, s, b) not in have
+        ]
         params = draw(network, config.epochs) if wanted else None
         for sparsity, block in wanted:
-            report["rows"].append({"network": network, **measure(params, sparsity, block, config.group_size, config.spaces)})
+            report["rows"].append(
+                {
+                    "network": network,
+                    **measure(params, sparsity, block, config.group_size, config.spaces),
+                }
+            )
             out.write_text(json.dumps(report, indent=2) + "\n")
     Console().print(_table(report["rows"]))
     return report
@@ -103,12 +135,12 @@ def draw(network: str, epochs: int) -> dict[str, Any]:
 
     Raises:
       ValueError: an unknown model or kind of scores.
-
-    Reference: ours.
     """
     model, _, kind = network.partition(":")
     if kind not in ("random", "clustered", "trained") or (kind == "trained" and model != "cnn"):
-        raise ValueError(f"networks: expected MODEL:random, MODEL:clustered or cnn:trained, got {network!r}")
+        raise ValueError(
+            f"networks: expected MODEL:random, MODEL:clustered or cnn:trained, got {network!r}"
+        )
     if kind == "trained":
         with tempfile.TemporaryDirectory() as folder:
             run = Run(TrainConfig(model=model, method="dense", epochs=epochs, out=folder))
@@ -132,13 +164,18 @@ def draw(network: str, epochs: int) -> dict[str, Any]:
         array *= np.sqrt(2 / (leaf.shape[0] * leaf.shape[1] * leaf.shape[3]))  # He, fan-out
         if kind == "clustered":
             factors = 0.3 + rng.normal(size=(CLUSTERS, CLUSTERS)).astype(np.float32) ** 2
-            array *= factors[channel_cluster[name][: leaf.shape[2], None], rng.integers(0, CLUSTERS, leaf.shape[3])]
+            array *= factors[
+                channel_cluster[name][: leaf.shape[2], None],
+                rng.integers(0, CLUSTERS, leaf.shape[3]),
+            ]
         return array
 
     return jax.tree.map_with_path(values, shapes)
 
 
-def measure(params: Any, sparsity: float, channel_block: int, group_size: int, most: int) -> dict[str, Any]:
+def measure(
+    params: Any, sparsity: float, channel_block: int, group_size: int, most: int
+) -> dict[str, Any]:
     """Orders the largest spaces of a network and values the runs.
 
     Args:
@@ -149,35 +186,60 @@ def measure(params: Any, sparsity: float, channel_block: int, group_size: int, m
       most: different spaces at most.
 
     Returns:
-      A row of the report: `ordered`, `unordered` and `chance` are kept scores over that of single-channel lists, summed over the spaces
-      (chance = runs, filters and taps chosen blindly); `worst` is the lowest `ordered` of a space; `covered` the fraction of the sparse
-      weights that the measured spaces hold; `seconds` include compiling.
-
-    Reference: ours.
+      A row of the report: `ordered`, `unordered` and `chance` are kept scores over that of
+      single-channel lists, summed over the spaces (chance = runs, filters and taps chosen blindly);
+      `worst` is the lowest `ordered` of a space; `covered` the fraction of the sparse weights that
+      the measured spaces hold; `seconds` include compiling.
     """
-    found = space_consumers(params, channel_spaces(params), sparsity, channel_block=channel_block, group_size=group_size)
+    found = space_consumers(
+        params, channel_spaces(params), sparsity, channel_block=channel_block, group_size=group_size
+    )
     alike: dict[Any, list[str]] = {}
     for space, named in found.items():
-        alike.setdefault(tuple(sorted((c.scores.shape, *c[1:]) for c in named.values())), []).append(space)
-    weights = {sizes: len(names) * sum(math.prod(shape) for shape, *_ in sizes) for sizes, names in alike.items()}
+        alike.setdefault(
+            tuple(sorted((c.scores.shape, *c[1:]) for c in named.values())), []
+        ).append(space)
+    weights = {
+        sizes: len(names) * sum(math.prod(shape) for shape, *_ in sizes)
+        for sizes, names in alike.items()
+    }
     largest = sorted(alike, key=lambda sizes: -weights[sizes])[:most]
     covered = sum(weights[sizes] for sizes in largest) / sum(weights.values())
-    kept, spaces, began = dict.fromkeys(("ordered", "unordered", "chance", "single"), 0.0), [], time.perf_counter()
+    kept, spaces, began = (
+        dict.fromkeys(("ordered", "unordered", "chance", "single"), 0.0),
+        [],
+        time.perf_counter(),
+    )
     for sizes in largest:
         names, consumers = alike[sizes], list(found[alike[sizes][0]].values())
         block = divisor(sizes[0][0][2], channel_block)
-        ratio = run_ratio(consumers, channel_order(consumers, channel_block=block), channel_block=block)
+        ratio = run_ratio(
+            consumers, channel_order(consumers, channel_block=block), channel_block=block
+        )
         kept["ordered"] += len(names) * ratio.ordered * ratio.single
         kept["unordered"] += len(names) * ratio.unordered * ratio.single
         kept["single"] += len(names) * ratio.single
         kept["chance"] += len(names) * sum(_chance(consumer) for consumer in consumers)
-        spaces.append({"space": names[0], "times": len(names), "ordered": round(ratio.ordered, 4), "unordered": round(ratio.unordered, 4)})
+        spaces.append(
+            {
+                "space": names[0],
+                "times": len(names),
+                "ordered": round(ratio.ordered, 4),
+                "unordered": round(ratio.unordered, 4),
+            }
+        )
     return {
-        "sparsity": sparsity, "channel_block": channel_block,
-        **{name: round(kept[name] / kept["single"], 4) for name in ("ordered", "unordered", "chance")},
-        "worst": min(space["ordered"] for space in spaces), "covered": round(covered, 3),
-        "seconds": round(time.perf_counter() - began, 1), "spaces": spaces,
-    }  # fmt: skip
+        "sparsity": sparsity,
+        "channel_block": channel_block,
+        **{
+            name: round(kept[name] / kept["single"], 4)
+            for name in ("ordered", "unordered", "chance")
+        },
+        "worst": min(space["ordered"] for space in spaces),
+        "covered": round(covered, 3),
+        "seconds": round(time.perf_counter() - began, 1),
+        "spaces": spaces,
+    }
 
 
 def _chance(consumer: Consumer) -> float:
@@ -188,7 +250,15 @@ def _chance(consumer: Consumer) -> float:
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="kept score with runs of channels over single-channel lists")
-    for column in ("network", "sparsity", "channel_block", "ordered", "unordered", "chance", "worst space"):
+    for column in (
+        "network",
+        "sparsity",
+        "channel_block",
+        "ordered",
+        "unordered",
+        "chance",
+        "worst space",
+    ):
         table.add_column(column, justify="left" if column == "network" else "right")
     for row in rows:
         values = (f"{row[name]:.3f}" for name in ("ordered", "unordered", "chance", "worst"))

@@ -16,10 +16,10 @@ def versions() -> dict[str, str]:
 
     Returns:
       Package name -> version.
-
-    Reference: ours.
     """
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in _PACKAGES
+    }
 
 
 def device() -> str:
@@ -27,15 +27,19 @@ def device() -> str:
 
     Returns:
       For example "NVIDIA H200" or "cpu: Intel(R) Xeon(R), 2 cores".
-
-    Reference: ours.
     """
     first = jax.devices()[0]
     if first.platform != "cpu":
         return first.device_kind
     info = Path("/proc/cpuinfo")
     names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+        [
+            line.split(":", 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if info.exists()
+        else []
     )
     return f"cpu: {names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
@@ -45,13 +49,15 @@ def commit() -> str | None:
 
     Returns:
       A short hash, or None outside of a git checkout.
-
-    Reference: ours.
     """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-        status = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
+        head = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        )
+        status = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
+        )
     except FileNotFoundError:
         return None
     return head.stdout.strip() + "+" * bool(status.stdout.strip()) if head.returncode == 0 else None

@@ -1,12 +1,14 @@
-"""Times whole networks at inference: `python -m experiments.bench.inference`; `--quick` about a minute.
+"""Times whole networks at inference: `python -m experiments.bench.inference`; `--quick` about a
+minute.
 
 About 4 minutes on 2 CPU cores at `--seconds 4`, PyTorch included.
 
-SUBP's claim is CPU speed: ResNets for ImageNet (224x224) under its 1x16 and 1x32 patterns at the paper's FLOPs, packed, against the dense
-network in XLA (NHWC, CHWN, and NHWC with a matrix product per tap at 7x7 pixels) and, with `--torch PATH_TO_PYTHON`, in PyTorch (eager and
-frozen, see torch_baseline.py), at batch 1 and 8 on 1 and 2 threads, in turn. Weights are random: only the speed counts, but the logits must
-agree before anything is timed. Batch norm, shortcut and ReLU ride in the block-sparse kernels; XLA fuses them, PyTorch's frozen form folds
-what it can.
+SUBP's claim is CPU speed: ResNets for ImageNet (224x224) under its 1x16 and 1x32 patterns at the
+paper's FLOPs, packed, against the dense network in XLA (NHWC, CHWN, and NHWC with a matrix product
+per tap at 7x7 pixels) and, with `--torch PATH_TO_PYTHON`, in PyTorch (eager and frozen, see
+torch_baseline.py), at batch 1 and 8 on 1 and 2 threads, in turn. Weights are random: only the speed
+counts, but the logits must agree before anything is timed. Batch norm, shortcut and ReLU ride in
+the block-sparse kernels; XLA fuses them, PyTorch's frozen form folds what it can.
 """
 
 import contextlib
@@ -62,7 +64,8 @@ class InferenceConfig:
       seconds: time per network and batch after compilation.
       torch: path of a Python that has PyTorch.
       out: JSON file; None is experiments/results/bench_inference_cpu.json.
-      quick: one narrow network on small images and few repetitions, written nowhere unless `out` is given.
+      quick: one narrow network on small images and few repetitions, written nowhere unless `out` is
+        given.
     """
 
     models: tuple[str, ...] = ("resnet18", "resnet50_v1_5")
@@ -96,17 +99,36 @@ def main(config: InferenceConfig) -> dict[str, Any]:
     jax.config.update("jax_platforms", "cpu")
     available = len(os.sched_getaffinity(0))
     if unknown := set(config.models) - set(PATTERNS):
-        raise ValueError(f"models: expected some of {', '.join(PATTERNS)}, got {', '.join(sorted(unknown))}")
+        raise ValueError(
+            f"models: expected some of {', '.join(PATTERNS)}, got {', '.join(sorted(unknown))}"
+        )
     if config.quick:
-        small = {"models": config.models[:1], "blocks": config.blocks[:1], "batches": config.batches[:1]}
-        config = dataclasses.replace(config, **small, threads=(available,), image_size=64, width=0.25, seconds=0.1)
+        small = {
+            "models": config.models[:1],
+            "blocks": config.blocks[:1],
+            "batches": config.batches[:1],
+        }
+        config = dataclasses.replace(
+            config, **small, threads=(available,), image_size=64, width=0.25, seconds=0.1
+        )
     if not 1 <= min(config.threads) <= max(config.threads) <= available:
-        raise ValueError(f"threads: expected 1 to {available}, the cores that this process may use, got {config.threads}")
+        raise ValueError(
+            f"threads: expected 1 to {available}, the cores that this process may use, got "
+            f"{config.threads}"
+        )
     if config.threads == (available,):
         report = _report(config)
     else:
-        reports = [_elsewhere(dataclasses.replace(config, threads=(threads,))) for threads in config.threads]
-        report = {**reports[0], "rows": [row for one in reports for row in one["rows"]], "device": device(), "config": _told(config)}
+        reports = [
+            _elsewhere(dataclasses.replace(config, threads=(threads,)))
+            for threads in config.threads
+        ]
+        report = {
+            **reports[0],
+            "rows": [row for one in reports for row in one["rows"]],
+            "device": device(),
+            "config": _told(config),
+        }
     Console(width=None if Console().is_terminal else 120).print(_table(report))
     if config.out or not config.quick:
         out = Path(config.out) if config.out else RESULTS / "bench_inference_cpu.json"
@@ -117,15 +139,24 @@ def main(config: InferenceConfig) -> dict[str, Any]:
 
 def _told(config: InferenceConfig) -> dict[str, Any]:
     """The settings without a machine's paths."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in ("torch", "out")}
+    return {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in ("torch", "out")
+    }
 
 
 def _elsewhere(config: InferenceConfig) -> dict[str, Any]:
-    """The report of a process that may use only so many cores: XLA sizes its thread pool once, at the start, by the cores it may use."""
+    """The report of a process that may use only so many cores: XLA sizes its thread pool once, at
+    the start, by the cores it may use.
+    """
     flags = []
     for name, value in dataclasses.asdict(dataclasses.replace(config, out=None)).items():
         if value is not None and name != "quick":
-            flags += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+            flags += [
+                f"--{name.replace('_', '-')}",
+                *map(str, value if isinstance(value, tuple) else (value,)),
+            ]
     with tempfile.TemporaryDirectory() as folder, cores(config.threads[0]):
         out = Path(folder) / "report.json"
         command = [sys.executable, "-m", "experiments.bench.inference", *flags, "--out", str(out)]
@@ -158,52 +189,99 @@ def _report(config: InferenceConfig) -> dict[str, Any]:
     measure.steady_memory()
     told = versions()
     with contextlib.ExitStack() as stack:
-        torch = {policy: stack.enter_context(TorchProcess(config.torch, policy)) for policy in POLICIES if config.torch}
+        torch = {
+            policy: stack.enter_context(TorchProcess(config.torch, policy))
+            for policy in POLICIES
+            if config.torch
+        }
         if torch:
             told["torch"] = torch[POLICIES[0]].version
         rows = [row for name in config.models for row in _bench(config, name, torch)]
-    return {"rows": rows, "device": device(), "versions": told, "commit": commit(), "config": _told(config)}
+    return {
+        "rows": rows,
+        "device": device(),
+        "versions": told,
+        "commit": commit(),
+        "config": _told(config),
+    }
 
 
-def _bench(config: InferenceConfig, name: str, torch: dict[str, TorchProcess]) -> list[dict[str, Any]]:
+def _bench(
+    config: InferenceConfig, name: str, torch: dict[str, TorchProcess]
+) -> list[dict[str, Any]]:
     """The rows of one network: dense and packed, all batches."""
-    create = functools.partial(models.create, name, num_classes=CLASSES, width=config.width, stem="imagenet")
+    create = functools.partial(
+        models.create, name, num_classes=CLASSES, width=config.width, stem="imagenet"
+    )
     size = (config.image_size, config.image_size, 3)
     variables = _variables(create(), size)
     positions = conv_positions(create(data_format="NHWC"), variables, size)
     packed = {
-        (f"1x{block}", flops): _pack(variables, _layouts(variables["params"], block, sparsity, name))
+        (f"1x{block}", flops): _pack(
+            variables, _layouts(variables["params"], block, sparsity, name)
+        )
         for block in config.blocks
         for flops, sparsity in PATTERNS[name]
     }
-    network = {form: _network(create(data_format=form, implementation=config.implementation)) for form in ("NHWC", "CHWN")}
+    network = {
+        form: _network(create(data_format=form, implementation=config.implementation))
+        for form in ("NHWC", "CHWN")
+    }
     network["NHWC, taps"] = _network(create(data_format="NHWC", tap_pixels=64))
     rows = []
     for batch in config.batches:
         images = jnp.asarray(np.random.default_rng(0).standard_normal((batch, *size)), jnp.float32)
-        calls = {("XLA " + form, "", "dense"): functools.partial(network[form], variables, images) for form in network}
+        calls = {
+            ("XLA " + form, "", "dense"): functools.partial(network[form], variables, images)
+            for form in network
+        }
         wanted = np.asarray(network["NHWC"](variables, images))
         _agree(name, {key: np.asarray(call()) for key, call in calls.items()}, wanted)
         for (pattern, flops), (sparse, dense) in packed.items():
             key = ("packed", flops, pattern)
             calls[key] = functools.partial(network["CHWN"], sparse, images)
-            _agree(name, {key: np.asarray(calls[key]())}, np.asarray(network["NHWC"](dense, images)))
+            _agree(
+                name, {key: np.asarray(calls[key]())}, np.asarray(network["NHWC"](dense, images))
+            )
         clocks: dict[Any, Callable[[], float]] = {key: clocked(call) for key, call in calls.items()}
         for policy, process in torch.items():
-            arrays: dict[str, Any] = {"images": np.asarray(images), "weights": _plain(variables["params"])}
+            arrays: dict[str, Any] = {
+                "images": np.asarray(images),
+                "weights": _plain(variables["params"]),
+            }
             theirs = process.load("resnet", arrays, stride_in_3x3=name.endswith("v1_5"))
-            clocks |= {(f"PyTorch {how}, {policy}", "", "dense"): call for how, call in theirs.items()}
+            clocks |= {
+                (f"PyTorch {how}, {policy}", "", "dense"): call for how, call in theirs.items()
+            }
             _agree(name, {how: process.results(how)[0] for how in theirs}, wanted)
         times = in_turn(clocks, seconds=config.seconds)
         median = {key: median_iqr(t)[0] or 0.0 for key, t in times.items()}
-        fastest = {who: min((m for key, m in median.items() if key[0].startswith(who)), default=None) for who in ("XLA", "PyTorch")}
+        fastest = {
+            who: min((m for key, m in median.items() if key[0].startswith(who)), default=None)
+            for who in ("XLA", "PyTorch")
+        }
         for key, milliseconds in times.items():
             execution, flops, pattern = key
             held = packed[pattern, flops][0] if execution == "packed" else variables
-            row = {"model": name, "threads": config.threads[0], "batch": batch, "execution": execution, "pattern": pattern, "flops": flops}
-            row |= {"ms_median": median[key], "ms_iqr": median_iqr(milliseconds)[1], "repetitions": len(milliseconds)}
+            row = {
+                "model": name,
+                "threads": config.threads[0],
+                "batch": batch,
+                "execution": execution,
+                "pattern": pattern,
+                "flops": flops,
+            }
+            row |= {
+                "ms_median": median[key],
+                "ms_iqr": median_iqr(milliseconds)[1],
+                "repetitions": len(milliseconds),
+            }
             row |= {"weights_mb": _megabytes(held), "gflops": _gigaflops(held["params"], positions)}
-            row |= {f"speed_up_over_{who.lower()}": round(ms / (median[key] or 1.0), 3) for who, ms in fastest.items() if ms}
+            row |= {
+                f"speed_up_over_{who.lower()}": round(ms / (median[key] or 1.0), 3)
+                for who, ms in fastest.items()
+                if ms
+            }
             rows.append(row)
     jax.clear_caches()
     return rows
@@ -231,22 +309,33 @@ def _variables(model: Any, size: tuple[int, ...]) -> dict[str, Any]:
 def _pack(variables: dict[str, Any], layouts: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The packed variables with their layouts, and the dense variables with zeros."""
     values = _on_blocks(bsj.pack, variables["params"], layouts)
-    return variables | {"params": values, "layouts": layouts}, variables | {"params": _on_blocks(bsj.unpack, values, layouts)}
+    return variables | {"params": values, "layouts": layouts}, variables | {
+        "params": _on_blocks(bsj.unpack, values, layouts)
+    }
 
 
 def _layouts(params: Any, block: int, sparsity: float, name: str) -> Any:
-    """SUBP's pattern at random channels; stem, classifier and, but in ResNet-50, the shortcuts stay dense, as with the authors."""
+    """SUBP's pattern at random channels; stem, classifier and, but in ResNet-50, the shortcuts stay
+    dense, as with the authors.
+    """
     rng = np.random.default_rng(1)
 
     def layout(path: Any, kernel: Any) -> Any:
         leaf = path_name(path)
-        if not conv_kernels(leaf, kernel) or ("downsample" in leaf and not name.startswith("resnet50")):
+        if not conv_kernels(leaf, kernel) or (
+            "downsample" in leaf and not name.startswith("resnet50")
+        ):
             return bsj.Dense()
         kh, kw, cin, cout = kernel.shape
         groups, kept = cout // block, cin - int(sparsity * cin)
-        channels = np.sort(rng.permuted(np.tile(np.arange(cin), (groups, 1)), axis=1)[:, :kept], axis=1)
+        channels = np.sort(
+            rng.permuted(np.tile(np.arange(cin), (groups, 1)), axis=1)[:, :kept], axis=1
+        )
         taps = np.tile(np.arange(kh * kw), (groups, 1))
-        arrays = (jnp.asarray(a, jnp.int32) for a in (np.arange(cout).reshape(groups, block), channels, taps))
+        arrays = (
+            jnp.asarray(a, jnp.int32)
+            for a in (np.arange(cout).reshape(groups, block), channels, taps)
+        )
         return bsj.BlockLayout(*arrays, shape=kernel.shape)
 
     return jax.tree_util.tree_map_with_path(layout, params)
@@ -254,16 +343,26 @@ def _layouts(params: Any, block: int, sparsity: float, name: str) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _on_blocks(convert: Callable[..., jax.Array], params: Any, layouts: Any) -> Any:
-    return jax.tree.map(lambda leaf, layout: convert(leaf, layout) if isinstance(layout, bsj.BlockLayout) else leaf, params, layouts)
+    return jax.tree.map(
+        lambda leaf, layout: convert(leaf, layout) if isinstance(layout, bsj.BlockLayout) else leaf,
+        params,
+        layouts,
+    )
 
 
 def _plain(params: Any) -> dict[str, np.ndarray]:
-    """The parameters as convs with bias, "stage1_block1/conv1/kernel" and ".../bias": gains are 1, shifts are the biases."""
+    """The parameters as convs with bias, "stage1_block1/conv1/kernel" and ".../bias": gains are 1,
+    shifts are the biases.
+    """
     plain = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = path_name(path)
         *head, module, kind = name.split("/")
-        conv = module.removesuffix("_norm") if module.endswith("_norm") else module.replace("norm", "conv")
+        conv = (
+            module.removesuffix("_norm")
+            if module.endswith("_norm")
+            else module.replace("norm", "conv")
+        )
         if kind != "scale":
             plain["/".join((*head, conv, kind))] = np.asarray(leaf)
     return plain
@@ -273,7 +372,10 @@ def _agree(name: str, logits: dict[Any, np.ndarray], wanted: np.ndarray) -> None
     for key, ours in logits.items():
         error = np.abs(ours - wanted).max() / np.abs(wanted).max()
         if not error <= TOLERANCE:
-            raise RuntimeError(f"nothing was timed: the logits of {name}, {key}, differ from the dense ones by {error:.1e} of the largest")
+            raise RuntimeError(
+                f"nothing was timed: the logits of {name}, {key}, differ from the dense ones by "
+                f"{error:.1e} of the largest"
+            )
 
 
 def _megabytes(variables: dict[str, Any]) -> float:
@@ -285,18 +387,46 @@ def _megabytes(variables: dict[str, Any]) -> float:
 def _gigaflops(params: Any, positions: dict[str, int]) -> float:
     """Multiply-adds per image, as the papers count FLOPs."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    return round(sum(leaf.size * positions.get(path_name(path), 0) for path, leaf in leaves) / 1e9, 3)
+    return round(
+        sum(leaf.size * positions.get(path_name(path), 0) for path, leaf in leaves) / 1e9, 3
+    )
 
 
 def _table(report: dict[str, Any]) -> Table:
     table = Table(title=f"inference, median ms, {report['device']}")
-    for column in ("network", "threads", "batch", "execution", "pattern", "kept G", "weights", "ms", "IQR", "over XLA", "over PyTorch"):
-        table.add_column(column, justify="left" if column in ("network", "execution", "pattern") else "right")
+    for column in (
+        "network",
+        "threads",
+        "batch",
+        "execution",
+        "pattern",
+        "kept G",
+        "weights",
+        "ms",
+        "IQR",
+        "over XLA",
+        "over PyTorch",
+    ):
+        table.add_column(
+            column, justify="left" if column in ("network", "execution", "pattern") else "right"
+        )
     for row in report["rows"]:
-        ups = [f"{row[key]:.2f}x" if key in row else "-" for key in ("speed_up_over_xla", "speed_up_over_pytorch")]
+        ups = [
+            f"{row[key]:.2f}x" if key in row else "-"
+            for key in ("speed_up_over_xla", "speed_up_over_pytorch")
+        ]
         times = (f"{row['ms_median']:.1f}", f"{row['ms_iqr']:.1f}")
         sizes = (f"{row['gflops']:.2f}", f"{row['weights_mb']:.1f} MB")
-        table.add_row(row["model"], str(row["threads"]), str(row["batch"]), row["execution"], row["pattern"], *sizes, *times, *ups)
+        table.add_row(
+            row["model"],
+            str(row["threads"]),
+            str(row["batch"]),
+            row["execution"],
+            row["pattern"],
+            *sizes,
+            *times,
+            *ups,
+        )
     return table
 
 

@@ -1,8 +1,10 @@
-"""Times what is around the convolutions: `python -m experiments.bench.parts` (5 minutes on 2 CPU cores).
+"""Times what is around the convolutions: `python -m experiments.bench.parts` (5 minutes on 2 CPU
+cores).
 
-Batch norm, ReLU, the residual add and the pools of the zoo in (C, H, W, N) beside NHWC, forward and forward + gradient, at the sizes of
-VGG-19 and ResNet-32 (width 2) on 32x32 images and of ResNet-50's ends on 224x224 images, each pool where the networks have it; and the
-grouping of single layers and of a whole ResNet-50, after compilation and with it.
+Batch norm, ReLU, the residual add and the pools of the zoo in (C, H, W, N) beside NHWC, forward and
+forward + gradient, at the sizes of VGG-19 and ResNet-32 (width 2) on 32x32 images and of
+ResNet-50's ends on 224x224 images, each pool where the networks have it; and the grouping of single
+layers and of a whole ResNet-50, after compilation and with it.
 """
 
 import dataclasses
@@ -39,7 +41,9 @@ SIZES = {  # channels, pixels of a side, and the pool that the network has there
     "resnet50 64@112": (64, 112, "max pool 3x3/2"),
     "resnet50 2048@7": (2048, 7, "mean over the image"),
 }
-LARGEST = 100 << 20  # bytes of one layer's activations: with larger ones, the allocator's page faults are what is timed
+LARGEST = (
+    100 << 20
+)  # bytes of one layer's activations: with larger ones, the allocator's page faults are what is timed
 FORMATS = ("CHWN", "NHWC")
 
 
@@ -74,8 +78,6 @@ def operations(data_format: str) -> dict[str, Callable[[jax.Array, jax.Array], j
     Example:
       >>> operations("CHWN")["ReLU"](jnp.array([-1.0, 2.0]), jnp.zeros(2)).tolist()
       [0.0, 2.0]
-
-    Reference: ours.
     """
     parts = Parts(data_format=data_format)
 
@@ -86,8 +88,15 @@ def operations(data_format: str) -> dict[str, Callable[[jax.Array, jax.Array], j
 
     def norm(x: jax.Array) -> jax.Array:
         channels = x.shape[parts.channel_axis]
-        affine, statistics = ({a: jnp.ones(channels), b: jnp.zeros(channels)} for a, b in (("scale", "bias"), ("var", "mean")))
-        return Normed().apply({"params": {"norm": affine}, "batch_stats": {"norm": statistics}}, x, mutable=["batch_stats"])[0]
+        affine, statistics = (
+            {a: jnp.ones(channels), b: jnp.zeros(channels)}
+            for a, b in (("scale", "bias"), ("var", "mean"))
+        )
+        return Normed().apply(
+            {"params": {"norm": affine}, "batch_stats": {"norm": statistics}},
+            x,
+            mutable=["batch_stats"],
+        )[0]
 
     return {
         "batch norm": lambda x, shortcut: norm(x),
@@ -108,42 +117,59 @@ def layers(config: Config) -> list[dict[str, Any]]:
 
     Returns:
       Rows: layer, images, operation, mode, and median and spread of each format in milliseconds.
-
-    Reference: ours.
     """
     rows = []
     for name, (channels, size, pool) in list(SIZES.items())[: config.sizes]:
         batch = min(config.batch, LARGEST // (4 * channels * size * size))
-        chwn = [jax.random.normal(jax.random.key(seed), (channels, size, size, batch)) for seed in range(2)]
+        chwn = [
+            jax.random.normal(jax.random.key(seed), (channels, size, size, batch))
+            for seed in range(2)
+        ]
         arrays = {"CHWN": chwn, "NHWC": [a.transpose(3, 1, 2, 0).copy() for a in chwn]}
         for operation in (*EVERYWHERE, *([pool] if pool else [])):
             for mode in ("forward", "forward + gradient"):
                 calls = {}
                 for data_format, (x, shortcut) in arrays.items():
                     run = operations(data_format)[operation]
-                    dy = jax.random.normal(jax.random.key(2), jax.eval_shape(run, x, shortcut).shape)
-                    program = jax.jit(run if mode == "forward" else functools.partial(_both, run, dy))
+                    dy = jax.random.normal(
+                        jax.random.key(2), jax.eval_shape(run, x, shortcut).shape
+                    )
+                    program = jax.jit(
+                        run if mode == "forward" else functools.partial(_both, run, dy)
+                    )
                     calls[data_format] = clocked(functools.partial(program, x, shortcut))
-                times = {f: median_iqr(t) for f, t in in_turn(calls, seconds=config.seconds).items()}
+                times = {
+                    f: median_iqr(t) for f, t in in_turn(calls, seconds=config.seconds).items()
+                }
                 ms = {f: {"median": median, "iqr": iqr} for f, (median, iqr) in times.items()}
                 ratio = (times["NHWC"][0] or 0.0) / (times["CHWN"][0] or 1.0)
-                row = {"layer": name, "batch": batch, "operation": operation, "mode": mode, "ms": ms}
+                row = {
+                    "layer": name,
+                    "batch": batch,
+                    "operation": operation,
+                    "mode": mode,
+                    "ms": ms,
+                }
                 rows.append(row | {"nhwc_over_chwn": round(ratio, 3)})
     return rows
 
 
-def _both(run: Callable[[jax.Array, jax.Array], jax.Array], dy: jax.Array, x: jax.Array, shortcut: jax.Array) -> tuple[jax.Array, ...]:
+def _both(
+    run: Callable[[jax.Array, jax.Array], jax.Array],
+    dy: jax.Array,
+    x: jax.Array,
+    shortcut: jax.Array,
+) -> tuple[jax.Array, ...]:
     y, pullback = jax.vjp(run, x, shortcut)
     return y, pullback(dy)[0]
 
 
 def grouping() -> list[dict[str, Any]]:
-    """Times `hrbp_groups` on single layers, and `hrbp_prune(0.9).init` on a ResNet-50: with compilation, and again.
+    """Times `hrbp_groups` on single layers, and `hrbp_prune(0.9).init` on a ResNet-50: with
+    compilation, and again.
 
     Returns:
       Rows: what, seconds of the first and of the second call, and processor seconds of the second.
-
-    Reference: ours.
     """
 
     def timed(what: str, call: Callable[[], Any]) -> dict[str, Any]:
@@ -152,16 +178,32 @@ def grouping() -> list[dict[str, Any]]:
             start, start_cpu = time.perf_counter(), time.process_time()
             jax.block_until_ready(call())
             wall.append(time.perf_counter() - start), cpu.append(time.process_time() - start_cpu)
-        return {"what": what, "first_s": round(wall[0], 2), "second_s": round(wall[1], 2), "second_cpu_s": round(cpu[1], 2)}
+        return {
+            "what": what,
+            "first_s": round(wall[0], 2),
+            "second_s": round(wall[1], 2),
+            "second_cpu_s": round(cpu[1], 2),
+        }
 
     rows = []
     for group_size in (8, 32):
         scores = jnp.abs(jax.random.normal(jax.random.key(1), (3, 3, 512, 512)))
-        call = functools.partial(jax.jit(functools.partial(bsj.hrbp_groups, group_size=group_size, kept=154, kept_taps=3)), scores)
+        call = functools.partial(
+            jax.jit(
+                functools.partial(bsj.hrbp_groups, group_size=group_size, kept=154, kept_taps=3)
+            ),
+            scores,
+        )
         rows.append(timed(f"512x512, 3x3, groups of {group_size}", call))
-    shapes = jax.eval_shape(create("resnet50", num_classes=1000).init, jax.random.key(0), jnp.ones((1, 32, 32, 3)))["params"]
-    params = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), shapes)
-    rows.append(timed("ResNet-50, hrbp_prune(0.9)", functools.partial(bsj.hrbp_prune(0.9).init, params)))
+    shapes = jax.eval_shape(
+        create("resnet50", num_classes=1000).init, jax.random.key(0), jnp.ones((1, 32, 32, 3))
+    )["params"]
+    params = jax.tree.map(
+        lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), shapes
+    )
+    rows.append(
+        timed("ResNet-50, hrbp_prune(0.9)", functools.partial(bsj.hrbp_prune(0.9).init, params))
+    )
     return rows
 
 
@@ -173,18 +215,24 @@ def main(config: Config) -> dict[str, Any]:
 
     Returns:
       The report: `layers`, `grouping`, device, versions and commit.
-
-    Reference: ours.
     """
     measure.steady_memory()
-    report = {"device": device(), "versions": versions(), "commit": commit(), "batch": config.batch, "rows": layers(config)}
+    report = {
+        "device": device(),
+        "versions": versions(),
+        "commit": commit(),
+        "batch": config.batch,
+        "rows": layers(config),
+    }
     report["grouping"] = grouping() if config.grouping else []
     table = Table(title="milliseconds in both formats")
     for column in ("layer", "operation", "mode", *FORMATS, "NHWC / CHWN"):
         table.add_column(column)
     for row in report["rows"]:
         ms = (f"{row['ms'][f]['median']:.2f}" for f in FORMATS)
-        table.add_row(row["layer"], row["operation"], row["mode"], *ms, f"{row['nhwc_over_chwn']:.2f}x")
+        table.add_row(
+            row["layer"], row["operation"], row["mode"], *ms, f"{row['nhwc_over_chwn']:.2f}x"
+        )
     Console(width=140).print(table, *(json.dumps(row) for row in report["grouping"]), sep="\n")
     Path(config.out).write_text(json.dumps(report, indent=1) + "\n")
     return report

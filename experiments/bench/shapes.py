@@ -21,7 +21,8 @@ class Layer:
       stride: step in pixels.
       kernel: side of the conv kernel in taps.
 
-    Reference: VGG-19 and ResNet-32 (width 2) on 32x32 images, as used by Wang et al., "GraSP", ICLR 2020.
+    Reference: VGG-19 and ResNet-32 (width 2) on 32x32 images, as used by Wang et al., "GraSP", ICLR
+    2020.
     """
 
     name: str
@@ -75,7 +76,17 @@ _NAMED = {layer.name: layer for layer in RESNET50}
 OTHERS = (
     Layer("digits 16-32@8", 16, 32, 8),
     Layer("digits 32-64@8/2", 32, 64, 8, 2),
-    *(_NAMED[f"resnet50 {name}"] for name in ("64@56", "128@28", "512@7", "1x1 64-256@56", "1x1 512-128@28", "1x1 512-2048@7")),
+    *(
+        _NAMED[f"resnet50 {name}"]
+        for name in (
+            "64@56",
+            "128@28",
+            "512@7",
+            "1x1 64-256@56",
+            "1x1 512-128@28",
+            "1x1 512-2048@7",
+        )
+    ),
     _NAMED["resnet50 1x1 512-1024@28/2"],
 )
 INFERENCE = tuple(  # each kernel at each resolution, channels growing and shrinking
@@ -88,9 +99,16 @@ INFERENCE = tuple(  # each kernel at each resolution, channels growing and shrin
 
 
 def layer_spec(
-    layer: Layer, *, sparsity: float, batch: int, group_size: int = 32, kept_taps: int | None = None, dtype: str = "float32"
+    layer: Layer,
+    *,
+    sparsity: float,
+    batch: int,
+    group_size: int = 32,
+    kept_taps: int | None = None,
+    dtype: str = "float32",
 ) -> ConvSpec:
-    """The convolution of a layer at a sparsity, SAME padding; the kept channels follow from the density.
+    """The convolution of a layer at a sparsity, SAME padding; the kept channels follow from the
+    density.
 
     `kept = round((1 - sparsity) * cin * kernel^2 / kept_taps)`, at least 1.
 
@@ -108,8 +126,6 @@ def layer_spec(
     Example:
       >>> layer_spec(VGG19[0], sparsity=0.9, batch=128).packed_shape
       (2, 19, 3, 32)
-
-    Reference: ours.
     """
     area = layer.kernel**2
     kept_taps = kept_taps or max(1, area // 3)
@@ -117,13 +133,25 @@ def layer_spec(
     total = max((-(-layer.size // layer.stride) - 1) * layer.stride + layer.kernel - layer.size, 0)
     edge = (total // 2, total - total // 2)
     return ConvSpec(
-        cin=layer.cin, height=layer.size, width=layer.size, batch=batch, kernel=(layer.kernel, layer.kernel), cout=layer.cout,
-        groups=layer.cout // group_size, kept=min(layer.cin, max(1, round((1 - sparsity) * layer.cin * area / kept_taps))),
-        kept_taps=kept_taps, group_size=group_size, strides=(layer.stride, layer.stride), padding=(edge, edge), dtype=dtype,
-    )  # fmt: skip
+        cin=layer.cin,
+        height=layer.size,
+        width=layer.size,
+        batch=batch,
+        kernel=(layer.kernel, layer.kernel),
+        cout=layer.cout,
+        groups=layer.cout // group_size,
+        kept=min(layer.cin, max(1, round((1 - sparsity) * layer.cin * area / kept_taps))),
+        kept_taps=kept_taps,
+        group_size=group_size,
+        strides=(layer.stride, layer.stride),
+        padding=(edge, edge),
+        dtype=dtype,
+    )
 
 
-def random_operands(spec: ConvSpec, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+def random_operands(
+    spec: ConvSpec, seed: int = 0
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """Random operands of a convolution.
 
     Args:
@@ -136,21 +164,41 @@ def random_operands(spec: ConvSpec, seed: int = 0) -> tuple[jax.Array, jax.Array
     Example:
       >>> [a.shape for a in random_operands(layer_spec(VGG19[7], sparsity=0.9, batch=2))][2:]
       [(16, 154, 3, 32), (16, 32), (16, 154), (16, 3)]
-
-    Reference: ours.
     """
     rng = np.random.default_rng(seed)
 
     def subsets(count: int, bound: int) -> jax.Array:
-        return jnp.asarray(np.sort(rng.permuted(np.tile(np.arange(bound), (spec.groups, 1)), axis=1)[:, :count], axis=1), jnp.int32)
+        return jnp.asarray(
+            np.sort(
+                rng.permuted(np.tile(np.arange(bound), (spec.groups, 1)), axis=1)[:, :count], axis=1
+            ),
+            jnp.int32,
+        )
 
-    x, dy, values = (jnp.asarray(rng.standard_normal(s), spec.dtype) for s in (spec.in_shape, spec.out_shape, spec.packed_shape))
-    filters = jnp.asarray(np.sort(rng.permutation(spec.cout).reshape(spec.groups, -1), axis=1), jnp.int32)
-    return x, dy, values, filters, subsets(spec.kept, spec.cin), subsets(spec.kept_taps, spec.kernel[0] * spec.kernel[1])
+    x, dy, values = (
+        jnp.asarray(rng.standard_normal(s), spec.dtype)
+        for s in (spec.in_shape, spec.out_shape, spec.packed_shape)
+    )
+    filters = jnp.asarray(
+        np.sort(rng.permutation(spec.cout).reshape(spec.groups, -1), axis=1), jnp.int32
+    )
+    return (
+        x,
+        dy,
+        values,
+        filters,
+        subsets(spec.kept, spec.cin),
+        subsets(spec.kept_taps, spec.kernel[0] * spec.kernel[1]),
+    )
 
 
 def convolve(
-    spec: ConvSpec, implementation: str | Implementation | None, x: jax.Array, values: jax.Array, *index: jax.Array, **epilogue: Any
+    spec: ConvSpec,
+    implementation: str | Implementation | None,
+    x: jax.Array,
+    values: jax.Array,
+    *index: jax.Array,
+    **epilogue: Any,
 ) -> jax.Array:
     """`block_sparse_conv` with the geometry of a spec.
 
@@ -169,10 +217,15 @@ def convolve(
       >>> x, _, values, *index = random_operands(layer_spec(OTHERS[0], sparsity=0.9, batch=2))
       >>> convolve(layer_spec(OTHERS[0], sparsity=0.9, batch=2), None, x, values, *index).shape
       (32, 8, 8, 2)
-
-    Reference: ours.
     """
     return block_sparse_conv(
-        x, values, *index, kernel_shape=(*spec.kernel, spec.cin, spec.cout), strides=spec.strides, padding=spec.padding,
-        dilation=spec.dilation, implementation=implementation, **epilogue,
-    )  # fmt: skip
+        x,
+        values,
+        *index,
+        kernel_shape=(*spec.kernel, spec.cin, spec.cout),
+        strides=spec.strides,
+        padding=spec.padding,
+        dilation=spec.dilation,
+        implementation=implementation,
+        **epilogue,
+    )

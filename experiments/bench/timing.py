@@ -1,4 +1,6 @@
-"""Wall times, of training steps and of single calls: warm-up excluded, several in turn, median and interquartile range."""
+"""Wall times, of training steps and of single calls: warm-up excluded, several in turn, median and
+interquartile range.
+"""
 
 import time
 from collections import defaultdict
@@ -16,8 +18,6 @@ class StepTimer:
 
     Args:
       warm_up: steps of each kind that do not count.
-
-    Reference: ours.
     """
 
     def __init__(self, warm_up: int = 3):
@@ -35,8 +35,6 @@ class StepTimer:
 
         Returns:
           The function's result, ready.
-
-        Reference: ours.
         """
         start = time.perf_counter()
         out = jax.block_until_ready(function())
@@ -54,8 +52,6 @@ class StepTimer:
 
         Returns:
           Milliseconds, in order.
-
-        Reference: ours.
         """
         return self._times[kind]
 
@@ -72,8 +68,6 @@ def median_iqr(milliseconds: Sequence[float]) -> tuple[float | None, float | Non
     Example:
       >>> median_iqr([1.0, 2.0, 3.0, 4.0, 5.0])
       (3.0, 2.0)
-
-    Reference: ours.
     """
     if not milliseconds:
         return None, None
@@ -81,8 +75,11 @@ def median_iqr(milliseconds: Sequence[float]) -> tuple[float | None, float | Non
     return round(float(middle), 3), round(float(high - low), 3)
 
 
-def alternate(functions: dict[str, Callable[[], Any]], repetitions: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Times several functions in turn, round after round, so that a slow phase of the machine meets all of them.
+def alternate(
+    functions: dict[str, Callable[[], Any]], repetitions: int, warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Times several functions in turn, round after round, so that a slow phase of the machine meets
+    all of them.
 
     Args:
       functions: name -> a function without arguments, whose result is waited for.
@@ -91,8 +88,6 @@ def alternate(functions: dict[str, Callable[[], Any]], repetitions: int, warm_up
 
     Returns:
       Name -> milliseconds of each repetition.
-
-    Reference: ours.
     """
     timer = StepTimer(warm_up)
     for _ in range(warm_up + repetitions):
@@ -113,8 +108,6 @@ def clocked(function: Callable[[], Any]) -> Callable[[], float]:
     Example:
       >>> clocked(lambda: jax.numpy.ones(3))() > 0
       True
-
-    Reference: ours.
     """
 
     def call() -> float:
@@ -125,16 +118,21 @@ def clocked(function: Callable[[], Any]) -> Callable[[], float]:
     return call
 
 
-def in_turn(calls: Mapping[Any, Callable[[], float]], *, seconds: float, rounds: int = 5) -> dict[Any, list[float]]:
-    """Times calls in turn (a, b, c, b, c, a, ...), each round in an order of its own, for about as long as wished.
+def in_turn(
+    calls: Mapping[Any, Callable[[], float]], *, seconds: float, rounds: int = 5
+) -> dict[Any, list[float]]:
+    """Times calls in turn (a, b, c, b, c, a, ...), each round in an order of its own, for about as
+    long as wished.
 
-    Whoever runs in another process times itself there: the way to it is not its time. Each repetition calls for `BURST` milliseconds (at
-    least once) that do not count, then for as long again, of which the median counts: so each meets the caches, the clock and the threads
-    as it leaves them itself, not as its neighbour does.
+    Whoever runs in another process times itself there: the way to it is not its time. Each
+    repetition calls for `BURST` milliseconds (at least once) that do not count, then for as long
+    again, of which the median counts: so each meets the caches, the clock and the threads as it
+    leaves them itself, not as its neighbour does.
 
     Args:
-      calls: name -> a function that does its work once and returns the milliseconds it took. The first two calls of each do not count,
-        except of one that takes longer than `seconds`: it is timed once.
+      calls: name -> a function that does its work once and returns the milliseconds it took. The
+        first two calls of each do not count, except of one that takes longer than `seconds`: it is
+        timed once.
       seconds: to spend on all of them together.
       rounds: at least so many.
 
@@ -144,16 +142,20 @@ def in_turn(calls: Mapping[Any, Callable[[], float]], *, seconds: float, rounds:
     Example:
       >>> in_turn({"a": lambda: 1.0, "b": lambda: 2000.0}, seconds=1, rounds=3)
       {'a': [1.0, 1.0, ..., 1.0], 'b': [2000.0]}
-
-    Reference: ours.
     """
     second = {}
     for name, call in calls.items():
         call()
         second[name] = call()
     quick = [name for name, t in second.items() if t <= 1e3 * seconds]
-    count = max(rounds, int(1e3 * seconds / sum(2 * max(second[name], BURST) for name in quick))) if quick else 0
-    times: dict[Any, list[float]] = {name: [] if name in quick else [t] for name, t in second.items()}
+    count = (
+        max(rounds, int(1e3 * seconds / sum(2 * max(second[name], BURST) for name in quick)))
+        if quick
+        else 0
+    )
+    times: dict[Any, list[float]] = {
+        name: [] if name in quick else [t] for name, t in second.items()
+    }
     rng = np.random.default_rng()
     for _ in range(count):
         for place in rng.permutation(len(quick)):

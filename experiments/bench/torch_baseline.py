@@ -1,14 +1,16 @@
-"""PyTorch's dense convolutions on a CPU, as a process that the benchmarks ask for one call at a time.
+"""PyTorch's dense convolutions on a CPU, as a process that the benchmarks ask for one call at a
+time.
 
-PyTorch is the strongest dense baseline that we know on a CPU, and no dependency of this project. The benchmarks take the path of a Python
-that has it (and NumPy), in an environment of its own:
+PyTorch is the strongest dense baseline that we know on a CPU, and no dependency of this project.
+The benchmarks take the path of a Python that has it (and NumPy), in an environment of its own:
 
     python3 -m venv torchenv && torchenv/bin/python -m pip install torch numpy
     python -m experiments.bench.kernels --device cpu --torch torchenv/bin/python
 
-This file runs in that Python and imports nothing else. It reads one JSON object per line and answers with one; `torch_process.py` is its
-other end. It times itself, runs at PyTorch's best (channels_last, a steady allocator, both ways of waiting: see `torch_process.py`), and
-answers only when its threads sleep: while the other side is timed, nothing runs here.
+This file runs in that Python and imports nothing else. It reads one JSON object per line and
+answers with one; `torch_process.py` is its other end. It times itself, runs at PyTorch's best
+(channels_last, a steady allocator, both ways of waiting: see `torch_process.py`), and answers only
+when its threads sleep: while the other side is timed, nothing runs here.
 """
 
 import ctypes
@@ -29,14 +31,14 @@ Calls = dict[str, Callable[[], Any]]  # what can be timed, by name; each gives t
 
 
 def main() -> None:
-    """Answers requests until standard input ends.
-
-    Reference: ours.
-    """
+    """Answers requests until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
     warnings.filterwarnings("ignore")
-    ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # as experiments.bench.measure.steady_memory
+    (
+        ctypes.CDLL(None).mallopt(-4, 0),
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1),
+    )  # as experiments.bench.measure.steady_memory
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     calls: Calls = {}
     print(json.dumps({"torch": torch.__version__}), file=answers, flush=True)
@@ -52,8 +54,8 @@ def main() -> None:
 def conv(calls: Calls, folder: str, strides: list[int], padding: list[list[int]]) -> dict[str, Any]:
     """Takes one convolution: x.npy and dy.npy (NHWC), kernel.npy (HWIO).
 
-    PyTorch pads both sides alike. Padding of one more on the far side (SAME, stride 2) is padding of one more on the near side of the
-    mirrored image, and there the last zeros are never read.
+    PyTorch pads both sides alike. Padding of one more on the far side (SAME, stride 2) is padding
+    of one more on the near side of the mirrored image, and there the last zeros are never read.
 
     Args:
       calls: what can be timed; replaced.
@@ -63,14 +65,20 @@ def conv(calls: Calls, folder: str, strides: list[int], padding: list[list[int]]
 
     Returns:
       The names of the calls: the output, or the output and both gradients.
-
-    Reference: ours.
     """
     mirrored = [axis for axis, (low, high) in enumerate(padding, 1) if low < high]
     zeros = [max(pads) for pads in padding]
-    x, dy = (_tensor(np.flip(np.load(Path(folder) / f"{name}.npy"), mirrored), (0, 3, 1, 2)) for name in ("x", "dy"))
-    kernel = _tensor(np.flip(np.load(Path(folder) / "kernel.npy"), [axis - 1 for axis in mirrored]), (3, 2, 0, 1))
-    leaves = [x.clone(memory_format=torch.channels_last).requires_grad_(), kernel.clone(memory_format=torch.channels_last).requires_grad_()]
+    x, dy = (
+        _tensor(np.flip(np.load(Path(folder) / f"{name}.npy"), mirrored), (0, 3, 1, 2))
+        for name in ("x", "dy")
+    )
+    kernel = _tensor(
+        np.flip(np.load(Path(folder) / "kernel.npy"), [axis - 1 for axis in mirrored]), (3, 2, 0, 1)
+    )
+    leaves = [
+        x.clone(memory_format=torch.channels_last).requires_grad_(),
+        kernel.clone(memory_format=torch.channels_last).requires_grad_(),
+    ]
 
     def forward() -> tuple[torch.Tensor, ...]:
         with torch.inference_mode():
@@ -81,8 +89,14 @@ def conv(calls: Calls, folder: str, strides: list[int], padding: list[list[int]]
         return y, *torch.autograd.grad(y, leaves, dy)
 
     def back(results: tuple[torch.Tensor, ...]) -> list[np.ndarray]:
-        orders, axes = ((0, 2, 3, 1), (0, 2, 3, 1), (2, 3, 1, 0)), (mirrored, mirrored, [axis - 1 for axis in mirrored])
-        return [np.flip(r.detach().numpy().transpose(order), flip) for r, order, flip in zip(results, orders, axes)]
+        orders, axes = (
+            ((0, 2, 3, 1), (0, 2, 3, 1), (2, 3, 1, 0)),
+            (mirrored, mirrored, [axis - 1 for axis in mirrored]),
+        )
+        return [
+            np.flip(r.detach().numpy().transpose(order), flip)
+            for r, order, flip in zip(results, orders, axes)
+        ]
 
     calls.clear()
     calls.update({"forward": forward, "forward + gradients": training, "results": back})
@@ -90,7 +104,8 @@ def conv(calls: Calls, folder: str, strides: list[int], padding: list[list[int]]
 
 
 def resnet(calls: Calls, folder: str, stride_in_3x3: bool) -> dict[str, Any]:
-    """Takes a residual network for ImageNet and a batch: weights.npz (kernels HWIO, biases) and images.npy (NHWC).
+    """Takes a residual network for ImageNet and a batch: weights.npz (kernels HWIO, biases) and
+    images.npy (NHWC).
 
     Args:
       calls: what can be timed; replaced.
@@ -98,7 +113,8 @@ def resnet(calls: Calls, folder: str, stride_in_3x3: bool) -> dict[str, Any]:
       stride_in_3x3: a bottleneck's stride sits in its 3x3 conv.
 
     Returns:
-      The names of the calls: "eager", and "frozen" (weights in oneDNN's own order, conv and ReLU in one) where this PyTorch has it.
+      The names of the calls: "eager", and "frozen" (weights in oneDNN's own order, conv and ReLU in
+      one) where this PyTorch has it.
 
     Reference: He et al., "Deep residual learning", CVPR 2016.
     """
@@ -107,7 +123,9 @@ def resnet(calls: Calls, folder: str, stride_in_3x3: bool) -> dict[str, Any]:
     networks = {"eager": network}
     if hasattr(torch.jit, "optimize_for_inference"):
         with torch.no_grad():
-            networks["frozen"] = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(network, images)))
+            networks["frozen"] = torch.jit.optimize_for_inference(
+                torch.jit.freeze(torch.jit.trace(network, images))
+            )
 
     def call(network: Any) -> Callable[[], tuple[torch.Tensor]]:
         def logits() -> tuple[torch.Tensor]:
@@ -131,8 +149,6 @@ def run(calls: Calls, name: str) -> dict[str, Any]:
 
     Returns:
       `{"ms": ...}`, when the threads sleep again.
-
-    Reference: ours.
     """
     start = time.perf_counter()
     calls[name]()
@@ -154,8 +170,6 @@ def results(calls: Calls, name: str, folder: str) -> dict[str, Any]:
 
     Returns:
       `{"count": ...}`.
-
-    Reference: ours.
     """
     arrays = calls["results"](calls[name]())  # type: ignore[call-arg]
     for i, array in enumerate(arrays):
@@ -164,7 +178,11 @@ def results(calls: Calls, name: str, folder: str) -> dict[str, Any]:
 
 
 def _tensor(array: np.ndarray, order: tuple[int, ...]) -> Any:
-    return torch.from_numpy(np.ascontiguousarray(array)).permute(order).clone(memory_format=torch.channels_last)
+    return (
+        torch.from_numpy(np.ascontiguousarray(array))
+        .permute(order)
+        .clone(memory_format=torch.channels_last)
+    )
 
 
 class ResNet(torch.nn.Module):
@@ -174,7 +192,11 @@ class ResNet(torch.nn.Module):
         super().__init__()
         self.names, self.stride_in_3x3 = set(weights), stride_in_3x3
         for name, array in weights.items():
-            tensor = _tensor(array, (3, 2, 0, 1)) if array.ndim == 4 else torch.from_numpy(np.ascontiguousarray(array.T))
+            tensor = (
+                _tensor(array, (3, 2, 0, 1))
+                if array.ndim == 4
+                else torch.from_numpy(np.ascontiguousarray(array.T))
+            )
             self.register_buffer(name.replace("/", "_"), tensor)
 
     def conv(self, name: str, x: torch.Tensor, stride: int = 1) -> torch.Tensor:
@@ -185,7 +207,9 @@ class ResNet(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of images."""
         x = functional.max_pool2d(functional.relu_(self.conv("stem", x, 2)), 3, 2, 1)
-        for block in sorted({name.split("/")[0] for name in self.names if name.startswith("stage")}):
+        for block in sorted(
+            {name.split("/")[0] for name in self.names if name.startswith("stage")}
+        ):
             stride = 2 if block.endswith("_block1") and block != "stage1_block1" else 1
             count = sum(f"{block}/conv{i}/kernel" in self.names for i in (1, 2, 3))
             strided = 2 if count == 3 and self.stride_in_3x3 else 1
@@ -199,7 +223,12 @@ class ResNet(torch.nn.Module):
         return functional.linear(x.mean((2, 3)), self.classifier_kernel, self.classifier_bias)
 
 
-DO: dict[str, Callable[..., dict[str, Any]]] = {"conv": conv, "resnet": resnet, "run": run, "results": results}
+DO: dict[str, Callable[..., dict[str, Any]]] = {
+    "conv": conv,
+    "resnet": resnet,
+    "run": run,
+    "results": results,
+}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Our end of `torch_baseline.py`: PyTorch's convolutions in a process of another Python, run one call at a time."""
+"""Our end of `torch_baseline.py`: PyTorch's convolutions in a process of another Python, run one
+call at a time.
+"""
 
 import json
 import os
@@ -15,34 +17,48 @@ SCRIPT = Path(__file__).with_name("torch_baseline.py")
 
 
 class TorchProcess:
-    """PyTorch in another process, which holds one job's arrays and idles until it is asked; use it in a `with` statement.
+    """PyTorch in another process, which holds one job's arrays and idles until it is asked; use it
+    in a `with` statement.
 
     Args:
       python: path of a Python that has PyTorch and NumPy.
-      policy: how PyTorch's threads wait for each other inside a call: "active", as OpenMP does by default (the faster one by far for small
-        layers on a quiet machine), or "passive" (where other processes want the cores).
+      policy: how PyTorch's threads wait for each other inside a call: "active", as OpenMP does by
+        default (the faster one by far for small layers on a quiet machine), or "passive" (where
+        other processes want the cores).
 
     Attributes:
       version: of PyTorch.
 
     Raises:
       ValueError: there is no such Python, or it has no PyTorch; the message says how to make one.
-
-    Reference: ours.
     """
 
     def __init__(self, python: str, policy: str = "active"):
         how = "make one: python3 -m venv torchenv && torchenv/bin/python -m pip install torch numpy"
-        environment = os.environ | ({"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"} if policy == "passive" else {})
+        environment = os.environ | (
+            {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"} if policy == "passive" else {}
+        )
         try:
-            self._child = subprocess.Popen([python, str(SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+            self._child = subprocess.Popen(
+                [python, str(SCRIPT)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment,
+            )
         except OSError as error:
-            raise ValueError(f"torch: expected the path of a Python that has PyTorch, got {python!r} ({error.strerror}); {how}") from None
+            raise ValueError(
+                f"torch: expected the path of a Python that has PyTorch, got {python!r} "
+                f"({error.strerror}); {how}"
+            ) from None
         try:
             about = self._answer()
         except RuntimeError as error:
             self.__exit__()
-            raise ValueError(f"torch: expected the path of a Python that has PyTorch, got {python!r}: {error}; {how}") from None
+            raise ValueError(
+                f"torch: expected the path of a Python that has PyTorch, got {python!r}: {error}; "
+                f"{how}"
+            ) from None
         self.version: str = about["torch"]
 
     def __enter__(self) -> Self:
@@ -54,7 +70,9 @@ class TorchProcess:
             pipe.close()
         self._child.wait()
 
-    def load(self, do: str, arrays: dict[str, np.ndarray | dict[str, np.ndarray]], **options: Any) -> dict[str, Callable[[], float]]:
+    def load(
+        self, do: str, arrays: dict[str, np.ndarray | dict[str, np.ndarray]], **options: Any
+    ) -> dict[str, Callable[[], float]]:
         """Hands over the arrays of a job; the former job is gone.
 
         Args:
@@ -67,8 +85,6 @@ class TorchProcess:
 
         Raises:
           RuntimeError: PyTorch does not take it.
-
-        Reference: ours.
         """
         with tempfile.TemporaryDirectory() as folder:
             for name, value in arrays.items():
@@ -87,8 +103,6 @@ class TorchProcess:
 
         Returns:
           Its arrays: activations NHWC, kernels HWIO.
-
-        Reference: ours.
         """
         with tempfile.TemporaryDirectory() as folder:
             count = self._ask(do="results", name=name, folder=folder)["count"]
@@ -102,7 +116,11 @@ class TorchProcess:
     def _answer(self) -> dict[str, Any]:
         assert self._child.stdout
         line = self._child.stdout.readline()
-        answer = json.loads(line) if line else {"error": f"its process ended with status {self._child.wait()}"}
+        answer = (
+            json.loads(line)
+            if line
+            else {"error": f"its process ended with status {self._child.wait()}"}
+        )
         if "error" in answer:
             raise RuntimeError(answer["error"])
         return answer

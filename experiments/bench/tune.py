@@ -1,6 +1,8 @@
-"""`python -m experiments.bench.tune`: measures the XLA formulations and the native kernels here, and rewrites the table that picks.
+"""`python -m experiments.bench.tune`: measures the XLA formulations and the native kernels here,
+and rewrites the table that picks.
 
-`--device gpu` times the tiles of the GPU kernels instead (tune_gpu.py; its options: `--device gpu --help`).
+`--device gpu` times the tiles of the GPU kernels instead (tune_gpu.py; its options: `--device gpu
+--help`).
 """
 
 import dataclasses
@@ -32,7 +34,8 @@ class Config:
 
     Attributes:
       seconds: time per shape and mode, after compilation.
-      only: a part of the name of the layers to measure again; the other entries of the table stay. Empty: all.
+      only: a part of the name of the layers to measure again; the other entries of the table stay.
+        Empty: all.
       table: the file to write.
       device: cpu; for gpu see tune_gpu.py.
     """
@@ -52,14 +55,22 @@ def cases() -> dict[str, ConvSpec]:
     Example:
       >>> len(cases()) > 60
       True
-
-    Reference: ours.
     """
     found = {}
 
-    def add(layer: shapes.Layer, sparsity: float, batch: int, group_size: int = 32, kept_taps: int | None = None) -> None:
-        spec = shapes.layer_spec(layer, sparsity=sparsity, batch=batch, group_size=group_size, kept_taps=kept_taps)
-        found[f"{layer.name} {sparsity:.0%} n{batch} {'x'.join(map(str, spec.packed_shape))}"] = spec
+    def add(
+        layer: shapes.Layer,
+        sparsity: float,
+        batch: int,
+        group_size: int = 32,
+        kept_taps: int | None = None,
+    ) -> None:
+        spec = shapes.layer_spec(
+            layer, sparsity=sparsity, batch=batch, group_size=group_size, kept_taps=kept_taps
+        )
+        found[f"{layer.name} {sparsity:.0%} n{batch} {'x'.join(map(str, spec.packed_shape))}"] = (
+            spec
+        )
 
     for sparsity in (0.8, 0.9, 0.95):
         for layer in shapes.VGG19 + shapes.RESNET32:
@@ -76,12 +87,15 @@ def cases() -> dict[str, ConvSpec]:
         add(layer, 0.7, 64, 16)
     for layer in shapes.INFERENCE:
         for batch, group_size in ((1, 16), (1, 32), (8, 16)):
-            add(layer, 0.77, batch, group_size, layer.kernel**2)  # as SUBP's ResNet-50 of 1.0G multiply-adds
+            add(
+                layer, 0.77, batch, group_size, layer.kernel**2
+            )  # as SUBP's ResNet-50 of 1.0G multiply-adds
     return found
 
 
 def measure_case(spec: ConvSpec, seconds: float) -> dict[str, dict[str, float]]:
-    """The median time of each formulation and of the native kernels, alone and with both gradients, in alternation.
+    """The median time of each formulation and of the native kernels, alone and with both gradients,
+    in alternation.
 
     Args:
       spec: the static sizes.
@@ -94,17 +108,20 @@ def measure_case(spec: ConvSpec, seconds: float) -> dict[str, dict[str, float]]:
       >>> spec = ConvSpec(cin=2, height=3, width=3, batch=1, kernel=(1, 1), cout=2, groups=1, kept=1, kept_taps=1, group_size=2)
       >>> list(measure_case(spec, 0.0))
       ['forward', 'forward + gradients']
-
-    Reference: ours.
     """
     x, dy, values, *index = shapes.random_operands(spec)
     calls: dict[str, dict[str, Callable]] = {mode: {} for mode in tiles.MODES}
     for name, formulation in (xla.FORMULATIONS | {tiles.NATIVE: cpu.IMPLEMENTATION}).items():
         if formulation.supports(spec) is None:
-            for mode, program in measure.programs(functools.partial(shapes.convolve, spec, formulation)).items():
+            for mode, program in measure.programs(
+                functools.partial(shapes.convolve, spec, formulation)
+            ).items():
                 calls[mode][name] = functools.partial(program, x, values, dy, *index)
     times = {mode: measure.alternate(by_name, seconds=seconds) for mode, by_name in calls.items()}
-    return {mode: {name: round(statistics.median(t), 4) for name, t in by_name.items()} for mode, by_name in times.items()}
+    return {
+        mode: {name: round(statistics.median(t), 4) for name, t in by_name.items()}
+        for mode, by_name in times.items()
+    }
 
 
 def main(config: Config) -> None:
@@ -112,17 +129,25 @@ def main(config: Config) -> None:
 
     Args:
       config: what to measure.
-
-    Reference: ours.
     """
     measure.steady_memory()
-    old = {entry["name"]: entry for entry in json.loads(config.table.read_text())["entries"]} if config.only else {}
+    old = (
+        {entry["name"]: entry for entry in json.loads(config.table.read_text())["entries"]}
+        if config.only
+        else {}
+    )
     todo = {name: spec for name, spec in cases().items() if config.only in name}
     for name, spec in track(todo.items(), "tuning", total=len(todo)):
-        old[name] = {"name": name, "features": tiles.features(spec), "milliseconds": measure_case(spec, config.seconds)}
+        old[name] = {
+            "name": name,
+            "features": tiles.features(spec),
+            "milliseconds": measure_case(spec, config.seconds),
+        }
         jax.clear_caches()
     rows = ",\n".join(json.dumps(entry) for entry in old.values())
-    config.table.write_text(f'{{"environment": {json.dumps(measure.environment())},\n"entries": [\n{rows}\n]}}\n')
+    config.table.write_text(
+        f'{{"environment": {json.dumps(measure.environment())},\n"entries": [\n{rows}\n]}}\n'
+    )
 
 
 if __name__ == "__main__":

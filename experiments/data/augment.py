@@ -7,11 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
 
-def augment(key: Key[Array, ""], images: UInt8[Array, "n h w c"], *, pad: int, flip: bool) -> UInt8[Array, "n h w c"]:
-    """Shift each image by up to `pad` pixels each way, zeros entering, and mirror half of them left to right.
+def augment(
+    key: Key[Array, ""], images: UInt8[Array, "n h w c"], *, pad: int, flip: bool
+) -> UInt8[Array, "n h w c"]:
+    """Shift each image by up to `pad` pixels each way, zeros entering, and mirror half of them left
+    to right.
 
-    Equal to a random crop of the zero-padded image: out[n, i, j] = in[n, i + dy, ±j + dx] with dy, dx uniform over -pad .. pad; a gather
-    per axis, the mirror folded into the column indices.
+    Equal to a random crop of the zero-padded image: out[n, i, j] = in[n, i + dy, ±j + dx] with dy,
+    dx uniform over -pad .. pad; a gather per axis, the mirror folded into the column indices.
 
     Args:
         key: random key.
@@ -27,7 +30,8 @@ def augment(key: Key[Array, ""], images: UInt8[Array, "n h w c"], *, pad: int, f
         >>> augment(jax.random.key(0), images, pad=0, flip=True).tolist() == images.tolist()
         True
 
-    Reference: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, section 4.2 (pad 4, crop, flip).
+    Reference: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, section 4.2 (pad
+    4, crop, flip).
     """
     if not pad and not flip:
         return images
@@ -44,10 +48,14 @@ def augment(key: Key[Array, ""], images: UInt8[Array, "n h w c"], *, pad: int, f
 def _take(images: Array, index: Array, axis: int) -> Array:
     """`take_along_axis` where indices outside of the image read zeros."""
     outside = images.shape[axis]
-    return jnp.take_along_axis(images, jnp.where(index < 0, outside, index), axis, mode="fill", fill_value=0)
+    return jnp.take_along_axis(
+        images, jnp.where(index < 0, outside, index), axis, mode="fill", fill_value=0
+    )
 
 
-def normalize(images: UInt8[Array, "n h w c"], mean: Sequence[float], std: Sequence[float]) -> Float[Array, "n h w c"]:
+def normalize(
+    images: UInt8[Array, "n h w c"], mean: Sequence[float], std: Sequence[float]
+) -> Float[Array, "n h w c"]:
     """(images / 255 - mean) / std, per channel, in float32.
 
     Args:

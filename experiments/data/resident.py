@@ -1,6 +1,7 @@
 """Data sets for training: `load` one by name, then ask it for batches.
 
-CIFAR-size sets are read once and sit on the device, where they are shuffled and augmented in jit; ImageNet streams (streaming.py).
+CIFAR-size sets are read once and sit on the device, where they are shuffled and augmented in jit;
+ImageNet streams (streaming.py).
 """
 
 import dataclasses
@@ -16,7 +17,17 @@ from jaxtyping import Array, Int, Key, UInt8
 
 from blocksparse_jax._checks import choice
 from experiments.data.augment import augment, normalize
-from experiments.data.specs import SPECS, Data, Spec, TestBatch, TrainBatch, count_steps, local_size, prepare_command, step_range
+from experiments.data.specs import (
+    SPECS,
+    Data,
+    Spec,
+    TestBatch,
+    TrainBatch,
+    count_steps,
+    local_size,
+    prepare_command,
+    step_range,
+)
 
 
 class Split(NamedTuple):
@@ -28,7 +39,8 @@ class Split(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set that sits on the device. Its batches depend only on (seed, epoch, step), so a run resumes anywhere.
+    """A data set that sits on the device. Its batches depend only on (seed, epoch, step), so a run
+    resumes anywhere.
 
     Args:
         name: the name in `SPECS`.
@@ -61,17 +73,22 @@ class Dataset:
         return SPECS[self.name].num_classes
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Number of full training batches in an epoch; ValueError if the batch is larger than the training set."""
+        """Number of full training batches in an epoch; ValueError if the batch is larger than the
+        training set.
+        """
         return count_steps(len(self.train.x), batch_size, self.process[1])
 
-    def train_batches(self, epoch: int, batch_size: int, seed: int, start_step: int = 0) -> Iterator[TrainBatch]:
+    def train_batches(
+        self, epoch: int, batch_size: int, seed: int, start_step: int = 0
+    ) -> Iterator[TrainBatch]:
         """Shuffled, augmented and normalised training batches of one epoch.
 
         Args:
             epoch: number of the epoch; each has its own order and augmentation.
             batch_size: examples per batch, over all processes.
             seed: seed of the run.
-            start_step: the first batch wanted; the batches from there on are those of the whole epoch.
+            start_step: the first batch wanted; the batches from there on are those of the whole
+              epoch.
 
         Returns:
             An iterator over (images float32 [n, h, w, c], labels int32 [n]).
@@ -82,7 +99,15 @@ class Dataset:
         steps = step_range(start_step, self.steps_per_epoch(batch_size))
         key = jax.random.fold_in(jax.random.key(seed), epoch)
         order = _shuffle(key, len(self.train.x))
-        batch = functools.partial(_train_batch, *self.train, order, key, spec=SPECS[self.name], batch_size=batch_size, process=self.process)
+        batch = functools.partial(
+            _train_batch,
+            *self.train,
+            order,
+            key,
+            spec=SPECS[self.name],
+            batch_size=batch_size,
+            process=self.process,
+        )
         return (batch(jax.device_put(np.int32(step))) for step in steps)
 
     def test_batches(self, batch_size: int) -> Iterator[TestBatch]:
@@ -92,11 +117,21 @@ class Dataset:
             batch_size: examples per batch, over all processes.
 
         Returns:
-            An iterator over (images float32 [n, h, w, c], labels int32 [n], weights float32 [n]: 0 for padding, else 1).
+            An iterator over (images float32 [n, h, w, c], labels int32 [n], weights float32 [n]: 0
+            for padding, else 1).
         """
         local_size(batch_size, self.process[1])
-        batch = functools.partial(_test_batch, *self.test, spec=SPECS[self.name], batch_size=batch_size, process=self.process)
-        return (batch(jax.device_put(np.int32(start))) for start in range(0, len(self.test.x), batch_size))
+        batch = functools.partial(
+            _test_batch,
+            *self.test,
+            spec=SPECS[self.name],
+            batch_size=batch_size,
+            process=self.process,
+        )
+        return (
+            batch(jax.device_put(np.int32(start)))
+            for start in range(0, len(self.test.x), batch_size)
+        )
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -116,7 +151,9 @@ def _train_batch(
     batch_size: int,
     process: tuple[int, int],
 ) -> TrainBatch:
-    """The batch of a step. Every process draws the whole batch and keeps its rows, so their number changes nothing."""
+    """The batch of a step. Every process draws the whole batch and keeps its rows, so their number
+    changes nothing.
+    """
     rows = jax.lax.dynamic_slice(order, (step * batch_size,), (batch_size,))
     images = augment(jax.random.fold_in(key, step), x[rows], pad=spec.pad, flip=spec.flip)
     index, count = process
@@ -125,7 +162,13 @@ def _train_batch(
 
 @functools.partial(jax.jit, static_argnames=("spec", "batch_size", "process"))
 def _test_batch(
-    x: UInt8[Array, "n h w c"], y: Int[Array, " n"], start: Int[Array, ""], *, spec: Spec, batch_size: int, process: tuple[int, int]
+    x: UInt8[Array, "n h w c"],
+    y: Int[Array, " n"],
+    start: Int[Array, ""],
+    *,
+    spec: Spec,
+    batch_size: int,
+    process: tuple[int, int],
 ) -> TestBatch:
     index, count = process
     rows = start + jnp.arange(index, batch_size, count)
@@ -134,18 +177,28 @@ def _test_batch(
     return normalize(x[kept], spec.mean, spec.std), y[kept], (rows <= last).astype(jnp.float32)
 
 
-def load(name: str, data_dir: str | Path | None = None, *, download: bool = False, threads: int = 16, workers: int = 0) -> Data:
+def load(
+    name: str,
+    data_dir: str | Path | None = None,
+    *,
+    download: bool = False,
+    threads: int = 16,
+    workers: int = 0,
+) -> Data:
     """A data set, ready to give batches.
 
     Args:
-        name: digits (inside scikit-learn, needs no files), mnist, cifar10, cifar100, tiny_imagenet or imagenet2012.
+        name: digits (inside scikit-learn, needs no files), mnist, cifar10, cifar100, tiny_imagenet
+          or imagenet2012.
         data_dir: the TFDS folder that `python -m experiments.prepare_data` filled.
-        download: fetch and prepare a missing set first, where its official archive needs no registration.
+        download: fetch and prepare a missing set first, where its official archive needs no
+          registration.
         threads: threads that read and decode a streamed set.
         workers: processes beside this one that do so; 0 for none.
 
     Returns:
-        A `Dataset` on the device, or for imagenet2012 a `streaming.ImageNet`; both have the methods of `Data`.
+        A `Dataset` on the device, or for imagenet2012 a `streaming.ImageNet`; both have the methods
+        of `Data`.
 
     Raises:
         ValueError: unknown name (the nearest one is named), or files in another format.
@@ -162,7 +215,10 @@ def load(name: str, data_dir: str | Path | None = None, *, download: bool = Fals
         train, test = _digits()
         return Dataset(name, train, test, process)
     if data_dir is None:
-        raise ValueError(f"data_dir: expected the folder that holds {name}; prepare one with:\n{prepare_command(name, 'DIR')}")
+        raise ValueError(
+            f"data_dir: expected the folder that holds {name}; prepare one "
+            f"with:\n{prepare_command(name, 'DIR')}"
+        )
     from experiments.data import tfds_layout
 
     if download and not tfds_layout.prepared_versions(name, data_dir):
@@ -175,7 +231,9 @@ def load(name: str, data_dir: str | Path | None = None, *, download: bool = Fals
 
         images, test_images = (tfds_layout.open_split(name, data_dir, split) for split in splits)
         return streaming.ImageNet(images, test_images, process, threads, workers)
-    train, test = (Split(*map(jnp.asarray, tfds_layout.read_arrays(name, data_dir, split))) for split in splits)
+    train, test = (
+        Split(*map(jnp.asarray, tfds_layout.read_arrays(name, data_dir, split))) for split in splits
+    )
     return Dataset(name, train, test, process)
 
 
@@ -188,4 +246,6 @@ def _digits() -> tuple[Split, Split]:
     x = np.round(digits.images[order, :, :, None] * (255 / 16)).astype(np.uint8)
     y = digits.target[order].astype(np.int32)
     n = SPECS["digits"].sizes[0]
-    return Split(jnp.asarray(x[:n]), jnp.asarray(y[:n])), Split(jnp.asarray(x[n:]), jnp.asarray(y[n:]))
+    return Split(jnp.asarray(x[:n]), jnp.asarray(y[:n])), Split(
+        jnp.asarray(x[n:]), jnp.asarray(y[n:])
+    )

@@ -20,8 +20,10 @@ class Spec:
         mean: mean of each channel over the training images, in units of the full range 0..1.
         std: standard deviation of each channel, same units.
         sizes: official numbers of training and test examples.
-        pad: training images are shifted by up to this many pixels each way (a random crop of the zero-padded image).
-        flip: mirror half of the training images left to right. Never for digits, whose mirror images are other signs.
+        pad: training images are shifted by up to this many pixels each way (a random crop of the
+          zero-padded image).
+        flip: mirror half of the training images left to right. Never for digits, whose mirror
+          images are other signs.
         test_split: name of the test split in the TFDS layout.
         source: what `prepare_data --source` takes, for messages.
         urls: official archives that need no registration.
@@ -53,7 +55,11 @@ SPECS: dict[str, Spec] = {
         (60_000, 10_000),
         pad=2,
         source="the folder of the four idx files (.gz or unpacked), or " + NPZ,
-        urls=tuple(f"{_MNIST}{s}-{k}-ubyte.gz" for s in ("train", "t10k") for k in ("images-idx3", "labels-idx1")),
+        urls=tuple(
+            f"{_MNIST}{s}-{k}-ubyte.gz"
+            for s in ("train", "t10k")
+            for k in ("images-idx3", "labels-idx1")
+        ),
     ),
     "cifar10": Spec(
         (32, 32, 3),
@@ -108,8 +114,9 @@ TestBatch = tuple[Float[Array, "n h w c"], Int[Array, " n"], Float[Array, " n"]]
 class Data(Protocol):
     """What the trainer knows of a data set, whether it sits on the device or streams from disk.
 
-    With several processes (hosts) each yields rows p, p + P, ... of every global batch, to be joined by
-    `jax.make_array_from_process_local_data`; one process yields the batch itself, and P processes together yield the same batches.
+    With several processes (hosts) each yields rows p, p + P, ... of every global batch, to be
+    joined by `jax.make_array_from_process_local_data`; one process yields the batch itself, and P
+    processes together yield the same batches.
     """
 
     @property
@@ -128,15 +135,23 @@ class Data(Protocol):
         ...
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Number of full batches of `batch_size` examples (over all processes) in one pass over the training set."""
+        """Number of full batches of `batch_size` examples (over all processes) in one pass over the
+        training set.
+        """
         ...
 
-    def train_batches(self, epoch: int, batch_size: int, seed: int, start_step: int = 0) -> Iterator[TrainBatch]:
-        """Shuffled, augmented, normalised batches (images float32 NHWC, labels int32), a pure function of (seed, epoch, step)."""
+    def train_batches(
+        self, epoch: int, batch_size: int, seed: int, start_step: int = 0
+    ) -> Iterator[TrainBatch]:
+        """Shuffled, augmented, normalised batches (images float32 NHWC, labels int32), a pure
+        function of (seed, epoch, step).
+        """
         ...
 
     def test_batches(self, batch_size: int) -> Iterator[TestBatch]:
-        """Every test example once: (images, labels, weights); padding rows of the last batch have weight 0, all others 1."""
+        """Every test example once: (images, labels, weights); padding rows of the last batch have
+        weight 0, all others 1.
+        """
         ...
 
 
@@ -152,28 +167,39 @@ def count_steps(examples: int, batch_size: int, processes: int = 1) -> int:
         examples // batch_size; the last partial batch is dropped.
 
     Raises:
-        ValueError: the batch size is not positive, larger than the training set, or not a multiple of the processes.
+        ValueError: the batch size is not positive, larger than the training set, or not a multiple
+          of the processes.
 
     Example:
         >>> count_steps(50_000, 128)
         390
     """
     if positive_int("batch_size", batch_size) > examples:
-        raise ValueError(f"batch_size: expected at most the {examples} training examples, got {batch_size}; lower it")
+        raise ValueError(
+            f"batch_size: expected at most the {examples} training examples, got {batch_size}; "
+            f"lower it"
+        )
     return examples // local_size(batch_size, processes) // processes
 
 
 def local_size(batch_size: int, processes: int) -> int:
-    """Rows of a batch that one of `processes` processes holds; ValueError unless they divide it evenly."""
+    """Rows of a batch that one of `processes` processes holds; ValueError unless they divide it
+    evenly.
+    """
     if positive_int("batch_size", batch_size) % processes:
-        raise ValueError(f"batch_size: expected a multiple of the {processes} processes that share a batch, got {batch_size}")
+        raise ValueError(
+            f"batch_size: expected a multiple of the {processes} processes that share a batch, got "
+            f"{batch_size}"
+        )
     return batch_size // processes
 
 
 def step_range(start_step: int, steps: int) -> range:
     """The steps of an epoch from `start_step` on; ValueError unless 0 <= start_step <= steps."""
     if not 0 <= start_step <= steps:
-        raise ValueError(f"start_step: expected 0 to the {steps} steps of an epoch, got {start_step}")
+        raise ValueError(
+            f"start_step: expected 0 to the {steps} steps of an epoch, got {start_step}"
+        )
     return range(start_step, steps)
 
 

@@ -1,4 +1,6 @@
-"""ImageNet streamed from disk: decoded, cropped and batched on the host by Grain, normalised on the device."""
+"""ImageNet streamed from disk: decoded, cropped and batched on the host by Grain, normalised on the
+device.
+"""
 
 import dataclasses
 import functools
@@ -23,12 +25,17 @@ Pixels = UInt8[np.ndarray, "h w c"]
 
 
 def random_resized_crop(
-    rng: np.random.Generator, image: Pixels, size: int, *, area: tuple[float, float] = (0.08, 1.0), aspect: float = 4 / 3
+    rng: np.random.Generator,
+    image: Pixels,
+    size: int,
+    *,
+    area: tuple[float, float] = (0.08, 1.0),
+    aspect: float = 4 / 3,
 ) -> Pixels:
     """A random part of the image, resized to a square; half of the time mirrored.
 
-    The part's share of the area is uniform over `area`, the logarithm of its width/height uniform over ±log(aspect). If none of ten
-    draws fits into the image, the largest centred square.
+    The part's share of the area is uniform over `area`, the logarithm of its width/height uniform
+    over ±log(aspect). If none of ten draws fits into the image, the largest centred square.
 
     Args:
         rng: source of the draws.
@@ -62,13 +69,15 @@ def random_resized_crop(
 
 
 def center_crop(image: Pixels, size: int, *, shorter: int) -> Pixels:
-    """The image with its shorter side resized to `shorter` pixels, of that the central square of `size` pixels.
+    """The image with its shorter side resized to `shorter` pixels, of that the central square of
+    `size` pixels.
 
     Example:
         >>> center_crop(np.zeros((30, 40, 3), np.uint8), 8, shorter=10).shape
         (8, 8, 3)
 
-    Reference: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, section 3.4 (256, 224).
+    Reference: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, section 3.4 (256,
+    224).
     """
     h, w, _ = image.shape
     scale = shorter / min(h, w)
@@ -78,20 +87,27 @@ def center_crop(image: Pixels, size: int, *, shorter: int) -> Pixels:
 
 
 def resize(image: Pixels, height: int, width: int) -> Pixels:
-    """The image in another size, in pixels: the mean over areas where it shrinks, bilinear where it grows."""
+    """The image in another size, in pixels: the mean over areas where it shrinks, bilinear where it
+    grows.
+    """
     shrinks = height * width < image.shape[0] * image.shape[1]
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    return cv2.resize(
+        image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageNet:
-    """ImageNet 2012 as a stream of batches, each a function of (seed, epoch, step): an epoch resumes without reading what came before.
+    """ImageNet 2012 as a stream of batches, each a function of (seed, epoch, step): an epoch
+    resumes without reading what came before.
 
     Args:
-        train: random access to the training examples, as `tfds_layout.open_split` gives it: dicts with "image" (bytes) and "label".
+        train: random access to the training examples, as `tfds_layout.open_split` gives it: dicts
+          with "image" (bytes) and "label".
         test: the same of the test examples.
         process: (index, count) of the processes that share each batch; see `Data`.
-        threads: threads that read and decode, in each worker; each works on one batch, so as many batches are held in memory.
+        threads: threads that read and decode, in each worker; each works on one batch, so as many
+          batches are held in memory.
         workers: processes beside this one that read and decode; 0 for none.
     """
 
@@ -106,27 +122,44 @@ class ImageNet:
     num_classes = SPECS["imagenet2012"].num_classes
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Number of full training batches in an epoch; ValueError if the batch is larger than the training set."""
+        """Number of full training batches in an epoch; ValueError if the batch is larger than the
+        training set.
+        """
         return count_steps(len(self.train), batch_size, self.process[1])
 
-    def train_batches(self, epoch: int, batch_size: int, seed: int, start_step: int = 0) -> Iterator[TrainBatch]:
-        """Shuffled training batches of one epoch, each image through `random_resized_crop`; arguments as in `data.Dataset`."""
+    def train_batches(
+        self, epoch: int, batch_size: int, seed: int, start_step: int = 0
+    ) -> Iterator[TrainBatch]:
+        """Shuffled training batches of one epoch, each image through `random_resized_crop`;
+        arguments as in `data.Dataset`.
+        """
         steps = step_range(start_step, self.steps_per_epoch(batch_size))
         index, count = self.process
-        stream = grain.MapDataset.source(self.train).seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
-        stream = stream.shuffle().random_map(_train_example)[index : steps.stop * batch_size : count]
+        stream = grain.MapDataset.source(self.train).seed(
+            int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+        )
+        stream = stream.shuffle().random_map(_train_example)[
+            index : steps.stop * batch_size : count
+        ]
         return map(_to_device, self._read(stream.batch(local_size(batch_size, count))[start_step:]))
 
     def test_batches(self, batch_size: int) -> Iterator[TestBatch]:
-        """Every test example once, its central part, the last batch padded; arguments as in `data.Dataset`."""
+        """Every test example once, its central part, the last batch padded; arguments as in
+        `data.Dataset`.
+        """
         index, count = self.process
         local = local_size(batch_size, count)
         padded = -(-len(self.test) // batch_size) * batch_size
         rows = grain.MapDataset.range(padded)[index::count]
-        return map(_to_device, self._read(rows.map(functools.partial(_test_example, self.test)).batch(local)))
+        return map(
+            _to_device,
+            self._read(rows.map(functools.partial(_test_example, self.test)).batch(local)),
+        )
 
     def _read(self, batches: grain.MapDataset) -> Iterator[tuple[np.ndarray, ...]]:
-        stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=self.threads))
+        stream = batches.to_iter_dataset(
+            grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=self.threads)
+        )
         if self.workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags
@@ -136,7 +169,9 @@ class ImageNet:
 
 def _train_example(example: Example, rng: np.random.Generator) -> tuple[Any, ...]:
     h, _, channels = ImageNet.image_shape
-    return random_resized_crop(rng, decode(example["image"], channels), h), np.int32(example["label"])
+    return random_resized_crop(rng, decode(example["image"], channels), h), np.int32(
+        example["label"]
+    )
 
 
 def _test_example(source: Sequence[Example], row: int) -> tuple[Any, ...]:
@@ -144,7 +179,11 @@ def _test_example(source: Sequence[Example], row: int) -> tuple[Any, ...]:
     if row >= len(source):
         return np.zeros(ImageNet.image_shape, np.uint8), np.int32(0), np.float32(0)
     example = source[row]
-    return center_crop(decode(example["image"], channels), h, shorter=256), np.int32(example["label"]), np.float32(1)
+    return (
+        center_crop(decode(example["image"], channels), h, shorter=256),
+        np.int32(example["label"]),
+        np.float32(1),
+    )
 
 
 def _to_device(batch: tuple[np.ndarray, ...]) -> tuple[Any, ...]:

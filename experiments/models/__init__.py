@@ -1,12 +1,15 @@
-"""The model zoo: Flax linen networks whose convs are `BlockSparseConv`, in CHWN between stem and pool.
+"""The model zoo: Flax linen networks whose convs are `BlockSparseConv`, in CHWN between stem and
+pool.
 
-Every network takes NHWC images and gives logits: `model.apply(variables, images, train=False)`. Params are the same in both data formats.
-Names: the first conv is `stem`, the last layer `classifier`, 1x1 shortcut convs `downsample`, depthwise convs end in `_depthwise`.
+Every network takes NHWC images and gives logits: `model.apply(variables, images, train=False)`.
+Params are the same in both data formats. Names: the first conv is `stem`, the last layer
+`classifier`, 1x1 shortcut convs `downsample`, depthwise convs end in `_depthwise`.
 
-The networks keep CHWN to serve the sparse convolution. A network whose convs are all dense runs faster in NHWC on a CPU: XLA's dense
-convolution is an NHWC one and would transpose its activations. A stem runs as one matrix product in CHWN where it has at most twice as
-many rows (kernel area times 3) as channels: a 3x3 stem of 14 channels or more. Narrower ones, and the 7x7 stem of the ImageNet ResNets up
-to 73 channels, run as XLA's convolution, which copies the stem's output.
+The networks keep CHWN to serve the sparse convolution. A network whose convs are all dense runs
+faster in NHWC on a CPU: XLA's dense convolution is an NHWC one and would transpose its activations.
+A stem runs as one matrix product in CHWN where it has at most twice as many rows (kernel area times
+3) as channels: a 3x3 stem of 14 channels or more. Narrower ones, and the 7x7 stem of the ImageNet
+ResNets up to 73 channels, run as XLA's convolution, which copies the stem's output.
 """
 
 import difflib
@@ -34,8 +37,6 @@ def names() -> tuple[str, ...]:
     Example:
       >>> "vgg19" in names()
       True
-
-    Reference: ours.
     """
     return ("cnn", *CIFAR_DEPTHS, "vgg19", *IMAGENET_BLOCKS, "mobilenet_v1")
 
@@ -58,15 +59,18 @@ def create(
       name: one of `names()`.
       num_classes: outputs of the classifier.
       width: factor on all channels; 2 gives GraSP's CIFAR ResNets (32-64-128).
-      stem: `"cifar"` for images up to 64x64, `"imagenet"` (strided) for resnet18/34/50, resnet50_v1_5 and mobilenet_v1.
+      stem: `"cifar"` for images up to 64x64, `"imagenet"` (strided) for resnet18/34/50,
+        resnet50_v1_5 and mobilenet_v1.
       data_format: activation layout between stem and pool, `"CHWN"` or `"NHWC"`.
       dtype: of the computation; params stay float32.
       implementation: of the block-sparse convs, as in `blocksparse_jax.conv`.
       kernel_gradient: `"masked"` or `"dense"`, as in `blocksparse_jax.conv`.
-      tap_pixels: dense convs of many channels with at most so many output pixels run as a matrix product per tap, on a CPU.
+      tap_pixels: dense convs of many channels with at most so many output pixels run as a matrix
+        product per tap, on a CPU.
 
     Returns:
-      A linen module: `model.init(key, images)`, `model.apply(variables, images, train=True, mutable=["batch_stats"])`.
+      A linen module: `model.init(key, images)`, `model.apply(variables, images, train=True,
+      mutable=["batch_stats"])`.
 
     Raises:
       ValueError: an unknown name, stem or data format; the message names the nearest.
@@ -81,7 +85,10 @@ def create(
     _choice("stem", stem, ("cifar", "imagenet"))
     _choice("data_format", data_format, ("CHWN", "NHWC"))
     if stem == "imagenet" and name not in (*IMAGENET_BLOCKS, "mobilenet_v1"):
-        raise ValueError(f"stem: {name!r} has only the 'cifar' stem, got 'imagenet'; use resnet18/34/50, resnet50_v1_5 or mobilenet_v1")
+        raise ValueError(
+            f"stem: {name!r} has only the 'cifar' stem, got 'imagenet'; use resnet18/34/50, "
+            f"resnet50_v1_5 or mobilenet_v1"
+        )
     parts = Parts(data_format, dtype, implementation, kernel_gradient, tap_pixels)
     if name == "cnn":
         return CNN(num_classes, width, parts)
@@ -99,4 +106,6 @@ def _choice(name: str, value: str, options: tuple[str, ...]) -> None:
     if value not in options:
         near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}{hint}")
+        raise ValueError(
+            f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}{hint}"
+        )

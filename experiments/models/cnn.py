@@ -1,4 +1,6 @@
-"""A small CNN for images of 8x8 (digits) to 32x32 pixels, wide enough that blocks of 16 or 32 filters pay."""
+"""A small CNN for images of 8x8 (digits) to 32x32 pixels, wide enough that blocks of 16 or 32
+filters pay.
+"""
 
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -7,7 +9,8 @@ from experiments.models.layers import Parts, max_pool, scaled
 
 
 class CNN(nn.Module):
-    """Four 3x3 convs (64, 128, 128, 256 channels) with batch norm; max pools until the last two see at most 8x8; mean pool; classifier.
+    """Four 3x3 convs (64, 128, 128, 256 channels) with batch norm; max pools until the last two see
+    at most 8x8; mean pool; classifier.
 
     A digit (8x8) is pooled once, after conv1; larger images (28x28, 32x32) also after the stem.
 
@@ -15,8 +18,6 @@ class CNN(nn.Module):
       num_classes: of the classifier.
       width: factor on all channels.
       parts: the network's settings.
-
-    Reference: ours.
     """
 
     num_classes: int
@@ -24,7 +25,9 @@ class CNN(nn.Module):
     parts: Parts = Parts()
 
     @nn.compact
-    def __call__(self, images: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n classes"]:
+    def __call__(
+        self, images: Float[Array, "n h w c"], train: bool = False
+    ) -> Float[Array, "n classes"]:
         """Logits of NHWC images."""
         parts, x = self.parts, self.parts.images(images)
         for name, features in (("stem", 64), ("conv1", 128), ("conv2", 128), ("conv3", 256)):

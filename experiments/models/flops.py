@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 
-def conv_positions(model: nn.Module, variables: Any, image_shape: tuple[int, int, int]) -> dict[str, int]:
+def conv_positions(
+    model: nn.Module, variables: Any, image_shape: tuple[int, int, int]
+) -> dict[str, int]:
     """Output positions per image of every conv and dense kernel, found by tracing the model.
 
     A kernel's multiply-adds per image are its size times its positions.
@@ -18,9 +20,8 @@ def conv_positions(model: nn.Module, variables: Any, image_shape: tuple[int, int
       image_shape: (height, width, channels).
 
     Returns:
-      "path/of/the/kernel" -> positions: output height times width for a convolution, 1 for a dense layer behind a pool.
-
-    Reference: ours.
+      "path/of/the/kernel" -> positions: output height times width for a convolution, 1 for a dense
+      layer behind a pool.
     """
     positions: dict[str, int] = {}
 
@@ -32,5 +33,9 @@ def conv_positions(model: nn.Module, variables: Any, image_shape: tuple[int, int
         return out
 
     with nn.intercept_methods(record):
-        jax.eval_shape(lambda v, x: model.apply(v, x, train=False), variables, jnp.zeros((1, *image_shape), jnp.float32))
+        jax.eval_shape(
+            lambda v, x: model.apply(v, x, train=False),
+            variables,
+            jnp.zeros((1, *image_shape), jnp.float32),
+        )
     return positions

@@ -1,4 +1,6 @@
-"""What the zoo's networks share: convs and norms with common settings, pools and depthwise convs that work in NHWC and CHWN alike."""
+"""What the zoo's networks share: convs and norms with common settings, pools and depthwise convs
+that work in NHWC and CHWN alike.
+"""
 
 import dataclasses
 import functools
@@ -13,25 +15,27 @@ from jaxtyping import Array, Float
 from experiments.models.taps import PIXELS, Conv
 
 HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-HE_DEPTHWISE = nn.initializers.variance_scaling(2.0, "fan_in", "normal")  # fan_out would count all filters, each tap feeds one
+HE_DEPTHWISE = nn.initializers.variance_scaling(
+    2.0, "fan_in", "normal"
+)  # fan_out would count all filters, each tap feeds one
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The settings that every conv and norm of one network shares; makes them inside a `@nn.compact` call.
+    """The settings that every conv and norm of one network shares; makes them inside a
+    `@nn.compact` call.
 
     Attributes:
       data_format: activation layout between stem and pool, `"CHWN"` or `"NHWC"`.
       dtype: of the computation (params and statistics stay float32).
       implementation: of the block-sparse convs, as in `blocksparse_jax.conv`.
       kernel_gradient: `"masked"` or `"dense"`, as in `blocksparse_jax.conv`.
-      tap_pixels: dense convs of many channels with at most so many output pixels run as a matrix product per tap, on a CPU.
+      tap_pixels: dense convs of many channels with at most so many output pixels run as a matrix
+        product per tap, on a CPU.
 
     Example:
       >>> Parts().conv(64, 3, name="conv").padding
       1
-
-    Reference: ours.
     """
 
     data_format: str = "CHWN"
@@ -46,7 +50,9 @@ class Parts:
         return 0 if self.data_format == "CHWN" else -1
 
     def conv(self, features: int, size: int, strides: int = 1, *, name: str) -> Conv:
-        """A `size x size` conv without bias, padded by `size // 2` on each side as in the published (PyTorch) networks."""
+        """A `size x size` conv without bias, padded by `size // 2` on each side as in the published
+        (PyTorch) networks.
+        """
         return Conv(
             features,
             (size, size),
@@ -63,8 +69,17 @@ class Parts:
         )
 
     def norm(self, train: bool, *, name: str) -> "Norm":
-        """Batch normalisation over all axes but the channels: momentum 0.9, epsilon 1e-5, float32 statistics."""
-        return Norm(not train, momentum=0.9, epsilon=1e-5, axis=self.channel_axis, dtype=self.dtype, name=name)
+        """Batch normalisation over all axes but the channels: momentum 0.9, epsilon 1e-5, float32
+        statistics.
+        """
+        return Norm(
+            not train,
+            momentum=0.9,
+            epsilon=1e-5,
+            axis=self.channel_axis,
+            dtype=self.dtype,
+            name=name,
+        )
 
     def conv_norm(
         self,
@@ -79,11 +94,18 @@ class Parts:
         residual: Float[Array, "a ho wo b"] | None = None,
         relu: bool = True,
     ) -> Float[Array, "a ho wo b"]:
-        """Conv, batch norm, shortcut and ReLU; at inference all in the conv, which a sparse kernel does in one pass over memory."""
-        conv, norm = self.conv(features, size, strides, name=name), self.norm(train, name=norm_name or f"{name}_norm")
+        """Conv, batch norm, shortcut and ReLU; at inference all in the conv, which a sparse kernel
+        does in one pass over memory.
+        """
+        conv, norm = (
+            self.conv(features, size, strides, name=name),
+            self.norm(train, name=norm_name or f"{name}_norm"),
+        )
         if not train:
             scale, shift = norm(None, channels=features)
-            return conv(x, scale=scale, shift=shift, residual=residual, activation="relu" if relu else None)
+            return conv(
+                x, scale=scale, shift=shift, residual=residual, activation="relu" if relu else None
+            )
         y = norm(conv(x))
         y = y if residual is None else y + residual
         return nn.relu(y) if relu else y
@@ -122,8 +144,9 @@ class Norm(nn.BatchNorm):
 class DepthwiseConv(nn.Module):
     """A dense depthwise conv: the sum over the taps of shifted images times one weight per channel.
 
-    `y[c] = sum_t kernel[t, c] shift_t(x[c])`, fused elementwise work in either format. On a CPU, forward and backward run 4-12 times
-    faster than XLA's grouped convolution (measured: 64 channels at 32x32 and 128 at 16x16 with stride 2).
+    `y[c] = sum_t kernel[t, c] shift_t(x[c])`, fused elementwise work in either format. On a CPU,
+    forward and backward run 4-12 times faster than XLA's grouped convolution (measured: 64 channels
+    at 32x32 and 128 at 16x16 with stride 2).
 
     Attributes:
       size: the kernel is `[size, size, 1, c]`, padded by `size // 2`.
@@ -145,14 +168,21 @@ class DepthwiseConv(nn.Module):
         shape = (-1, 1, 1, 1) if axis == 0 else (-1,)
         rows = _windows(_pad(x, size // 2, 0.0), 1, size, self.strides)
         shifted = [window for row in rows for window in _windows(row, 2, size, self.strides)]
-        products = [window * weight.reshape(shape) for window, weight in zip(shifted, kernel.reshape(size * size, -1))]  # float32
+        products = [
+            window * weight.reshape(shape)
+            for window, weight in zip(shifted, kernel.reshape(size * size, -1))
+        ]  # float32
         return functools.reduce(jnp.add, products).astype(x.dtype)
 
 
-def max_pool(x: Float[Array, "a h w b"], size: int, strides: int, padding: int = 0) -> Float[Array, "a ho wo b"]:
-    """Maximum over windows of the image axes 1 and 2, in NHWC and CHWN alike: shifted slices, rows first, then columns.
+def max_pool(
+    x: Float[Array, "a h w b"], size: int, strides: int, padding: int = 0
+) -> Float[Array, "a ho wo b"]:
+    """Maximum over windows of the image axes 1 and 2, in NHWC and CHWN alike: shifted slices, rows
+    first, then columns.
 
-    On a CPU, forward and backward run 3-5 times faster than `reduce_window` and its scatter. Equal maxima share the gradient equally.
+    On a CPU, forward and backward run 3-5 times faster than `reduce_window` and its scatter. Equal
+    maxima share the gradient equally.
 
     Args:
       x: activations, the image on axes 1 and 2.
@@ -166,8 +196,6 @@ def max_pool(x: Float[Array, "a h w b"], size: int, strides: int, padding: int =
     Example:
       >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1), 2, 2)[0, :, :, 0].tolist()
       [[5.0, 7.0], [13.0, 15.0]]
-
-    Reference: ours.
     """
     x = _pad(x, padding, -jnp.inf)
     for axis in (1, 2):

@@ -5,7 +5,17 @@ from jaxtyping import Array, Float
 
 from experiments.models.layers import DepthwiseConv, Parts, scaled
 
-BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))  # (channels, stride)
+BLOCKS = (
+    (64, 1),
+    (128, 2),
+    (128, 1),
+    (256, 2),
+    (256, 1),
+    (512, 2),
+    *((512, 1),) * 5,
+    (1024, 2),
+    (1024, 1),
+)  # (channels, stride)
 
 
 class MobileNetV1(nn.Module):
@@ -26,13 +36,19 @@ class MobileNetV1(nn.Module):
     parts: Parts = Parts()
 
     @nn.compact
-    def __call__(self, images: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n classes"]:
+    def __call__(
+        self, images: Float[Array, "n h w c"], train: bool = False
+    ) -> Float[Array, "n classes"]:
         """Logits of NHWC images."""
         parts = self.parts
         strides = 2 if self.stem_kind == "imagenet" else 1
-        x = parts.conv_norm(parts.images(images), scaled(32, self.width), 3, strides, train=train, name="stem")
+        x = parts.conv_norm(
+            parts.images(images), scaled(32, self.width), 3, strides, train=train, name="stem"
+        )
         for i, (features, strides) in enumerate(BLOCKS, 1):
             x = DepthwiseConv(3, strides, parts, name=f"block{i}_depthwise")(x)
             x = nn.relu(parts.norm(train, name=f"block{i}_depthwise_norm")(x))
-            x = parts.conv_norm(x, scaled(features, self.width), 1, train=train, name=f"block{i}_pointwise")
+            x = parts.conv_norm(
+                x, scaled(features, self.width), 1, train=train, name=f"block{i}_pointwise"
+            )
         return parts.classifier(x, self.num_classes)

@@ -13,8 +13,11 @@ from matplotlib.figure import Figure
 import blocksparse_jax as bsj
 
 
-def learning_curves(rows: Sequence[dict[str, Any]], path: str | Path | None = None, title: str = "") -> Figure:
-    """Draws the loss, the accuracies, and the density with the SAD, over the epochs of a run, and where its masks became final.
+def learning_curves(
+    rows: Sequence[dict[str, Any]], path: str | Path | None = None, title: str = ""
+) -> Figure:
+    """Draws the loss, the accuracies, and the density with the SAD, over the epochs of a run, and
+    where its masks became final.
 
     Args:
       rows: of metrics.jsonl.
@@ -23,18 +26,26 @@ def learning_curves(rows: Sequence[dict[str, Any]], path: str | Path | None = No
 
     Returns:
       The figure.
-
-    Reference: ours.
     """
     epochs = [row for row in rows if row["kind"] == "epoch"]
-    final = next((row["epoch"] + 1 for row in reversed(epochs) if row["sad"] > 0), None)  # the last epoch that moved masks
+    final = next(
+        (row["epoch"] + 1 for row in reversed(epochs) if row["sad"] > 0), None
+    )  # the last epoch that moved masks
     figure = _figure(12, 3.2, title)
     axes = figure.subplots(1, 3)
-    for ax, names in zip(axes, (("loss",), ("train_accuracy", "test_accuracy"), ("density", "sad")), strict=True):
+    for ax, names in zip(
+        axes, (("loss",), ("train_accuracy", "test_accuracy"), ("density", "sad")), strict=True
+    ):
         for name in names:
             _curve(ax, epochs, name, name.replace("_", " "))
         if final is not None and final < len(epochs):
-            ax.axvline(final, color="tab:gray", linestyle="--", linewidth=1, label=f"masks final in epoch {final}")
+            ax.axvline(
+                final,
+                color="tab:gray",
+                linestyle="--",
+                linewidth=1,
+                label=f"masks final in epoch {final}",
+            )
         ax.legend()
     if path is not None:
         _save(figure, path)
@@ -47,8 +58,6 @@ def comparison(runs: Mapping[str, Sequence[dict[str, Any]]], path: str | Path) -
     Args:
       runs: label -> rows of metrics.jsonl.
       path: of the PNG.
-
-    Reference: ours.
     """
     figure = _figure(12, 3.6, "")
     for ax, name in zip(figure.subplots(1, 3), ("loss", "test_accuracy", "density"), strict=True):
@@ -59,10 +68,14 @@ def comparison(runs: Mapping[str, Sequence[dict[str, Any]]], path: str | Path) -
     _save(figure, path)
 
 
-def block_structure(masks: Any, layouts: Any, path: str | Path | None = None, title: str = "") -> Figure:
-    """Draws each sparse layer's kernel-wise mask, filters x input channels, the filters of a group side by side.
+def block_structure(
+    masks: Any, layouts: Any, path: str | Path | None = None, title: str = ""
+) -> Figure:
+    """Draws each sparse layer's kernel-wise mask, filters x input channels, the filters of a group
+    side by side.
 
-    A pixel is one kernel slice, its shade the fraction of kept taps. Lines part the groups. A line below the picture says so.
+    A pixel is one kernel slice, its shade the fraction of kept taps. Lines part the groups. A line
+    below the picture says so.
 
     Args:
       masks: tree of bool masks, scalars for dense leaves.
@@ -73,14 +86,18 @@ def block_structure(masks: Any, layouts: Any, path: str | Path | None = None, ti
     Returns:
       The figure.
 
-    Reference: ours; the kernel-wise mask of Ma et al., "HRBP", CPAL 2024.
+    Reference: the kernel-wise mask of Ma et al., "HRBP", CPAL 2024.
     """
     named = [
         (jax.tree_util.keystr(key, simple=True, separator="/"), np.asarray(mask))
         for key, mask in jax.tree_util.tree_flatten_with_path(masks)[0]
     ]
     nodes = jax.tree.leaves(layouts, is_leaf=bsj.is_layout) or [bsj.Dense()] * len(named)
-    sparse = [(name, mask, node) for (name, mask), node in zip(named, nodes, strict=True) if mask.ndim == 4]
+    sparse = [
+        (name, mask, node)
+        for (name, mask), node in zip(named, nodes, strict=True)
+        if mask.ndim == 4
+    ]
     columns = min(4, max(1, len(sparse)))
     rows = max(1, -(-len(sparse) // columns))
     figure = _figure(3.2 * columns, 3.2 * rows + 0.3, title)
@@ -91,8 +108,14 @@ def block_structure(masks: Any, layouts: Any, path: str | Path | None = None, ti
     if not sparse:
         figure.suptitle("dense: no layer has a mask")
     else:
-        parts = "; red lines part the groups" if any(isinstance(node, bsj.BlockLayout) for _, _, node in sparse) else ""
-        figure.supxlabel(f"a pixel is a kernel slice: white keeps no tap, black keeps all{parts}", fontsize=8)
+        parts = (
+            "; red lines part the groups"
+            if any(isinstance(node, bsj.BlockLayout) for _, _, node in sparse)
+            else ""
+        )
+        figure.supxlabel(
+            f"a pixel is a kernel slice: white keeps no tap, black keeps all{parts}", fontsize=8
+        )
     for ax, (name, mask, node) in zip(axes, sparse):
         kernels = mask.mean((0, 1)).T
         ax.set_axis_on()
@@ -103,7 +126,9 @@ def block_structure(masks: Any, layouts: Any, path: str | Path | None = None, ti
         ax.imshow(kernels, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         ax.set_title(f"{name}\ndensity {mask.mean():.3f}", fontsize=8)
         ax.set_xlabel("input channel", fontsize=7)
-        ax.set_ylabel("filter, by group" if isinstance(node, bsj.BlockLayout) else "filter", fontsize=7)
+        ax.set_ylabel(
+            "filter, by group" if isinstance(node, bsj.BlockLayout) else "filter", fontsize=7
+        )
         ax.tick_params(labelsize=6)
     if path is not None:
         _save(figure, path)
@@ -118,7 +143,9 @@ def _figure(width: float, height: float, title: str) -> Figure:
 
 
 def _curve(ax: Axes, epochs: Sequence[dict[str, Any]], name: str, label: str) -> None:
-    ax.plot([row["epoch"] + 1 for row in epochs], [row[name] for row in epochs], marker=".", label=label)
+    ax.plot(
+        [row["epoch"] + 1 for row in epochs], [row[name] for row in epochs], marker=".", label=label
+    )
     ax.set_xlabel("epoch")
     ax.grid(alpha=0.3)
 

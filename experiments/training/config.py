@@ -1,4 +1,6 @@
-"""What a run is: the frozen `TrainConfig`, one preset per data set, and the checks that name a typo's nearest option."""
+"""What a run is: the frozen `TrainConfig`, one preset per data set, and the checks that name a
+typo's nearest option.
+"""
 
 import dataclasses
 from typing import Any, get_args
@@ -14,10 +16,31 @@ PRECISIONS = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "adam")
 LR_SCHEDULES = ("step", "cosine", "constant")
 
-_CIFAR = {"epochs": 160, "batch_size": 128, "lr": 0.1, "lr_schedule": "step", "weight_decay": 5e-4, "label_smoothing": 0.0}
+_CIFAR = {
+    "epochs": 160,
+    "batch_size": 128,
+    "lr": 0.1,
+    "lr_schedule": "step",
+    "weight_decay": 5e-4,
+    "label_smoothing": 0.0,
+}
 PRESETS: dict[str, dict[str, Any]] = {
-    "digits": {"epochs": 20, "batch_size": 64, "lr": 0.1, "lr_schedule": "cosine", "weight_decay": 5e-4, "label_smoothing": 0.0},
-    "mnist": {"epochs": 5, "batch_size": 128, "lr": 0.1, "lr_schedule": "cosine", "weight_decay": 5e-4, "label_smoothing": 0.0},
+    "digits": {
+        "epochs": 20,
+        "batch_size": 64,
+        "lr": 0.1,
+        "lr_schedule": "cosine",
+        "weight_decay": 5e-4,
+        "label_smoothing": 0.0,
+    },
+    "mnist": {
+        "epochs": 5,
+        "batch_size": 128,
+        "lr": 0.1,
+        "lr_schedule": "cosine",
+        "weight_decay": 5e-4,
+        "label_smoothing": 0.0,
+    },
     "cifar10": _CIFAR,  # Ma et al., CPAL 2024; lr / 10 at epochs 80 and 120
     "cifar100": _CIFAR,
     "tiny_imagenet": _CIFAR | {"epochs": 100},
@@ -39,15 +62,17 @@ class TrainConfig:
 
     Attributes:
       dataset: digits, mnist, cifar10, cifar100, tiny_imagenet, imagenet2012.
-      model: cnn, resnet20, resnet32, resnet56, vgg19, resnet18, resnet34, resnet50, resnet50_v1_5, mobilenet_v1.
+      model: cnn, resnet20, resnet32, resnet56, vgg19, resnet18, resnet34, resnet50, resnet50_v1_5,
+        mobilenet_v1.
       method: dense, hrbp, hrbp-dynamic, subp, sr-ste, ste, rigl, random, random-channel, gradual.
-      sparsity: fraction of the sparse layers' weights that is removed; None is what the method fixes (dense 0, sr-ste and ste 1 - n/m),
-        else 0.9.
+      sparsity: fraction of the sparse layers' weights that is removed; None is what the method
+        fixes (dense 0, sr-ste and ste 1 - n/m), else 0.9.
       epochs: passes over the training set.
       seed: of the initial weights, the masks and the data order.
       out: run folder; None is runs/DATASET-MODEL-METHOD-SEED.
-      execution: masked (dense conv on masked weights), sparse (block-sparse conv, dense parameters), packed (block-sparse
-        conv, packed parameters and optimizer state); None is packed where the method's pattern has a layout, else masked.
+      execution: masked (dense conv on masked weights), sparse (block-sparse conv, dense
+        parameters), packed (block-sparse conv, packed parameters and optimizer state); None is
+        packed where the method's pattern has a layout, else masked.
       precision: float32 or bfloat16 (of the activations; parameters stay float32).
       width: multiplies the channels; 2 gives the GraSP ResNets.
       stem: cifar (images up to 64x64) or imagenet (strided).
@@ -63,18 +88,21 @@ class TrainConfig:
       group_size: filters in a group (hrbp).
       block_density: fraction of the taps that a group keeps (hrbp); 1 keeps whole kernels.
       channel_block: input channels come in aligned runs of this many (hrbp).
-      channel_order: reorder the channels once, before training, so that these runs lose little (hrbp with magnitude scores).
-      budget: how the layers share the density: uniform, erk or er (hrbp, hrbp-dynamic, rigl, random, gradual); None is the method's own,
-        erk for rigl and uniform for the others.
+      channel_order: reorder the channels once, before training, so that these runs lose little
+        (hrbp with magnitude scores).
+      budget: how the layers share the density: uniform, erk or er (hrbp, hrbp-dynamic, rigl,
+        random, gradual); None is the method's own, erk for rigl and uniform for the others.
       scores: magnitude, gradient or random, of hrbp's first masks.
-      update_every: steps between mask updates; None is an epoch for subp, and for the others 100 or an epoch if that is shorter.
+      update_every: steps between mask updates; None is an epoch for subp, and for the others 100 or
+        an epoch if that is shorter.
       drop_fraction: of the kept weights, at the first update (rigl, hrbp-dynamic).
       n: kept weights of every m (sr-ste, ste).
       m: consecutive weights along the input axis (sr-ste, ste).
       block: filters in a 1xN block (subp).
       criterion: l1, l2 or bpar (subp).
       log_every: steps between two rows of metrics.jsonl.
-      checkpoint_every: steps between two checkpoints, besides the one at each epoch's end; None is only there.
+      checkpoint_every: steps between two checkpoints, besides the one at each epoch's end; None is
+        only there.
     """
 
     dataset: str = "digits"
@@ -132,10 +160,13 @@ def resolve(config: TrainConfig) -> TrainConfig:
       Traceback (most recent call last):
       ...
       ValueError: method: expected one of 'dense', 'hrbp', ..., got 'hrpb'; did you mean 'hrbp'?
-
-    Reference: ours.
     """
-    for name, options in (("dataset", SPECS), ("model", model_names()), ("method", METHODS), ("precision", PRECISIONS)):
+    for name, options in (
+        ("dataset", SPECS),
+        ("model", model_names()),
+        ("method", METHODS),
+        ("precision", PRECISIONS),
+    ):
         _checks.choice(name, getattr(config, name), options)
     preset = {"stem": "cifar"} | PRESETS[config.dataset]
     preset = {k: v for k, v in preset.items() if getattr(config, k) is None}
@@ -155,16 +186,24 @@ def resolve(config: TrainConfig) -> TrainConfig:
     if config.execution != "masked" and not method.has_layout:
         names = ", ".join(name for name, m in METHODS.items() if m.has_layout)
         raise ValueError(
-            f"execution: the masks of {config.method!r} have no block layout, so {config.execution!r} cannot run them; "
+            f"execution: the masks of {config.method!r} have no block layout, so "
+            f"{config.execution!r} cannot run them; "
             f"use --execution masked, or a method that has one: {names}"
         )
     if config.implementation is not None:
         available = bsj.available_implementations()
         if reason := available[_checks.choice("implementation", config.implementation, available)]:
             raise ValueError(f"implementation: {config.implementation!r} cannot run here: {reason}")
-    if config.channel_order and not (config.method.startswith("hrbp") and config.channel_block > 1 and config.scores == "magnitude"):
+    if config.channel_order and not (
+        config.method.startswith("hrbp")
+        and config.channel_block > 1
+        and config.scores == "magnitude"
+    ):
         got = f"--method {config.method} --channel-block {config.channel_block} --scores {config.scores}"
-        raise ValueError(f"channel_order: it serves hrbp's runs by magnitude, expected --channel-block 8 or the like, got {got}")
+        raise ValueError(
+            f"channel_order: it serves hrbp's runs by magnitude, expected --channel-block 8 or the "
+            f"like, got {got}"
+        )
     for name in ("label_smoothing", "momentum"):
         _checks.fraction(name, getattr(config, name))
     for name in ("block_density", "drop_fraction"):
@@ -172,7 +211,16 @@ def resolve(config: TrainConfig) -> TrainConfig:
     for name in ("lr", "width", "block_density"):
         _positive(name, getattr(config, name))
     _positive("weight_decay", config.weight_decay, or_zero=True)
-    for name in ("epochs", "batch_size", "group_size", "channel_block", "n", "m", "block", "log_every"):
+    for name in (
+        "epochs",
+        "batch_size",
+        "group_size",
+        "channel_block",
+        "n",
+        "m",
+        "block",
+        "log_every",
+    ):
         _checks.positive_int(name, getattr(config, name))
     for name in ("update_every", "checkpoint_every"):
         if getattr(config, name) is not None:
@@ -186,8 +234,14 @@ def _sparsity(config: TrainConfig) -> float:
     if fixed is None:
         return _checks.fraction("sparsity", 0.9 if config.sparsity is None else config.sparsity)
     if config.sparsity not in (None, fixed(config)):
-        flags = "; leave --sparsity out" if config.method == "dense" else f" (--n {config.n} --m {config.m}); set these two instead"
-        raise ValueError(f"sparsity: {config.method} has {fixed(config):g}{flags}, got {config.sparsity!r}")
+        flags = (
+            "; leave --sparsity out"
+            if config.method == "dense"
+            else f" (--n {config.n} --m {config.m}); set these two instead"
+        )
+        raise ValueError(
+            f"sparsity: {config.method} has {fixed(config):g}{flags}, got {config.sparsity!r}"
+        )
     return fixed(config)
 
 
@@ -197,11 +251,16 @@ def _budget(config: TrainConfig) -> str:
     if config.budget is None:
         return known[0]
     if _checks.choice("budget", config.budget, BUDGETS) not in known:
-        raise ValueError(f"budget: {config.method} prunes all layers alike ({known[0]!r}); leave --budget out, got {config.budget!r}")
+        raise ValueError(
+            f"budget: {config.method} prunes all layers alike ({known[0]!r}); leave --budget out, "
+            f"got {config.budget!r}"
+        )
     return config.budget
 
 
 def _positive(name: str, value: Any, or_zero: bool = False) -> None:
     """ValueError unless the value is a finite number above 0 (or 0)."""
     if not (0 < value < float("inf") or (or_zero and value == 0)):
-        raise ValueError(f"{name}: expected a number {'of at least' if or_zero else 'above'} 0, got {value!r}")
+        raise ValueError(
+            f"{name}: expected a number {'of at least' if or_zero else 'above'} 0, got {value!r}"
+        )

@@ -1,9 +1,12 @@
-"""One training step for every method and execution: `Trainer` holds the jitted steps and moves a state between its forms.
+"""One training step for every method and execution: `Trainer` holds the jitted steps and moves a
+state between its forms.
 
-A state is in one of three forms: masked (dense conv on masked weights), sparse (block-sparse conv, dense parameters) or packed
-(block-sparse conv, packed parameters and optimizer state). Where the method needs the gradient of the pruned weights, the packed execution
-is in another form: sparse at the mask updates of a dynamic method, masked in the soft phase of SUBP, whose kept count changes at every
-update (the sparse execution runs that phase in the block-sparse conv and compiles a step for every count).
+A state is in one of three forms: masked (dense conv on masked weights), sparse (block-sparse conv,
+dense parameters) or packed (block-sparse conv, packed parameters and optimizer state). Where the
+method needs the gradient of the pruned weights, the packed execution is in another form: sparse at
+the mask updates of a dynamic method, masked in the soft phase of SUBP, whose kept count changes at
+every update (the sparse execution runs that phase in the block-sparse conv and compiles a step for
+every count).
 """
 
 import copy
@@ -59,18 +62,26 @@ class Trainer:
       image_shape: (height, width, channels).
       num_classes: of the data set.
       length: of the run, in steps.
-      data_format: of the dense convolutions of the masked form, NHWC or CHWN; the other forms are CHWN.
+      data_format: of the dense convolutions of the masked form, NHWC or CHWN; the other forms are
+        CHWN.
 
     Attributes:
       config: as given.
       recipe: of the config's method.
 
-    Reference: ours; the forms are those of the run's `--execution`.
+    Reference: the forms are those of the run's `--execution`.
     """
 
     recipe: Recipe
 
-    def __init__(self, config: TrainConfig, image_shape: tuple[int, ...], num_classes: int, length: Length, data_format: str = "NHWC"):
+    def __init__(
+        self,
+        config: TrainConfig,
+        image_shape: tuple[int, ...],
+        num_classes: int,
+        length: Length,
+        data_format: str = "NHWC",
+    ):
         self.config = config
         self._image_shape = image_shape
         self._length = length
@@ -91,20 +102,25 @@ class Trainer:
 
         Returns:
           Initial parameters (pruned, for hard methods), statistics, optimizer state and layouts.
-
-        Reference: ours.
         """
         variables = _init(self.model("masked"), jax.random.key(self.config.seed), self._image_shape)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         if self.config.channel_order:
-            sizes = {name: getattr(self.config, name) for name in ("channel_block", "group_size", "block_density", "budget")}
-            params, batch_stats = with_channel_orders(params, batch_stats, self.config.sparsity, **sizes)
+            sizes = {
+                name: getattr(self.config, name)
+                for name in ("channel_block", "group_size", "block_density", "budget")
+            }
+            params, batch_stats = with_channel_orders(
+                params, batch_stats, self.config.sparsity, **sizes
+            )
         self.recipe = METHODS[self.config.method].build(self.config, self._length, params)
         self._tx = optimizer(self.config, self.recipe, self._length)
         opt_state = self._tx.init(params)
         if self.recipe.transform is not None and self.recipe.hard:
             params = bsj.apply_masks(params, bsj.get_masks(opt_state))
-        dense = jax.tree.map(lambda leaf: leaf.copy(), (params, batch_stats, opt_state))  # no shared buffers: steps donate them
+        dense = jax.tree.map(
+            lambda leaf: leaf.copy(), (params, batch_stats, opt_state)
+        )  # no shared buffers: steps donate them
         state = State(*dense, layouts={}, form="masked")
         return self.to(self.form(0), state)
 
@@ -117,13 +133,13 @@ class Trainer:
 
         Returns:
           A module over NHWC images.
-
-        Reference: ours.
         """
         if form == "masked":
             return self._model(data_format=self._masked_format)
         gradient = "dense" if dense_gradient else "masked"
-        return self._model(data_format="CHWN", implementation=self.config.implementation, kernel_gradient=gradient)
+        return self._model(
+            data_format="CHWN", implementation=self.config.implementation, kernel_gradient=gradient
+        )
 
     def form(self, step: int) -> str:
         """The form of the state that a step starts from.
@@ -133,8 +149,6 @@ class Trainer:
 
         Returns:
           masked, sparse or packed.
-
-        Reference: ours.
         """
         if self.config.execution != "packed" or not self.recipe.dense_gradient(step):
             return str(self.config.execution)
@@ -148,8 +162,6 @@ class Trainer:
 
         Returns:
           A trainer for states of this one, moved to the other's forms by `to`.
-
-        Reference: ours.
         """
         other = copy.copy(self)
         other.config = dataclasses.replace(self.config, execution=execution)
@@ -164,20 +176,22 @@ class Trainer:
 
         Returns:
           The same training state in that form.
-
-        Reference: ours (decision 1 of the design: two representations, one meaning).
         """
         params, opt_state = state.params, state.opt_state
         if state.form == "packed":
             params, opt_state = _unpack(params, opt_state, state.layouts)
         if form == "masked":
             return State(params, state.batch_stats, opt_state, {}, form)
-        layouts = jax.tree.map(lambda leaf: leaf.copy(), bsj.get_layouts(opt_state))  # a copy: the step donates the state, not the layouts
+        layouts = jax.tree.map(
+            lambda leaf: leaf.copy(), bsj.get_layouts(opt_state)
+        )  # a copy: the step donates the state, not the layouts
         if form == "packed":
             params, opt_state = _pack(params, opt_state, layouts)
         return State(params, state.batch_stats, opt_state, layouts, form)
 
-    def step(self, state: State, step: int, images: Float[Array, "n h w c"], labels: Int[Array, "n"]) -> tuple[State, Metrics]:
+    def step(
+        self, state: State, step: int, images: Float[Array, "n h w c"], labels: Int[Array, "n"]
+    ) -> tuple[State, Metrics]:
         """One training step; the given state is donated.
 
         Args:
@@ -188,37 +202,54 @@ class Trainer:
 
         Returns:
           The state in the form of the next step, and the batch's metrics.
-
-        Reference: ours.
         """
-        dense_gradient, layouts = state.form == "sparse" and bool(self.recipe.dense_gradient(step)), state.layouts
-        state, metrics = self._step(dataclasses.replace(state, layouts={}), layouts, images, labels, dense_gradient=dense_gradient)
+        dense_gradient, layouts = (
+            state.form == "sparse" and bool(self.recipe.dense_gradient(step)),
+            state.layouts,
+        )
+        state, metrics = self._step(
+            dataclasses.replace(state, layouts={}),
+            layouts,
+            images,
+            labels,
+            dense_gradient=dense_gradient,
+        )
         state = dataclasses.replace(state, layouts=layouts)
         form = self.form(step + 1)
         if form != state.form or (form != "masked" and self.recipe.changes(step)):
             state = self.to(form, state)
         return state, metrics
 
-    def _train_step(self, state: State, layouts: Any, images: Array, labels: Array, dense_gradient: bool) -> tuple[State, Metrics]:
+    def _train_step(
+        self, state: State, layouts: Any, images: Array, labels: Array, dense_gradient: bool
+    ) -> tuple[State, Metrics]:
         model = self.model(state.form, dense_gradient)
 
         def loss_fn(params):
             variables = self._variables(dataclasses.replace(state, params=params), layouts)
             logits, changed = model.apply(variables, images, train=True, mutable=["batch_stats"])
-            targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), self.config.label_smoothing)
+            targets = optax.smooth_labels(
+                jax.nn.one_hot(labels, logits.shape[-1]), self.config.label_smoothing
+            )
             loss = optax.softmax_cross_entropy(logits.astype(jnp.float32), targets).mean()
             return loss, (changed.get("batch_stats", {}), jnp.sum(logits.argmax(-1) == labels))
 
-        (loss, (batch_stats, correct)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        (loss, (batch_stats, correct)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params
+        )
         updates, opt_state = self._tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return State(params, batch_stats, opt_state, {}, state.form), Metrics(loss, correct)
 
     def _variables(self, state: State, layouts: Any) -> dict[str, Any]:
-        """The model's variables; weights are masked where the convolution does not pick the kept ones itself."""
+        """The model's variables; weights are masked where the convolution does not pick the kept
+        ones itself.
+        """
         masked = state.form == "masked" and self.recipe.transform is not None
         params = bsj.masked(state.params, state.opt_state) if masked else state.params
-        return {"params": params, "batch_stats": state.batch_stats} | ({"layouts": layouts} if layouts else {})
+        return {"params": params, "batch_stats": state.batch_stats} | (
+            {"layouts": layouts} if layouts else {}
+        )
 
     def evaluate(self, state: State, batches: Iterable[tuple[Array, Array, Array]]) -> float:
         """The accuracy over batches of (images, labels, weight), weight 0 marking padding.
@@ -229,27 +260,28 @@ class Trainer:
 
         Returns:
           A fraction of right answers.
-
-        Reference: ours.
         """
         counts = [self._correct(state, *batch) for batch in batches]
         right, total = (float(sum(column)) for column in zip(*jax.device_get(counts)))
         return right / total
 
-    def _count_correct(self, state: State, images: Array, labels: Array, weight: Array) -> tuple[Array, Array]:
-        logits = self.model(state.form).apply(self._variables(state, state.layouts), images, train=False)
+    def _count_correct(
+        self, state: State, images: Array, labels: Array, weight: Array
+    ) -> tuple[Array, Array]:
+        logits = self.model(state.form).apply(
+            self._variables(state, state.layouts), images, train=False
+        )
         return jnp.sum((logits.argmax(-1) == labels) * weight), jnp.sum(weight)
 
     def masks(self, state: State) -> Any:
-        """The masks of a state in any form: bool trees of the dense parameters, scalar True where dense.
+        """The masks of a state in any form: bool trees of the dense parameters, scalar True where
+        dense.
 
         Args:
           state: in any form.
 
         Returns:
           A tree of bool arrays, which outlives the state.
-
-        Reference: ours.
         """
         if self.recipe.transform is None:
             return jax.tree.map(lambda leaf: jnp.asarray(True), state.params)
@@ -257,7 +289,11 @@ class Trainer:
             return jax.tree.map(lambda leaf: leaf.copy(), bsj.get_masks(state.opt_state))
 
         def mask(layout):
-            return bsj.layout_to_mask(layout) if isinstance(layout, bsj.BlockLayout) else jnp.asarray(True)
+            return (
+                bsj.layout_to_mask(layout)
+                if isinstance(layout, bsj.BlockLayout)
+                else jnp.asarray(True)
+            )
 
         return jax.tree.map(mask, state.layouts, is_leaf=bsj.is_layout)
 
@@ -269,15 +305,15 @@ class Trainer:
 
         Returns:
           A tree of layouts; {} when training dense.
-
-        Reference: ours.
         """
         if self.recipe.transform is None or state.layouts:
             return state.layouts
         return bsj.get_layouts(state.opt_state)
 
 
-def stepper(trainer: Trainer, state: State, step: int, images: Array, labels: Array) -> Callable[[], Any]:
+def stepper(
+    trainer: Trainer, state: State, step: int, images: Array, labels: Array
+) -> Callable[[], Any]:
     """A function that trains on one batch over and over, to be timed.
 
     Args:
@@ -289,8 +325,6 @@ def stepper(trainer: Trainer, state: State, step: int, images: Array, labels: Ar
 
     Returns:
       A function without arguments that returns the new state and the metrics.
-
-    Reference: ours.
     """
     box = [jax.tree.map(lambda leaf: leaf.copy(), state)]
 
@@ -301,14 +335,18 @@ def stepper(trainer: Trainer, state: State, step: int, images: Array, labels: Ar
     return call
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2), compiler_options={"xla_backend_optimization_level": 0})  # runs once: compiling counts
+@functools.partial(
+    jax.jit, static_argnums=(0, 2), compiler_options={"xla_backend_optimization_level": 0}
+)  # runs once: compiling counts
 def _init(model: Any, key: Array, image_shape: tuple[int, ...]) -> Any:
     return model.init(key, jnp.zeros((1, *image_shape), jnp.float32), train=False)
 
 
 @jax.jit
 def _pack(params: Any, opt_state: Any, layouts: Any) -> tuple[Any, Any]:
-    return bsj.pack_tree(params, opt_state, layouts, drop_pruned=True)  # soft SUBP's too: they play no part once its pattern is final
+    return bsj.pack_tree(
+        params, opt_state, layouts, drop_pruned=True
+    )  # soft SUBP's too: they play no part once its pattern is final
 
 
 @jax.jit

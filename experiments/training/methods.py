@@ -1,6 +1,8 @@
-"""The registry of training methods: a name, whether its pattern has a block layout, and how to build its optax transformation.
+"""The registry of training methods: a name, whether its pattern has a block layout, and how to
+build its optax transformation.
 
-A new method is one entry of `METHODS`: a function from the config, the length of the run and the initial parameters to a `Recipe`.
+A new method is one entry of `METHODS`: a function from the config, the length of the run and the
+initial parameters to a `Recipe`.
 """
 
 import dataclasses
@@ -39,7 +41,8 @@ class Recipe(NamedTuple):
       changes: step -> whether that step's update changes the masks.
       dense_gradient: step -> whether that step needs the gradient of the pruned weights too.
       hard: pruned weights are exactly zero (False: straight-through methods keep them).
-      resizes: the updates change how many weights are kept, so that each would compile a block-sparse step of its own.
+      resizes: the updates change how many weights are kept, so that each would compile a
+        block-sparse step of its own.
     """
 
     transform: optax.GradientTransformation | None
@@ -55,9 +58,11 @@ class Method:
 
     Attributes:
       build: (config, length, params) -> Recipe.
-      has_layout: its masks fit a `BlockLayout`, so that the sparse and packed executions can run it.
+      has_layout: its masks fit a `BlockLayout`, so that the sparse and packed executions can run
+        it.
       budgets: the budgets that it takes, its own default first.
-      sparsity: config -> the sparsity that the method itself fixes; None where `--sparsity` sets it.
+      sparsity: config -> the sparsity that the method itself fixes; None where `--sparsity` sets
+        it.
     """
 
     build: Callable[["TrainConfig", Length, Any], Recipe]
@@ -78,7 +83,9 @@ def _dense(config: "TrainConfig", length: Length, params: Any) -> Recipe:
     return Recipe(None)
 
 
-def _hrbp(config: "TrainConfig", length: Length, params: Any, update: Callable | None = None) -> Recipe:
+def _hrbp(
+    config: "TrainConfig", length: Length, params: Any, update: Callable | None = None
+) -> Recipe:
     transform = bsj.hrbp_prune(
         config.sparsity,
         group_size=config.group_size,
@@ -99,7 +106,12 @@ def _hrbp(config: "TrainConfig", length: Length, params: Any, update: Callable |
 
 
 def _hrbp_dynamic(config: "TrainConfig", length: Length, params: Any) -> Recipe:
-    return _hrbp(config, length, params, periodic(_every(config, length), until=max(1, int(0.75 * length.total))))
+    return _hrbp(
+        config,
+        length,
+        params,
+        periodic(_every(config, length), until=max(1, int(0.75 * length.total))),
+    )
 
 
 def _subp(config: "TrainConfig", length: Length, params: Any) -> Recipe:
@@ -108,12 +120,20 @@ def _subp(config: "TrainConfig", length: Length, params: Any) -> Recipe:
     start, end = (round(length.total * epoch / 250 / every) * every for epoch in (10, 180))
     end = max(end, start + every)
     transform = bsj.subp(
-        config.sparsity, block=config.block, criterion=config.criterion, start=start, end=end, update_every=every, key=_key(config)
+        config.sparsity,
+        block=config.block,
+        criterion=config.criterion,
+        start=start,
+        end=end,
+        update_every=every,
+        key=_key(config),
     )
     return Recipe(
         transform,
         changes=lambda step: start <= step <= end and step % every == 0,
-        dense_gradient=lambda step: step <= end,  # soft until the pattern is final; from then on the pruned weights play no part
+        dense_gradient=lambda step: (
+            step <= end
+        ),  # soft until the pattern is final; from then on the pruned weights play no part
         hard=False,
         resizes=True,
     )
@@ -132,7 +152,10 @@ def _check_m(config: "TrainConfig", params: Any) -> None:
     for name, cin in channels.items():
         if cin % config.m:
             most = math.gcd(*channels.values())
-            raise ValueError(f"m: {config.m} does not divide the {cin} input channels of {name}; take one that divides {most}")
+            raise ValueError(
+                f"m: {config.m} does not divide the {cin} input channels of {name}; take one that "
+                f"divides {most}"
+            )
 
 
 def _sr_ste(config: "TrainConfig", length: Length, params: Any) -> Recipe:
@@ -160,12 +183,20 @@ def _rigl(config: "TrainConfig", length: Length, params: Any) -> Recipe:
 
 def _gradual(config: "TrainConfig", length: Length, params: Any) -> Recipe:
     every, end = _every(config, length), max(1, length.total // 2)
-    transform = bsj.gradual_magnitude(config.sparsity, start=0, end=end, update_every=every, budget=config.budget)
-    return Recipe(transform, changes=lambda step: step <= end and (step % every == 0 or step == end))
+    transform = bsj.gradual_magnitude(
+        config.sparsity, start=0, end=end, update_every=every, budget=config.budget
+    )
+    return Recipe(
+        transform, changes=lambda step: step <= end and (step % every == 0 or step == end)
+    )
 
 
 def _random(config: "TrainConfig", length: Length, params: Any) -> Recipe:
-    return Recipe(bsj.fixed_masks(bsj.random_masks(_key(config), params, config.sparsity, budget=config.budget)))
+    return Recipe(
+        bsj.fixed_masks(
+            bsj.random_masks(_key(config), params, config.sparsity, budget=config.budget)
+        )
+    )
 
 
 def _random_channel(config: "TrainConfig", length: Length, params: Any) -> Recipe:
@@ -190,7 +221,8 @@ METHODS: dict[str, Method] = {
 
 
 def learning_rate(config: "TrainConfig", length: Length) -> optax.Schedule:
-    """The learning rate of each step: step (a tenth after 1/2 and 3/4 of the run), cosine or constant.
+    """The learning rate of each step: step (a tenth after 1/2 and 3/4 of the run), cosine or
+    constant.
 
     Args:
       config: a resolved config.
@@ -202,13 +234,17 @@ def learning_rate(config: "TrainConfig", length: Length) -> optax.Schedule:
     Reference: the steps of Ma et al., "HRBP", CPAL 2024 (80 and 120 of 160 epochs).
     """
     if config.lr_schedule == "step":
-        return optax.piecewise_constant_schedule(config.lr, {length.total // 2: 0.1, length.total * 3 // 4: 0.1})
+        return optax.piecewise_constant_schedule(
+            config.lr, {length.total // 2: 0.1, length.total * 3 // 4: 0.1}
+        )
     if config.lr_schedule == "cosine":
         return optax.cosine_decay_schedule(config.lr, length.total)
     return optax.constant_schedule(config.lr)
 
 
-def optimizer(config: "TrainConfig", recipe: Recipe, length: Length) -> optax.GradientTransformation:
+def optimizer(
+    config: "TrainConfig", recipe: Recipe, length: Length
+) -> optax.GradientTransformation:
     """`keep_zeros(chain(method, weight decay, sgd or adam))`; without a method just the last two.
 
     Args:
@@ -218,12 +254,16 @@ def optimizer(config: "TrainConfig", recipe: Recipe, length: Length) -> optax.Gr
 
     Returns:
       An optax transformation for dense and for packed parameters.
-
-    Reference: ours.
     """
     rate = learning_rate(config, length)
-    base = optax.sgd(rate, momentum=config.momentum or None) if config.optimizer == "sgd" else optax.adam(rate)
-    decay = optax.add_decayed_weights(config.weight_decay, mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree))
+    base = (
+        optax.sgd(rate, momentum=config.momentum or None)
+        if config.optimizer == "sgd"
+        else optax.adam(rate)
+    )
+    decay = optax.add_decayed_weights(
+        config.weight_decay, mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
+    )
     if recipe.transform is None:
         return optax.chain(decay, base)
     return bsj.keep_zeros(optax.chain(recipe.transform, decay, base))

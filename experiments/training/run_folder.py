@@ -1,4 +1,6 @@
-"""One run's folder: config.json, metrics.jsonl, result.json and Orbax checkpoints, written so that a stop loses nothing."""
+"""One run's folder: config.json, metrics.jsonl, result.json and Orbax checkpoints, written so that
+a stop loses nothing.
+"""
 
 import dataclasses
 import json
@@ -13,7 +15,10 @@ import orbax.checkpoint as ocp
 
 from experiments.training.config import TrainConfig
 
-_PLACE = ("out", "data_dir")  # where things are, not what is trained: they may change between a stop and its resume
+_PLACE = (
+    "out",
+    "data_dir",
+)  # where things are, not what is trained: they may change between a stop and its resume
 _KEEP = 2
 
 
@@ -39,19 +44,24 @@ class RunFolder:
           The folder.
 
         Raises:
-          ValueError: the folder is not empty, or with `resume` it is absent, or its config.json is missing, garbled or of another run.
-
-        Reference: ours.
+          ValueError: the folder is not empty, or with `resume` it is absent, or its config.json is
+            missing, garbled or of another run.
         """
         folder = cls(str(config.out))
         if folder.path.is_file():
             raise ValueError(f"out: {config.out} is a file; choose a folder")
         if resume and not folder.path.exists():
-            raise ValueError(f"resume: {config.out} does not exist, so there is no run to go on with; leave --resume out to start one")
+            raise ValueError(
+                f"resume: {config.out} does not exist, so there is no run to go on with; leave "
+                f"--resume out to start one"
+            )
         if resume:
             folder._check_same_run(config)
         elif folder.path.exists() and any(folder.path.iterdir()):
-            raise ValueError(f"out: {config.out} is not empty; add --resume to go on with that run, or choose another --out")
+            raise ValueError(
+                f"out: {config.out} is not empty; add --resume to go on with that run, or choose "
+                f"another --out"
+            )
         return folder
 
     def start(self, config: TrainConfig) -> None:
@@ -59,8 +69,6 @@ class RunFolder:
 
         Args:
           config: a resolved config.
-
-        Reference: ours.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / "config.json").exists():
@@ -74,24 +82,32 @@ class RunFolder:
 
         Raises:
           ValueError: config.json is missing, garbled or of another version.
-
-        Reference: ours.
         """
         stored = _read_json(self.path / "config.json", "start the run again with another --out")
         fields = {field.name for field in dataclasses.fields(TrainConfig)}
         if not isinstance(stored, dict) or set(stored) != fields:
-            odd = sorted(fields.symmetric_difference(stored)) if isinstance(stored, dict) else [type(stored).__name__]
+            odd = (
+                sorted(fields.symmetric_difference(stored))
+                if isinstance(stored, dict)
+                else [type(stored).__name__]
+            )
             raise ValueError(
-                f"{self.path / 'config.json'}: other fields than a run of this version has ({', '.join(odd)}); choose another --out"
+                f"{self.path / 'config.json'}: other fields than a run of this version has "
+                f"({', '.join(odd)}); choose another --out"
             )
         return TrainConfig(**stored)
 
     def _check_same_run(self, config: TrainConfig) -> None:
         stored, given = dataclasses.asdict(self.config()), dataclasses.asdict(config)
-        other = [f"{name} {stored[name]!r} -> {given[name]!r}" for name in stored if name not in _PLACE and stored[name] != given[name]]
+        other = [
+            f"{name} {stored[name]!r} -> {given[name]!r}"
+            for name in stored
+            if name not in _PLACE and stored[name] != given[name]
+        ]
         if other:
             raise ValueError(
-                f"resume: {config.out} is a run with another config ({', '.join(other)}); leave these flags out or choose another --out"
+                f"resume: {config.out} is a run with another config ({', '.join(other)}); leave "
+                f"these flags out or choose another --out"
             )
 
     def append(self, row: dict[str, Any]) -> None:
@@ -99,8 +115,6 @@ class RunFolder:
 
         Args:
           row: JSON values, with `step`.
-
-        Reference: ours.
         """
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -113,8 +127,6 @@ class RunFolder:
 
         Raises:
           ValueError: a line before the last is garbled.
-
-        Reference: ours.
         """
         path = self.path / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
@@ -124,7 +136,9 @@ class RunFolder:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
                 if number < len(lines):
-                    raise ValueError(f"{path}: line {number} is not JSON ({error}); delete that line") from error
+                    raise ValueError(
+                        f"{path}: line {number} is not JSON ({error}); delete that line"
+                    ) from error
         return rows
 
     def rewind(self, step: int) -> None:
@@ -132,8 +146,6 @@ class RunFolder:
 
         Args:
           step: the last step to keep.
-
-        Reference: ours.
         """
         rows = [row for row in self.metrics() if row["step"] <= step]
         _replace(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -141,18 +153,18 @@ class RunFolder:
     def save(self, step: int, tree: Any, meta: dict[str, Any]) -> None:
         """Writes a checkpoint; the last two are kept.
 
-        The tree's leaves are stored by their position, so that any pytree node can be checkpointed; the structure comes from a
-        freshly made state when they are read back.
+        The tree's leaves are stored by their position, so that any pytree node can be checkpointed;
+        the structure comes from a freshly made state when they are read back.
 
         Args:
           step: training steps done.
           tree: arrays and PRNG keys in any pytree.
           meta: JSON values.
-
-        Reference: ours.
         """
         arrays = {f"{i:05d}": _to_host(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
-        empty = {name: [list(a.shape), str(a.dtype)] for name, a in arrays.items() if a.size == 0}  # Orbax refuses empty arrays
+        empty = {
+            name: [list(a.shape), str(a.dtype)] for name, a in arrays.items() if a.size == 0
+        }  # Orbax refuses empty arrays
         args = ocp.args.Composite(
             arrays=ocp.args.StandardSave({name: a for name, a in arrays.items() if a.size}),
             meta=ocp.args.JsonSave({"run": meta, "empty": empty}),
@@ -162,15 +174,15 @@ class RunFolder:
             manager.save(step, args=args)
             kept = {str(kept) for kept in manager.all_steps()}
         sums = {name: files for name, files in self._checksums().items() if name in kept}
-        _write_json(self.path / "checksums.json", sums | {str(step): _checksums(self._checkpoint(step))})
+        _write_json(
+            self.path / "checksums.json", sums | {str(step): _checksums(self._checkpoint(step))}
+        )
 
     def latest(self) -> int | None:
         """The step of the last complete checkpoint.
 
         Returns:
           A step, or None when there is none yet.
-
-        Reference: ours.
         """
         return max(self.steps(), default=None)
 
@@ -179,8 +191,6 @@ class RunFolder:
 
         Returns:
           Steps in order, [] when there is none yet.
-
-        Reference: ours.
         """
         if not (self.path / "checkpoints").exists():
             return []
@@ -198,8 +208,6 @@ class RunFolder:
 
         Raises:
           ValueError: the checkpoint cannot be read.
-
-        Reference: ours.
         """
         return self._read(step, meta=ocp.args.JsonRestore()).meta["run"]
 
@@ -215,16 +223,17 @@ class RunFolder:
 
         Raises:
           ValueError: the checkpoint cannot be read, or is of another structure.
-
-        Reference: ours.
         """
         read = self._read(step, arrays=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
-        arrays = dict(read.arrays) | {name: np.zeros(shape, dtype) for name, (shape, dtype) in read.meta["empty"].items()}
+        arrays = dict(read.arrays) | {
+            name: np.zeros(shape, dtype) for name, (shape, dtype) in read.meta["empty"].items()
+        }
         leaves, structure = jax.tree.flatten(like)
         stored = [arrays[name] for name in sorted(arrays)]
         if [a.dtype for a in stored] != [_to_host(leaf).dtype for leaf in leaves]:
             raise ValueError(
-                f"{self._checkpoint(step)}: holds {len(stored)} arrays that do not match this version's {len(leaves)}; "
+                f"{self._checkpoint(step)}: holds {len(stored)} arrays that do not match this "
+                f"version's {len(leaves)}; "
                 "it was written by another version: train again with another --out"
             )
         return structure.unflatten([_to_device(a, leaf) for a, leaf in zip(stored, leaves)])
@@ -234,22 +243,40 @@ class RunFolder:
 
     def _checksums(self) -> dict[str, dict[str, int]]:
         path = self.path / "checksums.json"
-        return _read_json(path, "delete it: the checkpoints are then read unchecked") if path.exists() else {}
+        return (
+            _read_json(path, "delete it: the checkpoints are then read unchecked")
+            if path.exists()
+            else {}
+        )
 
     def _read(self, step: int, **items: Any) -> Any:
         if not self._checkpoint(step).exists():
-            raise ValueError(f"step: {self.path} has no checkpoint of step {step}; it has {', '.join(map(str, self.steps())) or 'none'}")
-        expected = self._checksums().get(str(step), {})  # none when a stop came between a checkpoint and its checksums
-        damaged = [name for name, crc in _checksums(self._checkpoint(step)).items() if expected.get(name, crc) != crc]
+            raise ValueError(
+                f"step: {self.path} has no checkpoint of step {step}; it has "
+                f"{', '.join(map(str, self.steps())) or 'none'}"
+            )
+        expected = self._checksums().get(
+            str(step), {}
+        )  # none when a stop came between a checkpoint and its checksums
+        damaged = [
+            name
+            for name, crc in _checksums(self._checkpoint(step)).items()
+            if expected.get(name, crc) != crc
+        ]
         damaged += [name for name in expected if not (self._checkpoint(step) / name).exists()]
         if damaged:
-            raise ValueError(f"{self._checkpoint(step)}: {damaged[0]} is damaged or missing; {self._without(step)}")
+            raise ValueError(
+                f"{self._checkpoint(step)}: {damaged[0]} is damaged or missing; "
+                f"{self._without(step)}"
+            )
         try:
             with ocp.CheckpointManager(self.path / "checkpoints") as manager:
                 return manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax raises many types for a damaged checkpoint
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise ValueError(f"{self._checkpoint(step)}: cannot be read ({reason}); {self._without(step)}") from error
+            raise ValueError(
+                f"{self._checkpoint(step)}: cannot be read ({reason}); {self._without(step)}"
+            ) from error
 
     def _without(self, step: int) -> str:
         return f"delete the folder {step} to go on from the checkpoint before it, or from the start when there is none"
@@ -259,8 +286,6 @@ class RunFolder:
 
         Args:
           result: JSON values.
-
-        Reference: ours.
         """
         _write_json(self.path / "result.json", result)
 
@@ -272,8 +297,6 @@ class RunFolder:
 
         Raises:
           ValueError: it is garbled.
-
-        Reference: ours.
         """
         path = self.path / "result.json"
         return _read_json(path, "delete it and run again with --resume") if path.exists() else None
@@ -291,7 +314,11 @@ def _to_device(array: np.ndarray, like: Any) -> jax.Array:
 
 
 def _checksums(folder: Path) -> dict[str, int]:
-    return {str(file.relative_to(folder)): zlib.crc32(file.read_bytes()) for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(folder)): zlib.crc32(file.read_bytes())
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
 
 
 def _replace(path: Path, text: str) -> None:

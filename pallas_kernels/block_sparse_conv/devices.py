@@ -8,7 +8,8 @@ FOLDER = Path(__file__).parent / "tuned"
 
 
 def short_name(kind: str) -> str:
-    """A GPU's model in lower case: the first word that has a digit, up to a hyphen; the last word where none has.
+    """A GPU's model in lower case: the first word that has a digit, up to a hyphen; the last word
+    where none has.
 
     Args:
       kind: as JAX's `device_kind`.
@@ -19,11 +20,13 @@ def short_name(kind: str) -> str:
     Example:
       >>> [short_name(f"NVIDIA {model}") for model in ("H200", "H100 80GB HBM3", "A100-SXM4-80GB", "TITAN V")]
       ['h200', 'h100', 'a100', 'v']
-
-    Reference: ours.
     """
     words = kind.split()
-    return next((word for word in words if any(map(str.isdigit, word))), words[-1]).split("-")[0].lower()
+    return (
+        next((word for word in words if any(map(str.isdigit, word))), words[-1])
+        .split("-")[0]
+        .lower()
+    )
 
 
 def this_gpu() -> str | None:
@@ -31,8 +34,6 @@ def this_gpu() -> str | None:
 
     Returns:
       The name; None where that is no GPU.
-
-    Reference: ours.
     """
     device = jax.devices()[0]
     return short_name(device.device_kind) if device.platform == "gpu" else None
@@ -51,7 +52,5 @@ def table(implementation: str, gpu: str | None) -> Path:
     Example:
       >>> table("triton", "h100").name
       'tuned_triton_h100.json'
-
-    Reference: ours.
     """
     return FOLDER / f"tuned_{implementation}_{gpu or 'none'}.json"

@@ -1,4 +1,6 @@
-"""What follows a convolution's sums, as XLA does it: `relu(scale * y + bias + residual)`, as far as each is given."""
+"""What follows a convolution's sums, as XLA does it: `relu(scale * y + bias + residual)`, as far as
+each is given.
+"""
 
 from collections.abc import Sequence
 
@@ -31,8 +33,6 @@ def apply_epilogue(
     Example:
       >>> apply_epilogue(jnp.full((2, 1, 1, 1), 3.0), scale=jnp.array([1.0, -1.0]), bias=jnp.array([0.5, 1.0]), relu=True).ravel().tolist()
       [3.5, 0.0]
-
-    Reference: ours.
     """
     out = y if scale is None and bias is None and residual is None else y.astype(jnp.float32)
     along = [1, 1, 1, 1]
@@ -46,7 +46,9 @@ def apply_epilogue(
     return (jax.nn.relu(out) if relu else out).astype(y.dtype)
 
 
-def check_epilogue(shape: Sequence[int], cout: int, scale: Array | None, bias: Array | None, residual: Array | None) -> None:
+def check_epilogue(
+    shape: Sequence[int], cout: int, scale: Array | None, bias: Array | None, residual: Array | None
+) -> None:
     """Checks an epilogue's shapes.
 
     Args:
@@ -59,11 +61,15 @@ def check_epilogue(shape: Sequence[int], cout: int, scale: Array | None, bias: A
 
     Example:
       >>> check_epilogue((8, 4, 4, 2), 8, jnp.ones(8), None, None)
-
-    Reference: ours.
     """
     for name, value in (("scale", scale), ("bias", bias)):
         if value is not None and value.shape != (cout,):
-            raise ValueError(f"{name}: expected one number for each of {cout} output channels, got shape {value.shape}")
+            raise ValueError(
+                f"{name}: expected one number for each of {cout} output channels, got shape "
+                f"{value.shape}"
+            )
     if residual is not None and tuple(residual.shape) != tuple(shape):
-        raise ValueError(f"residual: expected the shape of the output, {tuple(shape)}, got {tuple(residual.shape)}")
+        raise ValueError(
+            f"residual: expected the shape of the output, {tuple(shape)}, got "
+            f"{tuple(residual.shape)}"
+        )

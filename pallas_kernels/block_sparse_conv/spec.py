@@ -1,4 +1,6 @@
-"""What a block-sparse convolution is (ConvSpec: static sizes) and what serves it (Implementation: three passes)."""
+"""What a block-sparse convolution is (ConvSpec: static sizes) and what serves it (Implementation:
+three passes).
+"""
 
 import dataclasses
 import math
@@ -26,15 +28,14 @@ class ConvSpec:
       dtype: name of the activations' dtype.
       channel_block: channels come in aligned runs of this many.
       precision: as in `jax.lax.dot_general`.
-      gradients: whether the gradients follow in the same program (the passes then share gathered rows).
+      gradients: whether the gradients follow in the same program (the passes then share gathered
+        rows).
       relu: whether the forward pass ends in `max(y, 0)`.
 
     Example:
       >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4, kept_taps=3, group_size=4)
       >>> spec.out_height, spec.density
       (3, 0.16666666666666666)
-
-    Reference: ours.
     """
 
     cin: int
@@ -102,13 +103,13 @@ class Implementation:
     Attributes:
       name: what the caller writes.
       supports: `spec -> None`, or the reason why it cannot serve that spec on this machine.
-      forward: `(spec, x, values, filters, channels, taps) -> y`; one that fuses takes `scale`, `bias` and `residual` after them.
+      forward: `(spec, x, values, filters, channels, taps) -> y`; one that fuses takes `scale`,
+        `bias` and `residual` after them.
       input_gradient: `(spec, dy, values, filters, channels, taps) -> dx`.
       weight_gradient: `(spec, x, dy, filters, channels, taps) -> dvalues`, float32.
-      fused: whether `forward` takes `scale`, `bias` (float32 `[cout]`) and `residual` (as y), each may be None, and honours `spec.relu`:
-        `y = relu(scale * conv + bias + residual)` in one pass over memory; where not, XLA appends them.
-
-    Reference: ours.
+      fused: whether `forward` takes `scale`, `bias` (float32 `[cout]`) and `residual` (as y), each
+        may be None, and honours `spec.relu`: `y = relu(scale * conv + bias + residual)` in one pass
+        over memory; where not, XLA appends them.
     """
 
     name: str
@@ -127,8 +128,6 @@ class Choice:
       implementation: its name, for the spec as it is.
       reason: one line.
       details: the formulation that runs, `{"forward": ..., "forward + gradients": ...}`.
-
-    Reference: ours.
     """
 
     implementation: str

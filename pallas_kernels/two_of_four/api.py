@@ -1,4 +1,6 @@
-"""`two_of_four_matmul`: argument checks, the choice between cuSPARSELt and XLA's dense product, and the derivative."""
+"""`two_of_four_matmul`: argument checks, the choice between cuSPARSELt and XLA's dense product, and
+the derivative.
+"""
 
 import functools
 import math
@@ -29,8 +31,6 @@ def choose(k: int, m: int, n: int, dtype: str) -> tuple[str, str]:
     Example:
       >>> choose(64, 64, 64, "float32")[0]
       'dense'
-
-    Reference: ours.
     """
     if reason := cusparselt.unavailable() or cusparselt.limits(k, m, n, dtype):
         return "dense", f"XLA's dense product; 'cusparselt': {reason}"
@@ -58,16 +58,24 @@ def is_two_of_four(weights: Float[Array, "k m"]) -> Bool[Array, ""]:
 
 
 def two_of_four_matmul(
-    weights: Float[Array, "k m"], x: Float[Array, "..."], *, channel_major: bool = False, implementation: str | None = None
+    weights: Float[Array, "k m"],
+    x: Float[Array, "..."],
+    *,
+    channel_major: bool = False,
+    implementation: str | None = None,
 ) -> Float[Array, "..."]:
-    """Multiplies activations with weights of which at most two of each four along the input axis are kept.
+    """Multiplies activations with weights of which at most two of each four along the input axis
+    are kept.
 
-    `y = x W`, or `y = W^T x` where the channels come first: a dense layer, or a 1x1 convolution of stride 1 in (C, H, W, N). Nothing checks
-    the pattern (`is_two_of_four` does); with other weights cuSPARSELt's result is undefined. Both gradients are dense products: that of
-    the weights is straight-through, for the pruned ones too; that of x contracts the outputs, along which the weights have no pattern.
+    `y = x W`, or `y = W^T x` where the channels come first: a dense layer, or a 1x1 convolution of
+    stride 1 in (C, H, W, N). Nothing checks the pattern (`is_two_of_four` does); with other weights
+    cuSPARSELt's result is undefined. Both gradients are dense products: that of the weights is
+    straight-through, for the pruned ones too; that of x contracts the outputs, along which the
+    weights have no pattern.
 
     Args:
-      weights: `[k, m]`, already masked, e.g. by `bsj.sr_ste(2, 4)`; cast to `x.dtype`, products are accumulated in float32.
+      weights: `[k, m]`, already masked, e.g. by `bsj.sr_ste(2, 4)`; cast to `x.dtype`, products are
+        accumulated in float32.
       x: `[..., k]`, or `[k, ...]` where the channels come first.
       channel_major: whether the channels come first.
       implementation: "cusparselt", "dense", or None: dense (`choose` says why).
@@ -84,30 +92,53 @@ def two_of_four_matmul(
       >>> two_of_four_matmul(weights, jnp.ones((3, 4))).tolist()
       [[3.0], [3.0], [3.0]]
 
-    Reference: ours; Zhou et al., "Learning N:M fine-grained structured sparse neural networks from scratch", ICLR 2021, equation 4.
+    Reference: Zhou et al., "Learning N:M fine-grained structured sparse neural networks from
+    scratch", ICLR 2021, equation 4.
     """
     if weights.ndim != 2 or not jnp.issubdtype(weights.dtype, jnp.floating):
-        raise ValueError(f"weights: expected floats [k, m], got {weights.dtype}{list(weights.shape)}")
+        raise ValueError(
+            f"weights: expected floats [k, m], got {weights.dtype}{list(weights.shape)}"
+        )
     k, m = weights.shape
-    if x.ndim < 1 or not jnp.issubdtype(x.dtype, jnp.floating) or x.shape[0 if channel_major else -1] != k:
+    if (
+        x.ndim < 1
+        or not jnp.issubdtype(x.dtype, jnp.floating)
+        or x.shape[0 if channel_major else -1] != k
+    ):
         wanted = "[k, ...]" if channel_major else "[..., k]"
-        raise ValueError(f"x: expected floats {wanted} with k = {k} as in weights, got {x.dtype}{list(x.shape)}")
+        raise ValueError(
+            f"x: expected floats {wanted} with k = {k} as in weights, got {x.dtype}{list(x.shape)}"
+        )
     if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation: expected None or one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {implementation!r}")
+        raise ValueError(
+            f"implementation: expected None or one of {', '.join(map(repr, IMPLEMENTATIONS))}, got "
+            f"{implementation!r}"
+        )
     rest = x.shape[1:] if channel_major else x.shape[:-1]
     sizes = k, m, math.prod(rest), jnp.dtype(x.dtype).name
-    if implementation == "cusparselt" and (reason := cusparselt.unavailable() or cusparselt.limits(*sizes)):
+    if implementation == "cusparselt" and (
+        reason := cusparselt.unavailable() or cusparselt.limits(*sizes)
+    ):
         raise NotImplementedError(f"implementation='cusparselt': {reason}")
-    flat = x.reshape((k, -1) if channel_major else (-1, k)) if x.size else x.reshape((k, 0) if channel_major else (0, k))
+    flat = (
+        x.reshape((k, -1) if channel_major else (-1, k))
+        if x.size
+        else x.reshape((k, 0) if channel_major else (0, k))
+    )
     y = _matmul(implementation or choose(*sizes)[0], channel_major, *_vary_alike(weights, flat))
     return y.reshape((m, *rest) if channel_major else (*rest, m))
 
 
 def _vary_alike(*operands: jax.Array) -> list[jax.Array]:
-    """Inside shard_map: marks each operand as varying over the mesh axes that any varies over, so that its gradient is summed over them."""
+    """Inside shard_map: marks each operand as varying over the mesh axes that any varies over, so
+    that its gradient is summed over them.
+    """
     union = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
     missing = [tuple(union - jax.typeof(a).manual_axis_type.varying) for a in operands]
-    return [lax.pcast(a, axes, to="varying") if axes else a for a, axes in zip(operands, missing, strict=True)]
+    return [
+        lax.pcast(a, axes, to="varying") if axes else a
+        for a, axes in zip(operands, missing, strict=True)
+    ]
 
 
 def _contract(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
@@ -117,18 +148,24 @@ def _contract(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _matmul(implementation: str, channel_major: bool, weights: jax.Array, x: jax.Array) -> jax.Array:
+def _matmul(
+    implementation: str, channel_major: bool, weights: jax.Array, x: jax.Array
+) -> jax.Array:
     weights = weights.astype(x.dtype)
     if implementation == "cusparselt":
         return cusparselt.product(weights, x, channel_major=channel_major)
-    return (_contract(weights, x, (0, 0)) if channel_major else _contract(x, weights, (1, 0))).astype(x.dtype)
+    return (
+        _contract(weights, x, (0, 0)) if channel_major else _contract(x, weights, (1, 0))
+    ).astype(x.dtype)
 
 
 def _matmul_fwd(implementation: str, channel_major: bool, weights: jax.Array, x: jax.Array) -> Any:
     return _matmul(implementation, channel_major, weights, x), (weights, x)
 
 
-def _matmul_bwd(implementation: str, channel_major: bool, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _matmul_bwd(
+    implementation: str, channel_major: bool, saved: Any, dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     weights, x = saved
     low = weights.astype(x.dtype)
     if channel_major:

@@ -1,7 +1,8 @@
 """`python -m pallas_kernels.two_of_four.build`: compiles the handler that calls cuSPARSELt.
 
-It takes a C++17 compiler and two headers: cusparseLt.h (`pip install nvidia-cusparselt-cu13`; PyTorch's CUDA wheels bring it) and those of
-CUDA's runtime (`pip install nvidia-cuda-runtime`, or an installed CUDA toolkit). It links nothing: cuSPARSELt is opened at run time.
+It takes a C++17 compiler and two headers: cusparseLt.h (`pip install nvidia-cusparselt-cu13`;
+PyTorch's CUDA wheels bring it) and those of CUDA's runtime (`pip install nvidia-cuda-runtime`, or
+an installed CUDA toolkit). It links nothing: cuSPARSELt is opened at run time.
 """
 
 import argparse
@@ -11,8 +12,17 @@ from pathlib import Path
 from pallas_kernels.two_of_four import handler
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.two_of_four.build", description="Compiles the handler of cuSPARSELt.")
-    parser.add_argument("--include", type=Path, action="append", default=[], help="a folder of headers; may be given several times")
+    parser = argparse.ArgumentParser(
+        prog="python -m pallas_kernels.two_of_four.build",
+        description="Compiles the handler of cuSPARSELt.",
+    )
+    parser.add_argument(
+        "--include",
+        type=Path,
+        action="append",
+        default=[],
+        help="a folder of headers; may be given several times",
+    )
     try:
         print(handler.build(folders=parser.parse_args().include))
     except RuntimeError as error:

@@ -1,4 +1,6 @@
-"""cuSPARSELt through `jax.ffi`: finds the library, loads the handler of cusparselt.cc and calls it. Importing this opens nothing."""
+"""cuSPARSELt through `jax.ffi`: finds the library, loads the handler of cusparselt.cc and calls it.
+Importing this opens nothing.
+"""
 
 import ctypes
 import functools
@@ -16,11 +18,15 @@ VARIABLE = "CUSPARSELT_LIBRARY"  # path of libcusparseLt.so.0, where it is not f
 FILE = "libcusparseLt.so.0"
 OLDEST = 80  # compute capability of Ampere, times ten
 DTYPES = ("bfloat16", "float16")
-SPARSE, DENSE = 16, 8  # the sizes of 16-bit matrices are multiples of these: of the weights, of the activations
+SPARSE, DENSE = (
+    16,
+    8,
+)  # the sizes of 16-bit matrices are multiples of these: of the weights, of the activations
 
 
 def library() -> str:
-    """Where cuSPARSELt is: what `$CUSPARSELT_LIBRARY` names, else in NVIDIA's wheels, else wherever the loader finds it.
+    """Where cuSPARSELt is: what `$CUSPARSELT_LIBRARY` names, else in NVIDIA's wheels, else wherever
+    the loader finds it.
 
     Returns:
       A path or a bare name for the loader.
@@ -28,8 +34,6 @@ def library() -> str:
     Example:
       >>> library().endswith(".so.0") or VARIABLE in os.environ
       True
-
-    Reference: ours.
     """
     if wanted := os.environ.get(VARIABLE):
         return wanted
@@ -48,14 +52,15 @@ def load(path: Path) -> ctypes.CDLL:
 
     Raises:
       OSError: it does not load.
-
-    Reference: ours.
     """
     found = ctypes.CDLL(str(path))
     found.TwoOfFourOpen.argtypes, found.TwoOfFourOpen.restype = [ctypes.c_char_p], ctypes.c_char_p
     found.TwoOfFourVersion.restype = ctypes.c_char_p
     sizes, flags, arrays = [ctypes.c_int64] * 3, [ctypes.c_bool] * 3, [ctypes.c_void_p] * 3
-    found.TwoOfFourRun.argtypes, found.TwoOfFourRun.restype = [*sizes, *flags, *arrays], ctypes.c_char_p
+    found.TwoOfFourRun.argtypes, found.TwoOfFourRun.restype = (
+        [*sizes, *flags, *arrays],
+        ctypes.c_char_p,
+    )
     return found
 
 
@@ -64,14 +69,13 @@ def register(loaded: ctypes.CDLL) -> None:
 
     Args:
       loaded: what `load` returned.
-
-    Reference: ours.
     """
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(loaded.TwoOfFourMatmul), platform="CUDA")
 
 
 def unavailable() -> str | None:
-    """Why the products cannot run on sparse tensor cores here: None where they can. The first call on a GPU opens cuSPARSELt.
+    """Why the products cannot run on sparse tensor cores here: None where they can. The first call
+    on a GPU opens cuSPARSELt.
 
     Returns:
       None, or the reason.
@@ -79,8 +83,6 @@ def unavailable() -> str | None:
     Example:
       >>> unavailable() is None or len(unavailable()) > 0
       True
-
-    Reference: ours.
     """
     opened = _opened()
     return opened if isinstance(opened, str) else None
@@ -91,8 +93,6 @@ def version() -> str | None:
 
     Returns:
       As in "0.10.0"; None where the products cannot run.
-
-    Reference: ours.
     """
     opened = _opened()
     return None if isinstance(opened, str) else opened.TwoOfFourVersion().decode()
@@ -106,9 +106,7 @@ def _opened() -> ctypes.CDLL | str:
     if device.platform != "gpu" or not capability.isdigit():
         return f"runs on NVIDIA GPUs, and JAX's default device here is {device.platform!r}"
     if int(capability) < OLDEST:
-        return (
-            f"takes a GPU of compute capability 8.0 (Ampere) or newer, and this one ({device.device_kind}) has {device.compute_capability}"
-        )
+        return f"takes a GPU of compute capability 8.0 (Ampere) or newer, and this one ({device.device_kind}) has {device.compute_capability}"
     if not handler.LIBRARY.is_file():
         return "the handler is not built: python -m pallas_kernels.two_of_four.build"
     try:
@@ -136,8 +134,6 @@ def limits(k: int, m: int, n: int, dtype: str) -> str | None:
     Example:
       >>> limits(64, 1000, 256, "bfloat16")
       'takes weights whose sizes are multiples of 16, got [64, 1000]'
-
-    Reference: ours.
     """
     if dtype not in DTYPES:
         return f"computes in {' and '.join(DTYPES)}, not in {dtype}"
@@ -148,22 +144,29 @@ def limits(k: int, m: int, n: int, dtype: str) -> str | None:
     return None
 
 
-def product(weights: Float[Array, "k m"], x: Float[Array, "a b"], *, channel_major: bool, search: bool = False) -> Float[Array, "c d"]:
+def product(
+    weights: Float[Array, "k m"],
+    x: Float[Array, "a b"],
+    *,
+    channel_major: bool,
+    search: bool = False,
+) -> Float[Array, "c d"]:
     """The call of the handler: compresses the weights and multiplies.
 
     Args:
       weights: `[k, m]`, at most two of each four along k other than 0.
       x: `[k, n]` where the channels come first, else `[n, k]`.
       channel_major: whether they do.
-      search: time all algorithms at the first call of a shape and keep the fastest; else the library's first choice.
+      search: time all algorithms at the first call of a shape and keep the fastest; else the
+        library's first choice.
 
     Returns:
       `[m, n]` or `[n, m]`.
-
-    Reference: ours.
     """
     m, n = weights.shape[1], x.shape[1 if channel_major else 0]
     like = jax.typeof(x)  # inside shard_map: the result varies over the mesh as x does
-    out = like.update(shape=(m, n) if channel_major else (n, m), dtype=jnp.dtype(x.dtype), weak_type=False)
+    out = like.update(
+        shape=(m, n) if channel_major else (n, m), dtype=jnp.dtype(x.dtype), weak_type=False
+    )
     call = jax.ffi.ffi_call(TARGET, out, vmap_method="sequential")
     return call(weights, x, channel_major=channel_major, search=search)

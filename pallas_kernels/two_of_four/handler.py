@@ -1,4 +1,6 @@
-"""Compiles the handler of cusparselt.cc: where the headers are, the command, the library that it makes."""
+"""Compiles the handler of cusparselt.cc: where the headers are, the command, the library that it
+makes.
+"""
 
 import importlib.util
 import os
@@ -22,13 +24,14 @@ def nvidia_folders() -> list[Path]:
     Example:
       >>> all(folder.is_dir() for folder in nvidia_folders())
       True
-
-    Reference: ours.
     """
     spec = importlib.util.find_spec("nvidia")
     places = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
     return [
-        folder for place in places for folder in sorted(place.iterdir()) if folder.is_dir() and {"include", "lib"} & set(os.listdir(folder))
+        folder
+        for place in places
+        for folder in sorted(place.iterdir())
+        if folder.is_dir() and {"include", "lib"} & set(os.listdir(folder))
     ]
 
 
@@ -44,16 +47,21 @@ def headers(folders: Iterable[Path] = ()) -> list[Path] | str:
     Example:
       >>> isinstance(headers(), (list, str))
       True
-
-    Reference: ours.
     """
     toolkits = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
     if compiler := shutil.which("nvcc"):
         toolkits.append(str(Path(compiler).resolve().parents[1]))
     toolkits.append("/usr/local/cuda")
-    places = [*map(Path, folders), *(folder / "include" for folder in nvidia_folders()), *(Path(kit) / "include" for kit in toolkits)]
+    places = [
+        *map(Path, folders),
+        *(folder / "include" for folder in nvidia_folders()),
+        *(Path(kit) / "include" for kit in toolkits),
+    ]
     found = []
-    for name, package in (("cusparseLt.h", "nvidia-cusparselt-cu13"), ("driver_types.h", "nvidia-cuda-runtime")):
+    for name, package in (
+        ("cusparseLt.h", "nvidia-cusparselt-cu13"),
+        ("driver_types.h", "nvidia-cuda-runtime"),
+    ):
         place = next((place for place in places if (place / name).is_file()), None)
         if place is None:
             return f"{name} is not here; pip install {package}, or name its folder with --include"
@@ -66,8 +74,6 @@ def compiler() -> str | None:
 
     Returns:
       Its name, or None.
-
-    Reference: ours.
     """
     return os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
 
@@ -80,13 +86,15 @@ def missing(folders: Iterable[Path] = ()) -> str | None:
 
     Returns:
       None, or the reason.
-
-    Reference: ours.
     """
     found = headers(folders)
     if isinstance(found, str):
         return found
-    return None if compiler() else "no C++ compiler is here (c++, g++ or clang++, or the one that $CXX names)"
+    return (
+        None
+        if compiler()
+        else "no C++ compiler is here (c++, g++ or clang++, or the one that $CXX names)"
+    )
 
 
 def command(source: Path, out: Path, folders: Iterable[Path] = ()) -> list[str]:
@@ -102,14 +110,24 @@ def command(source: Path, out: Path, folders: Iterable[Path] = ()) -> list[str]:
 
     Raises:
       RuntimeError: something is missing; the message says what.
-
-    Reference: ours.
     """
     folders = list(folders)
     if reason := missing(folders):
         raise RuntimeError(reason)
-    includes = [word for folder in (Path(jax.ffi.include_dir()), *headers(folders)) for word in ("-isystem", str(folder))]
-    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-shared", "-fPIC", "-fvisibility-inlines-hidden"]
+    includes = [
+        word
+        for folder in (Path(jax.ffi.include_dir()), *headers(folders))
+        for word in ("-isystem", str(folder))
+    ]
+    flags = [
+        "-std=c++17",
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        "-shared",
+        "-fPIC",
+        "-fvisibility-inlines-hidden",
+    ]
     return [str(compiler()), *flags, *includes, str(source), "-o", str(out), "-ldl"]
 
 
@@ -125,8 +143,6 @@ def build(out: Path = LIBRARY, folders: Iterable[Path] = ()) -> Path:
 
     Raises:
       RuntimeError: something is missing, or the compiler's error.
-
-    Reference: ours.
     """
     result = subprocess.run(command(SOURCE, out, folders), capture_output=True, text=True)
     if result.returncode:

@@ -1,4 +1,6 @@
-"""The benchmarks: a dense baseline at its best, fair turns, PyTorch in a process of its own, and the tables that come out."""
+"""The benchmarks: a dense baseline at its best, fair turns, PyTorch in a process of its own, and
+the tables that come out.
+"""
 
 import dataclasses
 import functools
@@ -29,7 +31,9 @@ from experiments.models.taps import Conv, prefers_taps, tap_conv
 from experiments.reporting import tables
 
 TORCH = os.environ.get("TORCH_PYTHON")  # a Python that has PyTorch, where there is one
-needs_torch = pytest.mark.skipif(TORCH is None, reason="TORCH_PYTHON names no Python that has PyTorch")
+needs_torch = pytest.mark.skipif(
+    TORCH is None, reason="TORCH_PYTHON names no Python that has PyTorch"
+)
 WINDOWS = [  # image, kernel, strides, padding
     ((2, 2), (3, 3), (1, 1), ((1, 1), (1, 1))),
     ((5, 4), (3, 3), (2, 2), ((0, 1), (1, 1))),
@@ -41,16 +45,25 @@ WINDOWS = [  # image, kernel, strides, padding
     ("image", "kernel", "strides", "padding", "data_format"),
     [(*WINDOWS[0], "NHWC"), (*WINDOWS[1], "NHWC"), (*WINDOWS[1], "CHWN"), (*WINDOWS[2], "CHWN")],
 )
-def test_taps_are_the_dense_convolution_with_its_gradients(image, kernel, strides, padding, data_format):
+def test_taps_are_the_dense_convolution_with_its_gradients(
+    image, kernel, strides, padding, data_format
+):
     rng = np.random.default_rng(0)
-    x, weights = (jnp.asarray(rng.integers(-3, 4, size), jnp.float32) for size in ((2, *image, 3), (*kernel, 3, 4)))
+    x, weights = (
+        jnp.asarray(rng.integers(-3, 4, size), jnp.float32)
+        for size in ((2, *image, 3), (*kernel, 3, 4))
+    )
     order, back = ((3, 1, 2, 0), (3, 1, 2, 0)) if data_format == "CHWN" else ((0, 1, 2, 3),) * 2
 
     def ours(x, weights):
-        return tap_conv(x.transpose(order), weights, strides=strides, padding=padding, data_format=data_format).transpose(back)
+        return tap_conv(
+            x.transpose(order), weights, strides=strides, padding=padding, data_format=data_format
+        ).transpose(back)
 
     def wanted(x, weights):
-        return lax.conv_general_dilated(x, weights, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return lax.conv_general_dilated(
+            x, weights, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
 
     @functools.partial(jax.jit, static_argnums=0)
     def passes(conv, x, weights):
@@ -62,7 +75,10 @@ def test_taps_are_the_dense_convolution_with_its_gradients(image, kernel, stride
 
 
 def test_taps_sum_in_float32():
-    x, weights = jnp.full((1, 1, 1, 4096), 1.0, jnp.bfloat16), jnp.full((1, 1, 4096, 2), 1.0, jnp.bfloat16)
+    x, weights = (
+        jnp.full((1, 1, 1, 4096), 1.0, jnp.bfloat16),
+        jnp.full((1, 1, 4096, 2), 1.0, jnp.bfloat16),
+    )
     y = tap_conv(x, weights)
     assert (y.dtype, float(y[0, 0, 0, 0])) == (jnp.bfloat16, 4096.0)
 
@@ -70,20 +86,29 @@ def test_taps_sum_in_float32():
 @pytest.mark.parametrize(("size", "strides", "data_format"), [(4, 1, "NHWC"), (8, 2, "CHWN")])
 def test_the_zoo_runs_small_wide_dense_images_as_taps(size, strides, data_format):
     rng = np.random.default_rng(0)
-    x, kernel = (rng.integers(-3, 4, s).astype(np.float32) for s in ((1, size, size, 256), (3, 3, 256, 128)))
+    x, kernel = (
+        rng.integers(-3, 4, s).astype(np.float32) for s in ((1, size, size, 256), (3, 3, 256, 128))
+    )
     x = x.transpose(3, 1, 2, 0) if data_format == "CHWN" else x
     options = {"strides": strides, "padding": 1, "use_bias": False, "data_format": data_format}
     ours, plain = (layer(128, (3, 3), **options) for layer in (Conv, BlockSparseConv))
     variables = {"params": {"kernel": kernel}}
-    assert jax.eval_shape(ours.init, jax.random.key(1), x) == jax.eval_shape(plain.init, jax.random.key(1), x)
+    assert jax.eval_shape(ours.init, jax.random.key(1), x) == jax.eval_shape(
+        plain.init, jax.random.key(1), x
+    )
     assert "conv_general_dilated" not in str(jax.make_jaxpr(ours.apply)(variables, x))
     assert "conv_general_dilated" in str(jax.make_jaxpr(plain.apply)(variables, x))
-    np.testing.assert_array_equal(jax.jit(ours.apply)(variables, x), jax.jit(plain.apply)(variables, x))
+    np.testing.assert_array_equal(
+        jax.jit(ours.apply)(variables, x), jax.jit(plain.apply)(variables, x)
+    )
 
 
 @pytest.mark.parametrize(("size", "kernel", "features"), [(5, 3, 128), (4, 1, 128), (4, 3, 64)])
 def test_other_dense_convolutions_stay_with_xla(size, kernel, features):
-    x, layer = jnp.ones((1, size, size, 256)), Conv(features, (kernel, kernel), padding=kernel // 2, use_bias=False)
+    x, layer = (
+        jnp.ones((1, size, size, 256)),
+        Conv(features, (kernel, kernel), padding=kernel // 2, use_bias=False),
+    )
     variables = {"params": {"kernel": jnp.ones((kernel, kernel, 256, features))}}
     assert "conv_general_dilated" in str(jax.make_jaxpr(layer.apply)(variables, x))
     assert prefers_taps((3, 3, 512, 512), 49, most=64)
@@ -107,14 +132,21 @@ def test_turns_are_taken_in_bursts_and_slow_calls_once():
         log.append(name)
         return milliseconds
 
-    calls = {name: functools.partial(call, name, t) for name, t in {"a": 1.0, "b": 3.0, "slow": 50.0}.items()}
+    calls = {
+        name: functools.partial(call, name, t)
+        for name, t in {"a": 1.0, "b": 3.0, "slow": 50.0}.items()
+    }
     times = in_turn(calls, seconds=0.04, rounds=5)
     assert {name: len(t) for name, t in times.items()} == {"a": 5, "b": 5, "slow": 1}
     assert log[:6] == ["a", "a", "b", "b", "slow", "slow"]
-    turns = [(name, len(list(calls))) for name, calls in itertools.groupby(log[6:])]  # neighbouring rounds may begin with the same one
+    turns = [
+        (name, len(list(calls))) for name, calls in itertools.groupby(log[6:])
+    ]  # neighbouring rounds may begin with the same one
     bursts = {"a": 2 * math.ceil(BURST / 1.0), "b": 2 * math.ceil(BURST / 3.0)}
     assert all(count % bursts[name] == 0 for name, count in turns)
-    assert {name: log[6:].count(name) for name in bursts} == {name: 5 * count for name, count in bursts.items()}
+    assert {name: log[6:].count(name) for name in bursts} == {
+        name: 5 * count for name, count in bursts.items()
+    }
     assert len(turns) > 5, "in turn, not one after the other"
     assert len(in_turn(calls, seconds=0.06, rounds=7)["slow"]) == 7
     assert clocked(lambda: jnp.ones(3))() > 0
@@ -123,11 +155,22 @@ def test_turns_are_taken_in_bursts_and_slow_calls_once():
 def test_a_summary_names_who_loses():
     rows = [
         {"layer": layer, "sparsity": 0.9, "mode": "forward", "speed_up_over_dense": up, **more}
-        for layer, up, more in (("a", 4.0, {"speed_up_over_torch": 2.0}), ("b", 0.25, {"speed_up_over_torch": 8.0}))
+        for layer, up, more in (
+            ("a", 4.0, {"speed_up_over_torch": 2.0}),
+            ("b", 0.25, {"speed_up_over_torch": 8.0}),
+        )
     ]
     dense, torch = summary(rows)
-    assert (dense["against"], dense["geometric_mean"], dense["slower"], dense["shapes"]) == ("dense", 1.0, ["b"], 2)
-    assert (dense["worst"], dense["best"]) == ({"layer": "b", "speed_up": 0.25}, {"layer": "a", "speed_up": 4.0})
+    assert (dense["against"], dense["geometric_mean"], dense["slower"], dense["shapes"]) == (
+        "dense",
+        1.0,
+        ["b"],
+        2,
+    )
+    assert (dense["worst"], dense["best"]) == (
+        {"layer": "b", "speed_up": 0.25},
+        {"layer": "a", "speed_up": 4.0},
+    )
     assert (torch["geometric_mean"], torch["slower"]) == (4.0, [])
 
 
@@ -146,14 +189,22 @@ def kernels(tmp_path_factory):
 def test_the_baseline_is_the_fastest_dense_convolution(kernels):
     report, out = kernels
     dense = {"dense NHWC", "dense CHWN", "dense NCHW", "dense taps NHWC", "dense taps CHWN"}
-    built = {name for name, reason in bsj.available_implementations().items() if reason is None} - {"dense"}
+    built = {name for name, reason in bsj.available_implementations().items() if reason is None} - {
+        "dense"
+    }
     theirs = {f"PyTorch dense, {policy}" for policy in POLICIES} if TORCH else set()
     for row in report["rows"]:
         ms = {name: times["median"] for name, times in row["ms"].items()}
-        assert set(ms) == {*dense, *built, *theirs, "masked dense", "chosen"}, "formulations are off by default"
+        assert set(ms) == {*dense, *built, *theirs, "masked dense", "chosen"}, (
+            "formulations are off by default"
+        )
         assert ms[row["best_dense"]] == min(ms[name] for name in dense)
-        assert row["speed_up_over_dense"] == pytest.approx(ms[row["best_dense"]] / ms["chosen"], rel=0.01)
-        assert row["speed_up_over_convolution"] == pytest.approx(min(ms["dense NHWC"], ms["dense NCHW"]) / ms["chosen"], rel=0.01)
+        assert row["speed_up_over_dense"] == pytest.approx(
+            ms[row["best_dense"]] / ms["chosen"], rel=0.01
+        )
+        assert row["speed_up_over_convolution"] == pytest.approx(
+            min(ms["dense NHWC"], ms["dense NCHW"]) / ms["chosen"], rel=0.01
+        )
         assert ms[row["best"]] == min(ms[name] for name in built)
     assert [line["mode"] for line in report["summary"]][:2] == ["forward", "forward + gradients"]
     assert report["summary"] == summary(report["rows"])
@@ -164,25 +215,45 @@ def test_the_baseline_is_the_fastest_dense_convolution(kernels):
 
 def test_a_wrong_dense_baseline_fails_loudly(monkeypatch):
     monkeypatch.setattr(bench_kernels.shapes, "VGG19", ())
-    monkeypatch.setattr(bench_kernels, "tap_conv", lambda *operands, **options: 1.001 * tap_conv(*operands, **options))
+    monkeypatch.setattr(
+        bench_kernels,
+        "tap_conv",
+        lambda *operands, **options: 1.001 * tap_conv(*operands, **options),
+    )
     with pytest.raises(AssertionError, match="dense taps NHWC: the output differs from dense NHWC"):
         bench_kernels.main(TINY)
 
 
 def test_a_python_without_torch_says_how_to_make_one(tmp_path):
     for python in (str(tmp_path / "nothing"), sys.executable):
-        with pytest.raises(ValueError, match=r"torch: expected the path of a Python that has PyTorch.*pip install torch numpy"):
+        with pytest.raises(
+            ValueError,
+            match=r"torch: expected the path of a Python that has PyTorch.*pip install torch numpy",
+        ):
             TorchProcess(python)
 
 
 @needs_torch
-@pytest.mark.parametrize(("image", "kernel", "strides", "padding"), [WINDOWS[0], ((6, 8), (3, 3), (2, 2), ((0, 1), (0, 1)))])
+@pytest.mark.parametrize(
+    ("image", "kernel", "strides", "padding"),
+    [WINDOWS[0], ((6, 8), (3, 3), (2, 2), ((0, 1), (0, 1)))],
+)
 def test_torch_convolves_as_we_do(image, kernel, strides, padding):
     rng = np.random.default_rng(0)
-    x, weights = (jnp.asarray(rng.integers(-3, 4, size), jnp.float32) for size in ((2, *image, 3), (*kernel, 3, 4)))
-    y, pull = jax.vjp(lambda x, weights: tap_conv(x, weights, strides=strides, padding=padding), x, weights)
+    x, weights = (
+        jnp.asarray(rng.integers(-3, 4, size), jnp.float32)
+        for size in ((2, *image, 3), (*kernel, 3, 4))
+    )
+    y, pull = jax.vjp(
+        lambda x, weights: tap_conv(x, weights, strides=strides, padding=padding), x, weights
+    )
     with TorchProcess(TORCH) as process:
-        calls = process.load("conv", {"x": np.asarray(x), "kernel": np.asarray(weights), "dy": y}, strides=strides, padding=padding)
+        calls = process.load(
+            "conv",
+            {"x": np.asarray(x), "kernel": np.asarray(weights), "dy": y},
+            strides=strides,
+            padding=padding,
+        )
         assert all(call() > 0 for call in calls.values())
         for got, want in zip(process.results("forward + gradients"), (y, *pull(y)), strict=True):
             np.testing.assert_array_equal(got, want)
@@ -193,7 +264,9 @@ def test_torch_convolves_as_we_do(image, kernel, strides, padding):
 @pytest.fixture(scope="module")
 def inference(tmp_path_factory):
     out = tmp_path_factory.mktemp("results") / "bench_inference_cpu.json"
-    return bench_inference.main(bench_inference.InferenceConfig(quick=True, out=str(out), torch=TORCH)), out
+    return bench_inference.main(
+        bench_inference.InferenceConfig(quick=True, out=str(out), torch=TORCH)
+    ), out
 
 
 def test_inference_is_timed_after_the_logits_agree(inference):
@@ -204,20 +277,31 @@ def test_inference_is_timed_after_the_logits_agree(inference):
     assert rows["packed"]["gflops"] < 0.65 * rows["XLA NHWC"]["gflops"]
     assert rows["packed"]["weights_mb"] < rows["XLA NHWC"]["weights_mb"]
     fastest = min(row["ms_median"] for name, row in rows.items() if name.startswith("XLA"))
-    assert rows["packed"]["speed_up_over_xla"] == pytest.approx(fastest / rows["packed"]["ms_median"], rel=0.01)
-    with pytest.raises(RuntimeError, match="nothing was timed: the logits of resnet18, packed, differ"):
+    assert rows["packed"]["speed_up_over_xla"] == pytest.approx(
+        fastest / rows["packed"]["ms_median"], rel=0.01
+    )
+    with pytest.raises(
+        RuntimeError, match="nothing was timed: the logits of resnet18, packed, differ"
+    ):
         bench_inference._agree("resnet18", {"packed": np.array([1.0, 2.01])}, np.array([1.0, 2.0]))
 
 
 @pytest.mark.parametrize("name", bench_inference.PATTERNS)
 def test_the_patterns_have_the_papers_flops(name):
-    model, size = models.create(name, num_classes=1000, stem="imagenet", data_format="NHWC"), (224, 224, 3)
+    model, size = (
+        models.create(name, num_classes=1000, stem="imagenet", data_format="NHWC"),
+        (224, 224, 3),
+    )
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size)))
     positions = conv_positions(model, shapes, size)
     for flops, sparsity in bench_inference.PATTERNS[name]:
         layouts = bench_inference._layouts(shapes["params"], 16, sparsity, name)
-        packed = jax.eval_shape(functools.partial(bench_inference._on_blocks, bsj.pack), shapes["params"], layouts)
-        assert bench_inference._gigaflops(packed, positions) == pytest.approx(float(flops.removesuffix("G")), rel=0.045)
+        packed = jax.eval_shape(
+            functools.partial(bench_inference._on_blocks, bsj.pack), shapes["params"], layouts
+        )
+        assert bench_inference._gigaflops(packed, positions) == pytest.approx(
+            float(flops.removesuffix("G")), rel=0.045
+        )
 
 
 def test_fewer_cores_are_for_a_while():
@@ -244,16 +328,27 @@ def test_tables_come_from_the_reports(kernels, inference):
 
 def test_the_parts_are_timed_in_both_formats_and_tabulated(tmp_path, monkeypatch):
     out = tmp_path / "bench_parts_cpu.json"
-    monkeypatch.setattr(bench_parts, "SIZES", {"a": (4, 4, "max pool 2x2"), "b": (6, 2, "mean over the image"), "c": (3, 4, None)})
-    report = bench_parts.main(bench_parts.Config(batch=2, seconds=0.001, grouping=False, out=str(out)))
+    monkeypatch.setattr(
+        bench_parts,
+        "SIZES",
+        {"a": (4, 4, "max pool 2x2"), "b": (6, 2, "mean over the image"), "c": (3, 4, None)},
+    )
+    report = bench_parts.main(
+        bench_parts.Config(batch=2, seconds=0.001, grouping=False, out=str(out))
+    )
     assert json.loads(out.read_text()) == json.loads(json.dumps(report))
     timed = Counter((row["layer"], row["operation"]) for row in report["rows"])
     assert set(timed.values()) == {2}
-    assert set(timed) == {(n, o) for n in "abc" for o in bench_parts.EVERYWHERE} | {("a", "max pool 2x2"), ("b", "mean over the image")}
+    assert set(timed) == {(n, o) for n in "abc" for o in bench_parts.EVERYWHERE} | {
+        ("a", "max pool 2x2"),
+        ("b", "mean over the image"),
+    }
     for row in report["rows"]:
         ms = {f: times["median"] for f, times in row["ms"].items()}
         assert row["nhwc_over_chwn"] == pytest.approx(ms["NHWC"] / ms["CHWN"], abs=2e-3, rel=0.01)
-    report["grouping"] = [{"what": "a layer", "first_s": 3.0, "second_s": 0.5, "second_cpu_s": 0.25}]
+    report["grouping"] = [
+        {"what": "a layer", "first_s": 3.0, "second_s": 0.5, "second_cpu_s": 0.25}
+    ]
     out.write_text(json.dumps(report))
     text = tables.table("bench_parts_cpu", tmp_path)
     assert "| batch norm, add, ReLU | " in text
@@ -263,7 +358,11 @@ def test_the_parts_are_timed_in_both_formats_and_tabulated(tmp_path, monkeypatch
 @pytest.mark.parametrize("operation", bench_parts.operations("CHWN"))
 def test_the_parts_compute_the_same_in_both_formats(operation):
     x, shortcut = (jax.random.normal(jax.random.key(seed), (3, 4, 4, 5)) for seed in range(2))
-    assert {pool for _, _, pool in bench_parts.SIZES.values()} - {None} | set(bench_parts.EVERYWHERE) == set(bench_parts.operations("CHWN"))
+    assert {pool for _, _, pool in bench_parts.SIZES.values()} - {None} | set(
+        bench_parts.EVERYWHERE
+    ) == set(bench_parts.operations("CHWN"))
     ours, wanted = (bench_parts.operations(f)[operation] for f in ("CHWN", "NHWC"))
     y, theirs = ours(x, shortcut), wanted(x.transpose(3, 1, 2, 0), shortcut.transpose(3, 1, 2, 0))
-    np.testing.assert_allclose(y, theirs.T if theirs.ndim == 2 else theirs.transpose(3, 1, 2, 0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        y, theirs.T if theirs.ndim == 2 else theirs.transpose(3, 1, 2, 0), rtol=1e-5, atol=1e-5
+    )

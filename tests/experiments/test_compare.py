@@ -1,4 +1,6 @@
-"""The main job: one table of all methods, its pictures, SUBP's schedule in it, and the README's tables made of such reports."""
+"""The main job: one table of all methods, its pictures, SUBP's schedule in it, and the README's
+tables made of such reports.
+"""
 
 import dataclasses
 import io
@@ -19,9 +21,13 @@ from experiments.training.run_folder import RunFolder
 
 
 def test_subp_prunes_in_steps_and_is_tested_when_it_has_settled():
-    """Its updates are the first steps of epochs, so that each test comes a whole epoch later; the last one is well before the end."""
+    """Its updates are the first steps of epochs, so that each test comes a whole epoch later; the
+    last one is well before the end.
+    """
     length, main_job = Length(22, 220), compare.CompareConfig()
-    config = resolve(TrainConfig(method="subp", epochs=main_job.epochs, **compare._options(main_job, "subp")))
+    config = resolve(
+        TrainConfig(method="subp", epochs=main_job.epochs, **compare._options(main_job, "subp"))
+    )
     recipe = METHODS["subp"].build(config, length, None)
     steps = [step for step in range(length.total) if recipe.changes(step)]
     assert all(step % length.steps_per_epoch == 0 for step in steps)
@@ -39,24 +45,39 @@ def test_subp_prunes_in_steps_and_is_tested_when_it_has_settled():
 
 
 def test_compare_prints_one_table(tmp_path, capsys):
-    settings = compare.CompareConfig(out=str(tmp_path / "all"), methods=(*compare.SMOKE, "sr-ste"), smoke=True)
+    settings = compare.CompareConfig(
+        out=str(tmp_path / "all"), methods=(*compare.SMOKE, "sr-ste"), smoke=True
+    )
     report = compare.main(settings)
     out = capsys.readouterr().out
-    columns = ("method", "test accuracy", "density", "kept FLOPs", "masked step", "packed step", "dense step", "speed-up")
+    columns = (
+        "method",
+        "test accuracy",
+        "density",
+        "kept FLOPs",
+        "masked step",
+        "packed step",
+        "dense step",
+        "speed-up",
+    )
     assert all(word in out for word in columns)
     dense, hrbp, sr_ste = report["rows"]
     assert dense["density"] == 1
     assert dense["kept_flops_fraction"] == 1
     assert dense["packed_step_ms_median"] is None
     assert hrbp["packed_step_ms_median"] > 0
-    assert hrbp["packed_speed_up_over_dense"] == pytest.approx(report["dense_step_ms_median"] / hrbp["packed_step_ms_median"], abs=1e-3)
+    assert hrbp["packed_speed_up_over_dense"] == pytest.approx(
+        report["dense_step_ms_median"] / hrbp["packed_step_ms_median"], abs=1e-3
+    )
     assert "medians of 3 steps of each" in report["step_times"]
     assert hrbp["kept_flops_fraction"] < 0.3
     assert sr_ste["density"] == pytest.approx(0.5)
     assert sr_ste["packed_step_ms_median"] is None
     assert json.loads((tmp_path / "all" / "comparison.json").read_text()) == report
     assert f"({hrbp['packed_speed_up_over_dense']:.2f}x)" in tables._compare(report)
-    assert RunFolder(tmp_path / "all" / "hrbp-dynamic").metrics()[-1]["sad"] > 0  # a step in the sparse form moved the masks
+    assert (
+        RunFolder(tmp_path / "all" / "hrbp-dynamic").metrics()[-1]["sad"] > 0
+    )  # a step in the sparse form moved the masks
     assert (tmp_path / "all" / "hrbp-dynamic" / "result.json").exists()
     assert (tmp_path / "all" / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="did you mean 'hrbp'"):
@@ -64,17 +85,46 @@ def test_compare_prints_one_table(tmp_path, capsys):
 
 
 def test_the_comparison_fits_80_columns():
-    row = {"method": "hrbp-dynamic", "test_accuracy": 0.9889, "density": 0.0997, "kept_flops_fraction": 1.0}
-    row |= {"masked_step_ms_median": 135.4, "packed_step_ms_median": 108.8, "packed_speed_up_over_dense": 14.22}
-    report = {"model": "cnn", "dataset": "digits", "epochs": 10, "device": "a cpu", "step_times": "medians", "dense_step_ms_median": 137.1}
+    row = {
+        "method": "hrbp-dynamic",
+        "test_accuracy": 0.9889,
+        "density": 0.0997,
+        "kept_flops_fraction": 1.0,
+    }
+    row |= {
+        "masked_step_ms_median": 135.4,
+        "packed_step_ms_median": 108.8,
+        "packed_speed_up_over_dense": 14.22,
+    }
+    report = {
+        "model": "cnn",
+        "dataset": "digits",
+        "epochs": 10,
+        "device": "a cpu",
+        "step_times": "medians",
+        "dense_step_ms_median": 137.1,
+    }
     console = Console(width=80, file=io.StringIO())
     console.print(compare._table(report | {"rows": [row, row]}))
-    assert sum("hrbp-dynamic" in line and "14.22x" in line and "98.89%" in line for line in console.file.getvalue().splitlines()) == 2
+    assert (
+        sum(
+            "hrbp-dynamic" in line and "14.22x" in line and "98.89%" in line
+            for line in console.file.getvalue().splitlines()
+        )
+        == 2
+    )
 
 
 def test_tables_are_generated_and_checked(tmp_path):
     rows = [
-        {"model": "vgg19", "sparsity": s, "execution": e, "data_format": f, "step_ms_median": 10.0, "speed_up_over_dense": 2.0}
+        {
+            "model": "vgg19",
+            "sparsity": s,
+            "execution": e,
+            "data_format": f,
+            "step_ms_median": 10.0,
+            "speed_up_over_dense": 2.0,
+        }
         for s, e, f in [
             (0.0, "dense", "NHWC"),
             (0.0, "dense", "CHWN"),
@@ -83,7 +133,12 @@ def test_tables_are_generated_and_checked(tmp_path):
             (0.9, "packed", "CHWN"),
         ]
     ]
-    report = {"rows": rows, "device": "a cpu", "versions": {"python": "3.11", "jax": "0.10"}, "commit": None}
+    report = {
+        "rows": rows,
+        "device": "a cpu",
+        "versions": {"python": "3.11", "jax": "0.10"},
+        "commit": None,
+    }
     (tmp_path / "bench_training_cpu.json").write_text(json.dumps(report))
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- table:bench_training_cpu -->\n<!-- /table -->\nafter\n")

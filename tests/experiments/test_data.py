@@ -1,4 +1,6 @@
-"""Data on the device: batches deterministic, resumable, complete; augmentation keeps what it must; missing data is explained."""
+"""Data on the device: batches deterministic, resumable, complete; augmentation keeps what it must;
+missing data is explained.
+"""
 
 import dataclasses
 import itertools
@@ -31,11 +33,18 @@ def test_missing_data_names_the_command(tmp_path):
 
 def test_other_formats_are_refused(tmp_path):
     summary = prepare_data.main(
-        Config(dataset="mnist", source=files.npz_source("mnist", files.arrays_for("mnist"), tmp_path), data_dir=tmp_path)
+        Config(
+            dataset="mnist",
+            source=files.npz_source("mnist", files.arrays_for("mnist"), tmp_path),
+            data_dir=tmp_path,
+        )
     )
     meta = summary.folder / "dataset_info.json"
     meta.write_text(meta.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(ValueError, match=r"array_record.*got tfrecord(.|\n)*--overwrite(.|\n)*prepare_data --dataset mnist"):
+    with pytest.raises(
+        ValueError,
+        match=r"array_record.*got tfrecord(.|\n)*--overwrite(.|\n)*prepare_data --dataset mnist",
+    ):
         data.load("mnist", tmp_path)
 
 
@@ -48,7 +57,11 @@ def test_digits():
     assert int(x.min()) == 0
     assert int(x.max()) == 255
     assert len(np.unique(y)) == len(np.unique(yt)) == 10
-    np.testing.assert_allclose([np.mean(x) / 255, np.std(x) / 255], [*SPECS["digits"].mean, *SPECS["digits"].std], atol=1e-3)
+    np.testing.assert_allclose(
+        [np.mean(x) / 255, np.std(x) / 255],
+        [*SPECS["digits"].mean, *SPECS["digits"].std],
+        atol=1e-3,
+    )
     again = data.load("digits")
     np.testing.assert_array_equal(again.train.x, x)  # the split is fixed
 
@@ -63,7 +76,8 @@ def numbered(name="cifar10", train=50, test=23, process=(0, 1)):
     def split(n):
         y = np.arange(1, n + 1)
         return data.Split(
-            jnp.asarray(np.broadcast_to(y[:, None, None, None], (n, *spec.image_shape)), jnp.uint8), jnp.asarray(y, jnp.int32)
+            jnp.asarray(np.broadcast_to(y[:, None, None, None], (n, *spec.image_shape)), jnp.uint8),
+            jnp.asarray(y, jnp.int32),
         )
 
     return data.Dataset(name, split(train), split(test), process)
@@ -77,8 +91,14 @@ def test_train_batches(name):
     labels = np.concatenate([y for _, y in epoch])
     assert len(set(labels.tolist())) == 48  # without repetition
     for x, y in epoch:
-        assert (x.shape, x.dtype, y.dtype) == ((8, *SPECS[name].image_shape), jnp.float32, jnp.int32)
-        np.testing.assert_array_equal(files.pixels(name, x).max((1, 2, 3)), y)  # image and label still belong together
+        assert (x.shape, x.dtype, y.dtype) == (
+            (8, *SPECS[name].image_shape),
+            jnp.float32,
+            jnp.int32,
+        )
+        np.testing.assert_array_equal(
+            files.pixels(name, x).max((1, 2, 3)), y
+        )  # image and label still belong together
         np.testing.assert_array_equal(files.pixels(name, x)[:, 14, 14, 0], y)
     for a, b in zip(epoch[4:], d.train_batches(3, 8, seed=1, start_step=4), strict=True):  # resumed
         jax.tree.map(np.testing.assert_array_equal, a, b)
@@ -92,7 +112,9 @@ def test_processes_share_the_same_batches():
     for p in range(2):
         part = numbered(process=(p, 2))
         assert part.steps_per_epoch(12) == 4
-        for batches, parts in zip(whole, (part.train_batches(0, 12, seed=0), part.test_batches(12)), strict=True):
+        for batches, parts in zip(
+            whole, (part.train_batches(0, 12, seed=0), part.test_batches(12)), strict=True
+        ):
             for a, b in zip(batches, parts, strict=True):
                 jax.tree.map(lambda u, v, p=p: np.testing.assert_array_equal(u[p::2], v), a, b)
     with pytest.raises(ValueError, match="multiple of the 3 processes"):
@@ -108,15 +130,21 @@ def test_test_batches_give_every_example_once(batch_size):
     assert labels[weights == 1].tolist() == list(range(1, 24))
     assert weights.sum() == 23
     for x, y, _ in batches:
-        np.testing.assert_array_equal(files.pixels("cifar10", x), np.broadcast_to(y[:, None, None, None], x.shape))  # not augmented
+        np.testing.assert_array_equal(
+            files.pixels("cifar10", x), np.broadcast_to(y[:, None, None, None], x.shape)
+        )  # not augmented
 
 
 def test_bad_batches():
-    with pytest.raises(ValueError, match="batch_size: expected at most the 50 training examples, got 51"):
+    with pytest.raises(
+        ValueError, match="batch_size: expected at most the 50 training examples, got 51"
+    ):
         numbered().train_batches(0, 51, seed=0)
     with pytest.raises(ValueError, match="batch_size: expected an integer of at least 1, got 0"):
         numbered().test_batches(0)
-    with pytest.raises(ValueError, match="start_step: expected 0 to the 6 steps of an epoch, got 7"):
+    with pytest.raises(
+        ValueError, match="start_step: expected 0 to the 6 steps of an epoch, got 7"
+    ):
         numbered().train_batches(0, 8, seed=0, start_step=7)
 
 
@@ -142,17 +170,28 @@ def variants(image, pad, flip):
 def test_augment_is_a_crop_of_the_padded_image(pad, flip):
     image = files.RNG.integers(1, 256, (5, 7, 3), dtype=np.uint8)
     images = jnp.asarray(np.broadcast_to(image, (2000, 5, 7, 3)))
-    out = np.asarray(jax.jit(augment.augment, static_argnames=("pad", "flip"))(jax.random.key(0), images, pad=pad, flip=flip))
+    out = np.asarray(
+        jax.jit(augment.augment, static_argnames=("pad", "flip"))(
+            jax.random.key(0), images, pad=pad, flip=flip
+        )
+    )
     assert out.dtype == np.uint8
     assert out.shape == images.shape
-    assert {o.tobytes() for o in out} == set(variants(image, pad, flip))  # all of them, and nothing else
+    assert {o.tobytes() for o in out} == set(
+        variants(image, pad, flip)
+    )  # all of them, and nothing else
 
 
 @pytest.mark.parametrize("name", ["digits", "mnist"])
 def test_digits_are_never_mirrored(name):
     d = data.load("digits") if name == "digits" else numbered("mnist")
     if name == "mnist":
-        d = dataclasses.replace(d, train=data.Split(jnp.asarray(files.arrays_for("mnist", train=50)["x_train"]), d.train.y))
+        d = dataclasses.replace(
+            d,
+            train=data.Split(
+                jnp.asarray(files.arrays_for("mnist", train=50)["x_train"]), d.train.y
+            ),
+        )
     spec = SPECS[name]
     assert not spec.flip
     allowed = {v for x in np.asarray(d.train.x) for v in variants(x, spec.pad, flip=False)}

@@ -1,4 +1,6 @@
-"""Masked, sparse and packed execution of one training run are one run: equal losses, masks and weights."""
+"""Masked, sparse and packed execution of one training run are one run: equal losses, masks and
+weights.
+"""
 
 import dataclasses
 import functools
@@ -17,14 +19,27 @@ from experiments.training.methods import METHODS, Length
 
 STEPS = 50
 BASE = TrainConfig(
-    model="cnn", width=0.25, sparsity=0.8, group_size=16, block=16, batch_size=16, update_every=10, epochs=1, drop_fraction=0.9
+    model="cnn",
+    width=0.25,
+    sparsity=0.8,
+    group_size=16,
+    block=16,
+    batch_size=16,
+    update_every=10,
+    epochs=1,
+    drop_fraction=0.9,
 )
-LR = {"sgd": 0.02, "adam": 1e-3}  # small: rounding may turn a maximum or a ReLU of nearly equal values, and training then drifts apart
+LR = {
+    "sgd": 0.02,
+    "adam": 1e-3,
+}  # small: rounding may turn a maximum or a ReLU of nearly equal values, and training then drifts apart
 EVERY = {"subp": 16}  # each of its updates compiles anew
 
 
 class Trained(NamedTuple):
-    """A run of STEPS steps: the losses, the steps that moved masks, and how often the training step was traced."""
+    """A run of STEPS steps: the losses, the steps that moved masks, and how often the training step
+    was traced.
+    """
 
     trainer: Trainer
     state: Any
@@ -48,7 +63,14 @@ def batches(steps=STEPS):
 @functools.cache
 def train(method, execution, optimizer="sgd", precision="float32"):
     every = EVERY.get(method, BASE.update_every)
-    trainer = trainer_of(method=method, execution=execution, optimizer=optimizer, precision=precision, lr=LR[optimizer], update_every=every)
+    trainer = trainer_of(
+        method=method,
+        execution=execution,
+        optimizer=optimizer,
+        precision=precision,
+        lr=LR[optimizer],
+        update_every=every,
+    )
     traces, body = [], trainer._train_step
 
     @functools.wraps(body)
@@ -63,12 +85,16 @@ def train(method, execution, optimizer="sgd", precision="float32"):
         state, metrics = trainer.step(state, step, images, labels)
         losses.append(float(metrics.loss))
         before, masks = masks, trainer.masks(state)
-        if not all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(masks), strict=True)):
+        if not all(
+            bool((a == b).all())
+            for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(masks), strict=True)
+        ):
             moved.append(step)
     return Trained(trainer, state, np.array(losses), moved, len(traces))
 
 
-# The least loss as a fraction of the first: 0.818, 0.939, 0.803, 0.733, 0.910 and 0.812 were measured; without learning 0.976 and more.
+# The least loss as a fraction of the first: 0.818, 0.939, 0.803, 0.733, 0.910 and 0.812 were
+# measured; without learning 0.976 and more.
 LEARNT = {
     ("hrbp", "sgd"): 0.87,
     ("hrbp-dynamic", "adam"): 0.96,
@@ -82,7 +108,8 @@ VARIANTS = [("hrbp", "adam"), ("hrbp-dynamic", "sgd"), ("random-channel", "sgd")
 
 
 @pytest.mark.parametrize(
-    ("method", "optimizer"), [pytest.param(*case, marks=[pytest.mark.slow] if case in VARIANTS else []) for case in LEARNT]
+    ("method", "optimizer"),
+    [pytest.param(*case, marks=[pytest.mark.slow] if case in VARIANTS else []) for case in LEARNT],
 )
 def test_executions_agree(method, optimizer):
     runs = {e: train(method, e, optimizer) for e in ("masked", "sparse", "packed")}
@@ -107,7 +134,9 @@ def test_packed_state_shrinks_with_the_density():
     dense, packed = trainer_of(method="dense").init(), train("hrbp", "packed").state
 
     def floats(tree):
-        return sum(leaf.size for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating))
+        return sum(
+            leaf.size for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)
+        )
 
     for part in ("params", "opt_state"):
         assert floats(getattr(packed, part)) < 0.35 * floats(getattr(dense, part))
@@ -127,7 +156,9 @@ def test_new_masks_do_not_recompile():
     assert run.traces == 2  # one packed step, one topology step
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.has_layout])
+@pytest.mark.parametrize(
+    "method", [name for name, method in METHODS.items() if not method.has_layout]
+)
 def test_masked_only_methods_train(method):
     trainer = trainer_of(method=method)
     state = trainer.init()
@@ -137,7 +168,9 @@ def test_masked_only_methods_train(method):
     assert state.form == "masked"
     expected = {"dense": 1.0, "sr-ste": 0.5, "ste": 0.5}.get(method, 0.2)
     if method != "gradual":  # which is half way at step 12
-        assert float(bsj.metrics.density(trainer.masks(state))) == pytest.approx(expected, abs=0.002)
+        assert float(bsj.metrics.density(trainer.masks(state))) == pytest.approx(
+            expected, abs=0.002
+        )
 
 
 def test_bfloat16_keeps_float32_parameters():
@@ -149,6 +182,10 @@ def test_bfloat16_keeps_float32_parameters():
 
 def test_random_channel_drops_whole_channels():
     state = train("random-channel", "packed").state
-    layouts = [x for x in jax.tree.leaves(state.layouts, is_leaf=bsj.is_layout) if isinstance(x, bsj.BlockLayout)]
+    layouts = [
+        x
+        for x in jax.tree.leaves(state.layouts, is_leaf=bsj.is_layout)
+        if isinstance(x, bsj.BlockLayout)
+    ]
     assert layouts
     assert all(layout.filters.shape[0] == 1 for layout in layouts)

@@ -1,4 +1,6 @@
-"""The zoo: published sizes, one function in both data formats, and no transposed activations between stem and pool."""
+"""The zoo: published sizes, one function in both data formats, and no transposed activations
+between stem and pool.
+"""
 
 import math
 import re
@@ -16,7 +18,9 @@ from blocksparse_jax.tree import conv_kernels, path_name
 from experiments.models import create, names, taps
 from experiments.models.layers import DepthwiseConv, Parts, max_pool
 
-PUBLISHED = {  # options -> parameters: torchvision's for 1000 classes; the CIFAR ResNets of GraSP (1x1 conv and norm as shortcuts)
+# options -> parameters: torchvision's for 1000 classes; the CIFAR ResNets of GraSP (1x1 conv and
+# norm as shortcuts)
+PUBLISHED = {
     ("resnet20", 10, 1, "cifar"): 272_474,
     ("resnet32", 10, 2, "cifar"): 1_860_522,
     ("resnet56", 10, 1, "cifar"): 855_770,
@@ -30,7 +34,9 @@ PUBLISHED = {  # options -> parameters: torchvision's for 1000 classes; the CIFA
 
 
 def made(name, *, num_classes=10, blocks=None, **options):
-    """The model by name; `blocks` makes a ResNet shallower: every kind of block stays, and compiling takes a fraction."""
+    """The model by name; `blocks` makes a ResNet shallower: every kind of block stays, and
+    compiling takes a fraction.
+    """
     model = create(name, num_classes=num_classes, **options)
     return model if blocks is None else model.clone(blocks=blocks)
 
@@ -47,7 +53,9 @@ def block_layout(shape, seed=0):
     rng = np.random.default_rng(seed)
     channels = np.stack([np.sort(rng.permutation(cin)[: cin // 4]) for _ in range(2)])
     taps = np.stack([np.sort(rng.permutation(kh * kw)[: -(-kh * kw // 3)]) for _ in range(2)])
-    arrays = (jnp.asarray(a, jnp.int32) for a in (rng.permutation(cout).reshape(2, -1), channels, taps))
+    arrays = (
+        jnp.asarray(a, jnp.int32) for a in (rng.permutation(cout).reshape(2, -1), channels, taps)
+    )
     return bsj.BlockLayout(*arrays, shape=tuple(shape))
 
 
@@ -56,7 +64,11 @@ def sparse_layouts(params):
 
     def layout(path, leaf):
         name = path_name(path)
-        return block_layout(leaf.shape, len(name)) if conv_kernels(name, leaf) and "downsample" not in name else bsj.Dense()
+        return (
+            block_layout(leaf.shape, len(name))
+            if conv_kernels(name, leaf) and "downsample" not in name
+            else bsj.Dense()
+        )
 
     return jax.tree_util.tree_map_with_path(layout, params)
 
@@ -70,7 +82,9 @@ def random_variables(variables):
     leaves, structure = jax.tree.flatten(variables)
     rng = np.random.default_rng(0)
     values = [
-        rng.normal(size=s.shape) * math.sqrt(2 / math.prod(s.shape[:-1])) if len(s.shape) > 1 else rng.uniform(0.5, 1.5, s.shape)
+        rng.normal(size=s.shape) * math.sqrt(2 / math.prod(s.shape[:-1]))
+        if len(s.shape) > 1
+        else rng.uniform(0.5, 1.5, s.shape)
         for s in leaves
     ]
     return jax.tree.unflatten(structure, [jnp.asarray(v, jnp.float32) for v in values])
@@ -80,16 +94,24 @@ def random_variables(variables):
 def test_parameter_counts_are_the_published_ones(options, expected):
     name, classes, width, stem = options
     size = 224 if stem == "imagenet" else 32
-    model, variables, images = abstract(name, num_classes=classes, width=width, stem=stem, size=size)
+    model, variables, images = abstract(
+        name, num_classes=classes, width=width, stem=stem, size=size
+    )
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"])) == expected
-    logits, _ = jax.eval_shape(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]), variables, images)
+    logits, _ = jax.eval_shape(
+        lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]), variables, images
+    )
     assert (logits.shape, logits.dtype) == ((2, classes), jnp.float32)
 
 
 @pytest.mark.parametrize("name", names())
 def test_names_tell_what_stays_dense(name):
     _, variables, _ = abstract(name, dtype=jnp.bfloat16)
-    kernels = [(path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(variables["params"]) if leaf.ndim == 4]
+    kernels = [
+        (path_name(path), leaf)
+        for path, leaf in jax.tree.leaves_with_path(variables["params"])
+        if leaf.ndim == 4
+    ]
     assert kernels[[n for n, _ in kernels].index("stem/kernel")][1].shape[2] == 3
     assert variables["params"]["classifier"]["kernel"].shape[1] == 10
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
@@ -103,14 +125,23 @@ def test_names_tell_what_stays_dense(name):
 def test_resnet50_v1_5_strides_in_the_3x3():
     def strides(name):
         model, variables, images = abstract(name, stem="imagenet", size=64)
-        _, state = jax.eval_shape(lambda v, x: model.apply(v, x, capture_intermediates=True, mutable=["intermediates"]), variables, images)
-        return [state["intermediates"]["stage2_block1"][f"conv{i}"]["__call__"][0].shape[1] for i in (1, 2, 3)]
+        _, state = jax.eval_shape(
+            lambda v, x: model.apply(v, x, capture_intermediates=True, mutable=["intermediates"]),
+            variables,
+            images,
+        )
+        return [
+            state["intermediates"]["stage2_block1"][f"conv{i}"]["__call__"][0].shape[1]
+            for i in (1, 2, 3)
+        ]
 
     assert strides("resnet50") == [8, 8, 8]
     assert strides("resnet50_v1_5") == [16, 8, 8]
 
 
-@pytest.mark.parametrize("options", [{"nam": "resnt20"}, {"stem": "imagnet"}, {"data_format": "CHW"}])
+@pytest.mark.parametrize(
+    "options", [{"nam": "resnt20"}, {"stem": "imagnet"}, {"data_format": "CHW"}]
+)
 def test_a_typo_gets_the_nearest_option(options):
     name = options.pop("nam", "cnn")
     near = {"resnt20": "resnet20"}.get(name, "imagenet" if "stem" in options else "CHWN")
@@ -126,7 +157,10 @@ def test_the_imagenet_stem_is_refused_where_there_is_none():
 @pytest.mark.parametrize(("size", "strides", "padding"), [(2, 2, 0), (3, 2, 1), (3, 1, 1)])
 @pytest.mark.parametrize("side", [6, 7])
 def test_max_pool_equals_reduce_window(size, strides, padding, side):
-    x, pads = jax.random.normal(jax.random.key(0), (2, side, side + 1, 3)), ((padding, padding),) * 2
+    x, pads = (
+        jax.random.normal(jax.random.key(0), (2, side, side + 1, 3)),
+        ((padding, padding),) * 2,
+    )
     want = nn.max_pool(x, (size, size), (strides, strides), pads)
     weight = jax.random.normal(jax.random.key(1), want.shape)
     want, pull = jax.vjp(lambda x: nn.max_pool(x, (size, size), (strides, strides), pads), x)
@@ -137,12 +171,21 @@ def test_max_pool_equals_reduce_window(size, strides, padding, side):
 
 @pytest.mark.parametrize("strides", [1, 2])
 def test_depthwise_conv_equals_the_grouped_convolution(strides):
-    x, kernel = jax.random.normal(jax.random.key(0), (2, 7, 6, 5)), jax.random.normal(jax.random.key(1), (3, 3, 1, 5))
+    x, kernel = (
+        jax.random.normal(jax.random.key(0), (2, 7, 6, 5)),
+        jax.random.normal(jax.random.key(1), (3, 3, 1, 5)),
+    )
     pads, dimensions = ((1, 1), (1, 1)), ("NHWC", "HWIO", "NHWC")
-    want = lax.conv_general_dilated(x, kernel, (strides, strides), pads, dimension_numbers=dimensions, feature_group_count=5)
+    want = lax.conv_general_dilated(
+        x, kernel, (strides, strides), pads, dimension_numbers=dimensions, feature_group_count=5
+    )
     variables = {"params": {"kernel": kernel}}
     nhwc = DepthwiseConv(3, strides, Parts("NHWC")).apply(variables, x)
-    chwn = DepthwiseConv(3, strides, Parts("CHWN")).apply(variables, x.transpose(3, 1, 2, 0)).transpose(3, 1, 2, 0)
+    chwn = (
+        DepthwiseConv(3, strides, Parts("CHWN"))
+        .apply(variables, x.transpose(3, 1, 2, 0))
+        .transpose(3, 1, 2, 0)
+    )
     np.testing.assert_allclose(nhwc, want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(chwn, want, rtol=1e-5, atol=1e-5)
 
@@ -162,11 +205,17 @@ FAMILIES = [
 @pytest.mark.parametrize(("name", "options", "size"), FAMILIES, ids=str)
 def test_both_data_formats_are_one_function(name, options, size):
     model, variables, _ = abstract(name, size=size, **options)
-    variables, images = random_variables(variables), jax.random.normal(jax.random.key(0), (4, size, size, 3))
+    variables, images = (
+        random_variables(variables),
+        jax.random.normal(jax.random.key(0), (4, size, size, 3)),
+    )
 
     @jax.jit
     def outputs(variables, images):
-        return [m.apply(variables, images, train=True, mutable=["batch_stats"]) for m in (model, made(name, data_format="NHWC", **options))]
+        return [
+            m.apply(variables, images, train=True, mutable=["batch_stats"])
+            for m in (model, made(name, data_format="NHWC", **options))
+        ]
 
     chwn, nhwc = outputs(variables, images)
     for a, b in zip(jax.tree.leaves(chwn), jax.tree.leaves(nhwc), strict=True):
@@ -174,13 +223,17 @@ def test_both_data_formats_are_one_function(name, options, size):
 
 
 def training_step(model):
-    """A whole step, `(params, batch_stats, layouts, images, labels) -> (params, batch_stats, loss, grads)`: loss, gradients, SGD."""
+    """A whole step, `(params, batch_stats, layouts, images, labels) -> (params, batch_stats, loss,
+    grads)`: loss, gradients, SGD.
+    """
 
     def step(params, batch_stats, layouts, images, labels):
         def loss_fn(params):
             variables = {"params": params, "batch_stats": batch_stats, "layouts": layouts}
             logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new["batch_stats"]
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new[
+                "batch_stats"
+            ]
 
         (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), batch_stats, loss, grads
@@ -192,39 +245,68 @@ def test_packed_sparse_and_masked_training_steps_agree():
     model, variables, _ = abstract("cnn", size=8, width=0.25)
     variables = random_variables(variables)
     params, layouts = variables["params"], sparse_layouts(variables["params"])
-    kept = on_layouts(lambda node, p: bsj.layout_to_mask(node) if isinstance(node, bsj.BlockLayout) else jnp.asarray(True), layouts, params)
+    kept = on_layouts(
+        lambda node, p: (
+            bsj.layout_to_mask(node) if isinstance(node, bsj.BlockLayout) else jnp.asarray(True)
+        ),
+        layouts,
+        params,
+    )
     params = jax.tree.map(lambda p, m: p * m, params, kept)
-    values = on_layouts(lambda node, p: bsj.pack(p, node) if isinstance(node, bsj.BlockLayout) else p, layouts, params)
+    values = on_layouts(
+        lambda node, p: bsj.pack(p, node) if isinstance(node, bsj.BlockLayout) else p,
+        layouts,
+        params,
+    )
     images, labels = jax.random.normal(jax.random.key(0), (8, 8, 8, 3)), jnp.arange(8)
     step = jax.jit(training_step(model))
     _, _, loss, grads = step(params, variables["batch_stats"], {}, images, labels)
-    _, _, sparse_loss, sparse_grads = step(params, variables["batch_stats"], layouts, images, labels)
-    _, _, packed_loss, packed_grads = step(values, variables["batch_stats"], layouts, images, labels)
+    _, _, sparse_loss, sparse_grads = step(
+        params, variables["batch_stats"], layouts, images, labels
+    )
+    _, _, packed_loss, packed_grads = step(
+        values, variables["batch_stats"], layouts, images, labels
+    )
     np.testing.assert_allclose([sparse_loss, packed_loss], [loss, loss], rtol=1e-5)
-    unpacked = on_layouts(lambda node, g: bsj.unpack(g, node) if isinstance(node, bsj.BlockLayout) else g, layouts, packed_grads)
-    for a, b, want, mask in zip(*map(jax.tree.leaves, (sparse_grads, unpacked, grads, kept)), strict=True):
+    unpacked = on_layouts(
+        lambda node, g: bsj.unpack(g, node) if isinstance(node, bsj.BlockLayout) else g,
+        layouts,
+        packed_grads,
+    )
+    for a, b, want, mask in zip(
+        *map(jax.tree.leaves, (sparse_grads, unpacked, grads, kept)), strict=True
+    ):
         np.testing.assert_allclose(a, want * mask, rtol=1e-3, atol=2e-4)
         np.testing.assert_allclose(b, want * mask, rtol=1e-3, atol=2e-4)
 
 
 INSTRUCTION = re.compile(
-    r"^\s*(?:ROOT )?%?([\w.-]+) = \w+\[([\d,]*)\]\{([\d,]*)[^}]*\} ([\w-]+)\((?:\w+\[\S+ )?%?([\w.-]+)(.*)", re.MULTILINE
+    r"^\s*(?:ROOT )?%?([\w.-]+) = \w+\[([\d,]*)\]\{([\d,]*)[^}]*\} ([\w-]+)\((?:\w+\[\S+ "
+    r")?%?([\w.-]+)(.*)",
+    re.MULTILINE,
 )
 
 
 def moved_activations(text, least):
-    """The transposes and layout-changing copies of arrays of at least `least` elements in a compiled program, fused ones too.
+    """The transposes and layout-changing copies of arrays of at least `least` elements in a
+    compiled program, fused ones too.
 
-    A transpose that only renames the axes of the same bytes (a bitcast) moves nothing and does not count.
+    A transpose that only renames the axes of the same bytes (a bitcast) moves nothing and does not
+    count.
     """
     found = {
-        name: (_numbers(dims), _numbers(order), op, operand, rest) for name, dims, order, op, operand, rest in INSTRUCTION.findall(text)
+        name: (_numbers(dims), _numbers(order), op, operand, rest)
+        for name, dims, order, op, operand, rest in INSTRUCTION.findall(text)
     }
     moved = []
     for name, (dims, order, op, operand, rest) in found.items():
         if op not in ("transpose", "copy") or math.prod(dims) < least or operand not in found:
             continue
-        permutation = _numbers(re.search(r"dimensions=\{([\d,]*)\}", rest)[1]) if op == "transpose" else list(range(len(dims)))
+        permutation = (
+            _numbers(re.search(r"dimensions=\{([\d,]*)\}", rest)[1])
+            if op == "transpose"
+            else list(range(len(dims)))
+        )
         before = [axis for axis in found[operand][1] if found[operand][0][axis] > 1]
         after = [permutation[axis] for axis in order if dims[axis] > 1]
         if before != after:
@@ -237,14 +319,25 @@ def _numbers(text):
 
 
 def compiled_step(name, data_format, size, batch, **options):
-    model, variables, images = abstract(name, size=size, batch=batch, data_format=data_format, **options)
+    model, variables, images = abstract(
+        name, size=size, batch=batch, data_format=data_format, **options
+    )
     layouts = sparse_layouts(variables["params"])
     values = jax.eval_shape(
-        lambda params: on_layouts(lambda node, p: bsj.pack(p, node) if isinstance(node, bsj.BlockLayout) else p, layouts, params),
+        lambda params: on_layouts(
+            lambda node, p: bsj.pack(p, node) if isinstance(node, bsj.BlockLayout) else p,
+            layouts,
+            params,
+        ),
         variables["params"],
     )
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    return jax.jit(training_step(model)).lower(values, variables["batch_stats"], layouts, images, labels).compile().as_text()
+    return (
+        jax.jit(training_step(model))
+        .lower(values, variables["batch_stats"], layouts, images, labels)
+        .compile()
+        .as_text()
+    )
 
 
 def test_moved_activations_counts_transposes_and_not_bitcasts():
@@ -256,7 +349,14 @@ def test_moved_activations_counts_transposes_and_not_bitcasts():
     assert count(lambda x: jnp.sin(x) + 1) == 0
     assert count(lambda x: jnp.sin(x).reshape(8, 1, 16, 32).transpose(1, 0, 2, 3)) == 0
     assert count(lambda x: jnp.sin(x).transpose(2, 0, 1)) > 0
-    assert len(moved_activations(jax.jit(lambda x: jnp.sin(x).T).lower(x).compile().as_text(), 8 * 16 * 32 + 1)) == 0
+    assert (
+        len(
+            moved_activations(
+                jax.jit(lambda x: jnp.sin(x).T).lower(x).compile().as_text(), 8 * 16 * 32 + 1
+            )
+        )
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -272,7 +372,9 @@ def test_moved_activations_counts_transposes_and_not_bitcasts():
     ],
 )
 def test_a_chwn_training_step_moves_no_activations(name, size, batch, least, options):
-    """`least` is the smallest activation between stem and pool; weights are smaller, and may be transposed, and so may the images."""
+    """`least` is the smallest activation between stem and pool; weights are smaller, and may be
+    transposed, and so may the images.
+    """
     assert moved_but_images(name, size, batch, least, **options) == []
 
 
@@ -289,7 +391,9 @@ def test_a_stem_of_fewer_than_14_channels_is_copied(channels, copies):
 
 
 def test_an_nhwc_training_step_moves_activations():
-    assert len(moved_activations(compiled_step("cnn", "NHWC", 8, 64, width=0.25), 16 * 16 * 64)) >= 6
+    assert (
+        len(moved_activations(compiled_step("cnn", "NHWC", 8, 64, width=0.25), 16 * 16 * 64)) >= 6
+    )
 
 
 @pytest.mark.parametrize("name", ["cnn", "resnet20", "mobilenet_v1"])
@@ -299,7 +403,10 @@ def test_at_inference_the_norms_are_lines_in_the_convs(name):
     images = jax.random.normal(jax.random.key(0), (3, 16, 16, 3))
     variables = model.init(jax.random.key(1), images)
     rng = np.random.default_rng(2)
-    variables = jax.tree.map(lambda a: a + 0.3 * np.abs(rng.standard_normal(a.shape, np.float32)) if a.ndim == 1 else a, variables)
+    variables = jax.tree.map(
+        lambda a: a + 0.3 * np.abs(rng.standard_normal(a.shape, np.float32)) if a.ndim == 1 else a,
+        variables,
+    )
 
     def separate(next_call, args, kwargs, context):
         """Calls the conv and the norm one after the other."""
@@ -307,7 +414,9 @@ def test_at_inference_the_norms_are_lines_in_the_convs(name):
             return next_call(*args, **kwargs)
         stats, params = variables["batch_stats"], variables["params"]
         *scope, conv = context.module.path
-        norm = {"stem": "stem_norm"}.get(conv, conv.replace("conv", "norm") if scope else f"{conv}_norm")
+        norm = {"stem": "stem_norm"}.get(
+            conv, conv.replace("conv", "norm") if scope else f"{conv}_norm"
+        )
         norm = "downsample_norm" if conv == "downsample" else norm
         for part in scope:
             stats, params = stats[part], params[part]
@@ -319,4 +428,6 @@ def test_at_inference_the_norms_are_lines_in_the_convs(name):
     with nn.intercept_methods(separate):
         wanted = model.apply(variables, images)
     assert float(jnp.abs(wanted).max()) > 0.01
-    np.testing.assert_allclose(model.apply(variables, images), wanted, rtol=1e-4, atol=1e-4 * float(jnp.abs(wanted).max()))
+    np.testing.assert_allclose(
+        model.apply(variables, images), wanted, rtol=1e-4, atol=1e-4 * float(jnp.abs(wanted).max())
+    )

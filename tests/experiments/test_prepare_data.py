@@ -1,4 +1,6 @@
-"""Every source format to the TFDS layout and back; wrong and corrupted sources; nothing half-written."""
+"""Every source format to the TFDS layout and back; wrong and corrupted sources; nothing
+half-written.
+"""
 
 import dataclasses
 import itertools
@@ -43,27 +45,44 @@ def test_round_trip(name, make, tmp_path, capsys):
     summary = prepare_data.main(Config(dataset=name, source=path, data_dir=tmp_path / "out"))
     assert summary.counts == {"train": 12, SPECS[name].test_split: 5}
     assert "12 examples (the official set has" in capsys.readouterr().out
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [name]  # no temporary folder stays
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        name
+    ]  # no temporary folder stays
     loaded = data.load(name, tmp_path / "out")
-    assert (loaded.name, loaded.image_shape, loaded.num_classes) == (name, SPECS[name].image_shape, SPECS[name].num_classes)
+    assert (loaded.name, loaded.image_shape, loaded.num_classes) == (
+        name,
+        SPECS[name].image_shape,
+        SPECS[name].num_classes,
+    )
     for split in ("train", "test"):
         x, y = getattr(loaded, split)
         assert (x.dtype, y.dtype) == (jnp.uint8, jnp.int32)
         # cv2 and PIL bring different JPEG decoders, one step apart
         np.testing.assert_allclose(
-            np.asarray(x, int), arrays[f"x_{split}"], atol=2 if "tiny" in name and make is not files.npz_source else 0
+            np.asarray(x, int),
+            arrays[f"x_{split}"],
+            atol=2 if "tiny" in name and make is not files.npz_source else 0,
         )
         np.testing.assert_array_equal(y, arrays[f"y_{split}"])
 
 
 def test_tfds_itself_reads_it(tmp_path):
     arrays = files.arrays_for("cifar100")
-    prepare_data.main(Config(dataset="cifar100", source=files.cifar_tar_source("cifar100", arrays, tmp_path), data_dir=tmp_path))
+    prepare_data.main(
+        Config(
+            dataset="cifar100",
+            source=files.cifar_tar_source("cifar100", arrays, tmp_path),
+            data_dir=tmp_path,
+        )
+    )
     source = tfds.data_source("cifar100", split="test", data_dir=tmp_path, download=False)
     assert len(source) == 5
     for i, example in enumerate(source):
         np.testing.assert_array_equal(example["image"], arrays["x_test"][i])
-        assert (example["label"], example["coarse_label"]) == (arrays["y_test"][i], arrays["y_test"][i] // 5)
+        assert (example["label"], example["coarse_label"]) == (
+            arrays["y_test"][i],
+            arrays["y_test"][i] // 5,
+        )
         assert example["id"] == f"test_{i:05d}".encode()
     assert source.dataset_info.features["label"].names[7] == "class 7"
 
@@ -83,8 +102,14 @@ def bad_npz(key, value):
     ("change", "message"),
     [
         (lambda a: {"images": a["x_train"]}, "missing: x_train, y_train, x_test, y_test"),
-        (bad_npz("x_test", lambda x: x / np.float32(255)), r"x_test: expected uint8 \[n, 32, 32, 3\].*got float32"),
-        (bad_npz("x_train", lambda x: x.transpose(0, 3, 1, 2)), r"x_train: .*got uint8 \[12, 3, 32, 32\]"),
+        (
+            bad_npz("x_test", lambda x: x / np.float32(255)),
+            r"x_test: expected uint8 \[n, 32, 32, 3\].*got float32",
+        ),
+        (
+            bad_npz("x_train", lambda x: x.transpose(0, 3, 1, 2)),
+            r"x_train: .*got uint8 \[12, 3, 32, 32\]",
+        ),
         (bad_npz("y_train", lambda y: y + 1.0), "y_train: expected 12 integers.*float64"),
         (bad_npz("y_train", lambda y: y[:-1]), r"y_train: expected 12 integers.*\[11\]"),
         (bad_npz("y_test", lambda y: y * 0 + 10), "y_test: expected labels 0 to 9, got 10 to 10"),
@@ -113,7 +138,9 @@ def test_wrong_arrays(change, message, tmp_path):
 def test_corrupted_source(name, make, file, damage, tmp_path):
     path = make(name, files.arrays_for(name), tmp_path)
     content = (tmp_path / file).read_bytes()
-    (tmp_path / file).write_bytes(content[: len(content) // 2] if damage == "cut" else files.RNG.bytes(len(content)))
+    (tmp_path / file).write_bytes(
+        content[: len(content) // 2] if damage == "cut" else files.RNG.bytes(len(content))
+    )
     with pytest.raises(ValueError, match=r"corrupted or not .*fetch it again"):
         prepare_data.main(Config(dataset=name, source=path, data_dir=tmp_path / "out"))
 
@@ -131,8 +158,13 @@ def test_pickles_run_no_code(tmp_path):
 
 
 def test_incomplete_sources(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere' does not exist; expected the folder of the four idx files"):
-        prepare_data.main(Config(dataset="mnist", source=tmp_path / "nowhere", data_dir=tmp_path / "out"))
+    with pytest.raises(
+        FileNotFoundError,
+        match="nowhere' does not exist; expected the folder of the four idx files",
+    ):
+        prepare_data.main(
+            Config(dataset="mnist", source=tmp_path / "nowhere", data_dir=tmp_path / "out")
+        )
     path = files.idx_source("mnist", files.arrays_for("mnist"), tmp_path)
     (path / "t10k-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(FileNotFoundError, match=r"t10k-labels.*complete source"):
@@ -147,7 +179,11 @@ def test_incomplete_sources(tmp_path):
     ("file", "content", "message"),
     [
         ("wnids.txt", b"n1 n2", "expected 200 different WordNet ids, got 2"),
-        ("val/images/val_0.JPEG", files.jpeg(np.zeros((32, 64, 3), np.uint8)), "expected 64 x 64 pixels, got 32 x 64"),
+        (
+            "val/images/val_0.JPEG",
+            files.jpeg(np.zeros((32, 64, 3), np.uint8)),
+            "expected 64 x 64 pixels, got 32 x 64",
+        ),
         ("val/images/val_0.JPEG", b"text", "expected a JPEG image, got 4 bytes"),
         ("val/images/val_0.JPEG", None, "the image is missing"),
     ],
@@ -164,7 +200,9 @@ def test_bad_tiny_imagenet(file, content, message, tmp_path):
 def test_overwrite_replaces_only_when_complete(tmp_path):
     def prepare(arrays, **kw):
         path = files.npz_source("mnist", arrays, tmp_path)
-        return prepare_data.main(Config(dataset="mnist", source=path, data_dir=tmp_path / "out", **kw))
+        return prepare_data.main(
+            Config(dataset="mnist", source=path, data_dir=tmp_path / "out", **kw)
+        )
 
     first, second = files.arrays_for("mnist"), files.arrays_for("mnist", train=7)
     prepare(first)
@@ -178,7 +216,9 @@ def test_overwrite_replaces_only_when_complete(tmp_path):
     with pytest.raises(RuntimeError, match="power cut"):
         tfds_layout.write("mnist", tmp_path / "out", breaks(), {}, overwrite=True)
     with pytest.raises(ValueError, match="got none of test"):
-        tfds_layout.write("mnist", tmp_path / "out", itertools.islice(breaks(), 1), {}, overwrite=True)
+        tfds_layout.write(
+            "mnist", tmp_path / "out", itertools.islice(breaks(), 1), {}, overwrite=True
+        )
     np.testing.assert_array_equal(data.load("mnist", tmp_path / "out").train.x, first["x_train"])
     prepare(second, overwrite=True)
     np.testing.assert_array_equal(data.load("mnist", tmp_path / "out").train.x, second["x_train"])
@@ -196,7 +236,9 @@ def test_download(tmp_path, monkeypatch):
     loaded = data.load("mnist", tmp_path / "out", download=True)
     np.testing.assert_array_equal(loaded.train.x, arrays["x_train"])
     shutil.rmtree(server)
-    np.testing.assert_array_equal(data.load("mnist", tmp_path / "out", download=True).test.y, arrays["y_test"])
+    np.testing.assert_array_equal(
+        data.load("mnist", tmp_path / "out", download=True).test.y, arrays["y_test"]
+    )
     with pytest.raises(FileNotFoundError, match=r"cannot be fetched.*pass --source"):
         data.load("mnist", tmp_path / "other", download=True)
 
@@ -207,7 +249,16 @@ def test_the_command_line_names_itself_and_ends_wrong_input_with_code_2(tmp_path
     assert stop.value.code == 0
     assert "python -m experiments.prepare_data" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
-        prepare_data.cli(["--dataset", "mnist", "--source", str(tmp_path / "none"), "--data-dir", str(tmp_path / "out")])
+        prepare_data.cli(
+            [
+                "--dataset",
+                "mnist",
+                "--source",
+                str(tmp_path / "none"),
+                "--data-dir",
+                str(tmp_path / "out"),
+            ]
+        )
     assert stop.value.code == 2
     text = capsys.readouterr().err
     assert text.startswith("error: ")

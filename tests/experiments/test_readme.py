@@ -1,4 +1,6 @@
-"""The README is true: its example runs, its commands exist, its tables are those of the committed results."""
+"""The README is true: its example runs, its commands exist, its tables are those of the committed
+results.
+"""
 
 import re
 import tomllib
@@ -46,13 +48,23 @@ def test_the_examples_run_one_after_the_other(capsys):
 def test_the_loop_serves_every_method(method, capsys):
     """Another method in its place, from the first example's untrained parameters."""
     names = {}
-    exec(compile(SNIPPETS[0].split("tx = ")[0] + "x = jax.random.normal(jax.random.key(1), (8, 16, 16, 64))", "README.md", "exec"), names)
+    exec(
+        compile(
+            SNIPPETS[0].split("tx = ")[0]
+            + "x = jax.random.normal(jax.random.key(1), (8, 16, 16, 64))",
+            "README.md",
+            "exec",
+        ),
+        names,
+    )
     dynamic = "bsj.hrbp_prune(0.9, update=bsj.periodic(2, until=100))"
     assert dynamic in SNIPPETS[1]
     exec(compile(SNIPPETS[1].replace(dynamic, method), "README.md", "exec"), names)
     assert "could grow nothing" not in capsys.readouterr().out
     density = bsj.summarize(names["params"], names["state"]).density
-    assert density == pytest.approx({"subp": 0.25, "sr_ste": 0.5}.get(re.findall(r"\.(\w+)\(", method)[0], 0.1), abs=0.005)
+    assert density == pytest.approx(
+        {"subp": 0.25, "sr_ste": 0.5}.get(re.findall(r"\.(\w+)\(", method)[0], 0.1), abs=0.005
+    )
 
 
 def test_every_command_names_a_module_and_a_target_that_exist():
@@ -61,7 +73,10 @@ def test_every_command_names_a_module_and_a_target_that_exist():
     for module in modules:
         assert (ROOT / Path(*module.split("."))).with_suffix(".py").exists(), module
     makefile = (ROOT / "Makefile").read_text()
-    targets = {first or second for first, second in re.findall(r"^make (\w+)|`make (\w+)`", README, re.MULTILINE)}
+    targets = {
+        first or second
+        for first, second in re.findall(r"^make (\w+)|`make (\w+)`", README, re.MULTILINE)
+    }
     assert {"train", "test"} <= targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

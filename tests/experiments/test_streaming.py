@@ -1,4 +1,6 @@
-"""ImageNet: from tars like the official ones to a stream of batches, deterministic, resumable, shared by processes."""
+"""ImageNet: from tars like the official ones to a stream of batches, deterministic, resumable,
+shared by processes.
+"""
 
 import dataclasses
 import io
@@ -25,7 +27,9 @@ ANSWERS = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt").rea
 
 @pytest.fixture(scope="module")
 def imagenet_dir(tmp_path_factory):
-    """Two classes of 10 images and 7 validation images, of one grey value each: 10 * their number, in tars like the official ones."""
+    """Two classes of 10 images and 7 validation images, of one grey value each: 10 * their number,
+    in tars like the official ones.
+    """
     folder = tmp_path_factory.mktemp("imagenet")
 
     def image(value, i, **kw):
@@ -49,13 +53,17 @@ def imagenet_dir(tmp_path_factory):
 
 def test_imagenet_files(imagenet_dir):
     source = tfds.data_source("imagenet2012", split="train", data_dir=imagenet_dir, download=False)
-    assert [source.dataset_info.features["label"].names[e["label"]] for e in source] == [LABELS[3]] * 10 + [LABELS[4]] * 10
+    assert [source.dataset_info.features["label"].names[e["label"]] for e in source] == [
+        LABELS[3]
+    ] * 10 + [LABELS[4]] * 10
     raw = tfds_layout.open_split("imagenet2012", imagenet_dir, "train")
     for i, example in enumerate(raw):
         with Image.open(io.BytesIO(example["image"])) as image:  # PNG and CMYK repaired
             assert image.format == "JPEG"
             assert image.mode == ("L" if i % 10 == 2 else "RGB")
-        np.testing.assert_allclose(tfds_layout.decode(example["image"], 3).astype(int), 10 * i, atol=2)
+        np.testing.assert_allclose(
+            tfds_layout.decode(example["image"], 3).astype(int), 10 * i, atol=2
+        )
         assert example["file_name"] == f"{LABELS[3 + i // 10]}_{i % 10}.JPEG".encode()
 
 
@@ -67,14 +75,21 @@ def test_imagenet_train(imagenet_dir, workers):
     assert len(epoch) == 3
     numbers = []
     for x, y in epoch:
-        assert (x.shape, x.dtype, y.shape, y.dtype) == ((6, 224, 224, 3), jnp.float32, (6,), jnp.int32)
+        assert (x.shape, x.dtype, y.shape, y.dtype) == (
+            (6, 224, 224, 3),
+            jnp.float32,
+            (6,),
+            jnp.int32,
+        )
         values = np.round(files.pixels(d.name, x).mean((1, 2, 3)) / 10).astype(int)
         np.testing.assert_array_equal(3 + values // 10, y)
         numbers += values.tolist()
     assert len(set(numbers)) == 18
     for a, b in zip(epoch[1:], d.train_batches(1, 6, seed=5, start_step=1), strict=True):
         jax.tree.map(np.testing.assert_array_equal, a, b)
-    assert any((a != b).any() for (a, _), (b, _) in zip(epoch, d.train_batches(2, 6, seed=5), strict=True))
+    assert any(
+        (a != b).any() for (a, _), (b, _) in zip(epoch, d.train_batches(2, 6, seed=5), strict=True)
+    )
     for p in range(2):
         part = dataclasses.replace(d, process=(p, 2)).train_batches(1, 6, seed=5)
         for a, b in zip(epoch, part, strict=True):
@@ -91,7 +106,9 @@ def test_imagenet_test_batches_give_every_example_once(imagenet_dir):
     labels = np.concatenate([y for _, y, _ in batches])[:7]
     assert [LABELS[y] for y in labels] == [ANSWERS[i] for i in (3, 0, 1, 2, 6, 5, 4)]
     for p in range(2):
-        for a, b in zip(batches, dataclasses.replace(d, process=(p, 2)).test_batches(4), strict=True):
+        for a, b in zip(
+            batches, dataclasses.replace(d, process=(p, 2)).test_batches(4), strict=True
+        ):
             jax.tree.map(lambda u, v, p=p: np.testing.assert_array_equal(u[p::2], v), a, b)
 
 
@@ -100,8 +117,16 @@ def test_imagenet_test_batches_give_every_example_once(imagenet_dir):
     [
         ("ILSVRC2012_img_train.tar", "n00000000.tar", "n00000000.tar is no class of ImageNet 2012"),
         ("ILSVRC2012_img_train.tar", f"{LABELS[0]}.tar", "corrupted or not the folder"),
-        ("ILSVRC2012_img_val.tar", "ILSVRC2012_val_00050001.JPEG", "got ILSVRC2012_val_00050001.JPEG"),
-        ("ILSVRC2012_img_val.tar", "ILSVRC2012_val_00000001.JPEG", "expected a JPEG image, got 5 bytes"),
+        (
+            "ILSVRC2012_img_val.tar",
+            "ILSVRC2012_val_00050001.JPEG",
+            "got ILSVRC2012_val_00050001.JPEG",
+        ),
+        (
+            "ILSVRC2012_img_val.tar",
+            "ILSVRC2012_val_00000001.JPEG",
+            "expected a JPEG image, got 5 bytes",
+        ),
     ],
 )
 def test_bad_imagenet(imagenet_dir, file, member, message, tmp_path):
@@ -110,19 +135,27 @@ def test_bad_imagenet(imagenet_dir, file, member, message, tmp_path):
     with tarfile.open(tmp_path / file, "a") as tar:
         files.add(tar, member, b"noise")
     with pytest.raises(ValueError, match=message):
-        prepare_data.main(Config(dataset="imagenet2012", source=tmp_path, data_dir=tmp_path / "out"))
+        prepare_data.main(
+            Config(dataset="imagenet2012", source=tmp_path, data_dir=tmp_path / "out")
+        )
     (tmp_path / file).unlink()
     with pytest.raises(FileNotFoundError, match=file):
-        prepare_data.main(Config(dataset="imagenet2012", source=tmp_path, data_dir=tmp_path / "out"))
+        prepare_data.main(
+            Config(dataset="imagenet2012", source=tmp_path, data_dir=tmp_path / "out")
+        )
 
 
 def test_random_resized_crop_statistics():
-    """The parts lie inside of the image, cover the stated areas and aspects, and half of them are mirrored."""
+    """The parts lie inside of the image, cover the stated areas and aspects, and half of them are
+    mirrored.
+    """
     h, w = 80, 120
     image = np.zeros((h, w, 3), np.uint8)
     image[..., 0], image[..., 1] = np.arange(h)[:, None], np.arange(w)
     rng = np.random.default_rng(0)
-    crops = np.stack([streaming.random_resized_crop(rng, image, 16) for _ in range(1000)]).astype(float)
+    crops = np.stack([streaming.random_resized_crop(rng, image, 16) for _ in range(1000)]).astype(
+        float
+    )
     height = (crops[:, -1, 0, 0] - crops[:, 0, 0, 0]) * 16 / 15
     width = (crops[:, 0, -1, 1] - crops[:, 0, 0, 1]) * 16 / 15
     area, aspect = height * abs(width) / (h * w), abs(width) / height

@@ -19,12 +19,31 @@ from experiments.training.methods import METHODS, Length
 from experiments.training.run_folder import RunFolder
 
 TINY = TrainConfig(
-    model="cnn", width=0.25, sparsity=0.8, group_size=16, block=16, batch_size=128, epochs=3, update_every=5, log_every=4, lr=0.05
+    model="cnn",
+    width=0.25,
+    sparsity=0.8,
+    group_size=16,
+    block=16,
+    batch_size=128,
+    epochs=3,
+    update_every=5,
+    log_every=4,
+    lr=0.05,
 )
 PER_EPOCH = 11
 TIMES = ("step_ms_median", "step_ms_iqr")
 RESULT = {
-    *("method", "dataset", "model", "seed", "sparsity", "density", "test_accuracy", "kept_flops_fraction", "step_ms_median"),
+    *(
+        "method",
+        "dataset",
+        "model",
+        "seed",
+        "sparsity",
+        "density",
+        "test_accuracy",
+        "kept_flops_fraction",
+        "step_ms_median",
+    ),
     *("step_ms_iqr", "epochs", "versions", "device", "execution", "precision", "commit"),
 }
 
@@ -70,14 +89,21 @@ def finished(tmp_path_factory):
 def test_the_command_of_the_readme(tmp_path):
     command = "-m experiments.train --dataset digits --model cnn --method hrbp --sparsity 0.9 --epochs 1 --seed 0 --width 0.25 --out"
     cached = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}  # of conftest
-    done = subprocess.run([sys.executable, *command.split(), str(tmp_path / "a")], capture_output=True, text=True, env=os.environ | cached)
+    done = subprocess.run(
+        [sys.executable, *command.split(), str(tmp_path / "a")],
+        capture_output=True,
+        text=True,
+        env=os.environ | cached,
+    )
     assert done.returncode == 0, done.stderr
     first, *_ = done.stdout.splitlines()
     assert first.startswith("hrbp on digits: cnn, 1 epochs of batches of 64, packed, float32; cpu")
     assert f"run folder {tmp_path / 'a'}" in first
     assert "test accuracy" in done.stdout
     assert "conv1/kernel" in done.stdout
-    assert json.loads((tmp_path / "a" / "result.json").read_text())["density"] == pytest.approx(0.1, abs=0.002)
+    assert json.loads((tmp_path / "a" / "result.json").read_text())["density"] == pytest.approx(
+        0.1, abs=0.002
+    )
 
 
 def test_run_folder(finished):
@@ -85,10 +111,16 @@ def test_run_folder(finished):
     folder = run.folder.path
     assert set(result) >= RESULT
     assert json.loads((folder / "result.json").read_text()) == result
-    assert TrainConfig(**json.loads((folder / "config.json").read_text())) == run.config == resolve(settings)
+    assert (
+        TrainConfig(**json.loads((folder / "config.json").read_text()))
+        == run.config
+        == resolve(settings)
+    )
     assert result["density"] == pytest.approx(0.2, abs=0.001)
     assert result["test_accuracy"] > 0.3
-    assert 0.19 < result["kept_flops_fraction"] < 0.5  # the stem, dense, weighs more in a small network
+    assert (
+        0.19 < result["kept_flops_fraction"] < 0.5
+    )  # the stem, dense, weighs more in a small network
     assert result["step_ms_median"] > 0
     rows = run.folder.metrics()
     epochs = [row for row in rows if row["kind"] == "epoch"]
@@ -105,30 +137,51 @@ def test_block_structure_draws_each_sparse_layer(finished):
     _, run, _ = finished
     masks, layouts = run.trainer.masks(run.state), run.trainer.layouts(run.state)
     drawn = [ax for ax in plots.block_structure(masks, layouts).axes if ax.images]
-    assert [ax.get_title().split("\n")[0] for ax in drawn] == ["conv1/kernel", "conv2/kernel", "conv3/kernel"]
-    kernels = np.asarray(masks["conv1"]["kernel"]).mean((0, 1)).T[np.asarray(layouts["conv1"]["kernel"].filters).reshape(-1)]
+    assert [ax.get_title().split("\n")[0] for ax in drawn] == [
+        "conv1/kernel",
+        "conv2/kernel",
+        "conv3/kernel",
+    ]
+    kernels = (
+        np.asarray(masks["conv1"]["kernel"])
+        .mean((0, 1))
+        .T[np.asarray(layouts["conv1"]["kernel"].filters).reshape(-1)]
+    )
     np.testing.assert_allclose(drawn[0].images[0].get_array(), kernels)
     assert len(drawn[0].lines) == layouts["conv1"]["kernel"].filters.shape[0] - 1
     figure = plots.block_structure(masks, layouts, title="hrbp-dynamic: cnn on digits")
     assert figure.get_suptitle() == "hrbp-dynamic: cnn on digits"
-    assert "white keeps no tap, black keeps all; red lines part the groups" in figure.get_supxlabel()
+    assert (
+        "white keeps no tap, black keeps all; red lines part the groups" in figure.get_supxlabel()
+    )
     assert "red lines" not in plots.block_structure(masks, {}).get_supxlabel()
 
 
-@pytest.mark.parametrize(("sads", "final"), [((0.0, 0.3, 0.1, 0.0, 0.0), 3), ((0.0, 0.0, 0.0), None), ((0.1, 0.1), None)])
+@pytest.mark.parametrize(
+    ("sads", "final"), [((0.0, 0.3, 0.1, 0.0, 0.0), 3), ((0.0, 0.0, 0.0), None), ((0.1, 0.1), None)]
+)
 def test_learning_curves_say_where_the_masks_became_final(sads, final):
     numbers = dict.fromkeys(("loss", "train_accuracy", "test_accuracy", "density"), 0.5)
-    figure = plots.learning_curves([{"kind": "epoch", "epoch": i, "sad": sad, **numbers} for i, sad in enumerate(sads)])
+    figure = plots.learning_curves(
+        [{"kind": "epoch", "epoch": i, "sad": sad, **numbers} for i, sad in enumerate(sads)]
+    )
     for ax in figure.axes:
         marks = [line for line in ax.lines if line.get_label().startswith("masks final")]
-        assert [(line.get_label(), line.get_xdata()[0]) for line in marks] == ([(f"masks final in epoch {final}", final)] if final else [])
+        assert [(line.get_label(), line.get_xdata()[0]) for line in marks] == (
+            [(f"masks final in epoch {final}", final)] if final else []
+        )
 
 
 def test_evaluate_gives_the_accuracy_of_the_run(finished, capsys):
     _, run, result = finished
-    assert evaluate.main(evaluate.EvaluateConfig(run=str(run.folder.path)))["test_accuracy"] == result["test_accuracy"]
+    assert (
+        evaluate.main(evaluate.EvaluateConfig(run=str(run.folder.path)))["test_accuracy"]
+        == result["test_accuracy"]
+    )
     assert "hrbp-dynamic" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=rf"has no checkpoint of step 3; it has {2 * PER_EPOCH}, {3 * PER_EPOCH}$"):
+    with pytest.raises(
+        ValueError, match=rf"has no checkpoint of step 3; it has {2 * PER_EPOCH}, {3 * PER_EPOCH}$"
+    ):
         evaluate.main(evaluate.EvaluateConfig(run=str(run.folder.path), step=3))
 
 
@@ -137,16 +190,26 @@ def test_resume_of_an_ended_run_changes_nothing(finished, capsys):
     settings, run, result = finished
     before = (run.folder.path / "metrics.jsonl").read_text()
     assert Run(settings, resume=True).train() == result
-    assert f"{result['test_accuracy']:.2%}" in output_of(capsys, ["--out", settings.out, "--resume"])
-    assert "sparsity 0.8 -> 0.5" in error_of(capsys, ["--out", settings.out, "--resume", "--sparsity", "0.5"])
+    assert f"{result['test_accuracy']:.2%}" in output_of(
+        capsys, ["--out", settings.out, "--resume"]
+    )
+    assert "sparsity 0.8 -> 0.5" in error_of(
+        capsys, ["--out", settings.out, "--resume", "--sparsity", "0.5"]
+    )
     assert (run.folder.path / "metrics.jsonl").read_text() == before
 
 
 def assert_same_run(resumed, run):
-    assert jax.tree.structure(resumed.state) == jax.tree.structure(run.state) or resumed.trainer is not run.trainer
+    assert (
+        jax.tree.structure(resumed.state) == jax.tree.structure(run.state)
+        or resumed.trainer is not run.trainer
+    )
     for a, b in zip(jax.tree.leaves(resumed.state), jax.tree.leaves(run.state), strict=True):
         np.testing.assert_array_equal(a, b)
-    rows, expected = ([{k: v for k, v in r.items() if k not in TIMES} for r in run.folder.metrics()] for run in (resumed, run))
+    rows, expected = (
+        [{k: v for k, v in r.items() if k not in TIMES} for r in run.folder.metrics()]
+        for run in (resumed, run)
+    )
     assert rows == expected
 
 
@@ -223,13 +286,28 @@ def test_a_typo_names_the_nearest_option(tmp_path, capsys, flag, value, nearest)
         (["--batch-size", "4096"], "batch_size: "),
         (["--implementation", "cuda"], "expected one of 'xla', 'cpu', 'dense'"),
         (["--implementation", "mosaic_gpu"], "cannot run here"),
-        (["--method", "sr-ste", "--m", "5"], "m: 5 does not divide the 64 input channels of conv1/kernel; take one that divides 64"),
+        (
+            ["--method", "sr-ste", "--m", "5"],
+            "m: 5 does not divide the 64 input channels of conv1/kernel; take one that divides 64",
+        ),
         (["--method", "ste", "--n", "5"], "n: expected at most m=4, got 5"),
-        (["--method", "sr-ste", "--sparsity", "0.9"], "sparsity: sr-ste has 0.5 (--n 2 --m 4); set these two instead, got 0.9"),
-        (["--method", "dense", "--sparsity", "0.9"], "sparsity: dense has 0; leave --sparsity out, got 0.9"),
+        (
+            ["--method", "sr-ste", "--sparsity", "0.9"],
+            "sparsity: sr-ste has 0.5 (--n 2 --m 4); set these two instead, got 0.9",
+        ),
+        (
+            ["--method", "dense", "--sparsity", "0.9"],
+            "sparsity: dense has 0; leave --sparsity out, got 0.9",
+        ),
         (["--stem", "imagenet"], "stem: "),
-        (["--method", "rigl", "--budget", "nonsense"], "budget: expected one of 'uniform', 'erk', 'er', got 'nonsense'"),
-        (["--method", "subp", "--budget", "erk"], "budget: subp prunes all layers alike ('uniform'); leave --budget out, got 'erk'"),
+        (
+            ["--method", "rigl", "--budget", "nonsense"],
+            "budget: expected one of 'uniform', 'erk', 'er', got 'nonsense'",
+        ),
+        (
+            ["--method", "subp", "--budget", "erk"],
+            "budget: subp prunes all layers alike ('uniform'); leave --budget out, got 'erk'",
+        ),
         (["--lr", "-1"], "lr: expected a number above 0, got -1.0"),
         (["--width", "0"], "width: expected a number above 0, got 0.0"),
         (["--weight-decay", "-0.1"], "weight_decay: expected a number of at least 0"),
@@ -250,7 +328,9 @@ def test_a_full_folder_is_not_overwritten(tmp_path, capsys):
     (tmp_path / "run" / "notes.txt").write_text("mine")
     assert "--resume" in error_of(capsys, ["--out", str(tmp_path / "run")])
     for resume in ([], ["--resume"]):
-        assert "notes.txt is a file; choose a folder" in error_of(capsys, ["--out", str(tmp_path / "run" / "notes.txt"), *resume])
+        assert "notes.txt is a file; choose a folder" in error_of(
+            capsys, ["--out", str(tmp_path / "run" / "notes.txt"), *resume]
+        )
     assert "config.json: missing" in error_of(capsys, ["--out", str(tmp_path / "run"), "--resume"])
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
@@ -268,13 +348,18 @@ def stopped(finished, tmp_path):
 
 def test_resume_with_another_config_names_the_fields(stopped, capsys):
     settings, _ = stopped
-    text = error_of(capsys, [*flags(dataclasses.replace(settings, sparsity=0.5, seed=3)), "--resume"])
+    text = error_of(
+        capsys, [*flags(dataclasses.replace(settings, sparsity=0.5, seed=3)), "--resume"]
+    )
     assert "seed 0 -> 3" in text
     assert "sparsity 0.8 -> 0.5" in text
     assert "epochs" not in text
 
 
-@pytest.mark.parametrize(("text", "words"), [("{", "not JSON"), ("[]", "other fields"), ('{"dataset": "digits"}', "other fields")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{", "not JSON"), ("[]", "other fields"), ('{"dataset": "digits"}', "other fields")],
+)
 def test_a_garbled_config_is_named(stopped, capsys, text, words):
     settings, folder = stopped
     (folder.path / "config.json").write_text(text)
@@ -311,7 +396,9 @@ def test_a_garbled_row_of_metrics_is_named(stopped, capsys):
 
 
 def test_evaluate_of_no_run(tmp_path):
-    with pytest.raises(ValueError, match=r"config\.json: missing, so .* is not the folder of a run$"):
+    with pytest.raises(
+        ValueError, match=r"config\.json: missing, so .* is not the folder of a run$"
+    ):
         evaluate.main(evaluate.EvaluateConfig(run=str(tmp_path)))
 
 
@@ -326,11 +413,17 @@ def test_without_a_terminal_a_slow_run_says_how_far_it_is(tmp_path, capsys, monk
     monkeypatch.setattr(train, "_QUIET", -1)
     out = output_of(capsys, flags(config(tmp_path, method="random-channel", epochs=1)))
     assert "random-channel step 4/11: loss " in out
-    assert "\nrandom-channel: sparse layers keep 0.19" in out  # the name of the command line, not of the transformation
+    assert (
+        "\nrandom-channel: sparse layers keep 0.19" in out
+    )  # the name of the command line, not of the transformation
 
 
 def test_the_methods_that_fix_their_sparsity_store_it():
-    assert [resolve(TrainConfig(method=name)).sparsity for name in ("dense", "sr-ste", "hrbp")] == [0.0, 0.5, 0.9]
+    assert [resolve(TrainConfig(method=name)).sparsity for name in ("dense", "sr-ste", "hrbp")] == [
+        0.0,
+        0.5,
+        0.9,
+    ]
     assert resolve(TrainConfig(method="ste", n=1)).sparsity == 0.75
 
 

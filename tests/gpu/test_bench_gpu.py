@@ -1,4 +1,6 @@
-"""The GPU benchmarks without a GPU: what is timed, the clock's program, the journal, the gates, the reports, in tiny dry runs."""
+"""The GPU benchmarks without a GPU: what is timed, the clock's program, the journal, the gates, the
+reports, in tiny dry runs.
+"""
 
 import dataclasses
 import json
@@ -29,7 +31,9 @@ from pallas_kernels.block_sparse_conv.triton import tiles as triton_tiles
 from pallas_kernels.block_sparse_conv.xla import kernels as xla
 
 ROOT = Path(__file__).resolve().parents[2]
-WRONG = dataclasses.replace(xla.IMPLEMENTATION, weight_gradient=lambda *a: 1.01 * xla.IMPLEMENTATION.weight_gradient(*a))
+WRONG = dataclasses.replace(
+    xla.IMPLEMENTATION, weight_gradient=lambda *a: 1.01 * xla.IMPLEMENTATION.weight_gradient(*a)
+)
 
 
 def test_the_layers_of_resnet50_are_those_of_the_zoo():
@@ -40,10 +44,16 @@ def test_the_layers_of_resnet50_are_those_of_the_zoo():
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
     positions = conv_positions(model, variables, (224, 224, 3))
     leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
-    sizes = {tuple(str(k.key) for k in path): leaf.shape for path, leaf in leaves if leaf.ndim == 4 and "stem" not in str(path)}
+    sizes = {
+        tuple(str(k.key) for k in path): leaf.shape
+        for path, leaf in leaves
+        if leaf.ndim == 4 and "stem" not in str(path)
+    }
     zoo = {(*shape, positions["/".join(path)]) for path, shape in sizes.items()}
     specs = [shapes.layer_spec(layer, sparsity=0.9, batch=1) for layer in gpu_shapes.RESNET50]
-    assert {(*spec.kernel, spec.cin, spec.cout, spec.out_height * spec.out_width) for spec in specs} == zoo
+    assert {
+        (*spec.kernel, spec.cin, spec.cout, spec.out_height * spec.out_width) for spec in specs
+    } == zoo
 
 
 @pytest.mark.parametrize("sparsity", [0.8, 0.9, 0.95])
@@ -71,30 +81,47 @@ def test_a_bound_that_is_met_exactly_is_met():
     (case,) = gpu_shapes.cases("resnet50 1x1 256-1024@14")
     spec = gpu_shapes.case_spec(case, sparsity=0.9)
     assert (spec.channel_block, spec.kept) == (16, 32), "1.25 * 25.6, though 1 - 0.9 is not 0.1"
-    assert {gpu_shapes.case_spec(case, sparsity=0.9).channel_block for case in gpu_shapes.cases() if case.layer.cin >= 256} == {16}
+    assert {
+        gpu_shapes.case_spec(case, sparsity=0.9).channel_block
+        for case in gpu_shapes.cases()
+        if case.layer.cin >= 256
+    } == {16}
 
 
 @pytest.mark.parametrize("shape", ["3x3 stride 2", "1x1 stride 2", "3x3 valid, 40 images"])
 def test_the_float64_reference_is_the_convolution_with_its_gradients(shape):
     spec = dataclasses.replace(gpu_check.SMALL[shape], batch=3)
-    found = gpu_check.check(gpu_check.Unit(shape, dataclasses.replace(spec, precision="highest"), "fp32"), xla.IMPLEMENTATION)
+    found = gpu_check.check(
+        gpu_check.Unit(shape, dataclasses.replace(spec, precision="highest"), "fp32"),
+        xla.IMPLEMENTATION,
+    )
     assert set(found) == set(gpu_check.PASSES)
     assert max(found.values()) < 1e-6
-    with pytest.raises(AssertionError, match=r"the weight gradient differs from float64 by 1\.0e-02"):
+    with pytest.raises(
+        AssertionError, match=r"the weight gradient differs from float64 by 1\.0e-02"
+    ):
         gpu_check.check(gpu_check.Unit(shape, spec, "fp32"), WRONG)
 
 
 @pytest.mark.parametrize("shape", [shape for shape, *_ in gpu_check.EPILOGUES])
 def test_a_fused_epilogue_is_checked(shape):
-    (unit,) = (one for one in gpu_check.units(False, "xla") if one.name.startswith(f"{shape} +") and one.kind == "fp32")
+    (unit,) = (
+        one
+        for one in gpu_check.units(False, "xla")
+        if one.name.startswith(f"{shape} +") and one.kind == "fp32"
+    )
     unit = dataclasses.replace(unit, spec=dataclasses.replace(unit.spec, batch=3))
     assert max(gpu_check.check(unit, xla.IMPLEMENTATION).values()) < 1e-6
 
     def without(part):
         def forward(spec, *operands):
-            scale, bias, residual = (None if name == part else a for name, a in zip(gpu_check.EVERYTHING, operands[5:]))
+            scale, bias, residual = (
+                None if name == part else a for name, a in zip(gpu_check.EVERYTHING, operands[5:])
+            )
             spec = dataclasses.replace(spec, relu=spec.relu and part != "relu")
-            return apply_epilogue(xla.IMPLEMENTATION.forward(spec, *operands[:5]), scale, bias, residual, spec.relu)
+            return apply_epilogue(
+                xla.IMPLEMENTATION.forward(spec, *operands[:5]), scale, bias, residual, spec.relu
+            )
 
         return dataclasses.replace(xla.IMPLEMENTATION, forward=forward, fused=True)
 
@@ -123,10 +150,16 @@ def test_the_checks_force_every_own_way_of_the_triton_kernels(monkeypatch):
         if unit.variant and unit.kind == "bf16":
             launches.clear()
             with pytest.raises(AssertionError, match="differs from float64"):
-                gpu_check.check(dataclasses.replace(unit, spec=dataclasses.replace(unit.spec, batch=8)), record)
+                gpu_check.check(
+                    dataclasses.replace(unit, spec=dataclasses.replace(unit.spec, batch=8)), record
+                )
             forward, *gradients = (dict(launch.constants) for launch in launches)
             assert {one["wide"] for one in (forward, *gradients)} == {unit.variant == "wide"}
-            ways = ["transposed" if one["table"] else "scatter" for one in gradients if one.get("backward")]
+            ways = [
+                "transposed" if one["table"] else "scatter"
+                for one in gradients
+                if one.get("backward")
+            ]
             assert ways == [unit.variant] or unit.variant == "wide", unit.name
 
 
@@ -150,20 +183,28 @@ def test_a_wrong_slice_is_found():
     x, dy, values, *index = gpu_shapes.operands(spec)
     right = {
         name: f(x, dy, values, *index)
-        for name, f in gpu_layers.passes(lambda x, v, *index: shapes.convolve(spec, "xla", x, v, *index)).items()
+        for name, f in gpu_layers.passes(
+            lambda x, v, *index: shapes.convolve(spec, "xla", x, v, *index)
+        ).items()
     }
     gpu_layers.check_slices(spec, "fp32", (x, dy, values, *index), right)
     for name in gpu_layers.PASSES:
         with pytest.raises(AssertionError, match=f"the {name} differs from float64"):
-            gpu_layers.check_slices(spec, "fp32", (x, dy, values, *index), right | {name: 1.001 * right[name]})
+            gpu_layers.check_slices(
+                spec, "fp32", (x, dy, values, *index), right | {name: 1.001 * right[name]}
+            )
 
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu")
-    config = GpuConfig(quick=True, journal=folder / "j.jsonl", out=folder / "bench_kernels_gpu.json")
+    config = GpuConfig(
+        quick=True, journal=folder / "j.jsonl", out=folder / "bench_kernels_gpu.json"
+    )
     stopped = bench_gpu.main(dataclasses.replace(config, minutes=0.0))
-    lines = len((folder / "j.jsonl").read_text().splitlines()) if (folder / "j.jsonl").exists() else 0
+    lines = (
+        len((folder / "j.jsonl").read_text().splitlines()) if (folder / "j.jsonl").exists() else 0
+    )
     return config, stopped, lines, bench_gpu.main(config)
 
 
@@ -191,27 +232,52 @@ def test_a_row_tells_what_was_timed(dry):
     modes = [*gpu_layers.PASSES, gpu_layers.TOGETHER]
     assert [row["mode"] for row in report["rows"]] == modes * 2
     for row in report["rows"]:
-        assert {"shape", "density", "tile", "device", "versions", "commit", "regret", "picked", "l2"} <= set(row)
+        assert {
+            "shape",
+            "density",
+            "tile",
+            "device",
+            "versions",
+            "commit",
+            "regret",
+            "picked",
+            "l2",
+        } <= set(row)
         ms = {name: times["median"] for name, times in row["ms"].items()}
         assert {"dense NHWC", "dense NCHW", "masked dense", "chosen"} < set(ms)
         assert row["runs"] == (row["best"] if ms[row["best"]] < ms[row["best_dense"]] else "dense")
         assert ms[row["best_dense"]] == min(ms["dense NHWC"], ms["dense NCHW"])
-        assert row["speed_up_over_dense"] == pytest.approx(ms[row["best_dense"]] / ms["chosen"], abs=2e-3)
+        assert row["speed_up_over_dense"] == pytest.approx(
+            ms[row["best_dense"]] / ms["chosen"], abs=2e-3
+        )
     *parts, total = report["rows"][:4]
-    assert total["ms"]["chosen"]["median"] == pytest.approx(sum(part["ms"]["chosen"]["median"] for part in parts), abs=1e-5)
+    assert total["ms"]["chosen"]["median"] == pytest.approx(
+        sum(part["ms"]["chosen"]["median"] for part in parts), abs=1e-5
+    )
 
 
 def test_the_chosen_kernel_is_the_fastest_one_and_a_pass_may_run_dense():
     def times(*medians):
-        return {name: {"median": ms, "iqr": 0.0, "repetitions": 2} for name, ms in zip(gpu_layers.PASSES, medians)}
+        return {
+            name: {"median": ms, "iqr": 0.0, "repetitions": 2}
+            for name, ms in zip(gpu_layers.PASSES, medians)
+        }
 
-    dense = {"ms": {name: times(3.0, 3.0, 3.0) for name in ("dense NHWC", "dense NCHW", "masked dense")}}
-    sparse = {"mosaic_gpu": {"ms": times(1.0, 2.0, 4.0)}, "triton": {"ms": times(2.0, 1.0, 5.0)}, "xla": {"refused": "not here"}}
+    dense = {
+        "ms": {name: times(3.0, 3.0, 3.0) for name in ("dense NHWC", "dense NCHW", "masked dense")}
+    }
+    sparse = {
+        "mosaic_gpu": {"ms": times(1.0, 2.0, 4.0)},
+        "triton": {"ms": times(2.0, 1.0, 5.0)},
+        "xla": {"refused": "not here"},
+    }
     found = {row["mode"]: row for row in gpu_layers.rows({"layer": "a"}, dense, sparse)}
     assert {row["chosen"] for row in found.values()} == {"mosaic_gpu"}
     assert [found[mode]["runs"] for mode in gpu_layers.PASSES] == ["mosaic_gpu", "triton", "dense"]
     assert found["forward"]["speed_up_over_dense"] == 3.0
-    assert found["weight gradient"]["speed_up_over_dense"] == 0.75, "as the chosen kernel does, not hidden"
+    assert found["weight gradient"]["speed_up_over_dense"] == 0.75, (
+        "as the chosen kernel does, not hidden"
+    )
 
 
 @pytest.mark.slow
@@ -226,18 +292,28 @@ def test_the_reports_make_tables(dry):
 
 @pytest.mark.slow
 def test_a_wrong_kernel_stops_everything_or_is_left_out(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_check, "implementations", lambda: {"mosaic_gpu": WRONG, "xla": xla.IMPLEMENTATION, "triton": "absent"})
+    monkeypatch.setattr(
+        gpu_check,
+        "implementations",
+        lambda: {"mosaic_gpu": WRONG, "xla": xla.IMPLEMENTATION, "triton": "absent"},
+    )
     monkeypatch.setattr(gpu_layers, "tiles", lambda name, spec: {})
     config = GpuConfig(quick=True, journal=tmp_path / "j.jsonl", layers="small 64@4")
     assert bench_gpu.run(config) == 1
     said = capsys.readouterr().err
     assert "WRONG mosaic_gpu, 3x3 same, bf16" in said
-    assert re.search("checks failed, nothing was timed.*mosaic_gpu, 3x3 same.*weight gradient differs", said)
-    report = bench_gpu.main(dataclasses.replace(config, keep_going=True, stages=("check", "layers")))
+    assert re.search(
+        "checks failed, nothing was timed.*mosaic_gpu, 3x3 same.*weight gradient differs", said
+    )
+    report = bench_gpu.main(
+        dataclasses.replace(config, keep_going=True, stages=("check", "layers"))
+    )
     assert len(report["failed"]) == 8, "plain and fused, in four kinds of arithmetic"
     assert report["rows"]
     assert all("mosaic_gpu" not in row["ms"] for row in report["rows"])
-    assert bench_gpu.run(dataclasses.replace(config, keep_going=True, stages=("check", "layers"))) == 1
+    assert (
+        bench_gpu.run(dataclasses.replace(config, keep_going=True, stages=("check", "layers"))) == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -261,7 +337,9 @@ def test_another_device_is_refused(command, capsys, tmp_path, monkeypatch):
 
 
 def test_tuning_stops_goes_on_and_writes_the_best_tile(tmp_path):
-    config = tune_gpu.Config(quick=True, layers="small 64@4", journal=tmp_path / "t.jsonl", folder=tmp_path)
+    config = tune_gpu.Config(
+        quick=True, layers="small 64@4", journal=tmp_path / "t.jsonl", folder=tmp_path
+    )
     assert not tune_gpu.main(dataclasses.replace(config, minutes=0.0))
     assert not list(tmp_path.glob("tuned_*"))
     (tmp_path / "tuned_xla_none.json").write_text('{"tiles": {"of another day": {"name": "rows"}}}')
@@ -269,7 +347,11 @@ def test_tuning_stops_goes_on_and_writes_the_best_tile(tmp_path):
     table = json.loads((tmp_path / "tuned_xla_none.json").read_text())
     assert "of another day" in table["tiles"]
     assert len(table["tiles"]) == 4
-    done = [json.loads(line)["result"] for line in (tmp_path / "t.jsonl").read_text().splitlines() if '"done"' in line and '"tune ' in line]
+    done = [
+        json.loads(line)["result"]
+        for line in (tmp_path / "t.jsonl").read_text().splitlines()
+        if '"done"' in line and '"tune ' in line
+    ]
     for result in done:
         assert table["tiles"][result["key"]] == result["best"]
         timed = {t["tile"]["name"]: t["median"] for t in result["tiles"]}
@@ -284,7 +366,11 @@ def test_a_wrong_or_broken_tile_is_not_taken(tmp_path):
     def broken(*operands):
         raise ZeroDivisionError("no such tile")
 
-    records = {"wrong": lambda *a: 1.1 * xla.IMPLEMENTATION.forward(*a), "broken": broken, "right": xla.IMPLEMENTATION.forward}
+    records = {
+        "wrong": lambda *a: 1.1 * xla.IMPLEMENTATION.forward(*a),
+        "broken": broken,
+        "right": xla.IMPLEMENTATION.forward,
+    }
     which = dataclasses.replace(
         gpu_tiles.tunable("xla"),
         candidates=lambda *_: [gpu_tiles.Formulation(name) for name in records],
@@ -310,7 +396,9 @@ def test_a_wrong_or_broken_tile_is_not_taken(tmp_path):
 
     found = tune_gpu.measure_pass(which, spec, "forward", config, lost)
     assert found["best"] == {"name": "right"}
-    assert {t["error"] for t in found["tiles"] if t["tile"]["name"] == "wrong"} == {"RuntimeError: CUDA_ERROR"}
+    assert {t["error"] for t in found["tiles"] if t["tile"]["name"] == "wrong"} == {
+        "RuntimeError: CUDA_ERROR"
+    }
 
 
 @pytest.mark.parametrize("name", ["mosaic_gpu", "triton"])
@@ -328,7 +416,10 @@ def test_few_tiles_are_timed_and_all_ways_are_among_them(name):
 
 @pytest.mark.parametrize("name", ["mosaic_gpu", "triton"])
 def test_the_kernels_read_the_tables_that_the_tuner_writes(name, tmp_path, monkeypatch):
-    which, own = gpu_tiles.tunable(name), {"mosaic_gpu": mosaic_gpu_tiles, "triton": triton_tiles}[name]
+    which, own = (
+        gpu_tiles.tunable(name),
+        {"mosaic_gpu": mosaic_gpu_tiles, "triton": triton_tiles}[name],
+    )
     spec = gpu_shapes.case_spec(gpu_shapes.cases("vgg19 256@8 n128")[0], sparsity=0.9)
     found = []
     for pass_name in gpu_tiles.PASSES:
@@ -336,7 +427,14 @@ def test_the_kernels_read_the_tables_that_the_tuner_writes(name, tmp_path, monke
         other = next(tile for tile in which.candidates(spec, pass_name) if tile != default)
         assert which.build(pass_name, other).name == name
         best = dataclasses.asdict(other)
-        found.append({"key": which.key(spec, pass_name), "best": best, "milliseconds": 1.0, "default_milliseconds": 2.0})
+        found.append(
+            {
+                "key": which.key(spec, pass_name),
+                "best": best,
+                "milliseconds": 1.0,
+                "default_milliseconds": 2.0,
+            }
+        )
     for module in (gpu_clock, own):
         monkeypatch.setattr(module, "this_gpu", lambda: "h200")
     monkeypatch.setattr(gpu_name, "FOLDER", tmp_path)

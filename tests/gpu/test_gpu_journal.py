@@ -1,4 +1,6 @@
-"""The journal and the clock of the GPU measurements: what is booked, what is left out, what a timed program holds."""
+"""The journal and the clock of the GPU measurements: what is booked, what is left out, what a timed
+program holds.
+"""
 
 import json
 import re
@@ -14,7 +16,16 @@ import numpy as np
 import pytest
 
 from experiments.bench.gpu import clock as gpu_clock
-from experiments.bench.gpu.journal import FATAL, LOST, STOPPED, DeviceLost, Journal, TimeUp, exit_status, fingerprint
+from experiments.bench.gpu.journal import (
+    FATAL,
+    LOST,
+    STOPPED,
+    DeviceLost,
+    Journal,
+    TimeUp,
+    exit_status,
+    fingerprint,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,7 +55,11 @@ def test_the_clock_calls_once_for_each_set_and_round():
 
 def test_sets_outgrow_the_cache_or_say_that_they_do_not(monkeypatch):
     monkeypatch.setattr(gpu_clock, "L2", 1000)
-    assert gpu_clock.rotate(lambda seed: (jnp.zeros(200),)).about == {"sets": 3, "megabytes": 0.0, "l2": "cold"}
+    assert gpu_clock.rotate(lambda seed: (jnp.zeros(200),)).about == {
+        "sets": 3,
+        "megabytes": 0.0,
+        "l2": "cold",
+    }
     assert gpu_clock.rotate(lambda seed: (jnp.zeros(50),)).about["l2"] == "warm"
     assert len(gpu_clock.rotate(lambda seed: (jnp.zeros(5000),)).operands) == 1
 
@@ -79,8 +94,13 @@ def test_the_compiled_loop_holds_the_calls_and_nothing_else():
     def function(a, b):
         return jnp.tanh(a) @ b
 
-    shapes_ = (jax.ShapeDtypeStruct((256, 128), "bfloat16", sharding=described_gpu._everywhere()),) * 2
-    shapes_ = (shapes_[0], jax.ShapeDtypeStruct((128, 64), "bfloat16", sharding=described_gpu._everywhere()))
+    shapes_ = (
+        jax.ShapeDtypeStruct((256, 128), "bfloat16", sharding=described_gpu._everywhere()),
+    ) * 2
+    shapes_ = (
+        shapes_[0],
+        jax.ShapeDtypeStruct((128, 64), "bfloat16", sharding=described_gpu._everywhere()),
+    )
     text = gpu_clock.chained(function, 7).lower(shapes_, shapes_, shapes_).compile().as_text()
     body = re.search(r"while\(.*body=%?([\w.-]+).*", text)
     assert body, text[-2000:]
@@ -101,7 +121,9 @@ journal.run("b", lambda: os._exit(9))
 """
     for _ in range(2):
         assert subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT).returncode == 9
-    assert states(path) == ["begun", "done", "begun", "begun"], "a finished unit is not measured again"
+    assert states(path) == ["begun", "done", "begun", "begun"], (
+        "a finished unit is not measured again"
+    )
     with path.open("a") as file:
         file.write('{"key": "c", "sta')  # cut off
     journal = Journal(path)
@@ -120,7 +142,10 @@ def test_a_journal_leaves_time_for_a_unit(tmp_path):
     with pytest.raises(TimeUp):
         Journal(path, minutes=1).run("step a", lambda: 1, reserve=90)
     assert not path.exists(), "it did not begin, so it was not cut off"
-    path.write_text('{"key": "step x", "state": "begun"}\n{"key": "step x", "state": "done", "seconds": 70, "result": 1}\n')
+    path.write_text(
+        '{"key": "step x", "state": "begun"}\n{"key": "step x", "state": "done", "seconds": 70, '
+        '"result": 1}\n'
+    )
     journal = Journal(path, minutes=1)
     with pytest.raises(TimeUp):
         journal.run("step a", lambda: 1)
@@ -142,7 +167,12 @@ journal.run("tune", lambda: journal.run("first 1", lambda: 1) and first() or "re
 """
     path = tmp_path / "j.jsonl"
     assert subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT).returncode < 0
-    assert subprocess.run([sys.executable, "-m", "experiments.bench.gpu.journal", str(path)], cwd=ROOT).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-m", "experiments.bench.gpu.journal", str(path)], cwd=ROOT
+        ).returncode
+        == 0
+    )
     assert Journal(path).error("first 2") == "the process crashed"
     assert Journal(path).records["tune"]["begun"] == 0, "it is not to blame"
     assert subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT).returncode == 0
@@ -156,7 +186,10 @@ journal.run("tune", lambda: journal.run("first 1", lambda: 1) and first() or "re
         journal.run("tune again", lambda: journal.run("third", spoiled, group="g"), group="g")
     journal = Journal(path)
     assert journal.run("tune again", lambda: pytest.fail("it ran"), group="g") is None
-    assert journal.error("tune again") == "left out: first 2 and third hung, crashed or lost the device"
+    assert (
+        journal.error("tune again")
+        == "left out: first 2 and third hung, crashed or lost the device"
+    )
     assert journal.run("tune another", lambda: 5, group="another") == 5
 
 
@@ -176,7 +209,9 @@ def test_a_journal_stops_in_time_and_books_failures(tmp_path, capsys):
 
     with pytest.raises(DeviceLost):
         journal.run("spoiled", spoiled)
-    assert Journal(tmp_path / "j.jsonl").run("spoiled", lambda: 1) is None, "the next process leaves it out"
+    assert Journal(tmp_path / "j.jsonl").run("spoiled", lambda: 1) is None, (
+        "the next process leaves it out"
+    )
 
 
 def test_a_unit_that_hangs_ends_the_process(tmp_path):
@@ -185,7 +220,12 @@ import sys, time
 from experiments.bench.gpu.journal import Journal
 Journal(sys.argv[1], unit_seconds=0.2).run("h", lambda: time.sleep(60))
 """
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "j")], cwd=ROOT, timeout=50).returncode == LOST
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "j")], cwd=ROOT, timeout=50
+        ).returncode
+        == LOST
+    )
     assert "no result after 0.2 seconds" in Journal(tmp_path / "j").error("h")
 
 
@@ -206,6 +246,13 @@ def test_the_shell_is_told_how_a_command_ended(capsys):
 
     assert exit_status(lambda: {"complete": True, "failed": ["a"]}) == 1
     assert exit_status(lambda: {"complete": False, "failed": ["a"]}) == STOPPED
-    assert [ends(error) for error in (ValueError("argument"), AssertionError("result"), DeviceLost("unit a"))] == [2, 1, LOST]
+    assert [
+        ends(error)
+        for error in (ValueError("argument"), AssertionError("result"), DeviceLost("unit a"))
+    ] == [2, 1, LOST]
     said = capsys.readouterr().err
-    assert said.splitlines() == ["error: argument", "error: result", "the device is lost at unit a; the same command goes on behind it"]
+    assert said.splitlines() == [
+        "error: argument",
+        "error: result",
+        "the device is lost at unit a; the same command goes on behind it",
+    ]

@@ -1,4 +1,6 @@
-"""The GPU training steps and the script without a GPU: gates, fallbacks, stops and crashes, in tiny dry runs."""
+"""The GPU training steps and the script without a GPU: gates, fallbacks, stops and crashes, in tiny
+dry runs.
+"""
 
 import dataclasses
 import json
@@ -26,7 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory):
     folder = tmp_path_factory.mktemp("steps")
-    config = gpu_training.GpuTrainingConfig(quick=True, journal=folder / "s.jsonl", out=folder / "bench_training_gpu.json")
+    config = gpu_training.GpuTrainingConfig(
+        quick=True, journal=folder / "s.jsonl", out=folder / "bench_training_gpu.json"
+    )
     assert gpu_training.run(dataclasses.replace(config, minutes=0.0)) == STOPPED
     assert gpu_training.run(config) == 0
     return config, json.loads(config.out.read_text()), config.journal.read_text().splitlines()
@@ -42,44 +46,67 @@ def test_training_steps_stop_and_go_on(dry, capsys):
     rows = [row for row in report["rows"] if row["implementation"]]
     assert {row["implementation"] for row in rows} == {"xla"}
     assert all(row["layers"].keys() == {"xla"} and row["cosine"] > 0.95 for row in rows)
-    assert any('"layer ' in line and '"done"' in line for line in lines), "each convolution is checked"
+    assert any('"layer ' in line and '"done"' in line for line in lines), (
+        "each convolution is checked"
+    )
 
 
 @pytest.mark.slow
 def test_steps_must_agree_with_the_masked_one(dry):
-    masked = next(json.loads(line)["result"] for line in dry[-1] if " masked " in line and '"done"' in line)["sketch"]
+    masked = next(
+        json.loads(line)["result"] for line in dry[-1] if " masked " in line and '"done"' in line
+    )["sketch"]
     assert gpu_steps.agree("packed", masked, masked, "float32") == pytest.approx(1)
     for factor in (-1.0, float("nan"), 0.0, 3.0):
-        with pytest.raises(AssertionError, match=r"packed: the first step changes .*: cosine -1\.00"):
-            gpu_steps.agree("packed", {name: [factor * n for n in own] for name, own in masked.items()}, masked, "bfloat16")
+        with pytest.raises(
+            AssertionError, match=r"packed: the first step changes .*: cosine -1\.00"
+        ):
+            gpu_steps.agree(
+                "packed",
+                {name: [factor * n for n in own] for name, own in masked.items()},
+                masked,
+                "bfloat16",
+            )
     with pytest.raises(AssertionError, match="there is no masked step"):
         gpu_steps.agree("packed", masked, None, "bfloat16")
 
 
 @pytest.mark.slow
 def test_a_step_with_a_wrong_gradient_is_not_timed(dry, tmp_path, monkeypatch):
-    wrong = dataclasses.replace(xla.IMPLEMENTATION, weight_gradient=lambda *a: -xla.IMPLEMENTATION.weight_gradient(*a))
+    wrong = dataclasses.replace(
+        xla.IMPLEMENTATION, weight_gradient=lambda *a: -xla.IMPLEMENTATION.weight_gradient(*a)
+    )
     monkeypatch.setitem(api.IMPLEMENTATIONS, "xla", wrong)
     monkeypatch.setattr(gpu_steps, "check_layer", lambda *_: True)
     config = dataclasses.replace(dry[0], journal=tmp_path / "s.jsonl", out=tmp_path / "r.json")
-    config.journal.write_text("".join(f"{line}\n" for line in dry[-1] if " dense " in line or " masked " in line))
+    config.journal.write_text(
+        "".join(f"{line}\n" for line in dry[-1] if " dense " in line or " masked " in line)
+    )
     assert gpu_training.run(config) == 1
     report = json.loads(config.out.read_text())
     assert [row["execution"] for row in report["rows"]] == ["dense", "masked"]
-    assert ["otherwise than the masked execution" in error for error in report["failed"].values()] == [True, True]
+    assert [
+        "otherwise than the masked execution" in error for error in report["failed"].values()
+    ] == [True, True]
 
 
 @pytest.mark.parametrize("broken", ["forward", "input_gradient", "weight_gradient"])
 def test_each_convolution_of_a_step_is_checked(broken):
     spec = dataclasses.replace(gpu_check.BASE, batch=3, dtype="bfloat16")
     assert gpu_steps.check_layer(spec, xla.IMPLEMENTATION)
-    wrong = dataclasses.replace(xla.IMPLEMENTATION, **{broken: lambda *a: 1.02 * getattr(xla.IMPLEMENTATION, broken)(*a)})
-    with pytest.raises(AssertionError, match=f"the {broken.replace('_', ' ')} differs from float64"):
+    wrong = dataclasses.replace(
+        xla.IMPLEMENTATION, **{broken: lambda *a: 1.02 * getattr(xla.IMPLEMENTATION, broken)(*a)}
+    )
+    with pytest.raises(
+        AssertionError, match=f"the {broken.replace('_', ' ')} differs from float64"
+    ):
         gpu_steps.check_layer(spec, wrong)
 
 
 def test_a_layer_that_is_refused_goes_to_the_next_implementation(monkeypatch):
-    refuses = dataclasses.replace(xla.IMPLEMENTATION, supports=lambda spec: "one group only" if spec.groups > 1 else None)
+    refuses = dataclasses.replace(
+        xla.IMPLEMENTATION, supports=lambda spec: "one group only" if spec.groups > 1 else None
+    )
     monkeypatch.setitem(api.IMPLEMENTATIONS, "xla", refuses)
     served = gpu_steps.Fallback("xla")
     with served.registered() as name:
@@ -87,7 +114,9 @@ def test_a_layer_that_is_refused_goes_to_the_next_implementation(monkeypatch):
             spec = dataclasses.replace(gpu_check.BASE, batch=2, groups=groups, cout=64 * groups)
             x, _, values, *index = gpu_shapes.operands(spec)
             more = {"bias": jnp.ones(spec.cout), "relu": True}
-            ours, plain = (shapes.convolve(spec, one, x, values, *index, **more) for one in (name, "dense"))
+            ours, plain = (
+                shapes.convolve(spec, one, x, values, *index, **more) for one in (name, "dense")
+            )
             np.testing.assert_allclose(ours, plain, atol=1e-3)
     assert served.layers() == {"xla": 1, "dense": 1}
     assert list(served.refused.values()) == ["dense: one group only"]
@@ -97,22 +126,46 @@ def test_a_layer_that_is_refused_goes_to_the_next_implementation(monkeypatch):
 @pytest.mark.slow
 def test_the_script_stops_goes_on_and_ends(tmp_path):
     def call(**more):
-        own = {"OUT": str(tmp_path), "QUICK": "1", "PYTHON": sys.executable, "COMMIT": "abc", "STAGES": "first train tune time"}
-        done = subprocess.run(["bash", "experiments/bench/gpu.sh"], cwd=ROOT, env=os.environ | own | more, capture_output=True, text=True)
+        own = {
+            "OUT": str(tmp_path),
+            "QUICK": "1",
+            "PYTHON": sys.executable,
+            "COMMIT": "abc",
+            "STAGES": "first train tune time",
+        }
+        done = subprocess.run(
+            ["bash", "experiments/bench/gpu.sh"],
+            cwd=ROOT,
+            env=os.environ | own | more,
+            capture_output=True,
+            text=True,
+        )
         print(done.stdout, done.stderr)
-        return done.returncode, (done.stderr if done.returncode == 2 else done.stdout).splitlines()[-1]
+        return done.returncode, (done.stderr if done.returncode == 2 else done.stdout).splitlines()[
+            -1
+        ]
 
     assert call(MINUTES="0") == (75, "time is up: call again")
     assert not list(tmp_path.glob("*.jsonl"))
-    assert call(STAGES="train firts") == (2, "STAGES: expected some of first train tune check time, got firts")
+    assert call(STAGES="train firts") == (
+        2,
+        "STAGES: expected some of first train tune check time, got firts",
+    )
     assert not list(tmp_path.iterdir())
     assert call(MINUTES="0.7")[0] == 75
     assert call(MINUTES="30") == (0, "all done")
     sizes = {path.name: len(path.read_text()) for path in tmp_path.glob("*.jsonl")}
-    assert {"bench_kernels.jsonl", "bench_training.jsonl", "tune.jsonl", "two_of_four.jsonl"} <= set(sizes)
+    assert {
+        "bench_kernels.jsonl",
+        "bench_training.jsonl",
+        "tune.jsonl",
+        "two_of_four.jsonl",
+    } <= set(sizes)
     assert json.loads((tmp_path / "bench_kernels_gpu.json").read_text())["complete"]
     assert call(MINUTES="30") == (0, "all done")
-    assert {path.name: len(path.read_text()) for path in tmp_path.glob("*.jsonl")} == sizes, "nothing is measured twice"
+    assert {path.name: len(path.read_text()) for path in tmp_path.glob("*.jsonl")} == sizes, (
+        "nothing is measured twice"
+    )
 
 
 def test_the_script_goes_on_behind_a_crash_and_says_what_failed(tmp_path):
@@ -126,9 +179,19 @@ case "$1 $*" in
 esac
 """)
     python.chmod(0o755)
-    (tmp_path / "bench_kernels.jsonl").write_text('{"key": "check a", "state": "begun", "group": "g"}\n')
+    (tmp_path / "bench_kernels.jsonl").write_text(
+        '{"key": "check a", "state": "begun", "group": "g"}\n'
+    )
     own = {"OUT": str(tmp_path), "QUICK": "1", "PYTHON": str(python), "STAGES": "first train"}
-    done = subprocess.run(["bash", "experiments/bench/gpu.sh"], cwd=ROOT, env=os.environ | own, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (1, "stopped with status 1"), done.stderr
+    done = subprocess.run(
+        ["bash", "experiments/bench/gpu.sh"],
+        cwd=ROOT,
+        env=os.environ | own,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (1, "stopped with status 1"), (
+        done.stderr
+    )
     assert Journal(tmp_path / "bench_kernels.jsonl").error("check a") == "the process crashed"
     assert len((tmp_path / "calls").read_text().splitlines()) == 2

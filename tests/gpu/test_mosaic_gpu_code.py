@@ -14,59 +14,116 @@ from pallas_kernels.block_sparse_conv import ConvSpec
 from pallas_kernels.block_sparse_conv import devices as gpu_name
 from pallas_kernels.block_sparse_conv.mosaic_gpu import launch as mosaic_gpu
 from pallas_kernels.block_sparse_conv.mosaic_gpu import tiles
-from pallas_kernels.block_sparse_conv.mosaic_gpu.tiles import PASSES, Tile, candidate_tiles, choose_tile
+from pallas_kernels.block_sparse_conv.mosaic_gpu.tiles import (
+    PASSES,
+    Tile,
+    candidate_tiles,
+    choose_tile,
+)
 
 needs_plugin = needs(missing())
-RUNS = {"forward": mosaic_gpu._forward, "input_gradient": mosaic_gpu._input_gradient, "weight_gradient": mosaic_gpu._weight_gradient}
+RUNS = {
+    "forward": mosaic_gpu._forward,
+    "input_gradient": mosaic_gpu._input_gradient,
+    "weight_gradient": mosaic_gpu._weight_gradient,
+}
 
 
-LAYERS = {layer.name: layer for layer in (*shapes.VGG19, *shapes.RESNET32, *shapes.OTHERS) if layer.cin >= 32}
+LAYERS = {
+    layer.name: layer
+    for layer in (*shapes.VGG19, *shapes.RESNET32, *shapes.OTHERS)
+    if layer.cin >= 32
+}
 
 
-def layer(name: str, sparsity: float, batch: int, group_size: int = 32, block: int = 16, dtype: str = "bfloat16") -> ConvSpec:
+def layer(
+    name: str,
+    sparsity: float,
+    batch: int,
+    group_size: int = 32,
+    block: int = 16,
+    dtype: str = "bfloat16",
+) -> ConvSpec:
     """A layer of `shapes.py` with aligned channels."""
-    spec = shapes.layer_spec(LAYERS[name], sparsity=sparsity, batch=batch, group_size=group_size, dtype=dtype)
-    return dataclasses.replace(spec, channel_block=block, kept=min(spec.cin, max(block, round(spec.kept / block) * block)))
+    spec = shapes.layer_spec(
+        LAYERS[name], sparsity=sparsity, batch=batch, group_size=group_size, dtype=dtype
+    )
+    return dataclasses.replace(
+        spec, channel_block=block, kept=min(spec.cin, max(block, round(spec.kept / block) * block))
+    )
 
 
 def check_tile(spec: ConvSpec, name: str, tile: Tile) -> None:
     """The tile fits, and divides what it must."""
     assert tiles.shared_memory(tile, name) <= tiles.SHARED_MEMORY
-    assert tile.rows * tile.columns <= tile.consumers * 64 * 256, "more than 128 registers of sums in a thread"
+    assert tile.rows * tile.columns <= tile.consumers * 64 * 256, (
+        "more than 128 registers of sums in a thread"
+    )
     assert tiles.pixels(spec, name).images % tile.images == 0
     assert tile.columns % tile.images == 0 or name == "weight_gradient"
     assert name == "input_gradient" or tile.rows >= spec.group_size
     assert tile.stages >= 2
 
 
-BARRIERS = {"forward": 5, "input_gradient": 5, "weight_gradient": 2}  # 2 at the start; for stores: memory is free, is written; at the end
+BARRIERS = {
+    "forward": 5,
+    "input_gradient": 5,
+    "weight_gradient": 2,
+}  # 2 at the start; for stores: memory is free, is written; at the end
 
 
-def compiled(spec: ConvSpec, name: str, record, tile: Tile | None = None, fused: bool = False) -> None:
+def compiled(
+    spec: ConvSpec, name: str, record, tile: Tile | None = None, fused: bool = False
+) -> None:
     """Compiles one pass and checks the code."""
     struct = jax.ShapeDtypeStruct
-    x, dy, values = (struct(s, spec.dtype) for s in (spec.in_shape, spec.out_shape, spec.packed_shape))
-    index = [struct(s, jnp.int32) for s in ((spec.groups, spec.group_size), (spec.groups, spec.kept), (spec.groups, spec.kept_taps))]
-    given_ = {"forward": (x, values), "input_gradient": (dy, values), "weight_gradient": (x, dy)}[name]
+    x, dy, values = (
+        struct(s, spec.dtype) for s in (spec.in_shape, spec.out_shape, spec.packed_shape)
+    )
+    index = [
+        struct(s, jnp.int32)
+        for s in (
+            (spec.groups, spec.group_size),
+            (spec.groups, spec.kept),
+            (spec.groups, spec.kept_taps),
+        )
+    ]
+    given_ = {"forward": (x, values), "input_gradient": (dy, values), "weight_gradient": (x, dy)}[
+        name
+    ]
     vector = struct((spec.cout,), jnp.float32)
     end = (vector, vector, dy) if fused else ()
-    report = compile_for_h200(functools.partial(RUNS[name], None, tile, spec), *given_, *index, *end)
+    report = compile_for_h200(
+        functools.partial(RUNS[name], None, tile, spec), *given_, *index, *end
+    )
     tile = tile or choose_tile(spec, name)
     used = f"{report.registers} registers, {report.spills} bytes of spills, {tiles.shared_memory(tile, name)} bytes shared"
-    record("compiled", f"mosaic_gpu sm_90a {spec.dtype} {tiles.key(spec, name)}{' fused' * fused}: {tile}: {used}")
+    record(
+        "compiled",
+        f"mosaic_gpu sm_90a {spec.dtype} {tiles.key(spec, name)}{' fused' * fused}: {tile}: {used}",
+    )
     assert report.kernels == 1
     assert (report.stack, report.spills) == (0, 0)
     assert report.count(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32") >= tile.depth // 16
     assert report.count(r"cp\.async\.bulk\.tensor\.\dd\.shared::\w+\.global") > 1
-    stores = {"forward": r"cp\.async\.bulk\.global\.shared::cta", "input_gradient": r"cp\.async\.bulk\.tensor\.\dd\.global\.shared::cta"}
+    stores = {
+        "forward": r"cp\.async\.bulk\.global\.shared::cta",
+        "input_gradient": r"cp\.async\.bulk\.tensor\.\dd\.global\.shared::cta",
+    }
     assert name not in stores or report.count(stores[name]) >= 1
     assert report.count(r"ld\.local|st\.local") == 0
-    assert report.count(r"\bbar(rier)?(\.cta)?\.sync") == BARRIERS[name], "no barrier in a loop that copies or multiplies"
+    assert report.count(r"\bbar(rier)?(\.cta)?\.sync") == BARRIERS[name], (
+        "no barrier in a loop that copies or multiplies"
+    )
 
 
 MAIN = {
     "fused forward": (layer("vgg19 256@8", 0.9, 128), "forward", True),
-    "forward, group of 128": (dataclasses.replace(layer("resnet50 128@28", 0.9, 256, 128), dtype="float16"), "forward", False),
+    "forward, group of 128": (
+        dataclasses.replace(layer("resnet50 128@28", 0.9, 256, 128), dtype="float16"),
+        "forward",
+        False,
+    ),
     "input gradient, stride": (layer("resnet32x2 64-128@16/2", 0.8, 1024), "input_gradient", False),
     "weight gradient": (layer("resnet50 512@7", 0.9, 256, 64), "weight_gradient", False),
 }
@@ -82,14 +139,30 @@ def test_main_tiles_compile_fully_for_an_h200(case, record_property):
 def spec_of(key: str) -> tuple[ConvSpec, str]:
     """The inverse of `tiles.key`."""
     name, shape, kernel, padding, packed, _, block = key.split()
-    (cin, height, width, batch), padding, packed = ([int(n) for n in word.split("x")] for word in (shape, padding, packed))
-    kernel, strides, dilation = (tuple(int(n) for n in word.split("x")) for word in kernel.split("/"))
+    (cin, height, width, batch), padding, packed = (
+        [int(n) for n in word.split("x")] for word in (shape, padding, packed)
+    )
+    kernel, strides, dilation = (
+        tuple(int(n) for n in word.split("x")) for word in kernel.split("/")
+    )
     groups, kept, kept_taps, group_size = packed
     spec = ConvSpec(
-        cin=cin, height=height, width=width, batch=batch, kernel=kernel, cout=groups * group_size, groups=groups, kept=kept,
-        kept_taps=kept_taps, group_size=group_size, strides=strides, padding=(tuple(padding[:2]), tuple(padding[2:])), dilation=dilation,
-        dtype="bfloat16", channel_block=int(block),
-    )  # fmt: skip
+        cin=cin,
+        height=height,
+        width=width,
+        batch=batch,
+        kernel=kernel,
+        cout=groups * group_size,
+        groups=groups,
+        kept=kept,
+        kept_taps=kept_taps,
+        group_size=group_size,
+        strides=strides,
+        padding=(tuple(padding[:2]), tuple(padding[2:])),
+        dilation=dilation,
+        dtype="bfloat16",
+        channel_block=int(block),
+    )
     assert tiles.key(spec, name) == key
     return spec, name
 
@@ -109,7 +182,9 @@ def check_tables(record) -> int:
 
 
 def write_table(folder, spec: ConvSpec, name: str, tile: Tile) -> None:
-    (folder / "tuned_mosaic_gpu_h200.json").write_text(json.dumps({"entries": {tiles.key(spec, name): dataclasses.asdict(tile)}}))
+    (folder / "tuned_mosaic_gpu_h200.json").write_text(
+        json.dumps({"entries": {tiles.key(spec, name): dataclasses.asdict(tile)}})
+    )
 
 
 @needs_plugin
@@ -151,7 +226,13 @@ def test_every_tile_compiles_fully_for_an_h200(of, name, record_property):
     jobs = {}
     for batch in (256,) if "resnet50" in of else (128, 1024):
         for sparsity in (0.8, 0.9, 0.95):
-            spec = layer(of, sparsity, batch, group_size=64 if sparsity == 0.8 else 32, block=8 if sparsity == 0.95 else 16)
+            spec = layer(
+                of,
+                sparsity,
+                batch,
+                group_size=64 if sparsity == 0.8 else 32,
+                block=8 if sparsity == 0.95 else 16,
+            )
             jobs |= {(spec, tile): None for tile in candidate_tiles(spec, name)}
     for spec, tile in jobs:
         compiled(spec, name, record_property, tile)

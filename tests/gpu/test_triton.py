@@ -23,10 +23,13 @@ from pallas_kernels.block_sparse_conv.triton import tiles
 from pallas_kernels.block_sparse_conv.triton.limits import Tile
 
 ROOT = Path(__file__).resolve().parents[2]
-needs_triton = needs("the package triton is not installed" if importlib.util.find_spec("triton") is None else None)
+needs_triton = needs(
+    "the package triton is not installed" if importlib.util.find_spec("triton") is None else None
+)
 
-# Kernels are interpreted in a process of their own: Triton decides at import. There, arrays stand in for tensors; what no operand holds
-# must not be read or written; results begin as NaN; and bfloat16 products are mended (the interpreter multiplies their bits as integers).
+# Kernels are interpreted in a process of their own: Triton decides at import. There, arrays stand
+# in for tensors; what no operand holds must not be read or written; results begin as NaN; and
+# bfloat16 products are mended (the interpreter multiplies their bits as integers).
 WORKER = """
 import os, pickle, sys
 os.environ["TRITON_INTERPRET"] = "1"
@@ -95,9 +98,24 @@ def interpret(launch: ours.Launch, *operands):
     def call(*arrays):
         if not _WORKER:
             env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-            _WORKER.append(subprocess.Popen([sys.executable, "-c", WORKER], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+            _WORKER.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", WORKER],
+                    env=env,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                )
+            )
         arrays = [np.array(a) for a in arrays]
-        message = (launch.kernel, launch.programs, dict(launch.constants), launch.out.shape, launch.out.dtype, launch.zeroed, arrays)
+        message = (
+            launch.kernel,
+            launch.programs,
+            dict(launch.constants),
+            launch.out.shape,
+            launch.out.dtype,
+            launch.zeroed,
+            arrays,
+        )
         pickle.dump(message, _WORKER[0].stdin)
         _WORKER[0].stdin.flush()
         out = pickle.load(_WORKER[0].stdout)
@@ -120,7 +138,18 @@ def _interpreter():
 
 
 TRITON = dataclasses.replace(ours.IMPLEMENTATION, supports=ours._unfit)  # any machine will do
-BASE = ConvSpec(cin=24, height=4, width=5, batch=3, kernel=(3, 3), cout=32, groups=2, kept=13, kept_taps=3, group_size=16)
+BASE = ConvSpec(
+    cin=24,
+    height=4,
+    width=5,
+    batch=3,
+    kernel=(3, 3),
+    cout=32,
+    groups=2,
+    kept=13,
+    kept_taps=3,
+    group_size=16,
+)
 SAME = dataclasses.replace(BASE, padding=((1, 1), (1, 1)))
 BLOCKS = dataclasses.replace(SAME, cin=64, kept=32, channel_block=16)
 POINT = dataclasses.replace(BASE, kernel=(1, 1), kept_taps=1)
@@ -131,8 +160,14 @@ def operands(spec, seed=0):
     x, dy, values, *index = shapes.random_operands(spec, seed)
     if (run := spec.channel_block) > 1:
         rng = np.random.default_rng(seed)
-        blocks = [np.sort(rng.permutation(spec.cin // run - 1)[: spec.kept // run]) for _ in range(spec.groups)]
-        index[1] = jnp.asarray((np.stack(blocks)[:, :, None] * run + np.arange(run)).reshape(spec.groups, -1), jnp.int32)
+        blocks = [
+            np.sort(rng.permutation(spec.cin // run - 1)[: spec.kept // run])
+            for _ in range(spec.groups)
+        ]
+        index[1] = jnp.asarray(
+            (np.stack(blocks)[:, :, None] * run + np.arange(run)).reshape(spec.groups, -1),
+            jnp.int32,
+        )
     return x, dy, values, *index
 
 
@@ -143,31 +178,55 @@ def assert_close(result, reference, tolerance):
 
 
 def check(spec, seed=0, tolerance=1e-5, **tile):
-    """All three passes, and the input gradient by every method, against XLA's dense convolution of the masked kernel."""
+    """All three passes, and the input gradient by every method, against XLA's dense convolution of
+    the masked kernel.
+    """
     x, dy, values, *index = operands(spec, seed)
     exact = dataclasses.replace(spec, precision="highest", dtype="float32")
     single = [a.astype(jnp.float32) for a in (x, dy, values)]
-    forward, backward, weights = dense.IMPLEMENTATION.forward, dense.IMPLEMENTATION.input_gradient, dense.IMPLEMENTATION.weight_gradient
+    forward, backward, weights = (
+        dense.IMPLEMENTATION.forward,
+        dense.IMPLEMENTATION.input_gradient,
+        dense.IMPLEMENTATION.weight_gradient,
+    )
     y = jax.jit(lambda *a: ours._forward(spec, *a, tile=tile.get("forward")))(x, values, *index)
     assert_close(y, forward(exact, single[0], single[2], *index).astype(x.dtype), tolerance)
-    dvalues = jax.jit(lambda *a: ours._weight_gradient(spec, *a, tile=tile.get("weight_gradient")))(x, dy, *index)
+    dvalues = jax.jit(lambda *a: ours._weight_gradient(spec, *a, tile=tile.get("weight_gradient")))(
+        x, dy, *index
+    )
     assert_close(dvalues, weights(exact, *single[:2], *index), tolerance)
     dx = backward(exact, *single[1:], *index).astype(x.dtype)
     for method in (None,) if "input_gradient" in tile else tiles.methods(spec):
         chosen = {"method": method} if method else {"tile": tile["input_gradient"]}
-        assert_close(jax.jit(lambda *a, chosen=chosen: ours._input_gradient(spec, *a, **chosen))(dy, values, *index), dx, tolerance)
+        assert_close(
+            jax.jit(lambda *a, chosen=chosen: ours._input_gradient(spec, *a, **chosen))(
+                dy, values, *index
+            ),
+            dx,
+            tolerance,
+        )
 
 
 CASES = {
     "padded lists": SAME,
-    "strides, uneven padding": dataclasses.replace(BASE, strides=(2, 3), padding=((0, 1), (1, 0)), kept_taps=9),
-    "groups of 8, images of several tiles": dataclasses.replace(SAME, height=2, width=1, batch=256, groups=4, group_size=8),
+    "strides, uneven padding": dataclasses.replace(
+        BASE, strides=(2, 3), padding=((0, 1), (1, 0)), kept_taps=9
+    ),
+    "groups of 8, images of several tiles": dataclasses.replace(
+        SAME, height=2, width=1, batch=256, groups=4, group_size=8
+    ),
     "groups of 24": dataclasses.replace(SAME, cout=48, group_size=24, kept=24),
-    "rectangular, dilated": dataclasses.replace(BASE, kernel=(2, 4), dilation=(3, 1), padding=((4, 0), (0, 5))),
+    "rectangular, dilated": dataclasses.replace(
+        BASE, kernel=(2, 4), dilation=(3, 1), padding=((4, 0), (0, 5))
+    ),
     "1x1": POINT,
-    "1x1, strides, padding": dataclasses.replace(POINT, strides=(2, 3), padding=((2, 0), (0, 1)), batch=1),
+    "1x1, strides, padding": dataclasses.replace(
+        POINT, strides=(2, 3), padding=((2, 0), (0, 1)), batch=1
+    ),
     "runs of 16 channels": BLOCKS,
-    "runs of 8, strides": dataclasses.replace(BLOCKS, channel_block=8, kept=24, strides=(2, 2), padding=((0, 1), (0, 1))),
+    "runs of 8, strides": dataclasses.replace(
+        BLOCKS, channel_block=8, kept=24, strides=(2, 2), padding=((0, 1), (0, 1))
+    ),
     "1x1, runs of 32": dataclasses.replace(POINT, cin=96, kept=32, channel_block=32),
 }
 
@@ -202,14 +261,27 @@ def random_spec(seed):
     cin = run * int(rng.integers(2, 5)) if run > 1 else int(rng.integers(1, 20))
     kept = run * int(rng.integers(1, cin // run)) if run > 1 else int(rng.integers(1, cin + 1))
     return ConvSpec(
-        cin=cin, height=height, width=width, batch=int(rng.integers(1, 10)), kernel=kernel, cout=groups * size, groups=groups, kept=kept,
-        kept_taps=int(rng.integers(1, math.prod(kernel) + 1)), group_size=size, strides=pair(1, 4), padding=padding, dilation=dilation,
+        cin=cin,
+        height=height,
+        width=width,
+        batch=int(rng.integers(1, 10)),
+        kernel=kernel,
+        cout=groups * size,
+        groups=groups,
+        kept=kept,
+        kept_taps=int(rng.integers(1, math.prod(kernel) + 1)),
+        group_size=size,
+        strides=pair(1, 4),
+        padding=padding,
+        dilation=dilation,
         channel_block=run,
-    )  # fmt: skip
+    )
 
 
 @needs_triton
-@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 80))])
+@pytest.mark.parametrize(
+    "seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 80))]
+)
 def test_any_geometry(seed):
     check(random_spec(seed), seed)
 
@@ -217,15 +289,21 @@ def test_any_geometry(seed):
 @needs_triton
 @pytest.mark.parametrize("first", [False, True])
 def test_tiles_that_cut_rows_depth_and_positions(first, monkeypatch):
-    """Several tiles of rows, a ragged last one, splits that do not divide; with 64-bit offsets, as for more than 2^31 values."""
+    """Several tiles of rows, a ragged last one, splits that do not divide; with 64-bit offsets, as
+    for more than 2^31 values.
+    """
     plain = ours._constants
     monkeypatch.setattr(ours, "_constants", lambda *a: plain(*a) | {"wide": first})
     for method in ("scatter", "transposed"):
         product = Tile(16, 16, 32, positions_first=first, method=method)
         check(
-            dataclasses.replace(BLOCKS, cout=48, group_size=24, channel_block=32, height=2, width=3),
-            forward=product, input_gradient=product, weight_gradient=Tile(16, 16, 64, splits=5),
-        )  # fmt: skip
+            dataclasses.replace(
+                BLOCKS, cout=48, group_size=24, channel_block=32, height=2, width=3
+            ),
+            forward=product,
+            input_gradient=product,
+            weight_gradient=Tile(16, 16, 64, splits=5),
+        )
 
 
 @needs_triton
@@ -234,10 +312,20 @@ def test_tiles_that_cut_rows_depth_and_positions(first, monkeypatch):
 def test_the_epilogue_is_fused(spec, dtype):
     spec = dataclasses.replace(spec, dtype=dtype, relu=True)
     x, residual, values, *index = operands(spec)
-    scale, bias = (jnp.asarray(np.random.default_rng(i).standard_normal(spec.cout), jnp.float32) for i in range(2))
+    scale, bias = (
+        jnp.asarray(np.random.default_rng(i).standard_normal(spec.cout), jnp.float32)
+        for i in range(2)
+    )
     single = (a.astype(jnp.float32) for a in (x, values))
-    sums = dense.IMPLEMENTATION.forward(dataclasses.replace(spec, dtype="float32", precision="highest"), *single, *index)
-    for given in ({"scale": scale, "bias": bias, "residual": residual}, {"bias": bias}, {"scale": scale}, {"residual": residual}):
+    sums = dense.IMPLEMENTATION.forward(
+        dataclasses.replace(spec, dtype="float32", precision="highest"), *single, *index
+    )
+    for given in (
+        {"scale": scale, "bias": bias, "residual": residual},
+        {"bias": bias},
+        {"scale": scale},
+        {"residual": residual},
+    ):
         wanted = sums * given["scale"][:, None, None, None] if "scale" in given else sums
         wanted = wanted + given["bias"][:, None, None, None] if "bias" in given else wanted
         wanted = wanted + given["residual"].astype(jnp.float32) if "residual" in given else wanted
@@ -262,7 +350,9 @@ def test_vmap_and_gradients_through_the_door():
     many = [operands(spec, seed) for seed in range(2)]
 
     def run(implementation, x, dy, values, *index):
-        y, pullback = jax.vjp(lambda x, v: shapes.convolve(spec, implementation, x, v, *index), x, values)
+        y, pullback = jax.vjp(
+            lambda x, v: shapes.convolve(spec, implementation, x, v, *index), x, values
+        )
         return y, *pullback(dy)
 
     every = jax.jit(jax.vmap(lambda *a: run(TRITON, *a)))(*(jnp.stack(a) for a in zip(*many)))
@@ -282,7 +372,10 @@ def test_second_derivatives_through_the_door():
 
         return sum((g**2).sum() for g in jax.grad(loss, (0, 1))(x, values))
 
-    ours_, reference = (jax.jit(jax.grad(lambda *a, which=which: penalty(which, *a), (0, 1)))(x, values) for which in (TRITON, "dense"))
+    ours_, reference = (
+        jax.jit(jax.grad(lambda *a, which=which: penalty(which, *a), (0, 1)))(x, values)
+        for which in (TRITON, "dense")
+    )
     for result, wanted in zip(ours_, reference, strict=True):
         assert_close(result, wanted, 1e-4)
 
@@ -309,7 +402,10 @@ def test_inside_shard_map_the_results_vary_as_the_operands_do():
 
     mesh = jax.sharding.AbstractMesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     sharded = jax.shard_map(
-        jax.grad(loss, (0, 2)), mesh=mesh, in_specs=(images, images, *[parts()] * 4), out_specs=(images, parts())
-    )  # fmt: skip
+        jax.grad(loss, (0, 2)),
+        mesh=mesh,
+        in_specs=(images, images, *[parts()] * 4),
+        out_specs=(images, parts()),
+    )
     dx, dvalues = jax.eval_shape(sharded, x, dy, values, *index)
     assert (dx.shape, dvalues.shape) == (x.shape, values.shape)

@@ -1,4 +1,6 @@
-"""The Triton kernels' machine code for Hopper and Ampere, their lowering through JAX, and the choice of tiles: no GPU needed."""
+"""The Triton kernels' machine code for Hopper and Ampere, their lowering through JAX, and the
+choice of tiles: no GPU needed.
+"""
 
 import dataclasses
 import importlib.util
@@ -23,7 +25,11 @@ from pallas_kernels.block_sparse_conv.triton import kernels, limits, tiles
 from pallas_kernels.block_sparse_conv.triton import launch as ours
 from pallas_kernels.block_sparse_conv.triton.limits import Tile
 
-MISSING = [name for name in ("triton", "jax_triton", "jax_cuda13_plugin") if importlib.util.find_spec(name) is None]
+MISSING = [
+    name
+    for name in ("triton", "jax_triton", "jax_cuda13_plugin")
+    if importlib.util.find_spec(name) is None
+]
 needs_triton = needs("the package triton is not installed" if "triton" in MISSING else None)
 needs_jax_triton = needs(f"not installed: {', '.join(MISSING)}" if MISSING else None)
 os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # as jax-triton compiles
@@ -40,11 +46,20 @@ def launches(spec, name, capability=90, fused=False, **private):
         found.append((launch, [a.dtype.name for a in given]))
         return jnp.zeros(launch.out.shape, launch.out.dtype)
 
-    lists = ((spec.groups, spec.group_size), (spec.groups, spec.kept), (spec.groups, spec.kept_taps))
+    lists = (
+        (spec.groups, spec.group_size),
+        (spec.groups, spec.kept),
+        (spec.groups, spec.kept_taps),
+    )
     index = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in lists]
-    x, dy, values = (jax.ShapeDtypeStruct(shape, spec.dtype) for shape in (spec.in_shape, spec.out_shape, spec.packed_shape))
+    x, dy, values = (
+        jax.ShapeDtypeStruct(shape, spec.dtype)
+        for shape in (spec.in_shape, spec.out_shape, spec.packed_shape)
+    )
     numbers = jax.ShapeDtypeStruct((spec.cout,), jnp.float32)
-    given = {"forward": (x, values), "input_gradient": (dy, values), "weight_gradient": (x, dy)}[name]
+    given = {"forward": (x, values), "input_gradient": (dy, values), "weight_gradient": (x, dy)}[
+        name
+    ]
     if fused:
         spec, index = dataclasses.replace(spec, relu=True), [*index, numbers, numbers, dy]
     with pytest.MonkeyPatch.context() as patch:
@@ -61,13 +76,17 @@ def machine_code(launch, dtypes, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, types = getattr(kernels, launch.kernel), [TYPES[name] for name in (*dtypes, launch.out.dtype.name)]
+    kernel, types = (
+        getattr(kernels, launch.kernel),
+        [TYPES[name] for name in (*dtypes, launch.out.dtype.name)],
+    )
     names = kernel.arg_names
     source = ASTSource(
-        fn=kernel, signature=dict(zip(names, types)) | dict.fromkeys(names[len(types) :], "constexpr"),
+        fn=kernel,
+        signature=dict(zip(names, types)) | dict.fromkeys(names[len(types) :], "constexpr"),
         constexprs={(names.index(name),): value for name, value in launch.constants},
         attrs={(i,): [["tt.divisibility", 16]] for i in range(len(types))},
-    )  # fmt: skip
+    )
     tools = Path(sys.modules["triton"].__file__).parent / "backends/nvidia/bin"
     with tempfile.TemporaryDirectory() as folder, knobs.cache.scope():
         knobs.cache.dir = folder
@@ -76,38 +95,73 @@ def machine_code(launch, dtypes, capability):
         cubin = Path(folder, "cubin")
         cubin.write_bytes(compiled.asm["cubin"])
         usage, sass = (
-            subprocess.run([tools / tool, option, cubin], capture_output=True, text=True, check=True).stdout
+            subprocess.run(
+                [tools / tool, option, cubin], capture_output=True, text=True, check=True
+            ).stdout
             for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
         )
     registers, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "LOCAL"))
-    spilled, looped = (len(re.findall(r"\b(?:LDL|STL)\b", code)) for code in (sass, loops(sass)))  # loads and stores of local memory
+    spilled, looped = (
+        len(re.findall(r"\b(?:LDL|STL)\b", code)) for code in (sass, loops(sass))
+    )  # loads and stores of local memory
     spilled += local  # a frame on the stack, which may go unused
     waits = [int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", compiled.asm["ptx"])]
-    return {"registers": registers, "spilled": spilled, "in loops": looped, "shared": compiled.metadata.shared, "waits": waits}, sass
+    return {
+        "registers": registers,
+        "spilled": spilled,
+        "in loops": looped,
+        "shared": compiled.metadata.shared,
+        "waits": waits,
+    }, sass
 
 
 def loops(sass):
     """The lines of machine code that a branch can come back to."""
     lines = sass.splitlines()
-    labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"\s*(\.L_x_\d+):", line))}
-    ends = ((labels.get(found[1], len(lines)), i) for i, line in enumerate(lines) if (found := re.search(r"BRA\b.*`\((\S+?)\)", line)))
-    return "\n".join(lines[i] for i in sorted({i for start, end in ends for i in range(start, end)}))
+    labels = {
+        found[1]: i for i, line in enumerate(lines) if (found := re.match(r"\s*(\.L_x_\d+):", line))
+    }
+    ends = (
+        (labels.get(found[1], len(lines)), i)
+        for i, line in enumerate(lines)
+        if (found := re.search(r"BRA\b.*`\((\S+?)\)", line))
+    )
+    return "\n".join(
+        lines[i] for i in sorted({i for start, end in ends for i in range(start, end)})
+    )
 
 
 def check_code(record, spec, name, capability=90, fused=False, around_loops=False, **private):
-    """No spill (`around_loops`: in a loop), what was promised of shared memory, 16-byte copies, tensor cores, no early wait for loads."""
+    """No spill (`around_loops`: in a loop), what was promised of shared memory, 16-byte copies,
+    tensor cores, no early wait for loads.
+    """
     found = launches(spec, name, capability, fused, **private)
-    assert len(found) == (private.get("method", "") != "dense" and getattr(private.get("tile"), "method", "") != "dense")
+    assert len(found) == (
+        private.get("method", "") != "dense"
+        and getattr(private.get("tile"), "method", "") != "dense"
+    )
     for launch, dtypes in found:
         measured, sass = machine_code(launch, dtypes, capability)
-        record("compiled", f"triton sm_{capability} {tiles.key(spec, name)}{' fused' * fused}: {launch.tile}: {measured}")
+        record(
+            "compiled",
+            f"triton sm_{capability} {tiles.key(spec, name)}{' fused' * fused}: {launch.tile}: "
+            f"{measured}",
+        )
         tile, plain = launch.tile, tiles.normal(spec)
         assert measured["in loops" if around_loops else "spilled"] == 0
-        assert measured["shared"] <= min(limits.SHARED_KIB[capability] * 1024, limits.shared_bytes(tile, name, plain) + 1024)
-        steps = -(-tiles.product(plain, name, tile.method).depth // tile.depth) if name != "weight_gradient" else 8
+        assert measured["shared"] <= min(
+            limits.SHARED_KIB[capability] * 1024, limits.shared_bytes(tile, name, plain) + 1024
+        )
+        steps = (
+            -(-tiles.product(plain, name, tile.method).depth // tile.depth)
+            if name != "weight_gradient"
+            else 8
+        )
         copies = re.findall(r"LDGSTS\S*", sass)
         step = tile.positions if name == "weight_gradient" else tile.depth
-        least = min(16, tile.rows * step * limits.itemsize(spec) // (32 * tile.warps))  # bytes a thread copies of the operand not gathered
+        least = min(
+            16, tile.rows * step * limits.itemsize(spec) // (32 * tile.warps)
+        )  # bytes a thread copies of the operand not gathered
         assert {copy.rsplit(".", 1)[1] for copy in copies} <= {"128", str(8 * least)}
         assert not re.search(r"LDG\S*\.U16", sass)
         if steps >= 3:
@@ -115,44 +169,85 @@ def check_code(record, spec, name, capability=90, fused=False, around_loops=Fals
             *in_the_loop, at_the_end = measured["waits"]
             assert at_the_end == 0
             assert len(set(in_the_loop)) == 1
-            assert in_the_loop[0] in (tile.stages - 2, 2 * (tile.stages - 2)), "the loop must not wait for the loads of the next steps"
+            assert in_the_loop[0] in (tile.stages - 2, 2 * (tile.stages - 2)), (
+                "the loop must not wait for the loads of the next steps"
+            )
         else:
             assert re.search(r"(LDGSTS|LDG)\S*\.128", sass)
-        wanted = {"half": "HGMMA" if capability == 90 else r"HMMA\.16816", "tf32": r"H(G)?MMA\S*TF32", "ieee": "FFMA"}[plain.precision]
+        wanted = {
+            "half": "HGMMA" if capability == 90 else r"HMMA\.16816",
+            "tf32": r"H(G)?MMA\S*TF32",
+            "ieee": "FFMA",
+        }[plain.precision]
         assert re.search(wanted, sass)
         products = set(re.findall(r"\bHG?MMA\S*", sass))
-        assert all(re.search(r"\.F32(\.|$)", product) for product in products), f"sums in single precision: {products}"
+        assert all(re.search(r"\.F32(\.|$)", product) for product in products), (
+            f"sums in single precision: {products}"
+        )
         if launch.zeroed:
             assert re.search(r"REDG?\.E\.ADD\.F32" + ("x4" if capability == 90 else ""), sass)
 
 
 def layer_spec(layer, batch=128, sparsity=0.9, group_size=32, run=1, **fields):
-    spec = shapes.layer_spec(layer, sparsity=sparsity, batch=batch, group_size=group_size, dtype=fields.pop("dtype", "bfloat16"))
-    return dataclasses.replace(spec, kept=max(run, spec.kept // run * run), channel_block=run, **fields)
+    spec = shapes.layer_spec(
+        layer,
+        sparsity=sparsity,
+        batch=batch,
+        group_size=group_size,
+        dtype=fields.pop("dtype", "bfloat16"),
+    )
+    return dataclasses.replace(
+        spec, kept=max(run, spec.kept // run * run), channel_block=run, **fields
+    )
 
 
 MAIN = layer_spec(shapes.VGG19[4], group_size=64, run=32)
 REPRESENTATIVE = {
     "3x3 256, groups of 64": [(MAIN, name, 90, {}) for name in ("forward", "weight_gradient")],
-    "input gradient": [(MAIN, "input_gradient", 90, {"method": method}) for method in ("transposed", "scatter")],
+    "input gradient": [
+        (MAIN, "input_gradient", 90, {"method": method}) for method in ("transposed", "scatter")
+    ],
     "groups of 32, epilogue": [(layer_spec(shapes.VGG19[4]), "forward", 90, {"fused": True})],
     "groups of 8": [(layer_spec(shapes.VGG19[2], group_size=8, batch=24), "forward", 90, {})],
-    "1x1": [(layer_spec(shapes.OTHERS[6], batch=256), name, 90, {}) for name in ("forward", "weight_gradient")],
-    "float16": [(dataclasses.replace(MAIN, dtype="float16"), name, 90, {}) for name in ("forward", "weight_gradient")],
+    "1x1": [
+        (layer_spec(shapes.OTHERS[6], batch=256), name, 90, {})
+        for name in ("forward", "weight_gradient")
+    ],
+    "float16": [
+        (dataclasses.replace(MAIN, dtype="float16"), name, 90, {})
+        for name in ("forward", "weight_gradient")
+    ],
     "float16, Ampere": [(dataclasses.replace(MAIN, dtype="float16"), "forward", 80, {})],
-    "Ampere": [(MAIN, "forward", 80, {}), (MAIN, "weight_gradient", 80, {}), (MAIN, "input_gradient", 80, {"method": "scatter"})],
+    "Ampere": [
+        (MAIN, "forward", 80, {}),
+        (MAIN, "weight_gradient", 80, {}),
+        (MAIN, "input_gradient", 80, {"method": "scatter"}),
+    ],
     "Ampere, float32": [
         (dataclasses.replace(MAIN, dtype="float32"), name, 80, {"method": method} if method else {})
-        for name, method in (("forward", ""), ("weight_gradient", ""), ("input_gradient", "transposed"), ("input_gradient", "scatter"))
+        for name, method in (
+            ("forward", ""),
+            ("weight_gradient", ""),
+            ("input_gradient", "transposed"),
+            ("input_gradient", "scatter"),
+        )
     ],
-    "tf32": [(dataclasses.replace(MAIN, dtype="float32", precision="high"), name, 90, {}) for name in ("forward", "weight_gradient")],
-    "float32": [(dataclasses.replace(MAIN, dtype="float32"), name, 90, {}) for name in ("forward", "weight_gradient")],
+    "tf32": [
+        (dataclasses.replace(MAIN, dtype="float32", precision="high"), name, 90, {})
+        for name in ("forward", "weight_gradient")
+    ],
+    "float32": [
+        (dataclasses.replace(MAIN, dtype="float32"), name, 90, {})
+        for name in ("forward", "weight_gradient")
+    ],
 }
 
 
 @needs_triton
 @pytest.mark.parametrize("case", REPRESENTATIVE)
-def test_the_main_tiles_compile_without_spills_to_tensor_cores_and_16_byte_copies(case, record_property):
+def test_the_main_tiles_compile_without_spills_to_tensor_cores_and_16_byte_copies(
+    case, record_property
+):
     for spec, name, capability, private in REPRESENTATIVE[case]:
         check_code(record_property, spec, name, capability, **private)
 
@@ -163,28 +258,56 @@ def test_the_main_tiles_compile_without_spills_to_tensor_cores_and_16_byte_copie
 @pytest.mark.parametrize("sparsity", [0.8, 0.9, 0.95])
 def test_the_chosen_tiles_of_every_layer_compile(sparsity, name, record_property):
     for layer, batch in SHAPES:
-        for run, method in ((1, "scatter"), (16, "transposed")) if name == "input_gradient" else ((1, ""),):
+        for run, method in (
+            ((1, "scatter"), (16, "transposed")) if name == "input_gradient" else ((1, ""),)
+        ):
             private = {"method": method} if method else {}
-            check_code(record_property, layer_spec(layer, batch, sparsity, run=run), name, **private)
+            check_code(
+                record_property, layer_spec(layer, batch, sparsity, run=run), name, **private
+            )
 
 
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("name", tiles.PASSES)
-@pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", None), ("float32", None), ("float32", "high")])
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [("bfloat16", None), ("float32", None), ("float32", "high")]
+)
 @pytest.mark.parametrize("capability", [90, 80])
 def test_the_rules_tiles_compile(capability, dtype, precision, name, record_property):
-    around = (capability, dtype, name) == (80, "bfloat16", "weight_gradient")  # Triton 3.6: one word, stored before the loop, read after it
-    ways = ((1, "scatter"), (16, "transposed"), (32, "transposed")) if name == "input_gradient" else ((1, ""), (16, ""))
+    around = (capability, dtype, name) == (
+        80,
+        "bfloat16",
+        "weight_gradient",
+    )  # Triton 3.6: one word, stored before the loop, read after it
+    ways = (
+        ((1, "scatter"), (16, "transposed"), (32, "transposed"))
+        if name == "input_gradient"
+        else ((1, ""), (16, ""))
+    )
     picked = {}  # the specs of each tile
-    for (layer, batch), sparsity, group_size, (run, method) in itertools.product(SHAPES, (0.8, 0.9, 0.95), (16, 32, 64, 128), ways):
+    for (layer, batch), sparsity, group_size, (run, method) in itertools.product(
+        SHAPES, (0.8, 0.9, 0.95), (16, 32, 64, 128), ways
+    ):
         if layer.cout % group_size == 0:
-            spec = layer_spec(layer, batch, sparsity, group_size, run, dtype=dtype, precision=precision)
-            picked.setdefault((tiles.choose_tile(spec, name, capability, method), layer.kernel), []).append((spec, method))
+            spec = layer_spec(
+                layer, batch, sparsity, group_size, run, dtype=dtype, precision=precision
+            )
+            picked.setdefault(
+                (tiles.choose_tile(spec, name, capability, method), layer.kernel), []
+            ).append((spec, method))
     for specs in picked.values():
         for spec, method in dict.fromkeys((specs[0], specs[len(specs) // 2], specs[-1])):
             private = {"method": method} if method else {}
-            check_code(record_property, spec, name, capability, name == "forward", around_loops=around, **private)
+            check_code(
+                record_property,
+                spec,
+                name,
+                capability,
+                name == "forward",
+                around_loops=around,
+                **private,
+            )
 
 
 @needs_triton
@@ -196,9 +319,13 @@ def test_the_rules_tiles_compile(capability, dtype, precision, name, record_prop
 def test_every_candidate_compiles(capability, group_size, dtype, name, record_property):
     for precision in (None,) if dtype == "bfloat16" else (None, "high"):
         for layer, batch in ((shapes.VGG19[6], 128), (shapes.OTHERS[3], 256)):
-            spec = layer_spec(layer, batch, group_size=group_size, run=16, dtype=dtype, precision=precision)
+            spec = layer_spec(
+                layer, batch, group_size=group_size, run=16, dtype=dtype, precision=precision
+            )
             for tile in tiles.candidate_tiles(spec, name, capability):
-                check_code(record_property, spec, name, capability, fused=name == "forward", tile=tile)
+                check_code(
+                    record_property, spec, name, capability, fused=name == "forward", tile=tile
+                )
 
 
 CAPABILITY = {"a100": 80}  # others in tables: 90
@@ -211,10 +338,23 @@ def spec_of(key):
     kernel, (cout, *steps) = tuple(rest[:2]), rest[2:]
     groups, kept, kept_taps, group_size = (int(n) for n in packed.split("x"))
     spec = ConvSpec(
-        cin=cin, height=height, width=width, batch=batch, kernel=kernel, cout=cout, groups=groups, kept=kept, kept_taps=kept_taps,
-        group_size=group_size, strides=tuple(steps[:2]), dilation=tuple(steps[2:4]), padding=(tuple(steps[4:6]), tuple(steps[6:8])),
-        dtype=dtype, channel_block=int(block), precision={"half": None, "ieee": "highest", "tf32": "high"}[arithmetic],
-    )  # fmt: skip
+        cin=cin,
+        height=height,
+        width=width,
+        batch=batch,
+        kernel=kernel,
+        cout=cout,
+        groups=groups,
+        kept=kept,
+        kept_taps=kept_taps,
+        group_size=group_size,
+        strides=tuple(steps[:2]),
+        dilation=tuple(steps[2:4]),
+        padding=(tuple(steps[4:6]), tuple(steps[6:8])),
+        dtype=dtype,
+        channel_block=int(block),
+        precision={"half": None, "ieee": "highest", "tf32": "high"}[arithmetic],
+    )
     assert tiles.key(spec, name) == key
     return spec, name
 
@@ -236,7 +376,9 @@ def check_tables(record):
 
 
 def write_table(folder, spec, name, tile, gpu="h200"):
-    (folder / f"tuned_triton_{gpu}.json").write_text(json.dumps({"tiles": {tiles.key(spec, name): dataclasses.asdict(tile)}}))
+    (folder / f"tuned_triton_{gpu}.json").write_text(
+        json.dumps({"tiles": {tiles.key(spec, name): dataclasses.asdict(tile)}})
+    )
 
 
 @needs_triton
@@ -253,7 +395,12 @@ def test_a_tuned_tile_that_does_not_compile_is_found(tmp_path, monkeypatch, reco
         write_table(tmp_path, spec, name, tiles.choose_tile(spec, name))
         assert check_tables(record_property) == 1
     for wrong in ({"positions": 256, "warps": 2}, {"depth": 128, "stages": 6}):
-        write_table(tmp_path, MAIN, "forward", dataclasses.replace(tiles.choose_tile(MAIN, "forward"), **wrong))
+        write_table(
+            tmp_path,
+            MAIN,
+            "forward",
+            dataclasses.replace(tiles.choose_tile(MAIN, "forward"), **wrong),
+        )
         with pytest.raises(AssertionError):
             check_tables(record_property)
 
@@ -288,8 +435,14 @@ def test_tiles_fit(capability, dtype):
                     candidates = tiles.candidate_tiles(spec, name, capability)
                     assert candidates
                     for tile in (*candidates, tiles.choose_tile(spec, name, capability)):
-                        assert limits.shared_bytes(tile, name, plain) < 1024 * limits.SHARED_KIB[capability]
-                        assert tile.method == "dense" or min(tile.rows, tile.positions, tile.depth) >= 16
+                        assert (
+                            limits.shared_bytes(tile, name, plain)
+                            < 1024 * limits.SHARED_KIB[capability]
+                        )
+                        assert (
+                            tile.method == "dense"
+                            or min(tile.rows, tile.positions, tile.depth) >= 16
+                        )
                         assert (name == "input_gradient") == (tile.method != "")
 
 
@@ -303,17 +456,28 @@ def test_a_tuned_tile_is_used_on_the_gpu_that_it_was_tuned_on(tmp_path, monkeypa
     monkeypatch.setattr(tiles, "this_gpu", lambda: "h200")
     assert tiles.choose_tile(spec, "forward") == tuned
     assert tiles.choose_tile(layer_spec(shapes.VGG19[5]), "forward") != tuned
-    assert tiles.choose_tile(dataclasses.replace(spec, gradients=True, relu=True), "forward") == tuned
+    assert (
+        tiles.choose_tile(dataclasses.replace(spec, gradients=True, relu=True), "forward") == tuned
+    )
     strided = layer_spec(shapes.OTHERS[-1])
-    assert tiles.key(strided, "input_gradient") == tiles.key(tiles.pointwise(strided), "input_gradient")
+    assert tiles.key(strided, "input_gradient") == tiles.key(
+        tiles.pointwise(strided), "input_gradient"
+    )
     tiles._tuned.cache_clear()
 
 
 def test_the_input_gradient_goes_the_cheapest_way_that_serves():
-    methods = {run: tiles.choose_tile(layer_spec(shapes.VGG19[4], group_size=64, run=run), "input_gradient").method for run in (1, 32)}
+    methods = {
+        run: tiles.choose_tile(
+            layer_spec(shapes.VGG19[4], group_size=64, run=run), "input_gradient"
+        ).method
+        for run in (1, 32)
+    }
     assert methods[32] == "transposed"
     assert methods[1] in ("scatter", "dense")
-    with pytest.raises(ValueError, match="expected one of scatter, dense for channel_block=1, got 'transposed'"):
+    with pytest.raises(
+        ValueError, match="expected one of scatter, dense for channel_block=1, got 'transposed'"
+    ):
         launches(layer_spec(shapes.VGG19[4]), "input_gradient", method="transposed")
 
 

@@ -1,4 +1,6 @@
-"""What is picked and how it is measured: the tuned table, the choice, alternation, and the kernel benchmark."""
+"""What is picked and how it is measured: the tuned table, the choice, alternation, and the kernel
+benchmark.
+"""
 
 import dataclasses
 import functools
@@ -33,13 +35,17 @@ def test_the_choice_loses_at_most_a_tenth_at_the_tuned_shapes_and_can_be_told():
     choice = choose_implementation(half)
     assert choice.implementation == "xla"
     assert choice.details["forward"] == tiles.choose(half)
-    assert choice.details["forward + gradients"] == tiles.choose(dataclasses.replace(half, gradients=True))
+    assert choice.details["forward + gradients"] == tiles.choose(
+        dataclasses.replace(half, gradients=True)
+    )
 
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 @pytest.mark.parametrize("wins", ["forward", "forward + gradients"])
 def test_each_mode_runs_what_was_faster_there(monkeypatch, wins):
-    monkeypatch.setattr(tiles, "native_gain", lambda spec: 2.0 if spec.gradients == tiles.MODES[wins] else 0.5)
+    monkeypatch.setattr(
+        tiles, "native_gain", lambda spec: 2.0 if spec.gradients == tiles.MODES[wins] else 0.5
+    )
     loses = next(mode for mode in tiles.MODES if mode != wins)
     x, dy, values, *index = shapes.random_operands(BASE)
     run = functools.partial(shapes.convolve, BASE, None)
@@ -47,7 +53,9 @@ def test_each_mode_runs_what_was_faster_there(monkeypatch, wins):
         "forward": lambda: run(x, values, *index),
         "forward + gradients": lambda: jax.vjp(lambda x: run(x, values, *index), x)[1](dy),
     }
-    native = {mode: "ffi_call" in str(jax.make_jaxpr(program)()) for mode, program in programs.items()}
+    native = {
+        mode: "ffi_call" in str(jax.make_jaxpr(program)()) for mode, program in programs.items()
+    }
     assert native == {wins: True, loses: False}
     for mode, gradients in tiles.MODES.items():
         choice = choose_implementation(dataclasses.replace(BASE, gradients=gradients))
@@ -71,15 +79,23 @@ def test_tuning_rewrites_one_entry_and_keeps_the_others(tmp_path):
     table.write_text(tiles.TABLE.read_text())
     tune.main(tune.Config(seconds=0.0, only="digits 16-32@8 80%", table=table))
     before, after = (json.loads(path.read_text()) for path in (tiles.TABLE, table))
-    changed = [a["name"] for a, b in zip(after["entries"], before["entries"], strict=True) if a != b]
+    changed = [
+        a["name"] for a, b in zip(after["entries"], before["entries"], strict=True) if a != b
+    ]
     assert len(changed) == 1
     assert after["environment"]["jax"] == jax.__version__
 
 
 def test_alternation_times_each_and_leaves_out_the_first_call():
     calls = {"a": [], "b": []}
-    times = measure.alternate({name: functools.partial(log.append, 1) for name, log in calls.items()}, seconds=0.01, rounds=4)
-    assert {name: len(t) for name, t in times.items()} == {name: len(log) - 2 for name, log in calls.items()}
+    times = measure.alternate(
+        {name: functools.partial(log.append, 1) for name, log in calls.items()},
+        seconds=0.01,
+        rounds=4,
+    )
+    assert {name: len(t) for name, t in times.items()} == {
+        name: len(log) - 2 for name, log in calls.items()
+    }
     assert len(times["a"]) == len(times["b"]) >= 4
     slow = measure.alternate({"slow": functools.partial(time.sleep, 0.02)}, seconds=0.01)
     assert len(slow["slow"]) == 1
@@ -101,7 +117,9 @@ def test_the_benchmark_checks_times_and_writes(tmp_path, capsys):
 
 def test_the_benchmark_fails_loudly_on_a_wrong_kernel(monkeypatch):
     rows = xla.FORMULATIONS["rows"]
-    wrong = dataclasses.replace(rows, weight_gradient=lambda *operands: 1.001 * rows.weight_gradient(*operands))
+    wrong = dataclasses.replace(
+        rows, weight_gradient=lambda *operands: 1.001 * rows.weight_gradient(*operands)
+    )
     monkeypatch.setitem(xla.FORMULATIONS, "rows", wrong)
     with pytest.raises(AssertionError, match="xla:rows: the weight gradient differs"):
         bench_kernels.main(bench_kernels.KernelConfig(quick=True, layers="resnet32x2 128@8"))

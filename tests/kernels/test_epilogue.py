@@ -26,13 +26,15 @@ SPEC = ConvSpec(
     group_size=8,
     strides=(2, 1),
     padding=((1, 1), (0, 2)),
-)  # fmt: skip
+)
 PARTS = {"scale": (SPEC.cout,), "bias": (SPEC.cout,), "residual": SPEC.out_shape}
 
 
 def random_parts(dtype="float32"):
     rng = np.random.default_rng(7)
-    parts = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in PARTS.items()}
+    parts = {
+        name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in PARTS.items()
+    }
     return parts | {"residual": parts["residual"].astype(dtype)}
 
 
@@ -44,7 +46,11 @@ def defined(y, scale=None, bias=None, residual=None, relu=False):
 
 
 @pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("given", list(itertools.chain.from_iterable(itertools.combinations(PARTS, n) for n in range(4))), ids="+".join)
+@pytest.mark.parametrize(
+    "given",
+    list(itertools.chain.from_iterable(itertools.combinations(PARTS, n) for n in range(4))),
+    ids="+".join,
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_value_and_gradients_are_those_of_the_definition(name, given, relu):
     x, dy, values, *index = shapes.random_operands(SPEC)
@@ -60,7 +66,10 @@ def test_value_and_gradients_are_those_of_the_definition(name, given, relu):
         y, pullback = jax.vjp(f, x, values, parts)
         return y, pullback(dy)
 
-    for a, b in zip(*(jax.tree.leaves(jax.jit(results, static_argnums=0)(f)) for f in (ours, reference)), strict=True):
+    for a, b in zip(
+        *(jax.tree.leaves(jax.jit(results, static_argnums=0)(f)) for f in (ours, reference)),
+        strict=True,
+    ):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
@@ -72,22 +81,32 @@ def test_half_precision_is_rounded_once_or_twice(name):
     parts = random_parts("bfloat16")
     y = jax.jit(lambda: shapes.convolve(spec, name, x, values, *index, **parts, relu=True))()
     assert y.dtype == jnp.bfloat16
-    exact = shapes.convolve(SPEC, "dense", x.astype(jnp.float32), values.astype(jnp.float32), *index)
-    wanted = defined(exact, **{part: value.astype(jnp.float32) for part, value in parts.items()}, relu=True)
-    np.testing.assert_allclose(y.astype(jnp.float32), wanted, rtol=0, atol=2e-2 * float(wanted.max()))
+    exact = shapes.convolve(
+        SPEC, "dense", x.astype(jnp.float32), values.astype(jnp.float32), *index
+    )
+    wanted = defined(
+        exact, **{part: value.astype(jnp.float32) for part, value in parts.items()}, relu=True
+    )
+    np.testing.assert_allclose(
+        y.astype(jnp.float32), wanted, rtol=0, atol=2e-2 * float(wanted.max())
+    )
 
 
 def test_nan_passes_through_the_relu():
     for name in NAMES:
         x, _, values, *index = shapes.random_operands(SPEC)
-        y = shapes.convolve(SPEC, name, x, values, *index, bias=jnp.full(SPEC.cout, jnp.nan), relu=True)
+        y = shapes.convolve(
+            SPEC, name, x, values, *index, bias=jnp.full(SPEC.cout, jnp.nan), relu=True
+        )
         assert jnp.isnan(y).all(), name
 
 
 def test_nothing_kept_leaves_the_epilogue():
     x, _, values, filters, channels, taps = shapes.random_operands(SPEC)
     parts = random_parts()
-    y = shapes.convolve(SPEC, None, x, values[:, :0], filters, channels[:, :0], taps, **parts, relu=True)
+    y = shapes.convolve(
+        SPEC, None, x, values[:, :0], filters, channels[:, :0], taps, **parts, relu=True
+    )
     np.testing.assert_allclose(y, defined(jnp.zeros(SPEC.out_shape), **parts, relu=True), atol=1e-6)
 
 
@@ -96,26 +115,43 @@ LAYOUT = bsj.random_groups(jax.random.key(0), (3, 3, 16, 32), group_size=8, kept
 
 
 @pytest.mark.parametrize("data_format", ["NHWC", "CHWN"])
-@pytest.mark.parametrize("door", ["dense kernel", "packed", "full gradient", "masked dense", "Dense()"])
+@pytest.mark.parametrize(
+    "door", ["dense kernel", "packed", "full gradient", "masked dense", "Dense()"]
+)
 def test_every_door_of_conv(door, data_format):
     rng = np.random.default_rng(0)
-    kernel, x, residual = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((3, 3, 16, 32), (2, 6, 5, 16), (2, 6, 5, 32)))
+    kernel, x, residual = (
+        jnp.asarray(rng.standard_normal(s), jnp.float32)
+        for s in ((3, 3, 16, 32), (2, 6, 5, 16), (2, 6, 5, 32))
+    )
     scale, bias = jnp.linspace(-1, 2, 32), jnp.linspace(1, -1, 32)
     mask = jnp.ones(kernel.shape, bool) if door == "Dense()" else bsj.layout_to_mask(LAYOUT)
     plain = bsj.conv(x, kernel * mask, DENSE)
     wanted = jax.nn.relu(scale * plain + bias + residual)
     if data_format == "CHWN":
         x, residual, wanted = (a.transpose(3, 1, 2, 0) for a in (x, residual, wanted))
-    options = {"full gradient": {"kernel_gradient": "dense"}, "masked dense": {"implementation": "dense"}}.get(door, {})
-    values, layout = bsj.pack(kernel, LAYOUT) if door == "packed" else kernel, DENSE if door == "Dense()" else LAYOUT
+    options = {
+        "full gradient": {"kernel_gradient": "dense"},
+        "masked dense": {"implementation": "dense"},
+    }.get(door, {})
+    values, layout = (
+        bsj.pack(kernel, LAYOUT) if door == "packed" else kernel,
+        DENSE if door == "Dense()" else LAYOUT,
+    )
     epilogue = {"scale": scale, "bias": bias, "residual": residual, "activation": "relu"}
     ours = bsj.conv(x, values, layout, data_format=data_format, **epilogue, **options)
     np.testing.assert_allclose(ours, wanted, atol=1e-4)
     for part, bad, message in (
-        ("scale", jnp.ones(31), r"scale: expected one number for each of 32 output channels, got shape \(31,\)"),
+        (
+            "scale",
+            jnp.ones(31),
+            r"scale: expected one number for each of 32 output channels, got shape \(31,\)",
+        ),
         ("bias", jnp.ones((1, 32)), r"bias: expected one number for each of 32"),
         ("residual", residual[:1], "residual: expected the shape of the output"),
         ("activation", "rellu", "activation: .*relu"),
     ):
         with pytest.raises(ValueError, match=message):
-            bsj.conv(x, values, layout, data_format=data_format, **(epilogue | {part: bad}), **options)
+            bsj.conv(
+                x, values, layout, data_format=data_format, **(epilogue | {part: bad}), **options
+            )

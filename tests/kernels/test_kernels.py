@@ -1,4 +1,6 @@
-"""One suite for all implementations of the block-sparse convolution, and for each formulation of the XLA one."""
+"""One suite for all implementations of the block-sparse convolution, and for each formulation of
+the XLA one.
+"""
 
 import dataclasses
 import functools
@@ -18,7 +20,12 @@ from hypothesis import strategies as st
 from jax import lax
 
 from experiments.bench import shapes
-from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, available_implementations, block_sparse_conv
+from pallas_kernels.block_sparse_conv import (
+    ConvSpec,
+    Implementation,
+    available_implementations,
+    block_sparse_conv,
+)
 from pallas_kernels.block_sparse_conv.cpu import launch as cpu
 from pallas_kernels.block_sparse_conv.xla import kernels as xla
 
@@ -36,23 +43,49 @@ def forced(variant: str) -> Implementation:
 
         return call
 
-    passes = {name: in_it(getattr(cpu.IMPLEMENTATION, name)) for name in ("forward", "input_gradient", "weight_gradient")}
+    passes = {
+        name: in_it(getattr(cpu.IMPLEMENTATION, name))
+        for name in ("forward", "input_gradient", "weight_gradient")
+    }
     return dataclasses.replace(cpu.IMPLEMENTATION, **passes)
 
 
-VARIANTS = {f"cpu:{variant}": forced(variant) for variant in cpu.variants()[1:] if "cpu" in NAMES}  # "cpu" is the first
-IMPLEMENTATIONS = {name: name for name in NAMES} | VARIANTS | {f"xla:{name}": f for name, f in xla.FORMULATIONS.items() if name != "dense"}
+VARIANTS = {
+    f"cpu:{variant}": forced(variant) for variant in cpu.variants()[1:] if "cpu" in NAMES
+}  # "cpu" is the first
+IMPLEMENTATIONS = (
+    {name: name for name in NAMES}
+    | VARIANTS
+    | {f"xla:{name}": f for name, f in xla.FORMULATIONS.items() if name != "dense"}
+)
 SPARSE = [name for name in IMPLEMENTATIONS if name.startswith("xla:")]
 NATIVE = [name for name in IMPLEMENTATIONS if name.startswith("cpu")]
 every_implementation = pytest.mark.parametrize("name", IMPLEMENTATIONS)
 
-BASE = ConvSpec(cin=9, height=7, width=6, batch=3, kernel=(3, 3), cout=8, groups=2, kept=4, kept_taps=3, group_size=4)
+BASE = ConvSpec(
+    cin=9,
+    height=7,
+    width=6,
+    batch=3,
+    kernel=(3, 3),
+    cout=8,
+    groups=2,
+    kept=4,
+    kept_taps=3,
+    group_size=4,
+)
 CASES = {
     "same": dataclasses.replace(BASE, padding=((1, 1), (1, 1))),
     "stride": dataclasses.replace(BASE, strides=(2, 3), padding=((0, 1), (1, 0))),
-    "rectangular, dilated, wide padding": dataclasses.replace(BASE, kernel=(2, 4), dilation=(3, 1), padding=((4, 0), (0, 5))),
-    "1x1, stride, batch 1": dataclasses.replace(BASE, kernel=(1, 1), kept_taps=1, strides=(2, 3), padding=((2, 0), (0, 1)), batch=1),
-    "one group, all kept": dataclasses.replace(BASE, kernel=(2, 2), groups=1, kept=9, kept_taps=4, group_size=8),
+    "rectangular, dilated, wide padding": dataclasses.replace(
+        BASE, kernel=(2, 4), dilation=(3, 1), padding=((4, 0), (0, 5))
+    ),
+    "1x1, stride, batch 1": dataclasses.replace(
+        BASE, kernel=(1, 1), kept_taps=1, strides=(2, 3), padding=((2, 0), (0, 1)), batch=1
+    ),
+    "one group, all kept": dataclasses.replace(
+        BASE, kernel=(2, 2), groups=1, kept=9, kept_taps=4, group_size=8
+    ),
 }
 
 
@@ -64,11 +97,18 @@ def masked_dense(spec: ConvSpec, x, values, filters, channels, taps):
     """The definition: the packed values in a kernel of zeros, in XLA's convolution."""
     kernel = jnp.zeros((math.prod(spec.kernel), spec.cin, spec.cout), values.dtype)
     for g in range(spec.groups):
-        kernel = kernel.at[taps[g][None, :, None], channels[g][:, None, None], filters[g]].set(values[g])
+        kernel = kernel.at[taps[g][None, :, None], channels[g][:, None, None], filters[g]].set(
+            values[g]
+        )
     return lax.conv_general_dilated(
-        x, kernel.reshape(*spec.kernel, spec.cin, spec.cout), spec.strides, spec.padding, rhs_dilation=spec.dilation,
-        dimension_numbers=("CHWN", "HWIO", "CHWN"), precision="highest",
-    )  # fmt: skip
+        x,
+        kernel.reshape(*spec.kernel, spec.cin, spec.cout),
+        spec.strides,
+        spec.padding,
+        rhs_dilation=spec.dilation,
+        dimension_numbers=("CHWN", "HWIO", "CHWN"),
+        precision="highest",
+    )
 
 
 def results(f, x, values, dy):
@@ -95,7 +135,9 @@ def check(spec: ConvSpec, name: str, seed: int = 0, tolerance: float = 1e-5):
     ours = results(lambda x, v: conv(spec, name, x, v, *index), x, values, dy)
     assert [a.dtype for a in ours] == [x.dtype, x.dtype, values.dtype]
     x, dy, values = (a.astype(jnp.float32) for a in (x, dy, values))
-    assert_close(ours, results(lambda x, v: masked_dense(spec, x, v, *index), x, values, dy), tolerance)
+    assert_close(
+        ours, results(lambda x, v: masked_dense(spec, x, v, *index), x, values, dy), tolerance
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -118,12 +160,24 @@ def specs(draw):
         padding = lax.padtype_to_pads((height, width), [r + 1 for r in reach], strides, "SAME")
     else:
         padding = [(0, 0), (0, 0)] if kind == "VALID" else [pair(0, 4), pair(0, 4)]
-    height, width = (max(size, r + 1 - sum(p)) for size, r, p in zip((height, width), reach, padding))
+    height, width = (
+        max(size, r + 1 - sum(p)) for size, r, p in zip((height, width), reach, padding)
+    )
     return ConvSpec(
-        cin=cin, height=height, width=width, batch=draw(st.integers(1, 3)), kernel=kernel, cout=groups * group_size, groups=groups,
-        kept=draw(st.integers(1, cin)), kept_taps=draw(st.integers(1, math.prod(kernel))), group_size=group_size, strides=strides,
-        padding=tuple((int(a), int(b)) for a, b in padding), dilation=dilation,
-    )  # fmt: skip
+        cin=cin,
+        height=height,
+        width=width,
+        batch=draw(st.integers(1, 3)),
+        kernel=kernel,
+        cout=groups * group_size,
+        groups=groups,
+        kept=draw(st.integers(1, cin)),
+        kept_taps=draw(st.integers(1, math.prod(kernel))),
+        group_size=group_size,
+        strides=strides,
+        padding=tuple((int(a), int(b)) for a, b in padding),
+        dilation=dilation,
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -140,7 +194,9 @@ def test_half_precision_accumulates_in_single(name, dtype):
     check(dataclasses.replace(CASES["same"], dtype=dtype), name, tolerance=2e-2)
     spec = dataclasses.replace(BASE, cin=300, kept=290, kept_taps=9, dtype=dtype)
     x, _, values, *index = shapes.random_operands(spec)
-    y = jax.jit(lambda x, v: conv(spec, name, x, v, *index))(jnp.ones_like(x), jnp.ones_like(values))
+    y = jax.jit(lambda x, v: conv(spec, name, x, v, *index))(
+        jnp.ones_like(x), jnp.ones_like(values)
+    )
     assert (y == jnp.asarray(290 * 9, dtype)).all(), "a sum of 2610 ones stalls in half precision"
 
 
@@ -148,7 +204,9 @@ def test_half_precision_accumulates_in_single(name, dtype):
 def test_parameters_may_stay_in_single_precision(name):
     spec = dataclasses.replace(CASES["same"], dtype="bfloat16")
     x, dy, values, *index = shapes.random_operands(spec)
-    y, dx, dvalues = results(lambda x, v: conv(spec, name, x, v, *index), x, values.astype(jnp.float32), dy)
+    y, dx, dvalues = results(
+        lambda x, v: conv(spec, name, x, v, *index), x, values.astype(jnp.float32), dy
+    )
     assert (y.dtype, dx.dtype, dvalues.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
 
 
@@ -175,13 +233,21 @@ def test_vmap_over_images_weights_and_layouts(name):
         return y, *pullback(dy)
 
     everything = jax.jit(jax.vmap(run))(x, values, dy, *index)
-    only_x = jax.jit(jax.vmap(run, in_axes=(0, None, 0, None, None, None)))(x, values[0], dy, *many[0][3:])
-    only_layouts = jax.jit(jax.vmap(run, in_axes=(None, None, None, 0, 0, 0)))(x[0], values[0], dy[0], *index)
+    only_x = jax.jit(jax.vmap(run, in_axes=(0, None, 0, None, None, None)))(
+        x, values[0], dy, *many[0][3:]
+    )
+    only_layouts = jax.jit(jax.vmap(run, in_axes=(None, None, None, 0, 0, 0)))(
+        x[0], values[0], dy[0], *index
+    )
     one = jax.jit(run)
     for i in range(3):
-        assert_close([a[i] for a in everything], one(x[i], values[i], dy[i], *(a[i] for a in index)), 1e-5)
+        assert_close(
+            [a[i] for a in everything], one(x[i], values[i], dy[i], *(a[i] for a in index)), 1e-5
+        )
         assert_close([a[i] for a in only_x], one(x[i], values[0], dy[i], *many[0][3:]), 1e-5)
-        assert_close([a[i] for a in only_layouts], one(x[0], values[0], dy[0], *(a[i] for a in index)), 1e-5)
+        assert_close(
+            [a[i] for a in only_layouts], one(x[0], values[0], dy[0], *(a[i] for a in index)), 1e-5
+        )
 
 
 SHARDED = """
@@ -210,7 +276,11 @@ for name in IMPLEMENTATIONS:
 def test_shard_map_over_the_batch():
     root = Path(__file__).parents[2]
     paths = os.pathsep.join([str(root), str(root / "tests" / "kernels")])
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": paths,
+    }
     done = subprocess.run([sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("agrees") == len(IMPLEMENTATIONS)
@@ -222,11 +292,21 @@ def test_values_that_are_not_finite_reach_exactly_what_they_touch(name):
     x, dy, values, *index = shapes.random_operands(spec)
     run = functools.partial(results, lambda x, v: conv(spec, name, x, v, *index))
     channel = int(index[1][0, 0])
-    clean = results(lambda x, v: masked_dense(spec, x, v, *index), jnp.zeros_like(x).at[channel, 3, 2, 1].set(1), abs(values), dy)[0]
+    clean = results(
+        lambda x, v: masked_dense(spec, x, v, *index),
+        jnp.zeros_like(x).at[channel, 3, 2, 1].set(1),
+        abs(values),
+        dy,
+    )[0]
     assert np.asarray(clean).any()
     y, _, _ = run(x.at[channel, 3, 2, 1].set(bad), values, dy)
     np.testing.assert_array_equal(~np.isfinite(y), np.asarray(clean) != 0)
-    reached = results(lambda x, v: masked_dense(spec, x, v, *index), x, abs(values), jnp.zeros_like(dy).at[5, 3, 2, 1].set(1))[1]
+    reached = results(
+        lambda x, v: masked_dense(spec, x, v, *index),
+        x,
+        abs(values),
+        jnp.zeros_like(dy).at[5, 3, 2, 1].set(1),
+    )[1]
     assert np.asarray(reached).any()
     _, dx, dvalues = run(x, values, dy.at[5, 3, 2, 1].set(bad))
     np.testing.assert_array_equal(~np.isfinite(dx), np.asarray(reached) != 0)
@@ -266,14 +346,23 @@ def compiled(spec: ConvSpec, name: str):
 def test_no_activation_is_transposed(name):
     spec = shapes.layer_spec(shapes.RESNET32[2], sparsity=0.8, batch=8)
     text = compiled(spec, name).as_text()
-    for dims, order, op in re.findall(r"= \w+\[([\d,]+)\]\{([\d,]+)[^}]*\} (transpose|copy)\(", text):
-        if math.prod(map(int, dims.split(","))) >= spec.kept * spec.height * spec.width * spec.batch:
-            ordered = sorted(map(int, order.split(",")), reverse=True) == list(map(int, order.split(",")))
+    for dims, order, op in re.findall(
+        r"= \w+\[([\d,]+)\]\{([\d,]+)[^}]*\} (transpose|copy)\(", text
+    ):
+        if (
+            math.prod(map(int, dims.split(",")))
+            >= spec.kept * spec.height * spec.width * spec.batch
+        ):
+            ordered = sorted(map(int, order.split(",")), reverse=True) == list(
+                map(int, order.split(","))
+            )
             assert op == "copy", f"transposes [{dims}]"
             assert ordered, f"copies [{dims}] into the order {order}"
     assert "gather" in text
     dense = compiled(spec, "dense").as_text()
-    assert re.search(r" (transpose|copy)\(", dense), "the dense convolution transposes: the pattern must find it"
+    assert re.search(r" (transpose|copy)\(", dense), (
+        "the dense convolution transposes: the pattern must find it"
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in SPARSE if not name.endswith("_loop")])
@@ -282,7 +371,9 @@ def test_each_pass_does_only_the_kept_work(name):
     kept = 3 * 2 * math.prod(spec.packed_shape) * spec.out_height * spec.out_width * spec.batch
     flops = {n: compiled(spec, n).cost_analysis()["flops"] for n in (name, "dense")}
     assert kept <= flops[name] < 1.5 * kept
-    assert flops["dense"] > 3 * flops[name], "XLA's dense convolution skips the padding, but not the zeros"
+    assert flops["dense"] > 3 * flops[name], (
+        "XLA's dense convolution skips the padding, but not the zeros"
+    )
 
 
 @pytest.mark.parametrize(
@@ -310,7 +401,9 @@ def test_each_pass_does_only_the_kept_work(name):
 )
 def test_bad_arguments_are_named(change, message):
     x, _, values, *index = shapes.random_operands(BASE)
-    good = dict(zip(("x", "values", "filters", "channels", "taps"), (x, values, *index))) | {"kernel_shape": (3, 3, 9, 8)}
+    good = dict(zip(("x", "values", "filters", "channels", "taps"), (x, values, *index))) | {
+        "kernel_shape": (3, 3, 9, 8)
+    }
     block_sparse_conv(**good)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda: block_sparse_conv(**(good | change)))
@@ -333,7 +426,9 @@ def test_the_seam_takes_any_implementation():
 
         return run
 
-    mine = Implementation("mine", lambda spec: "no batches of 3" if spec.batch == 3 else None, *map(spy, xla.PASSES))
+    mine = Implementation(
+        "mine", lambda spec: "no batches of 3" if spec.batch == 3 else None, *map(spy, xla.PASSES)
+    )
     x, dy, values, *index = shapes.random_operands(dataclasses.replace(BASE, batch=2))
     run = functools.partial(block_sparse_conv, kernel_shape=(3, 3, 9, 8), implementation=mine)
     jax.jit(lambda x, v, dy: jax.vjp(lambda x, v: run(x, v, *index), x, v)[1](dy))(x, values, dy)

@@ -1,4 +1,6 @@
-"""The native CPU kernels, beyond the suite of all implementations: variants, threads, malformed buffers, sanitizers."""
+"""The native CPU kernels, beyond the suite of all implementations: variants, threads, malformed
+buffers, sanitizers.
+"""
 
 import dataclasses
 import hashlib
@@ -22,7 +24,17 @@ from pallas_kernels.block_sparse_conv.cpu import launch as cpu
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 SPEC = ConvSpec(
-    cin=40, height=9, width=7, batch=5, kernel=(3, 3), cout=48, groups=3, kept=13, kept_taps=4, group_size=16, padding=((1, 1), (1, 1))
+    cin=40,
+    height=9,
+    width=7,
+    batch=5,
+    kernel=(3, 3),
+    cout=48,
+    groups=3,
+    kept=13,
+    kept_taps=4,
+    group_size=16,
+    padding=((1, 1), (1, 1)),
 )
 NUMBERS = {"kernel": (3, 3), "strides": (1, 1), "padding": (1, 1, 1, 1), "dilation": (1, 1)}
 GEOMETRY = {name: np.array(value, np.int64) for name, value in NUMBERS.items()}
@@ -32,7 +44,9 @@ def environment(**more):
     return (
         os.environ
         | {
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *(str(ROOT / "tests" / part) for part in ("kernels", "support"))]),
+            "PYTHONPATH": os.pathsep.join(
+                [str(ROOT), *(str(ROOT / "tests" / part) for part in ("kernels", "support"))]
+            ),
             "JAX_PLATFORMS": "cpu",
         }
         | more
@@ -53,7 +67,16 @@ def test_many_random_convolutions_agree_with_numpy():
 @pytest.mark.parametrize("group_size", [1, 7, 64])
 @pytest.mark.parametrize(("kept", "cin"), [(1, 1), (1, 9), (100, 120)])
 def test_odd_groups_in_every_variant(variant, dtype, group_size, kept, cin):
-    spec = dataclasses.replace(SPEC, cin=cin, kept=kept, cout=2 * group_size, groups=2, group_size=group_size, batch=3, dtype=dtype)
+    spec = dataclasses.replace(
+        SPEC,
+        cin=cin,
+        kept=kept,
+        cout=2 * group_size,
+        groups=2,
+        group_size=group_size,
+        batch=3,
+        dtype=dtype,
+    )
     error, where = fuzz_native.disagreement(spec, np.random.default_rng(0), 0, variant)
     os.environ.pop(cpu.VARIABLE)
     assert error <= fuzz_native.TOLERANCE[dtype], where
@@ -63,12 +86,29 @@ def test_odd_groups_in_every_variant(variant, dtype, group_size, kept, cin):
 @pytest.mark.parametrize("variant", cpu.variants())
 @pytest.mark.parametrize(
     ("batch", "kernel", "strides", "padding"),
-    [(1, (1, 1), (2, 2), 0), (3, (3, 3), (2, 2), 1), (1, (3, 2), (3, 1), 2), (8, (4, 4), (2, 3), 0), (16, (3, 3), (2, 2), 1)],
+    [
+        (1, (1, 1), (2, 2), 0),
+        (3, (3, 3), (2, 2), 1),
+        (1, (3, 2), (3, 1), 2),
+        (8, (4, 4), (2, 3), 0),
+        (16, (3, 3), (2, 2), 1),
+    ],
 )
 def test_strided_sources_that_many_groups_share(variant, dtype, batch, kernel, strides, padding):
-    sizes = {"cin": 9, "kept": 5, "groups": 12, "group_size": 4, "cout": 48, "kept_taps": kernel[0] * kernel[1], "height": 9, "width": 8}
+    sizes = {
+        "cin": 9,
+        "kept": 5,
+        "groups": 12,
+        "group_size": 4,
+        "cout": 48,
+        "kept_taps": kernel[0] * kernel[1],
+        "height": 9,
+        "width": 8,
+    }
     around = ((padding, padding), (padding, padding))
-    spec = dataclasses.replace(SPEC, batch=batch, kernel=kernel, strides=strides, padding=around, dtype=dtype, **sizes)
+    spec = dataclasses.replace(
+        SPEC, batch=batch, kernel=kernel, strides=strides, padding=around, dtype=dtype, **sizes
+    )
     error, where = fuzz_native.disagreement(spec, np.random.default_rng(0), 0, variant)
     os.environ.pop(cpu.VARIABLE)
     assert error <= fuzz_native.TOLERANCE[dtype], where
@@ -77,57 +117,141 @@ def test_strided_sources_that_many_groups_share(variant, dtype, batch, kernel, s
 def test_an_unknown_variant_is_refused(monkeypatch):
     monkeypatch.setenv(cpu.VARIABLE, "avx1024")
     x, _, values, *index = shapes.random_operands(SPEC)
-    with pytest.raises(ValueError, match=r"BLOCKSPARSE_JAX_CPU_VARIANT: expected one of .*portable.*'avx1024'"):
+    with pytest.raises(
+        ValueError, match=r"BLOCKSPARSE_JAX_CPU_VARIANT: expected one of .*portable.*'avx1024'"
+    ):
         shapes.convolve(SPEC, "cpu", x, values, *index)
 
 
 def test_half_precision_of_the_other_kind_is_refused():
     x, _, values, *index = shapes.random_operands(dataclasses.replace(SPEC, dtype="float16"))
-    with pytest.raises(NotImplementedError, match=r"'cpu': computes in float32 and bfloat16, not in float16"):
+    with pytest.raises(
+        NotImplementedError, match=r"'cpu': computes in float32 and bfloat16, not in float16"
+    ):
         shapes.convolve(SPEC, "cpu", x, values, *index)
 
 
 def test_the_choice_names_the_variant():
     spec = shapes.layer_spec(shapes.VGG19[4], sparsity=0.9, batch=128)
-    for dtype, variant in (("float32", cpu.variants()[0].removesuffix("_bf16")), ("bfloat16", cpu.variants()[0])):
+    for dtype, variant in (
+        ("float32", cpu.variants()[0].removesuffix("_bf16")),
+        ("bfloat16", cpu.variants()[0]),
+    ):
         choice = choose_implementation(dataclasses.replace(spec, dtype=dtype))
         assert choice.implementation == "cpu"
         assert set(choice.details.values()) == {variant}
 
 
-def call(x, values, filters, channels, taps, *, out=None, name="BlockSparseConvForward", **geometry):
+def call(
+    x, values, filters, channels, taps, *, out=None, name="BlockSparseConvForward", **geometry
+):
     shape = jax.ShapeDtypeStruct(out or (48, *x.shape[1:]), x.dtype)
-    none = {"scale": jnp.zeros(0), "bias": jnp.zeros(0), "residual": jnp.zeros((0, 0, 0, 0), x.dtype)}
+    none = {
+        "scale": jnp.zeros(0),
+        "bias": jnp.zeros(0),
+        "residual": jnp.zeros((0, 0, 0, 0), x.dtype),
+    }
     epilogue = [geometry.pop(part, absent) for part, absent in none.items()]
     attributes = {"variant": "", "relu": False} | GEOMETRY | geometry
-    return jax.ffi.ffi_call(name, shape)(x, values, filters, channels, taps, *epilogue, **attributes)
+    return jax.ffi.ffi_call(name, shape)(
+        x, values, filters, channels, taps, *epilogue, **attributes
+    )
 
 
 BAD = {
-    "a filter out of range": (lambda x, v, f, c, t: call(x, v, f.at[1, 2].set(48), c, t), r"filters: 48 is outside of \[0, 48\)"),
-    "a filter twice": (lambda x, v, f, c, t: call(x, v, f.at[0, 0].set(f[0, 1]), c, t), "filters: .* stands in two places"),
-    "a negative channel": (lambda x, v, f, c, t: call(x, v, f, c.at[0, 0].set(-1), t), "channels: -1 is outside of"),
-    "a channel out of range": (lambda x, v, f, c, t: call(x, v, f, c.at[2, 12].set(40), t), r"channels: 40 is outside of \[0, 40\)"),
-    "a tap out of range": (lambda x, v, f, c, t: call(x, v, f, c, t.at[2, 3].set(9)), r"taps: 9 is outside of \[0, 9\)"),
-    "a channel twice": (lambda x, v, f, c, t: call(x, v, f, c.at[1, 2].set(c[1, 0]), t), "channels: .* stands in two places"),
-    "a tap twice": (lambda x, v, f, c, t: call(x, v, f, c, t.at[2, 1].set(t[2, 0])), "taps: .* stands in two places"),
-    "too many rows": (lambda x, v, f, c, t: call(x, v, f, c, t, out=(48, 20, 7, 5)), r"y \[48, 20, 7, 5\] is not what kernel, strides"),
-    "too few columns": (lambda x, v, f, c, t: call(x, v, f, c, t, out=(48, 9, 6, 5)), r"y \[48, 9, 6, 5\] is not what kernel, strides"),
-    "padding that makes more": (lambda x, v, f, c, t: call(x, v, f, c, t, padding=np.array([1, 1, 2, 1])), "is not what kernel, strides"),
-    "a kernel larger than x": (lambda x, v, f, c, t: call(x, v, f, c, t, kernel=np.array([12, 3])), "is not what kernel, strides"),
-    "half the padding": (lambda x, v, f, c, t: call(x, v, f, c, t, padding=np.array([1, 1])), "padding four"),
-    "nothing kept": (lambda x, v, f, c, t: call(x, v[:, :0], f, c[:, :0], t), r"an axis is empty: .3, 0, 4, 16."),
-    "a huge stride": (lambda x, v, f, c, t: call(x, v, f, c, t, strides=np.array([1, 2**40])), "none above"),
+    "a filter out of range": (
+        lambda x, v, f, c, t: call(x, v, f.at[1, 2].set(48), c, t),
+        r"filters: 48 is outside of \[0, 48\)",
+    ),
+    "a filter twice": (
+        lambda x, v, f, c, t: call(x, v, f.at[0, 0].set(f[0, 1]), c, t),
+        "filters: .* stands in two places",
+    ),
+    "a negative channel": (
+        lambda x, v, f, c, t: call(x, v, f, c.at[0, 0].set(-1), t),
+        "channels: -1 is outside of",
+    ),
+    "a channel out of range": (
+        lambda x, v, f, c, t: call(x, v, f, c.at[2, 12].set(40), t),
+        r"channels: 40 is outside of \[0, 40\)",
+    ),
+    "a tap out of range": (
+        lambda x, v, f, c, t: call(x, v, f, c, t.at[2, 3].set(9)),
+        r"taps: 9 is outside of \[0, 9\)",
+    ),
+    "a channel twice": (
+        lambda x, v, f, c, t: call(x, v, f, c.at[1, 2].set(c[1, 0]), t),
+        "channels: .* stands in two places",
+    ),
+    "a tap twice": (
+        lambda x, v, f, c, t: call(x, v, f, c, t.at[2, 1].set(t[2, 0])),
+        "taps: .* stands in two places",
+    ),
+    "too many rows": (
+        lambda x, v, f, c, t: call(x, v, f, c, t, out=(48, 20, 7, 5)),
+        r"y \[48, 20, 7, 5\] is not what kernel, strides",
+    ),
+    "too few columns": (
+        lambda x, v, f, c, t: call(x, v, f, c, t, out=(48, 9, 6, 5)),
+        r"y \[48, 9, 6, 5\] is not what kernel, strides",
+    ),
+    "padding that makes more": (
+        lambda x, v, f, c, t: call(x, v, f, c, t, padding=np.array([1, 1, 2, 1])),
+        "is not what kernel, strides",
+    ),
+    "a kernel larger than x": (
+        lambda x, v, f, c, t: call(x, v, f, c, t, kernel=np.array([12, 3])),
+        "is not what kernel, strides",
+    ),
+    "half the padding": (
+        lambda x, v, f, c, t: call(x, v, f, c, t, padding=np.array([1, 1])),
+        "padding four",
+    ),
+    "nothing kept": (
+        lambda x, v, f, c, t: call(x, v[:, :0], f, c[:, :0], t),
+        r"an axis is empty: .3, 0, 4, 16.",
+    ),
+    "a huge stride": (
+        lambda x, v, f, c, t: call(x, v, f, c, t, strides=np.array([1, 2**40])),
+        "none above",
+    ),
     "a rank": (lambda x, v, f, c, t: call(x[0], v, f, c, t), "expected x .cin, h, w, n."),
-    "too few channels": (lambda x, v, f, c, t: call(x, v, f, c[:, 1:], t), r"channels \[3, 12\] do not fit"),
-    "other images": (lambda x, v, f, c, t: call(x, v, f, c, t, out=(48, 9, 7, 4)), "different numbers of images"),
-    "filters that do not make cout": (lambda x, v, f, c, t: call(x, v, f, c, t, out=(47, 9, 7, 5)), "groups . group_size is not cout"),
-    "two dtypes": (lambda x, v, f, c, t: call(x, v.astype(jnp.bfloat16), f, c, t), "all float32 or all bfloat16"),
-    "a stride of 0": (lambda x, v, f, c, t: call(x, v, f, c, t, strides=np.array([0, 1])), "strides and dilation must be at least 1"),
-    "one stride": (lambda x, v, f, c, t: call(x, v, f, c, t, strides=np.array([1])), "two numbers each"),
-    "a short scale": (lambda x, v, f, c, t: call(x, v, f, c, t, scale=jnp.ones(47)), "one number for each channel of y"),
-    "a square bias": (lambda x, v, f, c, t: call(x, v, f, c, t, bias=jnp.ones((48, 1))), "one number for each channel of y"),
-    "a small residual": (lambda x, v, f, c, t: call(x, v, f, c, t, residual=x[:3]), r"residual \[3, 9, 7, 5\] must be as y"),
+    "too few channels": (
+        lambda x, v, f, c, t: call(x, v, f, c[:, 1:], t),
+        r"channels \[3, 12\] do not fit",
+    ),
+    "other images": (
+        lambda x, v, f, c, t: call(x, v, f, c, t, out=(48, 9, 7, 4)),
+        "different numbers of images",
+    ),
+    "filters that do not make cout": (
+        lambda x, v, f, c, t: call(x, v, f, c, t, out=(47, 9, 7, 5)),
+        "groups . group_size is not cout",
+    ),
+    "two dtypes": (
+        lambda x, v, f, c, t: call(x, v.astype(jnp.bfloat16), f, c, t),
+        "all float32 or all bfloat16",
+    ),
+    "a stride of 0": (
+        lambda x, v, f, c, t: call(x, v, f, c, t, strides=np.array([0, 1])),
+        "strides and dilation must be at least 1",
+    ),
+    "one stride": (
+        lambda x, v, f, c, t: call(x, v, f, c, t, strides=np.array([1])),
+        "two numbers each",
+    ),
+    "a short scale": (
+        lambda x, v, f, c, t: call(x, v, f, c, t, scale=jnp.ones(47)),
+        "one number for each channel of y",
+    ),
+    "a square bias": (
+        lambda x, v, f, c, t: call(x, v, f, c, t, bias=jnp.ones((48, 1))),
+        "one number for each channel of y",
+    ),
+    "a small residual": (
+        lambda x, v, f, c, t: call(x, v, f, c, t, residual=x[:3]),
+        r"residual \[3, 9, 7, 5\] must be as y",
+    ),
     "a variant": (lambda x, v, f, c, t: call(x, v, f, c, t, variant="vax"), "no variant 'vax'"),
 }
 
@@ -143,9 +267,12 @@ def test_malformed_buffers_are_refused_by_the_handlers(what):
 @pytest.mark.parametrize("variant", cpu.variants())
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize(
-    ("strides", "groups", "group_size"), [((1, 1), 2, 16), ((1, 1), 2, 36), ((2, 2), 2, 36), ((2, 2), 12, 4), ((2, 2), 12, 36)]
+    ("strides", "groups", "group_size"),
+    [((1, 1), 2, 16), ((1, 1), 2, 36), ((2, 2), 2, 36), ((2, 2), 12, 4), ((2, 2), 12, 36)],
 )
-def test_a_weight_that_is_not_finite_meets_the_zeros_around_the_image_as_in_dense(monkeypatch, variant, bad, strides, groups, group_size):
+def test_a_weight_that_is_not_finite_meets_the_zeros_around_the_image_as_in_dense(
+    monkeypatch, variant, bad, strides, groups, group_size
+):
     monkeypatch.setenv(cpu.VARIABLE, variant)
     sizes = {"groups": groups, "group_size": group_size, "cout": groups * group_size}
     spec = dataclasses.replace(SPEC, **sizes, kernel=(3, 3), strides=strides)
@@ -197,36 +324,71 @@ def digest() -> str:
     strided = dataclasses.replace(SPEC, strides=(1, 2), height=17, width=18)
     plain = dataclasses.replace(SPEC, batch=16, height=12, width=35)
     specs = [dataclasses.replace(strided, batch=n, groups=g) for n, g in ((1, 1), (5, 3), (64, 3))]
-    specs += [dataclasses.replace(plain, group_size=f, padding=((p, p), (p, p))) for f in (8, 16, 24) for p in (0, 1)]
+    specs += [
+        dataclasses.replace(plain, group_size=f, padding=((p, p), (p, p)))
+        for f in (8, 16, 24)
+        for p in (0, 1)
+    ]
     for spec in specs:
         spec = dataclasses.replace(spec, cout=spec.groups * spec.group_size)
         x, dy, values, *index = shapes.random_operands(spec)
-        y, pullback = jax.vjp(lambda x, v, spec=spec, index=index: shapes.convolve(spec, "cpu", x, v, *index), x, values)
+        y, pullback = jax.vjp(
+            lambda x, v, spec=spec, index=index: shapes.convolve(spec, "cpu", x, v, *index),
+            x,
+            values,
+        )
         for a in (y, *pullback(dy)):
             bits.update(np.asarray(a).tobytes())
     return bits.hexdigest()
 
 
-@pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: ())(0)) < 2, reason="needs two cores")
+@pytest.mark.skipif(
+    len(getattr(os, "sched_getaffinity", lambda _: ())(0)) < 2, reason="needs two cores"
+)
 def test_bits_do_not_depend_on_the_number_of_threads():
     script = "import os, sys; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1]); import test_native; print(test_native.digest())"
-    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split()[-1] == digest()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("cmake") or not shutil.which("g++"), reason="builds the library: needs cmake and g++")
+@pytest.mark.skipif(
+    not shutil.which("cmake") or not shutil.which("g++"),
+    reason="builds the library: needs cmake and g++",
+)
 def test_the_sanitizers_find_nothing(tmp_path):
-    configure = ["cmake", "-S", str(ROOT / "cpu_kernels"), "-B", str(tmp_path), "-DSANITIZE=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    configure = [
+        "cmake",
+        "-S",
+        str(ROOT / "cpu_kernels"),
+        "-B",
+        str(tmp_path),
+        "-DSANITIZE=ON",
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
     subprocess.run(configure, check=True, capture_output=True)
     subprocess.run(["cmake", "--build", str(tmp_path), "-j2"], check=True, capture_output=True)
     libraries = [
-        subprocess.run(["g++", f"-print-file-name={name}.so"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            ["g++", f"-print-file-name={name}.so"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for name in ("libasan", "libubsan")
     ]
     env = environment(LD_PRELOAD=" ".join(libraries), ASAN_OPTIONS="detect_leaks=0")
-    fuzz = [sys.executable, str(ROOT / "tests" / "support" / "fuzz_native.py"), "400", "--library", str(tmp_path)]
+    fuzz = [
+        sys.executable,
+        str(ROOT / "tests" / "support" / "fuzz_native.py"),
+        "400",
+        "--library",
+        str(tmp_path),
+    ]
     done = subprocess.run(fuzz, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "400 cases agree" in done.stdout
@@ -234,18 +396,27 @@ def test_the_sanitizers_find_nothing(tmp_path):
 
 def test_without_the_library_the_reason_is_told():
     script = (
-        "import pallas_kernels; pallas_kernels.__path__[:] = [p for p in pallas_kernels.__path__ if 'site-packages' not in p]\n"
-        "from pallas_kernels.block_sparse_conv.cpu import launch as cpu; cpu.LIBRARY = 'absent.so'\n"
+        "import pallas_kernels; pallas_kernels.__path__[:] = [p for p in pallas_kernels.__path__ "
+        "if 'site-packages' not in p]\n"
+        "from pallas_kernels.block_sparse_conv.cpu import launch as cpu; cpu.LIBRARY = "
+        "'absent.so'\n"
         "import blocksparse_jax as bsj, jax.numpy as jnp\n"
         "print(bsj.available_implementations()['cpu'])\n"
-        "from experiments.bench import shapes; from pallas_kernels.block_sparse_conv import choose_implementation\n"
+        "from experiments.bench import shapes; from pallas_kernels.block_sparse_conv import "
+        "choose_implementation\n"
         "spec = shapes.layer_spec(shapes.OTHERS[0], sparsity=0.9, batch=2)\n"
         "print(choose_implementation(spec).implementation)\n"
         "x, _, v, *i = shapes.random_operands(spec)\n"
         "try: shapes.convolve(spec, 'cpu', x, v, *i)\n"
         "except NotImplementedError as error: print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     reason, chosen, error = done.stdout.splitlines()
     assert "C++17 compiler" in reason
     assert chosen == "xla"

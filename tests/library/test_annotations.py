@@ -1,4 +1,6 @@
-"""Signatures tell the truth: jaxtyping and beartype check each argument and result while the examples of all docstrings run."""
+"""Signatures tell the truth: jaxtyping and beartype check each argument and result while the
+examples of all docstrings run.
+"""
 
 import doctest
 import importlib
@@ -14,19 +16,28 @@ import pytest
 from beartype import BeartypeConf, beartype
 
 PACKAGE = "blocksparse_jax"
-_checks = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int serves where a float is asked for
+_checks = beartype(
+    conf=BeartypeConf(is_pep484_tower=True)
+)  # an int serves where a float is asked for
 
 
 def checked(function):
-    """The import hook's type checker. Fields of pytree dataclasses stay unchecked: JAX rebuilds them with placeholders."""
+    """The import hook's type checker. Fields of pytree dataclasses stay unchecked: JAX rebuilds
+    them with placeholders.
+    """
     return function if function.__name__ == "__init__" else _checks(function)
 
 
 @pytest.mark.slow
 def test_the_examples_run_with_checked_signatures():
     """In a process of its own: the hook must be there before the library is imported."""
-    cached = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=os.environ | cached)
+    cached = {
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    done = subprocess.run(
+        [sys.executable, __file__], capture_output=True, text=True, env=os.environ | cached
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     examples = int(done.stdout.split()[-1])
     assert examples > 100, "most examples were not found"
@@ -39,12 +50,19 @@ def run_examples():
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(verbose=False)
     for info in pkgutil.walk_packages(bsj.__path__, f"{PACKAGE}."):
         module = importlib.import_module(info.name)
-        for name, value in sorted(vars(module).items()):  # the hook's wrappers hide their module from `doctest.testmod`
+        for name, value in sorted(
+            vars(module).items()
+        ):  # the hook's wrappers hide their module from `doctest.testmod`
             if callable(value) and getattr(value, "__module__", None) == info.name:
-                for test in finder.find(value, f"{info.name}.{name}", module=False, globs=dict(vars(module))):
+                for test in finder.find(
+                    value, f"{info.name}.{name}", module=False, globs=dict(vars(module))
+                ):
                     runner.run(test)
     try:
-        bsj.pack(jnp.ones((3, 3)), bsj.random_groups(jax.random.key(0), (3, 3, 4, 4), group_size=4, kept=2, kept_taps=3))
+        bsj.pack(
+            jnp.ones((3, 3)),
+            bsj.random_groups(jax.random.key(0), (3, 3, 4, 4), group_size=4, kept=2, kept_taps=3),
+        )
     except jaxtyping.TypeCheckError:
         return runner.summarize(verbose=False)
     raise AssertionError("a kernel of rank 2 passed: nothing was checked")

@@ -12,7 +12,17 @@ from blocksparse_jax import budgets
 
 VGG = {
     f"conv{i}": (3, 3, cin, cout)
-    for i, (cin, cout) in enumerate([(64, 64), (64, 128), (128, 128), (128, 256), *[(256, 256)] * 3, (256, 512), *[(512, 512)] * 7])
+    for i, (cin, cout) in enumerate(
+        [
+            (64, 64),
+            (64, 128),
+            (128, 128),
+            (128, 256),
+            *[(256, 256)] * 3,
+            (256, 512),
+            *[(512, 512)] * 7,
+        ]
+    )
 }
 RESNET = {
     **{f"a{i}": (3, 3, 32, 32) for i in range(10)},
@@ -27,7 +37,9 @@ def _density(counts, shapes):
     return kept / sum(math.prod(shape) for shape in shapes.values())
 
 
-@pytest.mark.parametrize("shapes", [VGG, RESNET, {"one": (3, 3, 64, 48)}], ids=["vgg", "resnet", "one"])
+@pytest.mark.parametrize(
+    "shapes", [VGG, RESNET, {"one": (3, 3, 64, 48)}], ids=["vgg", "resnet", "one"]
+)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.8, 0.9, 0.95])
 @pytest.mark.parametrize("block_density", [1 / 9, 1 / 3, 0.5, 1.0])
 @pytest.mark.parametrize("budget", ["uniform", "erk"])
@@ -35,10 +47,16 @@ def test_the_total_density_is_within_half_a_point(shapes, sparsity, block_densit
     densities = budgets.layer_densities(budget, shapes, sparsity)
 
     def count():
-        return budgets.block_counts(shapes, densities, block_density=block_density, channel_blocks=dict.fromkeys(shapes, 1))
+        return budgets.block_counts(
+            shapes, densities, block_density=block_density, channel_blocks=dict.fromkeys(shapes, 1)
+        )
 
     if 1 - sparsity > math.ceil(block_density * 9 - 1e-9) / 9 + 0.01:
-        with pytest.raises(ValueError, match=r"block_density: .* keeps at most .* of the weights, but the sparsity asks for density"):
+        with pytest.raises(
+            ValueError,
+            match=r"block_density: .* keeps at most .* of the weights, but the sparsity asks for "
+            r"density",
+        ):
             count()
         return
     with warnings.catch_warnings(record=True) as warned:
@@ -53,20 +71,30 @@ def test_the_total_density_is_within_half_a_point(shapes, sparsity, block_densit
 
 
 def test_a_narrow_layer_moves_its_taps_to_reach_the_target():
-    """16 channels x 3 of 9 taps come in steps of 2.1 points: 14.6% or 16.7%; 11 channels x 2 taps are 15.3%."""
-    counts = budgets.block_counts({"one": (3, 3, 16, 16)}, {"one": 0.155}, block_density=1 / 3, channel_blocks={"one": 1})
+    """16 channels x 3 of 9 taps come in steps of 2.1 points: 14.6% or 16.7%; 11 channels x 2 taps
+    are 15.3%.
+    """
+    counts = budgets.block_counts(
+        {"one": (3, 3, 16, 16)}, {"one": 0.155}, block_density=1 / 3, channel_blocks={"one": 1}
+    )
     assert counts == {"one": (11, 2)}
 
 
 def test_runs_of_channels_stay_whole():
-    counts = budgets.block_counts(VGG, dict.fromkeys(VGG, 0.1), block_density=1 / 3, channel_blocks=dict.fromkeys(VGG, 8))
+    counts = budgets.block_counts(
+        VGG, dict.fromkeys(VGG, 0.1), block_density=1 / 3, channel_blocks=dict.fromkeys(VGG, 8)
+    )
     assert all(kept % 8 == 0 for kept, _ in counts.values())
     assert abs(_density(counts, VGG) - 0.1) <= 0.005
 
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.lists(st.tuples(st.sampled_from([1, 3, 5]), st.integers(1, 64), st.integers(1, 64)), min_size=1, max_size=6),
+    st.lists(
+        st.tuples(st.sampled_from([1, 3, 5]), st.integers(1, 64), st.integers(1, 64)),
+        min_size=1,
+        max_size=6,
+    ),
     st.floats(0, 0.98),
     st.sampled_from(["erk", "er", "uniform"]),
 )
@@ -74,7 +102,9 @@ def test_budgets_add_up(sizes, sparsity, budget):
     shapes = {str(i): (k, k, cin, cout) for i, (k, cin, cout) in enumerate(sizes)}
     densities = budgets.layer_densities(budget, shapes, sparsity)
     total = sum(densities[name] * math.prod(shape) for name, shape in shapes.items())
-    assert total == pytest.approx((1 - sparsity) * sum(math.prod(s) for s in shapes.values()), rel=1e-6)
+    assert total == pytest.approx(
+        (1 - sparsity) * sum(math.prod(s) for s in shapes.values()), rel=1e-6
+    )
     assert all(0 < d <= 1 + 1e-9 for d in densities.values())
 
 
@@ -91,4 +121,7 @@ def test_a_map_names_layers_and_the_rest_take_the_sparsity():
 
 
 def test_counts_are_rounded_and_never_zero():
-    assert budgets.weight_counts({"a": 0.1, "b": 1e-9}, {"a": (3, 3, 4, 4), "b": (5,)}) == {"a": 14, "b": 1}
+    assert budgets.weight_counts({"a": 0.1, "b": 1e-9}, {"a": (3, 3, 4, 4), "b": (5,)}) == {
+        "a": 14,
+        "b": 1,
+    }

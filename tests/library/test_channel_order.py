@@ -1,4 +1,6 @@
-"""Channel orders: laws of the search, kept score against all orders by brute force, and networks that stay the same function."""
+"""Channel orders: laws of the search, kept score against all orders by brute force, and networks
+that stay the same function.
+"""
 
 import itertools
 import json
@@ -16,7 +18,12 @@ import blocksparse_jax as bsj
 from blocksparse_jax import tree
 from blocksparse_jax.grouping import channel_order as module
 from blocksparse_jax.grouping.channel_order import Consumer, channel_order, run_ratio
-from blocksparse_jax.grouping.channel_spaces import _checked, channel_orders, fold_channel_orders, space_consumers
+from blocksparse_jax.grouping.channel_spaces import (
+    _checked,
+    channel_orders,
+    fold_channel_orders,
+    space_consumers,
+)
 from blocksparse_jax.tree import conv_kernels, path_name
 from experiments.bench import channel_blocks
 from experiments.models import create, names
@@ -35,8 +42,16 @@ def draw(kind, shape, seed):
     noise = np.abs(rng.normal(size=shape)).astype(np.float32)
     if kind == "clusters":  # of channels and of filters, shuffled
         factors = rng.exponential(size=(3, 4)) ** 2
-        noise *= factors[rng.integers(0, 3, shape[2])[:, None], rng.integers(0, 4, shape[3])].astype(np.float32)
-    return {"iid": noise, "heavy": noise**4, "clusters": noise, "equal": noise * 0 + 1, "zero": noise * 0}[kind]
+        noise *= factors[
+            rng.integers(0, 3, shape[2])[:, None], rng.integers(0, 4, shape[3])
+        ].astype(np.float32)
+    return {
+        "iid": noise,
+        "heavy": noise**4,
+        "clusters": noise,
+        "equal": noise * 0 + 1,
+        "zero": noise * 0,
+    }[kind]
 
 
 def planted(shape, group_size, block, seed):
@@ -45,17 +60,30 @@ def planted(shape, group_size, block, seed):
     cin, cout = shape[2:]
     groups, runs = cout // group_size, cin // block
     each = 16 // block
-    wants = np.stack([np.isin(np.arange(runs), np.arange(each * g, each * (g + 1)) % runs) for g in range(groups)], 1)
+    wants = np.stack(
+        [
+            np.isin(np.arange(runs), np.arange(each * g, each * (g + 1)) % runs)
+            for g in range(groups)
+        ],
+        1,
+    )
     scores = 0.01 + wants[np.arange(cin) // block][:, np.arange(cout) // group_size]
     shuffled = scores[rng.permutation(cin)][:, rng.permutation(cout)]
     return np.broadcast_to(shuffled, shape).astype(np.float32), 16
 
 
 @settings(max_examples=15, deadline=None)
-@given(case=st.sampled_from(CASES), kind=st.sampled_from(["iid", "heavy", "clusters", "equal", "zero"]), seed=st.integers(0, 2**16))
+@given(
+    case=st.sampled_from(CASES),
+    kind=st.sampled_from(["iid", "heavy", "clusters", "equal", "zero"]),
+    seed=st.integers(0, 2**16),
+)
 def test_an_order_is_a_permutation_the_same_each_time_and_never_worse_than_none(case, kind, seed):
     shape, group_size, kept, kept_taps, block = case
-    consumers = [Consumer(draw(kind, shape, seed + i), group_size, kept, kept_taps) for i in range(1 + seed % 2)]
+    consumers = [
+        Consumer(draw(kind, shape, seed + i), group_size, kept, kept_taps)
+        for i in range(1 + seed % 2)
+    ]
     order = channel_order(consumers, channel_block=block)
     assert np.array_equal(np.sort(order), np.arange(shape[2]))
     assert np.array_equal(order, channel_order(consumers, channel_block=block))
@@ -81,7 +109,13 @@ def partitions(items, block):
 def test_against_every_order_of_eight_channels(kind):
     every = [np.array(p) for p in partitions(list(range(8)), 2)]
     assert len(every) == 105
-    group = jax.jit(jax.vmap(lambda s: bsj.kept_score(s, bsj.hrbp_groups(s, group_size=4, kept=4, kept_taps=1, channel_block=2))))
+    group = jax.jit(
+        jax.vmap(
+            lambda s: bsj.kept_score(
+                s, bsj.hrbp_groups(s, group_size=4, kept=4, kept_taps=1, channel_block=2)
+            )
+        )
+    )
     lost = []
     for seed in range(12):
         scores = draw(kind, (1, 1, 8, 8), seed)
@@ -107,11 +141,22 @@ def test_every_consumer_of_a_space_counts_by_its_score():
     strong, kept = planted((1, 1, 64, 64), 16, 8, seed=0)
     other, _ = planted((1, 1, 64, 64), 16, 8, seed=1)
     alone = channel_order([Consumer(strong, 16, kept, 1)], channel_block=8)
-    both = channel_order([Consumer(other * 1e-5, 16, kept, 1), Consumer(strong, 16, kept, 1)], channel_block=8)
-    assert run_ratio([Consumer(strong, 16, kept, 1)], both, channel_block=8).ordered == pytest.approx(1, abs=1e-4)
-    assert np.array_equal(alone, channel_order([Consumer(strong, 16, kept, 1), Consumer(strong * 0, 16, kept, 1)], channel_block=8))
+    both = channel_order(
+        [Consumer(other * 1e-5, 16, kept, 1), Consumer(strong, 16, kept, 1)], channel_block=8
+    )
+    assert run_ratio(
+        [Consumer(strong, 16, kept, 1)], both, channel_block=8
+    ).ordered == pytest.approx(1, abs=1e-4)
+    assert np.array_equal(
+        alone,
+        channel_order(
+            [Consumer(strong, 16, kept, 1), Consumer(strong * 0, 16, kept, 1)], channel_block=8
+        ),
+    )
     agreeing = [Consumer(strong, 16, kept, 1), Consumer(strong[..., ::-1], 16, kept, 1)]
-    assert run_ratio(agreeing, channel_order(agreeing, channel_block=8), channel_block=8).ordered == pytest.approx(1, abs=1e-5)
+    assert run_ratio(
+        agreeing, channel_order(agreeing, channel_block=8), channel_block=8
+    ).ordered == pytest.approx(1, abs=1e-5)
 
 
 def test_iid_scores_lose_something_and_half_of_the_loss_is_won_back():
@@ -124,30 +169,46 @@ def test_iid_scores_lose_something_and_half_of_the_loss_is_won_back():
 @given(runs=st.integers(1, 6), block=st.integers(1, 5), seed=st.integers(0, 2**16))
 def test_exchanges_keep_runs_full_and_gain(runs, block, seed):
     rng = np.random.default_rng(seed)
-    benefit, owner = rng.normal(size=(runs * block, runs)), rng.permutation(np.repeat(np.arange(runs), block))
+    benefit, owner = (
+        rng.normal(size=(runs * block, runs)),
+        rng.permutation(np.repeat(np.arange(runs), block)),
+    )
     better, every = module._exchange(benefit, owner, 50), np.arange(runs * block)
     assert (np.bincount(better, minlength=runs) == block).all()
     values = [benefit[every, o].sum() for o in (owner, better)]
     assert values[1] >= values[0]
     for a, b in itertools.combinations(every, 2):  # no exchange of two channels is left that gains
-        assert benefit[a, better[b]] + benefit[b, better[a]] <= benefit[a, better[a]] + benefit[b, better[b]] + 1e-5
+        assert (
+            benefit[a, better[b]] + benefit[b, better[a]]
+            <= benefit[a, better[a]] + benefit[b, better[b]] + 1e-5
+        )
 
 
 def test_corrupted_scores_still_give_an_order():
     scores = draw("iid", (3, 3, 16, 16), 0)
     scores[0, 0, 3, :], scores[1, 1, :, 2] = np.nan, np.inf
-    assert np.array_equal(np.sort(channel_order([Consumer(scores, 8, 8, 3)], channel_block=4)), np.arange(16))
+    assert np.array_equal(
+        np.sort(channel_order([Consumer(scores, 8, 8, 3)], channel_block=4)), np.arange(16)
+    )
 
 
 def test_one_channel_in_a_run_and_all_channels_kept_need_no_order():
     scores = draw("clusters", (1, 1, 8, 8), 0)
     for kept, block in ((4, 1), (8, 4)):
-        assert channel_order([Consumer(scores, 4, kept, 1)], channel_block=block).tolist() == list(range(8))
+        assert channel_order([Consumer(scores, 4, kept, 1)], channel_block=block).tolist() == list(
+            range(8)
+        )
 
 
 # --- the zoo ---
 
-SMALL = {"cnn": {"width": 0.25}, "resnet20": {}, "vgg19": {"width": 0.125}, "resnet50": {"width": 0.125}, "mobilenet_v1": {"width": 0.25}}
+SMALL = {
+    "cnn": {"width": 0.25},
+    "resnet20": {},
+    "vgg19": {"width": 0.125},
+    "resnet50": {"width": 0.125},
+    "mobilenet_v1": {"width": 0.25},
+}
 
 
 def variables_of(name, *, size=16, channels=3, **options):
@@ -181,9 +242,19 @@ def test_a_folded_network_is_the_same_function(name):
     moved, moved_stats = fold_channel_orders(spaces, orders, params, stats)
     logits = jax.jit(model.apply)
     expected = logits({"params": params, "batch_stats": stats}, images)
-    np.testing.assert_allclose(logits({"params": moved, "batch_stats": moved_stats}, images), expected, atol=2e-4 * np.abs(expected).max())
-    assert not np.allclose(logits({"params": moved, "batch_stats": stats}, images), expected, atol=0.05 * np.abs(expected).max())
-    back = fold_channel_orders(spaces, {space: np.argsort(order) for space, order in orders.items()}, moved, moved_stats)
+    np.testing.assert_allclose(
+        logits({"params": moved, "batch_stats": moved_stats}, images),
+        expected,
+        atol=2e-4 * np.abs(expected).max(),
+    )
+    assert not np.allclose(
+        logits({"params": moved, "batch_stats": stats}, images),
+        expected,
+        atol=0.05 * np.abs(expected).max(),
+    )
+    back = fold_channel_orders(
+        spaces, {space: np.argsort(order) for space, order in orders.items()}, moved, moved_stats
+    )
     assert jax.tree.all(jax.tree.map(np.array_equal, back, (params, stats)))
 
 
@@ -212,14 +283,23 @@ def test_training_commutes_with_folding():
     @jax.jit
     def gradient(params, stats):
         def loss(params):
-            logits, _ = model.apply({"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"])
+            logits, _ = model.apply(
+                {"params": params, "batch_stats": stats},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+            )
             return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.array([1, 7])).mean()
 
         return jax.grad(loss)(params)
 
     expected, _ = fold_channel_orders(spaces, orders, gradient(params, stats), stats)
     actual = gradient(*fold_channel_orders(spaces, orders, params, stats))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max() + 1e-6), actual, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max() + 1e-6),
+        actual,
+        expected,
+    )
 
 
 def clustered_cnn():
@@ -229,33 +309,56 @@ def clustered_cnn():
 @pytest.mark.slow
 def test_hrbp_keeps_more_of_a_folded_network():
     params = clustered_cnn()
-    in_params = {path_name(path) for path, _ in jax.tree.leaves_with_path(params)}  # this test has no statistics
-    spaces = {space: [entry for entry in entries if entry[0] in in_params] for space, entries in channel_spaces(params).items()}
+    in_params = {
+        path_name(path) for path, _ in jax.tree.leaves_with_path(params)
+    }  # this test has no statistics
+    spaces = {
+        space: [entry for entry in entries if entry[0] in in_params]
+        for space, entries in channel_spaces(params).items()
+    }
     orders = channel_orders(params, spaces, 0.9, channel_block=16)
     assert set(orders) == {"stem", "conv1", "conv2"}  # nobody sparse reads conv3
     kept = []
     for weights in (params, *fold_channel_orders(spaces, orders, params)):
         state = bsj.hrbp_prune(0.9, channel_block=16).init(weights)
         masks, layouts = bsj.get_masks(state), bsj.get_layouts(state)
-        kept.append(sum(float(jnp.abs(weights[name]["kernel"] * masks[name]["kernel"]).sum()) for name in ("conv1", "conv2", "conv3")))
+        kept.append(
+            sum(
+                float(jnp.abs(weights[name]["kernel"] * masks[name]["kernel"]).sum())
+                for name in ("conv1", "conv2", "conv3")
+            )
+        )
         for named in space_consumers(params, spaces, 0.9, channel_block=16).values():
             for name, consumer in named.items():
                 layout = layouts[name.split("/")[0]]["kernel"]
                 sizes = (consumer.group_size, consumer.kept, consumer.kept_taps)
-                assert sizes == (layout.filters.shape[1], layout.channels.shape[1], layout.taps.shape[1])
+                assert sizes == (
+                    layout.filters.shape[1],
+                    layout.channels.shape[1],
+                    layout.taps.shape[1],
+                )
                 assert layout.channel_block == 16
     assert kept[1] > 1.15 * kept[0]
 
 
 def test_a_run_orders_its_channels_before_training():
     def start(**options):
-        config = resolve(TrainConfig(model="cnn", execution="sparse", sparsity=0.9, channel_block=16, **options))
+        config = resolve(
+            TrainConfig(model="cnn", execution="sparse", sparsity=0.9, channel_block=16, **options)
+        )
         return Trainer(config, (8, 8, 1), 10, Length(4, 8)).init()
 
     plain, ordered = start(), start(channel_order=True)
-    kept = [sum(float(jnp.abs(leaf).sum()) for leaf in tree.choose(None, state.params).values()) for state in (plain, ordered)]
+    kept = [
+        sum(float(jnp.abs(leaf).sum()) for leaf in tree.choose(None, state.params).values())
+        for state in (plain, ordered)
+    ]
     assert kept[1] > 1.001 * kept[0]  # random weights gain little
-    assert {layout.channel_block for layout in jax.tree.leaves(ordered.layouts, is_leaf=bsj.is_layout) if layout != bsj.Dense()} == {16}
+    assert {
+        layout.channel_block
+        for layout in jax.tree.leaves(ordered.layouts, is_leaf=bsj.is_layout)
+        if layout != bsj.Dense()
+    } == {16}
     for wrong in ({"method": "rigl"}, {"channel_block": 1}, {"scores": "random"}):
         with pytest.raises(ValueError, match="channel_order: it serves hrbp's runs"):
             resolve(TrainConfig(**{"channel_block": 8, "channel_order": True} | wrong))
@@ -273,7 +376,12 @@ def test_a_user_network_of_nnx_folds_by_its_own_names():
     net, x = Net(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (2, 6, 6, 3))
     net.first.bias[...] = net.norm.mean[...] = net.norm.scale[...] = jnp.arange(8.0)
     before, graph, state = net(x), *nnx.split(net)
-    hidden = [("first/kernel", -1), ("first/bias", 0), ("second/kernel", -2), *((f"norm/{n}", 0) for n in ("scale", "bias", "mean", "var"))]
+    hidden = [
+        ("first/kernel", -1),
+        ("first/bias", 0),
+        ("second/kernel", -2),
+        *((f"norm/{n}", 0) for n in ("scale", "bias", "mean", "var")),
+    ]
     (state,) = fold_channel_orders({"hidden": hidden}, {"hidden": np.roll(np.arange(8), 3)}, state)
     folded = nnx.merge(graph, state)
     np.testing.assert_allclose(folded(x), before, atol=1e-4)
@@ -295,7 +403,9 @@ def test_errors_name_the_argument_and_the_fix():
         with pytest.raises(ValueError, match=message):
             fold_channel_orders(spaces, orders, params)
     for kind in ("gradient", "random"):
-        with pytest.raises(ValueError, match=f"scores: expected 'magnitude' or a tree of arrays, got '{kind}'"):
+        with pytest.raises(
+            ValueError, match=f"scores: expected 'magnitude' or a tree of arrays, got '{kind}'"
+        ):
             channel_orders(params, good, 0.5, channel_block=4, scores=kind)
     consumer = Consumer(np.ones((1, 1, 8, 8), np.float32), 4, 4, 1)
     with pytest.raises(ValueError, match="consumers: expected at least one"):
@@ -312,10 +422,15 @@ def test_errors_name_the_argument_and_the_fix():
 
 def test_the_command_writes_its_table(tmp_path, capsys):
     config = channel_blocks.Config(
-        networks=("cnn:clustered",), channel_blocks=(16,), sparsities=(0.9,), out=str(tmp_path / "channel_blocks.json")
+        networks=("cnn:clustered",),
+        channel_blocks=(16,),
+        sparsities=(0.9,),
+        out=str(tmp_path / "channel_blocks.json"),
     )
     report = channel_blocks.main(config)
-    assert json.loads((tmp_path / "channel_blocks.json").read_text()) == json.loads(json.dumps(report))
+    assert json.loads((tmp_path / "channel_blocks.json").read_text()) == json.loads(
+        json.dumps(report)
+    )
     (row,) = report["rows"]
     assert row["chance"] < row["unordered"] < row["worst"] <= row["ordered"] < 1.05
     ordered, unordered, chance = (f"{row[name]:.3f}" for name in ("ordered", "unordered", "chance"))
@@ -330,7 +445,18 @@ def test_the_command_writes_its_table(tmp_path, capsys):
 
 
 def test_the_sparse_layers_of_the_zoo_are_read_through_a_space():
-    variables = jax.eval_shape(create("resnet50", num_classes=10).init, jax.random.key(0), jnp.ones((1, 16, 16, 3)))
-    sparse = [n for path, leaf in jax.tree.leaves_with_path(variables["params"]) if conv_kernels(n := path_name(path), leaf)]
-    read = [name for entries in channel_spaces(variables["params"]).values() for name, axis in entries if axis == 2]
+    variables = jax.eval_shape(
+        create("resnet50", num_classes=10).init, jax.random.key(0), jnp.ones((1, 16, 16, 3))
+    )
+    sparse = [
+        n
+        for path, leaf in jax.tree.leaves_with_path(variables["params"])
+        if conv_kernels(n := path_name(path), leaf)
+    ]
+    read = [
+        name
+        for entries in channel_spaces(variables["params"]).values()
+        for name, axis in entries
+        if axis == 2
+    ]
     assert sorted(sparse) == sorted(read)

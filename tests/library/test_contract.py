@@ -12,15 +12,23 @@ import blocksparse_jax as bsj
 
 def _tree(kind):
     keys = jax.random.split(jax.random.key(0), 3)
-    kernel, stem = jax.random.normal(keys[0], (3, 3, 64, 64)), jax.random.normal(keys[1], (3, 3, 3, 64))
+    kernel, stem = (
+        jax.random.normal(keys[0], (3, 3, 64, 64)),
+        jax.random.normal(keys[1], (3, 3, 3, 64)),
+    )
     if kind == "dict":
-        return {"stem": {"kernel": stem}, "conv": {"kernel": kernel, "bias": jnp.zeros(64)}}, lambda tree: tree["conv"]["kernel"]
+        return {
+            "stem": {"kernel": stem},
+            "conv": {"kernel": kernel, "bias": jnp.zeros(64)},
+        }, lambda tree: tree["conv"]["kernel"]
     if kind == "list":
         return [stem, kernel, jnp.zeros(64)], lambda tree: tree[1]
     if kind == "array":
         return kernel, lambda tree: tree
     model = nnx.Conv(64, 64, (3, 3), rngs=nnx.Rngs(0))
-    return nnx.state(model, nnx.Param), lambda tree: nnx.to_pure_dict(tree)["kernel"] if isinstance(tree, nnx.State) else tree
+    return nnx.state(
+        model, nnx.Param
+    ), lambda tree: nnx.to_pure_dict(tree)["kernel"] if isinstance(tree, nnx.State) else tree
 
 
 @pytest.mark.parametrize("kind", ["dict", "list", "array", "nnx"])
@@ -40,10 +48,16 @@ def test_the_readme_example_runs_on_any_pytree(kind):
     assert isinstance(state[0], bsj.SparseState)
     masks, layouts = bsj.get_masks(state), bsj.get_layouts(state)
     kernel = kernel_of(params)
-    layout = next(node for node in jax.tree.leaves(layouts, is_leaf=bsj.is_layout) if isinstance(node, bsj.BlockLayout))
+    layout = next(
+        node
+        for node in jax.tree.leaves(layouts, is_leaf=bsj.is_layout)
+        if isinstance(node, bsj.BlockLayout)
+    )
 
     x = jax.random.normal(jax.random.key(1), (2, 8, 8, 64))
-    y = bsj.conv(x, kernel, layout, strides=(1, 1), padding="SAME", data_format="NHWC", implementation=None)
+    y = bsj.conv(
+        x, kernel, layout, strides=(1, 1), padding="SAME", data_format="NHWC", implementation=None
+    )
     assert y.shape == (2, 8, 8, 64)
     mask = bsj.layout_to_mask(layout)
     bsj.validate(layout)
@@ -54,7 +68,9 @@ def test_the_readme_example_runs_on_any_pytree(kind):
 
     values, opt = bsj.pack_tree(params, state, layouts)
     back, back_state = bsj.unpack_tree(values, opt, layouts)
-    for old, new in zip(jax.tree.leaves((params, state)), jax.tree.leaves((back, back_state)), strict=True):
+    for old, new in zip(
+        jax.tree.leaves((params, state)), jax.tree.leaves((back, back_state)), strict=True
+    ):
         np.testing.assert_array_equal(old, new)
     assert jax.tree.structure((params, state)) == jax.tree.structure((back, back_state))
     assert jax.tree.structure(masks) == jax.tree.structure(params)
@@ -65,16 +81,28 @@ def test_the_readme_example_runs_on_any_pytree(kind):
 
 
 def test_packed_leaves_shrink_with_the_density(params):
-    tx = bsj.keep_zeros(optax.chain(bsj.hrbp_prune(0.75, group_size=16, block_density=1.0), optax.adamw(1e-2)))
+    tx = bsj.keep_zeros(
+        optax.chain(bsj.hrbp_prune(0.75, group_size=16, block_density=1.0), optax.adamw(1e-2))
+    )
     state = tx.init(params)
     params = bsj.apply_masks(params, bsj.get_masks(state))
     values, opt = bsj.pack_tree(params, state, bsj.get_layouts(state))
-    adam = next(s for s in jax.tree.leaves(opt, is_leaf=lambda n: hasattr(n, "mu")) if hasattr(s, "mu"))
-    assert values["conv1"]["kernel"].size == adam.mu["conv1"]["kernel"].size == params["conv1"]["kernel"].size // 4
+    adam = next(
+        s for s in jax.tree.leaves(opt, is_leaf=lambda n: hasattr(n, "mu")) if hasattr(s, "mu")
+    )
+    assert (
+        values["conv1"]["kernel"].size
+        == adam.mu["conv1"]["kernel"].size
+        == params["conv1"]["kernel"].size // 4
+    )
     assert values["stem"]["kernel"].shape == params["stem"]["kernel"].shape
 
 
-@pytest.mark.parametrize("optimizer", [optax.sgd(0.05, momentum=0.9), optax.adamw(1e-2), optax.lamb(1e-3)], ids=["sgd", "adamw", "lamb"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [optax.sgd(0.05, momentum=0.9), optax.adamw(1e-2), optax.lamb(1e-3)],
+    ids=["sgd", "adamw", "lamb"],
+)
 def test_packed_training_is_ordinary_training_of_a_smaller_tree(params, optimizer):
     """The same gradients move packed and dense parameters alike, step by step, with the same tx."""
     tx = bsj.keep_zeros(optax.chain(bsj.hrbp_prune(0.7, group_size=16), optimizer))
@@ -83,7 +111,9 @@ def test_packed_training_is_ordinary_training_of_a_smaller_tree(params, optimize
     layouts = bsj.get_layouts(state)
     values, opt = bsj.pack_tree(params, state, layouts)
     for step in range(4):
-        grads = jax.tree.map(lambda p, s=step: jax.random.normal(jax.random.key(s), p.shape), params)
+        grads = jax.tree.map(
+            lambda p, s=step: jax.random.normal(jax.random.key(s), p.shape), params
+        )
         packed_grads, _ = bsj.pack_tree(grads, None, layouts)
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
@@ -95,7 +125,9 @@ def test_packed_training_is_ordinary_training_of_a_smaller_tree(params, optimize
 
 
 def test_dynamic_hrbp_keeps_groups_and_counts_and_follows_the_gradient(params):
-    """Grown channels are those of the largest gradient; filters, taps and counts stay; that step applies no gradient."""
+    """Grown channels are those of the largest gradient; filters, taps and counts stay; that step
+    applies no gradient.
+    """
     due = bsj.periodic(2, until=100)
     method = bsj.hrbp_prune(0.75, group_size=16, block_density=1.0, update=due, drop_fraction=0.5)
     tx = bsj.keep_zeros(optax.chain(method, optax.sgd(0.1, momentum=0.9)))
@@ -117,26 +149,46 @@ def test_dynamic_hrbp_keeps_groups_and_counts_and_follows_the_gradient(params):
     assert not np.array_equal(before.channels, after.channels)
     mask = np.asarray(bsj.get_masks(state)["conv1"]["kernel"])
     np.testing.assert_array_equal(mask, bsj.layout_to_mask(after))
-    np.testing.assert_array_equal(params["conv1"]["kernel"], np.where(mask, old["conv1"]["kernel"], 0))
+    np.testing.assert_array_equal(
+        params["conv1"]["kernel"], np.where(mask, old["conv1"]["kernel"], 0)
+    )
 
 
 def test_scores_by_gradient_wait_for_the_first_gradient(params):
     """Channels with no gradient are not kept, whatever their magnitude."""
-    tx = bsj.hrbp_prune(0.5, group_size=32, block_density=1.0, scores="gradient", where=lambda name, leaf: name == "conv1/kernel")
+    tx = bsj.hrbp_prune(
+        0.5,
+        group_size=32,
+        block_density=1.0,
+        scores="gradient",
+        where=lambda name, leaf: name == "conv1/kernel",
+    )
     state = tx.init(params)
     grads = jax.tree.map(jnp.zeros_like, params)
     grads["conv1"]["kernel"] = grads["conv1"]["kernel"].at[:, :, ::2].set(1.0)
     _, state = jax.jit(tx.update)(grads, state, params)
-    np.testing.assert_array_equal(bsj.get_layouts(state)["conv1"]["kernel"].channels, [np.arange(0, 16, 2)])
+    np.testing.assert_array_equal(
+        bsj.get_layouts(state)["conv1"]["kernel"].channels, [np.arange(0, 16, 2)]
+    )
     _, later = tx.update(jax.tree.map(jnp.ones_like, grads), state, params)
-    np.testing.assert_array_equal(later.layouts["conv1"]["kernel"].channels, state.layouts["conv1"]["kernel"].channels)
+    np.testing.assert_array_equal(
+        later.layouts["conv1"]["kernel"].channels, state.layouts["conv1"]["kernel"].channels
+    )
 
 
 def test_given_scores_decide(params):
     scores = jax.tree.map(jnp.zeros_like, params)
     scores["conv1"]["kernel"] = scores["conv1"]["kernel"].at[:, :, 3:7].set(1.0)
-    tx = bsj.hrbp_prune(0.75, group_size=8, block_density=1.0, scores=scores, where=lambda name, leaf: name == "conv1/kernel")
-    np.testing.assert_array_equal(bsj.get_layouts(tx.init(params))["conv1"]["kernel"].channels, [[3, 4, 5, 6]] * 4)
+    tx = bsj.hrbp_prune(
+        0.75,
+        group_size=8,
+        block_density=1.0,
+        scores=scores,
+        where=lambda name, leaf: name == "conv1/kernel",
+    )
+    np.testing.assert_array_equal(
+        bsj.get_layouts(tx.init(params))["conv1"]["kernel"].channels, [[3, 4, 5, 6]] * 4
+    )
 
 
 def test_subp_layouts_follow_its_masks(params):
@@ -145,7 +197,9 @@ def test_subp_layouts_follow_its_masks(params):
     for _ in range(5):
         _, state = jax.jit(tx.update)(params, state, params)
         layout = bsj.get_layouts(state)["conv1"]["kernel"]
-        np.testing.assert_array_equal(bsj.layout_to_mask(layout), bsj.get_masks(state)["conv1"]["kernel"])
+        np.testing.assert_array_equal(
+            bsj.layout_to_mask(layout), bsj.get_masks(state)["conv1"]["kernel"]
+        )
         kept.append(layout.packed_shape[1])
     assert kept[:2] == [16, 16]
     assert kept[-1] == 8

@@ -33,56 +33,101 @@ def test_sparsity_outside_its_range(make, sparsity):
 
 
 BAD_METHODS = {
-    "group_size: expected an integer of at least 1, got 0": lambda: bsj.hrbp_prune(0.5, group_size=0),
-    "group_size: expected an integer of at least 1, got 2.5": lambda: bsj.hrbp_prune(0.5, group_size=2.5),
-    "channel_block: expected an integer of at least 1, got -8": lambda: bsj.hrbp_prune(0.5, group_size=8, channel_block=-8),
-    "block_density: expected a number in": lambda: bsj.hrbp_prune(0.5, group_size=8, block_density=0.0),
+    "group_size: expected an integer of at least 1, got 0": lambda: bsj.hrbp_prune(
+        0.5, group_size=0
+    ),
+    "group_size: expected an integer of at least 1, got 2.5": lambda: bsj.hrbp_prune(
+        0.5, group_size=2.5
+    ),
+    "channel_block: expected an integer of at least 1, got -8": lambda: bsj.hrbp_prune(
+        0.5, group_size=8, channel_block=-8
+    ),
+    "block_density: expected a number in": lambda: bsj.hrbp_prune(
+        0.5, group_size=8, block_density=0.0
+    ),
     "did you mean 'magnitude'": lambda: bsj.hrbp_prune(0.5, group_size=8, scores="magnitud"),
     "update: expected None or a schedule": lambda: bsj.hrbp_prune(0.5, group_size=8, update=100),
     "drop_fraction: expected a number": lambda: bsj.rigl(0.5, until=10, drop_fraction=1.5),
-    "update_every: expected an integer of at least 1, got 0": lambda: bsj.rigl(0.5, until=10, update_every=0),
+    "update_every: expected an integer of at least 1, got 0": lambda: bsj.rigl(
+        0.5, until=10, update_every=0
+    ),
     "until: expected a step after start=20, got 10": lambda: bsj.rigl(0.5, start=20, until=10),
     "end: expected a step after start=5": lambda: bsj.gradual_magnitude(0.5, start=5, end=5),
-    "initial_sparsity: expected at most": lambda: bsj.gradual_magnitude(0.5, start=0, end=5, initial_sparsity=0.7),
+    "initial_sparsity: expected at most": lambda: bsj.gradual_magnitude(
+        0.5, start=0, end=5, initial_sparsity=0.7
+    ),
     "block: expected an integer": lambda: bsj.subp(0.5, block=0, start=0, end=1),
     "did you mean 'l1'": lambda: bsj.subp(0.5, criterion="l11", start=0, end=1),
     "did you mean 'cubic'": lambda: bsj.subp(0.5, schedule="cubik", start=0, end=1),
     "version: expected 1": lambda: bsj.subp(0.5, version=3, start=0, end=1),
     "tau: expected a number above 0": lambda: bsj.subp(0.5, tau=0.0, start=0, end=1),
-    "alpha: expected a number of at least 0, got -1": lambda: bsj.subp(0.5, alpha=-1, start=0, end=1),
-    "decay: expected a number of at least 0, got nan": lambda: bsj.subp(0.5, decay=float("nan"), start=0, end=1),
+    "alpha: expected a number of at least 0, got -1": lambda: bsj.subp(
+        0.5, alpha=-1, start=0, end=1
+    ),
+    "decay: expected a number of at least 0, got nan": lambda: bsj.subp(
+        0.5, decay=float("nan"), start=0, end=1
+    ),
     "until: expected a step, an integer of at least 0, got 'x'": lambda: bsj.rigl(0.5, until="x"),
-    "until: expected a step, an integer of at least 0, got nan": lambda: bsj.rigl(0.5, until=float("nan")),
-    "start: expected a step, an integer of at least 0, got -5": lambda: bsj.rigl(0.5, start=-5, until=10),
-    "start: expected a step, an integer of at least 0, got 'a'": lambda: bsj.subp(0.5, start="a", end=9),
-    "start: expected a step, an integer of at least 0, got 0.5": lambda: bsj.subp(0.5, start=0.5, end=3.2),
-    "end: expected a step, an integer of at least 0, got 3.2": lambda: bsj.subp(0.5, start=0, end=3.2),
+    "until: expected a step, an integer of at least 0, got nan": lambda: bsj.rigl(
+        0.5, until=float("nan")
+    ),
+    "start: expected a step, an integer of at least 0, got -5": lambda: bsj.rigl(
+        0.5, start=-5, until=10
+    ),
+    "start: expected a step, an integer of at least 0, got 'a'": lambda: bsj.subp(
+        0.5, start="a", end=9
+    ),
+    "start: expected a step, an integer of at least 0, got 0.5": lambda: bsj.subp(
+        0.5, start=0.5, end=3.2
+    ),
+    "end: expected a step, an integer of at least 0, got 3.2": lambda: bsj.subp(
+        0.5, start=0, end=3.2
+    ),
     "end: expected a step after start=7, got 7": lambda: bsj.subp(0.5, start=7, end=7),
-    "start: expected a step, an integer of at least 0, got None": lambda: bsj.gradual_magnitude(0.5, start=None, end=9),
-    "end: expected a step, an integer of at least 0, got True": lambda: bsj.gradual_magnitude(0.5, start=0, end=True),
+    "start: expected a step, an integer of at least 0, got None": lambda: bsj.gradual_magnitude(
+        0.5, start=None, end=9
+    ),
+    "end: expected a step, an integer of at least 0, got True": lambda: bsj.gradual_magnitude(
+        0.5, start=0, end=True
+    ),
     "start: expected a step, an integer of at least 0, got -1": lambda: bsj.periodic(2, start=-1),
     "until: expected a step after start=4, got 4": lambda: bsj.periodic(2, start=4, until=4),
-    "until: expected a step, an integer of at least 0, got inf": lambda: bsj.periodic(2, until=float("inf")),
-    "until: expected a step, an integer of at least 0 (static: inject_hyperparams(..., static_args=": lambda: optax.inject_hyperparams(
-        bsj.rigl, static_args=("sparsity", "update_every", "start", "drop_fraction")
-    )(sparsity=0.5, until=9).init({"w": KERNEL}),
-    "inner: expected an optax transformation such as optax.chain(rigl(...), optax.sgd(0.1)), got 3": lambda: bsj.keep_zeros(3),
-    "inner: expected an optax transformation such as optax.chain(rigl(...), optax.sgd(0.1)), got <function": lambda: bsj.keep_zeros(
-        optax.sgd
+    "until: expected a step, an integer of at least 0, got inf": lambda: bsj.periodic(
+        2, until=float("inf")
     ),
-    "power: expected a number above 0, got 0": lambda: bsj.gradual_magnitude(0.5, start=0, end=5, power=0),
+    "until: expected a step, an integer of at least 0 (static: inject_hyperparams(..., static_args=": lambda: (
+        optax.inject_hyperparams(
+            bsj.rigl, static_args=("sparsity", "update_every", "start", "drop_fraction")
+        )(sparsity=0.5, until=9).init({"w": KERNEL})
+    ),
+    "inner: expected an optax transformation such as optax.chain(rigl(...), optax.sgd(0.1)), got 3": lambda: (
+        bsj.keep_zeros(3)
+    ),
+    "inner: expected an optax transformation such as optax.chain(rigl(...), optax.sgd(0.1)), got "
+    "<function": lambda: bsj.keep_zeros(optax.sgd),
+    "power: expected a number above 0, got 0": lambda: bsj.gradual_magnitude(
+        0.5, start=0, end=5, power=0
+    ),
     "sparsity: expected a number in [0.0, 1.0), got '0.9'": lambda: bsj.hrbp_prune("0.9"),
     "sparsity: expected a number in [0.0, 1.0), got False": lambda: bsj.hrbp_prune(False),
-    "key: expected one JAX random key such as jax.random.key(0), got 0": lambda: bsj.rigl(0.5, until=9, key=0),
-    "key: expected one JAX random key such as jax.random.key(0), got key<fry>[2]": lambda: bsj.hrbp_prune(
-        0.5, key=jax.random.split(jax.random.key(0))
+    "key: expected one JAX random key such as jax.random.key(0), got 0": lambda: bsj.rigl(
+        0.5, until=9, key=0
     ),
-    "group_size: expected an integer of at least 1 (static: inject_hyperparams(..., static_args=": lambda: optax.inject_hyperparams(
-        bsj.hrbp_prune
-    )(sparsity=0.5).init({"w": KERNEL}),
-    "where: expected a predicate of two arguments": lambda: bsj.rigl(0.5, until=9, where=lambda path: True).init({"w": KERNEL}),
-    "params: expected a tree of arrays, got one without leaves": lambda: bsj.rigl(0.5, until=9).init({}),
-    "params['w']: expected floats, got int32": lambda: bsj.rigl(0.5, until=9).init({"w": KERNEL.astype(int)}),
+    "key: expected one JAX random key such as jax.random.key(0), got key<fry>[2]": lambda: (
+        bsj.hrbp_prune(0.5, key=jax.random.split(jax.random.key(0)))
+    ),
+    "group_size: expected an integer of at least 1 (static: inject_hyperparams(..., static_args=": lambda: (
+        optax.inject_hyperparams(bsj.hrbp_prune)(sparsity=0.5).init({"w": KERNEL})
+    ),
+    "where: expected a predicate of two arguments": lambda: bsj.rigl(
+        0.5, until=9, where=lambda path: True
+    ).init({"w": KERNEL}),
+    "params: expected a tree of arrays, got one without leaves": lambda: bsj.rigl(
+        0.5, until=9
+    ).init({}),
+    "params['w']: expected floats, got int32": lambda: bsj.rigl(0.5, until=9).init(
+        {"w": KERNEL.astype(int)}
+    ),
     "n: expected at most m=4, got 5": lambda: bsj.sr_ste(5, 4),
     "m: expected an integer": lambda: bsj.sr_ste(2, 0),
     "decay: expected a number of at least 0": lambda: bsj.sr_ste(2, 4, -1.0),
@@ -106,15 +151,26 @@ def test_traced_sparsity_says_why():
 
 
 @pytest.mark.parametrize(
-    "method", [bsj.hrbp_prune(0.5, group_size=8, where=lambda n, p: True), bsj.subp(0.5, start=0, end=1, where=lambda n, p: True)]
+    "method",
+    [
+        bsj.hrbp_prune(0.5, group_size=8, where=lambda n, p: True),
+        bsj.subp(0.5, start=0, end=1, where=lambda n, p: True),
+    ],
 )
 def test_wrong_rank_names_the_leaf(method):
-    with pytest.raises(ValueError, match=r"params\['dense'\]: expected a conv kernel \(kh, kw, cin, cout\).*got \(4, 4\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"params\['dense'\]: expected a conv kernel \(kh, kw, cin, cout\).*got \(4, 4\)",
+    ):
         method.init({"dense": jnp.ones((4, 4))})
 
 
 def test_n_of_m_names_the_layer_it_does_not_fit():
-    with pytest.raises(ValueError, match=r"params\['conv'\]: m: 4 does not divide the input axis of length 6; exclude the layer"):
+    with pytest.raises(
+        ValueError,
+        match=r"params\['conv'\]: m: 4 does not divide the input axis of length 6; exclude the "
+        r"layer",
+    ):
         bsj.sr_ste(2, 4).init({"conv": jnp.ones((3, 3, 6, 8))})
 
 
@@ -149,19 +205,31 @@ def test_a_wrong_budget_is_named_before_the_first_use(make, budget, message):
 @pytest.mark.parametrize("budget", [{"conv9": 0.5}, "erkk"])
 def test_unknown_budget(budget):
     with pytest.raises(
-        ValueError, match=r"budget: ('conv9' is no sparse layer|expected one of 'uniform', 'erk', 'er', got 'erkk'; did you mean 'erk')"
+        ValueError,
+        match=r"budget: ('conv9' is no sparse layer|expected one of 'uniform', 'erk', 'er', got "
+        r"'erkk'; did you mean 'erk')",
     ):
         bsj.rigl(0.5, until=10, budget=budget).init({"conv": KERNEL})
 
 
 def test_an_unreachable_density_warns_with_what_it_got():
-    with pytest.warns(UserWarning, match="sparsity: density 0.1000 cannot be reached by whole blocks, the nearest is off by 0.0250"):
+    with pytest.warns(
+        UserWarning,
+        match="sparsity: density 0.1000 cannot be reached by whole blocks, the nearest is off by "
+        "0.0250",
+    ):
         bsj.hrbp_prune(0.9, group_size=8).init({"w": jnp.ones((1, 1, 8, 8))})
 
 
 def test_a_density_far_from_a_small_target_warns_too():
-    """Half a percentage point is five times the 0.1% that are asked for; more than 5% of the target is worth a word."""
-    with pytest.warns(UserWarning, match="sparsity: density 0.0010 cannot be reached by whole blocks, the nearest is off by 0.0042"):
+    """Half a percentage point is five times the 0.1% that are asked for; more than 5% of the target
+    is worth a word.
+    """
+    with pytest.warns(
+        UserWarning,
+        match="sparsity: density 0.0010 cannot be reached by whole blocks, the nearest is off by "
+        "0.0042",
+    ):
         bsj.hrbp_prune(0.999).init({"w": jnp.ones((3, 3, 64, 64))})
 
 
@@ -184,7 +252,10 @@ def test_masks_of_another_tree():
         bsj.fixed_masks(bsj.get_masks(state)).init({"w": jnp.ones((3, 3, 8, 8))})
     with pytest.raises(ValueError, match="layouts: expected the tree structure of params"):
         bsj.pack_tree({"w": KERNEL, "b": KERNEL}, None, {"w": LAYOUT})
-    with pytest.raises(ValueError, match="state: expected the tree structure of params, but it lacks 'x' and params lack 'w'"):
+    with pytest.raises(
+        ValueError,
+        match="state: expected the tree structure of params, but it lacks 'x' and params lack 'w'",
+    ):
         bsj.masked({"x": jnp.ones(3), "y": jnp.ones(3)}, state)
     with pytest.raises(ValueError, match="masks_b: "):
         bsj.sad(bsj.get_masks(state), {"x": jnp.asarray(True), "y": jnp.asarray(True)})
@@ -202,14 +273,25 @@ def test_params_of_another_shape_name_the_leaf():
     """Static methods too, which never look at the weights again."""
     tx = bsj.keep_zeros(optax.chain(bsj.hrbp_prune(0.75, group_size=16), optax.sgd(0.1)))
     state, other = tx.init({"w": KERNEL}), {"w": KERNEL[..., :16]}
-    with pytest.raises(ValueError, match=r"params: expected shape \(3, 3, 16, 32\) at 'w' as at init, got weights \(3, 3, 16, 16\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"params: expected shape \(3, 3, 16, 32\) at 'w' as at init, got weights \(3, 3, 16, "
+        r"16\)",
+    ):
         tx.update(other, state, other)
 
 
 def test_no_sparse_method_in_the_state():
     state = optax.adam(0.1).init({"w": KERNEL})
-    for read in (bsj.get_masks, bsj.get_layouts, lambda s: bsj.masked({"w": KERNEL}, s), lambda s: bsj.summarize({"w": KERNEL}, s)):
-        with pytest.raises(ValueError, match="state: expected the state of a chain that holds a sparse method"):
+    for read in (
+        bsj.get_masks,
+        bsj.get_layouts,
+        lambda s: bsj.masked({"w": KERNEL}, s),
+        lambda s: bsj.summarize({"w": KERNEL}, s),
+    ):
+        with pytest.raises(
+            ValueError, match="state: expected the state of a chain that holds a sparse method"
+        ):
             read(state)
     with pytest.raises(ValueError, match="state: expected the state of a chain"):
         bsj.keep_zeros(optax.sgd(0.1)).init({"w": KERNEL})
@@ -221,26 +303,47 @@ BAD_CONVS = {
     "x: expected 16 channels": lambda: bsj.conv(X[..., :8], KERNEL, LAYOUT),
     "was the layout made for another layer": lambda: bsj.conv(X, KERNEL[..., :16], LAYOUT),
     "layout: expected a BlockLayout or Dense": lambda: bsj.conv(X, KERNEL, None),
-    "data_format: expected one of 'NHWC', 'CHWN', got 'NCHW'; transpose x to NHWC": lambda: bsj.conv(X, KERNEL, LAYOUT, data_format="NCHW"),
-    "implementation: expected one of .*, got 'tritn'; did you mean 'triton'": lambda: bsj.conv(X, KERNEL, LAYOUT, implementation="tritn"),
-    "kernel_gradient: expected one of": lambda: bsj.conv(X, KERNEL, LAYOUT, kernel_gradient="full"),
-    "kernel_gradient: 'dense' needs the dense kernel": lambda: bsj.conv(X, bsj.pack(KERNEL, LAYOUT), LAYOUT, kernel_gradient="dense"),
-    "padding: expected one of 'SAME', 'VALID'": lambda: bsj.conv(X, KERNEL, LAYOUT, padding="SAMEE"),
-    "padding: expected pixels of at least 0": lambda: bsj.conv(X, KERNEL, LAYOUT, padding=((-1, 0), (0, 0))),
-    'padding: expected "SAME"': lambda: bsj.conv(X, KERNEL, LAYOUT, padding=1),
-    "strides: expected an integer of at least 1, got 0": lambda: bsj.conv(X, KERNEL, LAYOUT, strides=(0, 1)),
-    "dilation: expected an integer or two": lambda: bsj.conv(X, KERNEL, LAYOUT, dilation=(1, 1, 1)),
-    r"x: expected float32, bfloat16 or float16 \(NHWC\), got int32\[2, 8, 8, 16\]": lambda: bsj.conv(X.astype(int), KERNEL, LAYOUT),
-    r"x: expected .* \(NHWC\), got int32\[2, 8, 8, 16\]; cast": lambda: bsj.conv(X.astype(int), KERNEL, bsj.Dense()),
-    r"x: expected no empty axis \(NHWC\), got shape \(0, 8, 8, 16\)": lambda: bsj.conv(X[:0], KERNEL, LAYOUT),
-    r"kernel: expected packed values \(2, 4, 3, 16\) with packed=True, got \(3, 3, 16, 32\); leave `packed` out": lambda: bsj.conv(
-        X, KERNEL, LAYOUT, packed=True
+    "data_format: expected one of 'NHWC', 'CHWN', got 'NCHW'; transpose x to NHWC": lambda: (
+        bsj.conv(X, KERNEL, LAYOUT, data_format="NCHW")
     ),
-    "smaller than the reach of the kernel": lambda: bsj.conv(X[:, :2, :2], KERNEL, LAYOUT, padding="VALID"),
+    "implementation: expected one of .*, got 'tritn'; did you mean 'triton'": lambda: bsj.conv(
+        X, KERNEL, LAYOUT, implementation="tritn"
+    ),
+    "kernel_gradient: expected one of": lambda: bsj.conv(X, KERNEL, LAYOUT, kernel_gradient="full"),
+    "kernel_gradient: 'dense' needs the dense kernel": lambda: bsj.conv(
+        X, bsj.pack(KERNEL, LAYOUT), LAYOUT, kernel_gradient="dense"
+    ),
+    "padding: expected one of 'SAME', 'VALID'": lambda: bsj.conv(
+        X, KERNEL, LAYOUT, padding="SAMEE"
+    ),
+    "padding: expected pixels of at least 0": lambda: bsj.conv(
+        X, KERNEL, LAYOUT, padding=((-1, 0), (0, 0))
+    ),
+    'padding: expected "SAME"': lambda: bsj.conv(X, KERNEL, LAYOUT, padding=1),
+    "strides: expected an integer of at least 1, got 0": lambda: bsj.conv(
+        X, KERNEL, LAYOUT, strides=(0, 1)
+    ),
+    "dilation: expected an integer or two": lambda: bsj.conv(X, KERNEL, LAYOUT, dilation=(1, 1, 1)),
+    r"x: expected float32, bfloat16 or float16 \(NHWC\), got int32\[2, 8, 8, 16\]": lambda: (
+        bsj.conv(X.astype(int), KERNEL, LAYOUT)
+    ),
+    r"x: expected .* \(NHWC\), got int32\[2, 8, 8, 16\]; cast": lambda: bsj.conv(
+        X.astype(int), KERNEL, bsj.Dense()
+    ),
+    r"x: expected no empty axis \(NHWC\), got shape \(0, 8, 8, 16\)": lambda: bsj.conv(
+        X[:0], KERNEL, LAYOUT
+    ),
+    r"kernel: expected packed values \(2, 4, 3, 16\) with packed=True, got \(3, 3, 16, 32\); leave "
+    r"`packed` out": lambda: bsj.conv(X, KERNEL, LAYOUT, packed=True),
+    "smaller than the reach of the kernel": lambda: bsj.conv(
+        X[:, :2, :2], KERNEL, LAYOUT, padding="VALID"
+    ),
     "packed: a Dense": lambda: bsj.conv(X, KERNEL, bsj.Dense(), packed=True),
     "kernel: expected shape": lambda: bsj.pack(KERNEL[..., :16], LAYOUT),
     "values: expected packed shape": lambda: bsj.unpack(KERNEL, LAYOUT),
-    "dy: expected the convolution's output shape": lambda: bsj.dense_kernel_gradient(X, X[:, :4], (3, 3)),
+    "dy: expected the convolution's output shape": lambda: bsj.dense_kernel_gradient(
+        X, X[:, :4], (3, 3)
+    ),
 }
 
 
@@ -250,7 +353,9 @@ def test_bad_arguments_of_conv(message):
         BAD_CONVS[message]()
 
 
-@pytest.mark.parametrize("name", [n for n, why in bsj.available_implementations().items() if why is not None])
+@pytest.mark.parametrize(
+    "name", [n for n, why in bsj.available_implementations().items() if why is not None]
+)
 def test_an_implementation_that_cannot_serve_says_why(name):
     with pytest.raises(NotImplementedError, match=f"implementation='{name}': "):
         bsj.conv(X, KERNEL, LAYOUT, implementation=name)
@@ -265,20 +370,35 @@ def test_a_shape_that_is_both_dense_and_packed_must_be_named():
 
 
 def _bad(**fields):
-    good = {name: getattr(LAYOUT, name) for name in ("filters", "channels", "taps", "shape", "channel_block")}
+    good = {
+        name: getattr(LAYOUT, name)
+        for name in ("filters", "channels", "taps", "shape", "channel_block")
+    }
     return bsj.BlockLayout(**(good | fields))
 
 
 BAD_LAYOUTS = {
     "layout: expected a BlockLayout": lambda: bsj.Dense(),
-    "layout.filters: .* exactly once": lambda: _bad(filters=LAYOUT.filters.at[0, 0].set(5).at[0, 1].set(5)),
-    "layout.channels: index .* out of range, expected 0..15": lambda: _bad(channels=LAYOUT.channels.at[0, 3].set(16)),
-    "layout.taps: index .* out of range, expected 0..8": lambda: _bad(taps=LAYOUT.taps.at[0, 0].set(-1)),
-    "layout.channels: each row must be strictly ascending": lambda: _bad(channels=LAYOUT.channels[:, ::-1]),
-    "layout.channels: expected an integer array": lambda: _bad(channels=LAYOUT.channels.astype(float)),
+    "layout.filters: .* exactly once": lambda: _bad(
+        filters=LAYOUT.filters.at[0, 0].set(5).at[0, 1].set(5)
+    ),
+    "layout.channels: index .* out of range, expected 0..15": lambda: _bad(
+        channels=LAYOUT.channels.at[0, 3].set(16)
+    ),
+    "layout.taps: index .* out of range, expected 0..8": lambda: _bad(
+        taps=LAYOUT.taps.at[0, 0].set(-1)
+    ),
+    "layout.channels: each row must be strictly ascending": lambda: _bad(
+        channels=LAYOUT.channels[:, ::-1]
+    ),
+    "layout.channels: expected an integer array": lambda: _bad(
+        channels=LAYOUT.channels.astype(float)
+    ),
     "layout.taps: expected an integer array": lambda: _bad(taps=LAYOUT.taps[:1]),
     "layout.channel_block: 3 must divide": lambda: _bad(channel_block=3),
-    "layout.channels: expected aligned runs": lambda: _bad(channel_block=4, channels=LAYOUT.channels.at[:].set(jnp.arange(1, 5))),
+    "layout.channels: expected aligned runs": lambda: _bad(
+        channel_block=4, channels=LAYOUT.channels.at[:].set(jnp.arange(1, 5))
+    ),
     "layout.shape: expected a conv kernel": lambda: _bad(shape=(3, 3, 16)),
 }
 
@@ -292,9 +412,15 @@ def test_validate_names_the_field(message):
 BAD_MASKS = {
     "mask.shape: expected a conv kernel": lambda: bsj.mask_to_layout(jnp.ones((3, 3), bool)),
     "mask: expected dtype bool": lambda: bsj.mask_to_layout(jnp.ones((3, 3, 2, 2))),
-    "is not one block of channels x taps": lambda: bsj.mask_to_layout(jnp.ones((3, 3, 2, 2), bool).at[0, 0, 0].set(False)),
-    "groups keep different": lambda: bsj.mask_to_layout(jnp.ones((1, 1, 2, 2), bool).at[0, 0, 0, 0].set(False)),
-    "filters: expected int": lambda: bsj.mask_to_layout(jnp.ones((1, 1, 2, 2), bool), jnp.array([[0, 0]])),
+    "is not one block of channels x taps": lambda: bsj.mask_to_layout(
+        jnp.ones((3, 3, 2, 2), bool).at[0, 0, 0].set(False)
+    ),
+    "groups keep different": lambda: bsj.mask_to_layout(
+        jnp.ones((1, 1, 2, 2), bool).at[0, 0, 0, 0].set(False)
+    ),
+    "filters: expected int": lambda: bsj.mask_to_layout(
+        jnp.ones((1, 1, 2, 2), bool), jnp.array([[0, 0]])
+    ),
 }
 
 

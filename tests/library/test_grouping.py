@@ -1,4 +1,6 @@
-"""Grouping: laws of the layout, kept score against other groupings and the optimum, the column-block baselines and block fill."""
+"""Grouping: laws of the layout, kept score against other groupings and the optimum, the
+column-block baselines and block fill.
+"""
 
 import functools
 import itertools
@@ -37,8 +39,12 @@ def draw(kind, shape, seed):
         "heavy": lambda: noise**4,
         "rows": lambda: noise * np.exp(1.5 * rng.normal(size=cout)),
         "columns": lambda: noise * np.exp(1.5 * rng.normal(size=(shape[2], 1))),
-        "clusters": lambda: 0.3 * noise + np.abs(rng.normal(size=(*shape[:3], cout)) ** 3)[..., labels],
-        "tap_clusters": lambda: 0.3 * noise + np.abs(rng.normal(size=(*shape[:2], 1, cout)) ** 3)[..., labels],
+        "clusters": lambda: (
+            0.3 * noise + np.abs(rng.normal(size=(*shape[:3], cout)) ** 3)[..., labels]
+        ),
+        "tap_clusters": lambda: (
+            0.3 * noise + np.abs(rng.normal(size=(*shape[:2], 1, cout)) ** 3)[..., labels]
+        ),
         "binary": lambda: (noise > 1) * 1.0,
         "equal": lambda: np.ones(shape),
         "zero": lambda: np.zeros(shape),
@@ -122,7 +128,10 @@ def optimum(scores, group_size, kept, kept_taps):
         if not left:
             return 0.0
         rest = itertools.combinations(left[1:], group_size - 1)
-        return max(values[(left[0], *r)] + best(tuple(f for f in left if f != left[0] and f not in r)) for r in rest)
+        return max(
+            values[(left[0], *r)] + best(tuple(f for f in left if f != left[0] and f not in r))
+            for r in rest
+        )
 
     return best(tuple(filters))
 
@@ -149,7 +158,9 @@ def test_hrbp_groups_recovers_planted_blocks(case):
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_ties_go_to_the_lower_index(value):
-    layout = hrbp_groups(jnp.full((3, 3, 8, 12), value), group_size=4, kept=4, kept_taps=3, channel_block=2)
+    layout = hrbp_groups(
+        jnp.full((3, 3, 8, 12), value), group_size=4, kept=4, kept_taps=3, channel_block=2
+    )
     assert layout.filters.tolist() == np.arange(12).reshape(3, 4).tolist()
     assert layout.channels.tolist() == [[0, 1, 2, 3]] * 3
     assert layout.taps.tolist() == [[0, 1, 2]] * 3
@@ -179,7 +190,9 @@ def test_given_groups_stay():
 @pytest.mark.parametrize("kept_taps", [3, 9])
 def test_channel_blocks_are_aligned_runs(kept_taps):
     scores = draw("clusters", (3, 3, 32, 16), 2)
-    layout = validate(hrbp_groups(scores, group_size=8, kept=16, kept_taps=kept_taps, channel_block=8))
+    layout = validate(
+        hrbp_groups(scores, group_size=8, kept=16, kept_taps=kept_taps, channel_block=8)
+    )
     runs = np.asarray(layout.channels).reshape(2, 2, 8)
     assert (runs % 8 == np.arange(8)).all()
     free = hrbp_groups(scores, group_size=8, kept=16, kept_taps=kept_taps, filters=layout.filters)
@@ -199,7 +212,9 @@ def test_jit_changes_nothing_and_new_scores_do_not_recompile():
         scores = draw("iid", case[0], seed)
         inside, outside = grouped(scores), hrbp_groups(scores, **sizes(case))
         assert jax.tree.structure(inside) == jax.tree.structure(outside)
-        assert all((a == b).all() for a, b in zip(jax.tree.leaves(inside), jax.tree.leaves(outside)))
+        assert all(
+            (a == b).all() for a, b in zip(jax.tree.leaves(inside), jax.tree.leaves(outside))
+        )
     assert len(traces) == 1
 
 
@@ -209,7 +224,10 @@ def test_other_dtypes_and_corrupted_scores_still_give_a_valid_layout():
     check_layout(hrbp_groups(scores.astype(jnp.bfloat16), **sizes(case)), case)
     for bad in (jnp.nan, jnp.inf, -jnp.inf):
         for case in (CASES[1], CASES[4]):
-            for bad_scores in (draw("iid", case[0], 0).at[0, 0, 0, 1::3].set(bad), jnp.full(case[0], bad)):
+            for bad_scores in (
+                draw("iid", case[0], 0).at[0, 0, 0, 1::3].set(bad),
+                jnp.full(case[0], bad),
+            ):
                 check_layout(hrbp_groups(bad_scores, **sizes(case)), case)
 
 
@@ -220,7 +238,9 @@ def test_random_groups(case):
     check_layout(layouts[0], case)
     masks = np.mean([mask_of(layout) for layout in layouts], axis=0)
     density = layouts[0].density
-    assert np.abs(masks - density).max() < 5.5 * np.sqrt(density * (1 - density) / 200) + 1e-6  # every weight is equally likely
+    assert (
+        np.abs(masks - density).max() < 5.5 * np.sqrt(density * (1 - density) / 200) + 1e-6
+    )  # every weight is equally likely
     filters = np.stack([layout.filters for layout in layouts])
     together = np.mean(((filters == 0).any(2) & (filters == case[0][3] - 1).any(2)).any(1))
     assert abs(together - (case[1] - 1) / (case[0][3] - 1)) < 0.2
@@ -241,7 +261,12 @@ def test_random_groups(case):
     ],
 )
 def test_bad_arguments_are_named(change, message):
-    options = {"scores": jnp.ones((3, 3, 8, 12)), "group_size": 4, "kept": 4, "kept_taps": 3} | change
+    options = {
+        "scores": jnp.ones((3, 3, 8, 12)),
+        "group_size": 4,
+        "kept": 4,
+        "kept_taps": 3,
+    } | change
     with pytest.raises(ValueError, match=message):
         hrbp_groups(options.pop("scores"), **options)
 
@@ -259,8 +284,13 @@ def random_columns(sparsity, shape=(3, 3, 64, 64), rows=16, seed=0):
     """Groups of consecutive filters, each with random columns of the forward matrix."""
     rng = np.random.default_rng(seed)
     width = shape[0] * shape[1] * shape[2]
-    columns = [np.sort(rng.permutation(width)[: round((1 - sparsity) * width)]) for _ in range(shape[3] // rows)]
-    return ColumnBlocks(shape, tuple((np.arange(g * rows, (g + 1) * rows), c) for g, c in enumerate(columns)))
+    columns = [
+        np.sort(rng.permutation(width)[: round((1 - sparsity) * width)])
+        for _ in range(shape[3] // rows)
+    ]
+    return ColumnBlocks(
+        shape, tuple((np.arange(g * rows, (g + 1) * rows), c) for g, c in enumerate(columns))
+    )
 
 
 def test_block_fill_reproduces_the_reference_numbers():
@@ -280,7 +310,9 @@ def test_block_fill_is_that_of_the_two_matrices():
     for rows, columns in blocks.blocks:
         kernel = ColumnBlocks(blocks.shape, ((rows, columns),)).mask().astype(float)
         forward = kernel.transpose(3, 2, 0, 1).reshape(8, -1)
-        backward = kernel[::-1, ::-1].transpose(2, 3, 0, 1).reshape(8, -1)  # W': rotated by 180 degrees
+        backward = (
+            kernel[::-1, ::-1].transpose(2, 3, 0, 1).reshape(8, -1)
+        )  # W': rotated by 180 degrees
         kept += int(forward.sum())
         areas += [int(np.outer(m.any(1), m.any(0)).sum()) for m in (forward, backward)]
     assert block_fill(blocks) == pytest.approx(tuple(kept / areas))
@@ -343,13 +375,18 @@ def test_rumi_takes_columns_while_a_row_gains():
 
 def test_dsb_keeps_the_heaviest_squares():
     planted = planted_mask(4, 16, (1, 1, 64, 64))
-    weights = np.where(planted, 1.0, 0.01) * np.random.default_rng(1).uniform(0.5, 1.0, planted.shape)
+    weights = np.where(planted, 1.0, 0.01) * np.random.default_rng(1).uniform(
+        0.5, 1.0, planted.shape
+    )
     found = dsb_groups(weights, sparsity=0.75)
     assert [(len(r), len(c)) for r, c in found.blocks] == [(16, 16)] * 4
     assert (found.mask() == planted).all()
 
 
-@pytest.mark.parametrize(("shape", "sparsity", "count"), [((3, 3, 64, 64), 0.9, 15), ((3, 3, 64, 64), 0.0, 144), ((1, 1, 32, 32), 0.75, 1)])
+@pytest.mark.parametrize(
+    ("shape", "sparsity", "count"),
+    [((3, 3, 64, 64), 0.9, 15), ((3, 3, 64, 64), 0.0, 144), ((1, 1, 32, 32), 0.75, 1)],
+)
 def test_dsb_counts_squares(shape, sparsity, count):
     found = dsb_groups(np.random.default_rng(0).normal(size=shape), sparsity=sparsity)
     assert len(found.blocks) == count
@@ -375,11 +412,20 @@ def test_complete_linkage_agrees_with_scipy(rows, clusters):
     [
         (lambda: rumi_groups(np.ones((3, 3, 4, 4))), "mask: expected dtype bool"),
         (lambda: rumi_groups(np.ones((3, 4, 4), bool)), "mask.shape: expected a conv kernel"),
-        (lambda: rumi_groups(np.ones((3, 3, 4, 4), bool), min_rows=33), "min_rows: expected at most max_rows=32"),
+        (
+            lambda: rumi_groups(np.ones((3, 3, 4, 4), bool), min_rows=33),
+            "min_rows: expected at most max_rows=32",
+        ),
         (lambda: rumi_groups(np.ones((3, 3, 4, 4), bool), t1=0), "t1: expected a positive number"),
         (lambda: dsb_groups(np.ones((3, 3, 4, 4)), sparsity=1.0), "sparsity: expected a number in"),
-        (lambda: dsb_groups(np.ones((3, 3, 4, 4)), sparsity=0.5, block=0), "block: expected an integer"),
-        (lambda: jax.jit(lambda m: rumi_groups(m).mask())(jnp.ones((3, 3, 4, 4), bool)), "call this outside of jit"),
+        (
+            lambda: dsb_groups(np.ones((3, 3, 4, 4)), sparsity=0.5, block=0),
+            "block: expected an integer",
+        ),
+        (
+            lambda: jax.jit(lambda m: rumi_groups(m).mask())(jnp.ones((3, 3, 4, 4), bool)),
+            "call this outside of jit",
+        ),
     ],
 )
 def test_bad_column_block_arguments_are_named(call, message):

@@ -30,7 +30,14 @@ mask_of = jax.jit(bsj.layout_to_mask)
 def drawing(shape, group_size, kept, kept_taps, channel_block):
     """Jitted `key -> layout`, so that another key does not compile again."""
     return jax.jit(
-        lambda key: bsj.random_groups(key, shape, group_size=group_size, kept=kept, kept_taps=kept_taps, channel_block=channel_block)
+        lambda key: bsj.random_groups(
+            key,
+            shape,
+            group_size=group_size,
+            kept=kept,
+            kept_taps=kept_taps,
+            channel_block=channel_block,
+        )
     )
 
 
@@ -42,12 +49,24 @@ def layouts(draw, sizes=POOL):
 
 @st.composite
 def any_sizes(draw, max_kernel=3):
-    """Any sizes: rectangular kernels, 1x1, aligned runs of channels, everything kept or next to nothing."""
+    """Any sizes: rectangular kernels, 1x1, aligned runs of channels, everything kept or next to
+    nothing.
+    """
     kh, kw = draw(st.integers(1, max_kernel)), draw(st.integers(1, max_kernel))
     channel_block = draw(st.sampled_from([1, 1, 2]))
-    cin, groups, group_size = channel_block * draw(st.integers(1, 5)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 8]))
+    cin, groups, group_size = (
+        channel_block * draw(st.integers(1, 5)),
+        draw(st.integers(1, 3)),
+        draw(st.sampled_from([1, 2, 3, 8])),
+    )
     kept = channel_block * draw(st.integers(1, cin // channel_block))
-    return (kh, kw, cin, groups * group_size), group_size, kept, draw(st.integers(1, kh * kw)), channel_block
+    return (
+        (kh, kw, cin, groups * group_size),
+        group_size,
+        kept,
+        draw(st.integers(1, kh * kw)),
+        channel_block,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -55,7 +74,13 @@ def both_ways(kernel, layout, dtype):
     kernel = kernel.astype(dtype)
     packed = bsj.pack(kernel, layout)
     gradient = jax.grad(lambda k: jnp.sum(bsj.pack(k, layout).astype(jnp.float32) ** 2))(kernel)
-    return kernel, packed, bsj.unpack(packed, layout), bsj.pack(bsj.unpack(packed, layout), layout), gradient
+    return (
+        kernel,
+        packed,
+        bsj.unpack(packed, layout),
+        bsj.pack(bsj.unpack(packed, layout), layout),
+        gradient,
+    )
 
 
 def check_packing(layout, dtype, seed):
@@ -80,7 +105,9 @@ def check_partition(layout):
     kh, kw, cin, cout = layout.shape
     mask = np.asarray(mask_of(layout)).reshape(kh * kw, cin, cout)
     seen = np.zeros(cout, int)
-    for filters, channels, taps in zip(*(np.asarray(a) for a in (layout.filters, layout.channels, layout.taps)), strict=True):
+    for filters, channels, taps in zip(
+        *(np.asarray(a) for a in (layout.filters, layout.channels, layout.taps)), strict=True
+    ):
         seen[filters] += 1
         block = mask[:, :, filters]
         assert (block.any((0, 2)).sum(), block.any((1, 2)).sum()) == layout.packed_shape[1:3]
@@ -109,22 +136,34 @@ def test_laws_of_layouts_of_any_size(layout, dtype):
 
 
 def _reference(x, kernel, mask, strides, padding, dilation):
-    """Explicit zeros: past the kernel's reach, XLA's CPU gradient of a padded convolution reads memory that nobody wrote (jax 0.10.2)."""
+    """Explicit zeros: past the kernel's reach, XLA's CPU gradient of a padded convolution reads
+    memory that nobody wrote (jax 0.10.2).
+    """
     if not isinstance(padding, str):
         x, padding = jnp.pad(x, ((0, 0), *padding, (0, 0))), "VALID"
     return lax.conv_general_dilated(
-        x, jnp.where(mask, kernel, 0), strides, padding, rhs_dilation=dilation,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest",
-    )  # fmt: skip
+        x,
+        jnp.where(mask, kernel, 0),
+        strides,
+        padding,
+        rhs_dilation=dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision="highest",
+    )
 
 
 def _close(got, want, tolerance, what):
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape, what
-    assert np.abs(got - want).max(initial=0) <= tolerance * max(1.0, np.abs(want).max(initial=0)), what
+    assert np.abs(got - want).max(initial=0) <= tolerance * max(1.0, np.abs(want).max(initial=0)), (
+        what
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("strides", "padding", "dilation", "data_format", "form", "implementation"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("strides", "padding", "dilation", "data_format", "form", "implementation"),
+)
 def _ours(dy, x, kernel, layout, *, data_format, form, **options):
     if form == "full-gradient":
         options["kernel_gradient"] = "dense"
@@ -146,15 +185,44 @@ def _wanted(dy, x, kernel, mask, **options):
     return y, *pull(dy)
 
 
-def check_conv(layout, size, batch, strides, dilation, padding, data_format, form, dtype, implementation, seed=2):
-    """Every option of the door against `lax.conv_general_dilated` on masked weights; the reference runs in float32."""
-    rng, window = np.random.default_rng(seed), {"strides": strides, "padding": padding, "dilation": dilation}
-    kernel, x = (jnp.asarray(rng.normal(size=s), dtype) for s in (layout.shape, (batch, *size, layout.shape[2])))
+def check_conv(
+    layout,
+    size,
+    batch,
+    strides,
+    dilation,
+    padding,
+    data_format,
+    form,
+    dtype,
+    implementation,
+    seed=2,
+):
+    """Every option of the door against `lax.conv_general_dilated` on masked weights; the reference
+    runs in float32.
+    """
+    rng, window = (
+        np.random.default_rng(seed),
+        {"strides": strides, "padding": padding, "dilation": dilation},
+    )
+    kernel, x = (
+        jnp.asarray(rng.normal(size=s), dtype)
+        for s in (layout.shape, (batch, *size, layout.shape[2]))
+    )
     mask = mask_of(layout)
     wide = x.astype(jnp.float32), kernel.astype(jnp.float32)
     shape = jax.eval_shape(functools.partial(_reference, **window), *wide, mask).shape
     dy = jnp.asarray(rng.normal(size=shape), dtype)
-    y, dx, dkernel = _ours(dy, x, kernel, layout, data_format=data_format, form=form, implementation=implementation, **window)
+    y, dx, dkernel = _ours(
+        dy,
+        x,
+        kernel,
+        layout,
+        data_format=data_format,
+        form=form,
+        implementation=implementation,
+        **window,
+    )
     want, want_dx, want_dkernel = _wanted(dy.astype(jnp.float32), *wide, mask, **window)
     if form == "full-gradient":
         _, _, want_dkernel = _wanted(dy.astype(jnp.float32), *wide, jnp.ones_like(mask), **window)
@@ -167,15 +235,38 @@ def check_conv(layout, size, batch, strides, dilation, padding, data_format, for
         assert not np.any(np.asarray(dkernel, np.float32)[~np.asarray(mask)])
 
 
-# layout's sizes, image, batch, strides, dilation, padding, data format, form, dtype, implementation: every value of each, in many pairs
+# layout's sizes, image, batch, strides, dilation, padding, data format, form, dtype,
+# implementation: every value of each, in many pairs
 CONVS = [
     (SIZES[0], (5, 9), 2, (2, 1), (1, 2), "SAME", "NHWC", "dense", jnp.float32, None),
     (SIZES[0], (8, 6), 5, (1, 1), (1, 1), ((0, 2), (1, 0)), "CHWN", "packed", jnp.bfloat16, "xla"),
-    (SIZES[0], (7, 7), 1, (1, 3), (2, 1), ((3, 1), (0, 4)), "CHWN", "full-gradient", jnp.float32, "xla"),
+    (
+        SIZES[0],
+        (7, 7),
+        1,
+        (1, 3),
+        (2, 1),
+        ((3, 1), (0, 4)),
+        "CHWN",
+        "full-gradient",
+        jnp.float32,
+        "xla",
+    ),
     (SIZES[1], (6, 5), 5, (3, 2), (2, 2), "VALID", "CHWN", "packed", jnp.float32, None),
     (SIZES[1], (9, 8), 1, (1, 1), (1, 1), "SAME", "NHWC", "full-gradient", jnp.bfloat16, "dense"),
     (SIZES[2], (8, 9), 2, (1, 2), (2, 1), "VALID", "NHWC", "packed", jnp.float32, "xla"),
-    (SIZES[2], (6, 6), 5, (2, 2), (1, 1), ((0, 2), (1, 0)), "NHWC", "full-gradient", jnp.float32, None),
+    (
+        SIZES[2],
+        (6, 6),
+        5,
+        (2, 2),
+        (1, 1),
+        ((0, 2), (1, 0)),
+        "NHWC",
+        "full-gradient",
+        jnp.float32,
+        None,
+    ),
     (SIZES[3], (9, 5), 1, (3, 1), (1, 1), "SAME", "CHWN", "dense", jnp.bfloat16, None),
     (SIZES[3], (7, 8), 2, (1, 1), (2, 2), ((3, 1), (0, 4)), "NHWC", "packed", jnp.float32, "dense"),
     (SIZES[4], (5, 5), 2, (2, 3), (1, 2), ((3, 1), (0, 4)), "CHWN", "dense", jnp.float32, "xla"),
@@ -183,7 +274,11 @@ CONVS = [
 ]
 
 
-@pytest.mark.parametrize("case", CONVS, ids=lambda case: "-".join(map(str, (*case[0][0], *case[6:8], case[8].__name__, case[9]))))
+@pytest.mark.parametrize(
+    "case",
+    CONVS,
+    ids=lambda case: "-".join(map(str, (*case[0][0], *case[6:8], case[8].__name__, case[9]))),
+)
 def test_conv_and_its_gradients_equal_masked_dense(case):
     for seed in range(3):
         check_conv(drawing(*case[0])(jax.random.key(seed)), *case[1:], seed=seed)
@@ -205,7 +300,9 @@ OPTIONS = {
 @settings(deadline=None, max_examples=16)
 @given(layout=layouts(), **OPTIONS)
 def test_conv_over_all_the_options_equals_masked_dense(**case):
-    """Each example compiles its own convolutions; the layouts' sizes are those of the other laws, which need not compile again."""
+    """Each example compiles its own convolutions; the layouts' sizes are those of the other laws,
+    which need not compile again.
+    """
     check_conv(**case)
 
 
@@ -217,12 +314,19 @@ def test_conv_of_any_size_equals_masked_dense(**case):
 
 
 def test_dense_kernel_gradient_is_the_full_one():
-    x, kernel = jax.random.normal(jax.random.key(0), (2, 7, 9, 4)), jax.random.normal(jax.random.key(1), (3, 2, 4, 6))
+    x, kernel = (
+        jax.random.normal(jax.random.key(0), (2, 7, 9, 4)),
+        jax.random.normal(jax.random.key(1), (3, 2, 4, 6)),
+    )
     options = {"strides": (2, 1), "padding": ((1, 0), (2, 1)), "dilation": (1, 2)}
     y, pull = jax.vjp(lambda k: bsj.conv(x, k, bsj.Dense(), **options), kernel)
     dy = jax.random.normal(jax.random.key(2), y.shape)
-    np.testing.assert_allclose(bsj.dense_kernel_gradient(x, dy, (3, 2), **options), pull(dy)[0], rtol=1e-5, atol=1e-5)
-    chwn = bsj.dense_kernel_gradient(x.transpose(3, 1, 2, 0), dy.transpose(3, 1, 2, 0), (3, 2), data_format="CHWN", **options)
+    np.testing.assert_allclose(
+        bsj.dense_kernel_gradient(x, dy, (3, 2), **options), pull(dy)[0], rtol=1e-5, atol=1e-5
+    )
+    chwn = bsj.dense_kernel_gradient(
+        x.transpose(3, 1, 2, 0), dy.transpose(3, 1, 2, 0), (3, 2), data_format="CHWN", **options
+    )
     np.testing.assert_allclose(chwn, pull(dy)[0], rtol=1e-4, atol=1e-4)
 
 
@@ -243,7 +347,9 @@ def test_new_layouts_of_one_shape_do_not_recompile():
 
 
 def test_the_choice_can_be_told():
-    layout = bsj.random_groups(jax.random.key(0), (3, 3, 64, 64), group_size=32, kept=19, kept_taps=3)
+    layout = bsj.random_groups(
+        jax.random.key(0), (3, 3, 64, 64), group_size=32, kept=19, kept_taps=3
+    )
     choice = bsj.choose_implementation(jnp.ones((2, 8, 8, 64)), layout)
     assert bsj.available_implementations()[choice.implementation] is None
     assert choice.reason

@@ -1,4 +1,6 @@
-"""Imports run one way: a module imports only from its left in the diagram of `blocksparse_jax.__doc__`."""
+"""Imports run one way: a module imports only from its left in the diagram of
+`blocksparse_jax.__doc__`.
+"""
 
 import ast
 from pathlib import Path
@@ -20,7 +22,13 @@ ORDER = [
     {"packing"},
     {"transforms._base", "transforms.keep_zeros"},
     {"transforms.static"},
-    {"transforms.rigl", "transforms.gradual", "transforms.hrbp", "transforms.straight_through", "transforms.subp"},
+    {
+        "transforms.rigl",
+        "transforms.gradual",
+        "transforms.hrbp",
+        "transforms.straight_through",
+        "transforms.subp",
+    },
     {"conv"},
     {"linen"},
     {"nnx"},
@@ -37,40 +45,58 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            assert node.level == 0, f"{path}: relative import; write the full name so that the diagram can be checked"
+            assert node.level == 0, (
+                f"{path}: relative import; write the full name so that the diagram can be checked"
+            )
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
 
 
 def modules(package: str) -> dict[str, Path]:
     base = ROOT / package
-    return {".".join(p.relative_to(base).with_suffix("").parts): p for p in sorted(base.rglob("*.py")) if p.name != "__init__.py"}
+    return {
+        ".".join(p.relative_to(base).with_suffix("").parts): p
+        for p in sorted(base.rglob("*.py"))
+        if p.name != "__init__.py"
+    }
 
 
 @pytest.mark.parametrize("name", modules("blocksparse_jax"))
 def test_a_module_imports_only_from_its_left(name):
-    assert name in RANK, f"blocksparse_jax/{name}.py is not in the diagram: give it a place in ORDER"
+    assert name in RANK, (
+        f"blocksparse_jax/{name}.py is not in the diagram: give it a place in ORDER"
+    )
     used = imports(modules("blocksparse_jax")[name])
     for other, rank in RANK.items():
         if f"blocksparse_jax.{other}" in used and other != name:
-            assert rank < RANK[name], f"{name} imports {other}, which stands on its right (or beside it)"
+            assert rank < RANK[name], (
+                f"{name} imports {other}, which stands on its right (or beside it)"
+            )
     assert not any(u.split(".")[0] == "experiments" for u in used)
     if name not in FLAX_ONLY_IN:
-        assert not any(u.split(".")[0] == "flax" for u in used), f"{name} imports flax; only {sorted(FLAX_ONLY_IN)} may"
+        assert not any(u.split(".")[0] == "flax" for u in used), (
+            f"{name} imports flax; only {sorted(FLAX_ONLY_IN)} may"
+        )
     if name != "conv":
-        assert not any(u.split(".")[0] == "pallas_kernels" for u in used), f"{name} imports a kernel; only conv may"
+        assert not any(u.split(".")[0] == "pallas_kernels" for u in used), (
+            f"{name} imports a kernel; only conv may"
+        )
 
 
 def test_kernels_know_no_pruning():
     for path in (ROOT / "pallas_kernels").rglob("*.py"):
         used = {name.split(".")[0] for name in imports(path)}
-        assert not used & {"blocksparse_jax", "experiments", "flax", "optax"}, f"{path.name} imports {used}"
+        assert not used & {"blocksparse_jax", "experiments", "flax", "optax"}, (
+            f"{path.name} imports {used}"
+        )
 
 
 def test_experiments_import_the_library_and_nothing_runs_back():
     for package in ("blocksparse_jax", "pallas_kernels"):
         for path in (ROOT / package).rglob("*.py"):
-            assert not any(name.split(".")[0] in ("experiments", "tests") for name in imports(path)), path
+            assert not any(
+                name.split(".")[0] in ("experiments", "tests") for name in imports(path)
+            ), path
 
 
 def test_the_diagram_has_no_ghosts():

@@ -1,4 +1,6 @@
-"""The Flax layers: drop-ins for `Conv` where the kernel is dense, masked-dense results where it is block-sparse."""
+"""The Flax layers: drop-ins for `Conv` where the kernel is dense, masked-dense results where it is
+block-sparse.
+"""
 
 import flax.linen as nn
 import jax
@@ -12,7 +14,13 @@ from sklearn.datasets import load_digits
 import blocksparse_jax as bsj
 from blocksparse_jax import linen as bs_linen
 from blocksparse_jax import nnx as bs_nnx
-from blocksparse_jax.layout import BlockLayout, ConsecutiveGroups, Dense, block_index, layout_to_mask
+from blocksparse_jax.layout import (
+    BlockLayout,
+    ConsecutiveGroups,
+    Dense,
+    block_index,
+    layout_to_mask,
+)
 
 SHAPE = (3, 3, 6, 8)
 OPTIONS = [
@@ -46,7 +54,9 @@ def normal(seed, shape):
 
 
 def conv_options(options):
-    """The options of a `BlockSparseConv`, and the same for Flax's own layer, where an integer kernel_size means 1-D."""
+    """The options of a `BlockSparseConv`, and the same for Flax's own layer, where an integer
+    kernel_size means 1-D.
+    """
     options = {"kernel_size": (3, 3)} | options
     return options, options | ({"kernel_size": (3, 3)} if options["kernel_size"] == 3 else {})
 
@@ -61,18 +71,30 @@ def test_linen_layer_has_the_params_and_batch_axes_of_conv():
 
 
 @pytest.mark.parametrize(
-    ("features", "options"), [(32, options) for options in OPTIONS] + [(4, options) for options in OPTIONS[:4]], ids=str
+    ("features", "options"),
+    [(32, options) for options in OPTIONS] + [(4, options) for options in OPTIONS[:4]],
+    ids=str,
 )
 def test_linen_dense_layer_equals_conv_in_both_formats(features, options):
-    """With 32 features the rows in CHWN are few and one matrix product serves; with 4 XLA's convolution does."""
+    """With 32 features the rows in CHWN are few and one matrix product serves; with 4 XLA's
+    convolution does.
+    """
     mine, theirs = conv_options(options)
-    layer, conv, x = bs_linen.BlockSparseConv(features, **mine), nn.Conv(features, **theirs), normal(0, (2, 7, 9, 6))
+    layer, conv, x = (
+        bs_linen.BlockSparseConv(features, **mine),
+        nn.Conv(features, **theirs),
+        normal(0, (2, 7, 9, 6)),
+    )
     shapes = jax.eval_shape(conv.init, jax.random.key(1), x)
     params = jax.tree.map(lambda s: normal(s.size, s.shape).astype(s.dtype), shapes)
 
     @jax.jit
     def outputs(params, x):
-        native = layer.clone(data_format="CHWN").apply(params, x.transpose(3, 1, 2, 0)).transpose(3, 1, 2, 0)
+        native = (
+            layer.clone(data_format="CHWN")
+            .apply(params, x.transpose(3, 1, 2, 0))
+            .transpose(3, 1, 2, 0)
+        )
         return conv.apply(params, x), layer.apply(params, x), native
 
     want, nhwc, chwn = outputs(params, x)
@@ -84,9 +106,14 @@ def test_linen_dense_layer_equals_conv_in_both_formats(features, options):
 
 def test_dense_chwn_layer_is_a_matrix_product_where_the_rows_are_few():
     def operations(cin, cout, size=3):
-        layer, x = bs_linen.BlockSparseConv(cout, size, data_format="CHWN"), jnp.ones((cin, 8, 8, 2))
+        layer, x = (
+            bs_linen.BlockSparseConv(cout, size, data_format="CHWN"),
+            jnp.ones((cin, 8, 8, 2)),
+        )
         text = str(
-            jax.make_jaxpr(lambda k: layer.apply({"params": {"kernel": k, "bias": jnp.ones(cout)}}, x))(jnp.ones((size, size, cin, cout)))
+            jax.make_jaxpr(
+                lambda k: layer.apply({"params": {"kernel": k, "bias": jnp.ones(cout)}}, x)
+            )(jnp.ones((size, size, cin, cout)))
         )
         return "dot_general" in text, "conv_general_dilated" in text
 
@@ -110,14 +137,25 @@ def test_linen_sparse_layer_equals_masked_dense(data_format, packed):
         sparse = layer.clone(data_format=data_format)
         variables = {"params": params, "layouts": {"kernel": layout, "bias": Dense()}}
         if data_format == "CHWN":
-            return (sparse.apply(variables, x.transpose(3, 1, 2, 0)).transpose(3, 1, 2, 0) * weight).sum()
+            return (
+                sparse.apply(variables, x.transpose(3, 1, 2, 0)).transpose(3, 1, 2, 0) * weight
+            ).sum()
         return (sparse.apply(variables, x) * weight).sum()
 
     want, (want_params, want_x) = jax.jit(jax.value_and_grad(dense_loss, (0, 1)))(masked, x)
     inputs = params | {"kernel": pack(params["kernel"], layout)} if packed else params
     got, (got_params, got_x) = jax.jit(jax.value_and_grad(sparse_loss, (0, 1)))(inputs, x)
-    want_kernel = pack(want_params["kernel"], layout) if packed else jnp.where(layout_to_mask(layout), want_params["kernel"], 0)
-    for a, b in ((got, want), (got_x, want_x), (got_params["bias"], want_params["bias"]), (got_params["kernel"], want_kernel)):
+    want_kernel = (
+        pack(want_params["kernel"], layout)
+        if packed
+        else jnp.where(layout_to_mask(layout), want_params["kernel"], 0)
+    )
+    for a, b in (
+        (got, want),
+        (got_x, want_x),
+        (got_params["bias"], want_params["bias"]),
+        (got_params["kernel"], want_kernel),
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
 
 
@@ -141,13 +179,19 @@ def test_linen_sparse_layer_in_bfloat16_gives_float32_gradients():
 def test_linen_kernel_gradient_dense_gives_the_full_gradient():
     layout, x = block_layout(), normal(0, (2, 7, 9, 6))
     layer = bs_linen.BlockSparseConv(8, 3, kernel_gradient="dense", use_bias=False)
-    kernel = jnp.where(layout_to_mask(layout), layer.init(jax.random.key(1), x)["params"]["kernel"], 0)
+    kernel = jnp.where(
+        layout_to_mask(layout), layer.init(jax.random.key(1), x)["params"]["kernel"], 0
+    )
 
     def loss(kernel, layout):
-        return (layer.apply({"params": {"kernel": kernel}, "layouts": {"kernel": layout}}, x) ** 2).sum()
+        return (
+            layer.apply({"params": {"kernel": kernel}, "layouts": {"kernel": layout}}, x) ** 2
+        ).sum()
 
     gradient = jax.jit(jax.grad(loss))
-    np.testing.assert_allclose(gradient(kernel, layout), gradient(kernel, Dense()), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        gradient(kernel, layout), gradient(kernel, Dense()), rtol=1e-4, atol=1e-4
+    )
 
 
 class Net(nn.Module):
@@ -159,10 +203,27 @@ class Net(nn.Module):
 @pytest.mark.parametrize(
     ("kernel", "layout", "message"),
     [
-        (SHAPE, block_layout((3, 3, 8, 8)), r"inner/kernel: its layout is of a kernel \(3, 3, 8, 8\), expected \(3, 3, 6, 8\)"),
-        ((2, 3, 4, 4), None, r"inner/kernel: expected shape \(3, 3, 6, 8\), got \(2, 3, 4, 4\); packed values need their layout"),
-        ((2, 3, 3, 4), block_layout(), r"inner/kernel: .* or packed \(2, 3, 4, 4\), got \(2, 3, 3, 4\)"),
-        (SHAPE, ConsecutiveGroups(4), r"inner/kernel: expected a BlockLayout or Dense\(\).*get_layouts"),
+        (
+            SHAPE,
+            block_layout((3, 3, 8, 8)),
+            r"inner/kernel: its layout is of a kernel \(3, 3, 8, 8\), expected \(3, 3, 6, 8\)",
+        ),
+        (
+            (2, 3, 4, 4),
+            None,
+            r"inner/kernel: expected shape \(3, 3, 6, 8\), got \(2, 3, 4, 4\); packed values need "
+            r"their layout",
+        ),
+        (
+            (2, 3, 3, 4),
+            block_layout(),
+            r"inner/kernel: .* or packed \(2, 3, 4, 4\), got \(2, 3, 3, 4\)",
+        ),
+        (
+            SHAPE,
+            ConsecutiveGroups(4),
+            r"inner/kernel: expected a BlockLayout or Dense\(\).*get_layouts",
+        ),
     ],
 )
 def test_linen_errors_name_the_module(kernel, layout, message):
@@ -185,26 +246,44 @@ def test_linen_errors_name_the_module(kernel, layout, message):
 )
 def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
-        bs_linen.BlockSparseConv(**({"features": 8, "kernel_size": 3} | options)).init(jax.random.key(0), jnp.ones((1, 5, 5, 6)))
+        bs_linen.BlockSparseConv(**({"features": 8, "kernel_size": 3} | options)).init(
+            jax.random.key(0), jnp.ones((1, 5, 5, 6))
+        )
     with pytest.raises(ValueError, match=message):
-        bs_nnx.BlockSparseConv(6, 8, **({"kernel_size": 3} | options), rngs=nnx.Rngs(0))(jnp.ones((1, 5, 5, 6)))
+        bs_nnx.BlockSparseConv(6, 8, **({"kernel_size": 3} | options), rngs=nnx.Rngs(0))(
+            jnp.ones((1, 5, 5, 6))
+        )
 
 
 def test_a_grouped_convolution_has_no_layout():
-    layer, params = bs_linen.BlockSparseConv(8, 3, feature_group_count=2), {"kernel": jnp.ones(SHAPE), "bias": jnp.ones(8)}
+    layer, params = (
+        bs_linen.BlockSparseConv(8, 3, feature_group_count=2),
+        {"kernel": jnp.ones(SHAPE), "bias": jnp.ones(8)},
+    )
     with pytest.raises(ValueError, match="feature_group_count=2 stays dense"):
-        layer.apply({"params": params, "layouts": {"kernel": block_layout()}}, jnp.ones((1, 5, 5, 12)))
+        layer.apply(
+            {"params": params, "layouts": {"kernel": block_layout()}}, jnp.ones((1, 5, 5, 12))
+        )
 
 
 def test_chwn_needs_its_batch_axis():
     with pytest.raises(ValueError, match=r"x: expected \[cin, h, w, n\]"):
-        bs_linen.BlockSparseConv(8, 3, data_format="CHWN").init(jax.random.key(0), jnp.ones((6, 5, 5)))
+        bs_linen.BlockSparseConv(8, 3, data_format="CHWN").init(
+            jax.random.key(0), jnp.ones((6, 5, 5))
+        )
 
 
-@pytest.mark.parametrize("options", [{}, {"kernel_size": 3, "strides": 2, "use_bias": False}, {"feature_group_count": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kernel_size": 3, "strides": 2, "use_bias": False}, {"feature_group_count": 2}],
+    ids=str,
+)
 def test_nnx_layer_is_a_drop_in_for_conv(options):
     mine, theirs = conv_options(options)
-    layer, conv = bs_nnx.BlockSparseConv(6, 8, **mine, rngs=nnx.Rngs(0)), nnx.Conv(6, 8, **theirs, rngs=nnx.Rngs(0))
+    layer, conv = (
+        bs_nnx.BlockSparseConv(6, 8, **mine, rngs=nnx.Rngs(0)),
+        nnx.Conv(6, 8, **theirs, rngs=nnx.Rngs(0)),
+    )
     np.testing.assert_array_equal(layer.kernel[...], conv.kernel[...])
     x = normal(0, (2, 7, 9, 6))
     for image in (x, x[0]):
@@ -214,7 +293,9 @@ def test_nnx_layer_is_a_drop_in_for_conv(options):
 class Classifier(nnx.Module):
     def __init__(self, rngs):
         self.stem = bs_nnx.BlockSparseConv(1, 32, 3, data_format="CHWN", rngs=rngs)
-        self.blocks = nnx.List([bs_nnx.BlockSparseConv(32, 64, 3, 2, data_format="CHWN", rngs=rngs)])
+        self.blocks = nnx.List(
+            [bs_nnx.BlockSparseConv(32, 64, 3, 2, data_format="CHWN", rngs=rngs)]
+        )
         self.norm = nnx.BatchNorm(64, axis=0, momentum=0.9, rngs=rngs)
         self.head = nnx.Linear(64, 10, rngs=rngs)
 
@@ -225,7 +306,10 @@ class Classifier(nnx.Module):
 
 
 def test_nnx_layouts_travel_and_stay_out_of_the_params():
-    model, layout = Classifier(nnx.Rngs(0)), block_layout((3, 3, 32, 64), group_size=16, kept=4, kept_taps=3)
+    model, layout = (
+        Classifier(nnx.Rngs(0)),
+        block_layout((3, 3, 32, 64), group_size=16, kept=4, kept_taps=3),
+    )
     params = nnx.state(model, nnx.Param)
     layouts = jax.tree.map(
         lambda p: layout if p.shape == layout.shape else Dense(), params
@@ -247,12 +331,19 @@ def test_nnx_layouts_travel_and_stay_out_of_the_params():
 @pytest.mark.parametrize(
     ("layouts", "message"),
     [
-        ({"stem": {"kernel": block_layout()}}, r"layouts: stem/kernel is of a kernel \(3, 3, 6, 8\), expected \(3, 3, 1, 32\)"),
+        (
+            {"stem": {"kernel": block_layout()}},
+            r"layouts: stem/kernel is of a kernel \(3, 3, 6, 8\), expected \(3, 3, 1, 32\)",
+        ),
         (
             {"head": {"kernel": block_layout()}},
-            "layouts: head/kernel is no kernel of a BlockSparseConv.*stem/kernel, blocks/0/kernel|blocks/0/kernel, stem",
+            "layouts: head/kernel is no kernel of a BlockSparseConv.*stem/kernel, "
+            "blocks/0/kernel|blocks/0/kernel, stem",
         ),
-        ({"stem": {"kernel": ConsecutiveGroups(4)}}, "layouts: at stem/kernel expected a BlockLayout.*get_layouts"),
+        (
+            {"stem": {"kernel": ConsecutiveGroups(4)}},
+            "layouts: at stem/kernel expected a BlockLayout.*get_layouts",
+        ),
     ],
 )
 def test_nnx_set_layouts_refuses_what_does_not_fit(layouts, message):
@@ -262,9 +353,14 @@ def test_nnx_set_layouts_refuses_what_does_not_fit(layouts, message):
 
 def test_nnx_example_trains_with_hrbp_on_digits():
     digits = load_digits()
-    images, labels = jnp.asarray(digits.images[..., None] / 8 - 1, jnp.float32), jnp.asarray(digits.target)
+    images, labels = (
+        jnp.asarray(digits.images[..., None] / 8 - 1, jnp.float32),
+        jnp.asarray(digits.target),
+    )
     model = Classifier(nnx.Rngs(0))
-    tx = bsj.keep_zeros(optax.chain(bsj.hrbp_prune(0.8, group_size=16, block_density=1 / 3), optax.adam(1e-2)))
+    tx = bsj.keep_zeros(
+        optax.chain(bsj.hrbp_prune(0.8, group_size=16, block_density=1 / 3), optax.adam(1e-2))
+    )
     optimizer = bs_nnx.Optimizer(model, tx, wrt=nnx.Param)
     drawn = bsj.get_layouts(optimizer.opt_state)
     bs_nnx.set_layouts(model, drawn)

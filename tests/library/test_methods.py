@@ -1,4 +1,6 @@
-"""SR-STE, RigL and gradual magnitude equal their plain NumPy references, step by step and over whole training runs."""
+"""SR-STE, RigL and gradual magnitude equal their plain NumPy references, step by step and over
+whole training runs.
+"""
 
 import functools
 
@@ -51,7 +53,10 @@ def assert_close(actual, expected):
 def test_n_m_masks_forward_and_gradient(shape, pattern, axis, seed):
     n, m = pattern
     kernel, grad = random_kernel(seed, shape), random_kernel(seed + 1, shape)
-    params, grads = {"conv": kernel, "bias": np.ones(3, np.float32)}, {"conv": grad, "bias": np.full(3, 2.0, np.float32)}
+    params, grads = (
+        {"conv": kernel, "bias": np.ones(3, np.float32)},
+        {"conv": grad, "bias": np.full(3, 2.0, np.float32)},
+    )
     tx = bsj.sr_ste(n, m, decay=0.5, axis=axis, where=conv_kernels)
     state = tx.init(params)
     updates, state = tx.update(grads, state, params)
@@ -62,7 +67,9 @@ def test_n_m_masks_forward_and_gradient(shape, pattern, axis, seed):
 
     later = {"conv": random_kernel(seed + 2, shape), "bias": params["bias"]}
     forward, pullback = jax.vjp(lambda p: bsj.masked(p, state), later)
-    np.testing.assert_array_equal(forward["conv"], later["conv"] * ref.n_m_mask(later["conv"], n, m, axis))
+    np.testing.assert_array_equal(
+        forward["conv"], later["conv"] * ref.n_m_mask(later["conv"], n, m, axis)
+    )
     np.testing.assert_array_equal(forward["bias"], later["bias"])
     (back,) = pullback(grads)
     np.testing.assert_array_equal(back["conv"], grad)  # straight through
@@ -72,11 +79,15 @@ def test_n_m_by_hand():
     kernel = np.array([0.3, -0.9, 0.1, 0.2, 0.5, 0.5, -0.5, 0.5], np.float32).reshape(1, 1, 8, 1)
     state = bsj.sr_ste(2, 4, where=conv_kernels).init({"conv": kernel})
     forward = bsj.masked({"conv": kernel}, state)["conv"]
-    np.testing.assert_array_equal(np.asarray(forward).ravel(), np.array([0.3, -0.9, 0, 0, 0.5, 0.5, 0, 0], np.float32))
+    np.testing.assert_array_equal(
+        np.asarray(forward).ravel(), np.array([0.3, -0.9, 0, 0, 0.5, 0.5, 0, 0], np.float32)
+    )
 
 
 def test_n_m_along_the_kernel_by_hand():
-    """One filter, 2 channels of 1 x 2 taps: the run is (c0 x0, c0 x1, c1 x0, c1 x1), and one input axis of 2 does not hold 4."""
+    """One filter, 2 channels of 1 x 2 taps: the run is (c0 x0, c0 x1, c1 x0, c1 x1), and one input
+    axis of 2 does not hold 4.
+    """
     kernel = np.zeros((1, 2, 2, 1), np.float32)
     kernel[0, :, 0, 0], kernel[0, :, 1, 0] = [1, 4], [3, 2]
     state = bsj.sr_ste(2, 4, axis="kernel", where=conv_kernels).init({"conv": kernel})
@@ -95,7 +106,9 @@ def test_n_m_with_all_equal_weights_keeps_the_first_of_each_group(axis, value):
     assert (runs.reshape(-1, 4) == [True, True, False, False]).all()
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((3, 3, 6, 4), "input"), ((1, 1, 1, 4), "input"), ((3, 3, 3, 4), "kernel")])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((3, 3, 6, 4), "input"), ((1, 1, 1, 4), "input"), ((3, 3, 3, 4), "kernel")]
+)
 def test_m_that_does_not_divide_names_the_layer(shape, axis):
     params = {"fine": np.ones((3, 3, 8, 4), np.float32), "odd_one": np.ones(shape, np.float32)}
     with pytest.raises(ValueError, match="odd_one"):
@@ -118,11 +131,21 @@ def test_sad_counts_the_changes():
 
 @pytest.mark.parametrize("axis", ["input", "kernel"])
 def test_sr_ste_trajectory_with_momentum_and_weight_decay(axis):
-    """30 steps on `0.5 sum(a (w~ - target)^2)`; the SR-STE term joins the gradient before momentum, in addition to weight decay."""
+    """30 steps on `0.5 sum(a (w~ - target)^2)`; the SR-STE term joins the gradient before momentum,
+    in addition to weight decay.
+    """
     rate, momentum, weight_decay, decay = 0.1, 0.9, 1e-2, 0.2
-    kernel, target, curvature = normal(0, (3, 3, 8, 4)), normal(1, (3, 3, 8, 4)), np.abs(normal(2, (3, 3, 8, 4)))
+    kernel, target, curvature = (
+        normal(0, (3, 3, 8, 4)),
+        normal(1, (3, 3, 8, 4)),
+        np.abs(normal(2, (3, 3, 8, 4))),
+    )
     sr_ste = bsj.sr_ste(2, 4, decay=decay, axis=axis, where=conv_kernels)
-    tx = bsj.keep_zeros(optax.chain(sr_ste, optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum=momentum)))
+    tx = bsj.keep_zeros(
+        optax.chain(
+            sr_ste, optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum=momentum)
+        )
+    )
 
     def loss(params, state):
         return 0.5 * (curvature * (bsj.masked(params, state)["conv"] - target) ** 2).sum()
@@ -152,13 +175,17 @@ def test_sr_ste_trajectory_with_momentum_and_weight_decay(axis):
 
 @functools.cache
 def compiled(method, *args, **options):
-    """One jitted `init` and `update` for each set of options, so that hypothesis does not compile again and again."""
+    """One jitted `init` and `update` for each set of options, so that hypothesis does not compile
+    again and again.
+    """
     tx = method(*args, where=conv_kernels, **options)
     return jax.jit(tx.init), jax.jit(tx.update)
 
 
 def masks_over(functions, params_at, grads_at, steps):
-    """Runs `update` at steps 0, 1, ... with given params and gradients; yields step, masks before and after, updates, state."""
+    """Runs `update` at steps 0, 1, ... with given params and gradients; yields step, masks before
+    and after, updates, state.
+    """
     init, update = functions
     state = init(params_at(0))
     for t in range(steps):
@@ -170,9 +197,19 @@ def masks_over(functions, params_at, grads_at, steps):
 @few
 @given(shape=st.sampled_from(SHAPES), seed=st.integers(0, 999))
 def test_rigl_steps(shape, seed):
-    """Every step: masks move only when due, to the reference's, with no gradient; otherwise the gradient is masked."""
+    """Every step: masks move only when due, to the reference's, with no gradient; otherwise the
+    gradient is masked.
+    """
     start, until, every, drop_fraction = 1, 8, 3, 0.917
-    tx = compiled(bsj.rigl, 0.4, update_every=every, start=start, until=until, drop_fraction=drop_fraction, budget="uniform")
+    tx = compiled(
+        bsj.rigl,
+        0.4,
+        update_every=every,
+        start=start,
+        until=until,
+        drop_fraction=drop_fraction,
+        budget="uniform",
+    )
 
     def params_at(t):
         return {"conv": random_kernel(seed + t, shape), "bias": np.ones(2, np.float32)}
@@ -204,7 +241,11 @@ def test_rigl_due_steps():
     def params_at(t):
         return {"conv": normal(t, (3, 3, 8, 8))}
 
-    changed = [t for t, before, after, _, _ in masks_over(tx, params_at, params_at, 20) if (before["conv"] != after["conv"]).any()]
+    changed = [
+        t
+        for t, before, after, _, _ in masks_over(tx, params_at, params_at, 20)
+        if (before["conv"] != after["conv"]).any()
+    ]
     assert changed == [6, 10]
 
 
@@ -216,7 +257,9 @@ def test_rigl_starts_random_with_exact_counts(budget):
 
     @jax.jit
     def draw(key):
-        return bsj.get_masks(bsj.rigl(0.63, until=100, budget=budget, where=conv_kernels, key=key).init(params))
+        return bsj.get_masks(
+            bsj.rigl(0.63, until=100, budget=budget, where=conv_kernels, key=key).init(params)
+        )
 
     masks = [host(draw(jax.random.key(seed))) for seed in range(2)]
     for i, (shape, density) in enumerate(zip(shapes, densities)):
@@ -228,7 +271,9 @@ def test_rigl_starts_random_with_exact_counts(budget):
 
 @pytest.mark.parametrize("value", [0.0, 0.1])
 def test_rigl_with_all_equal_weights_and_gradients(value):
-    """The first active weights in C order stay, the first of the rest come: the mask is then the reference's, whatever the ties."""
+    """The first active weights in C order stay, the first of the rest come: the mask is then the
+    reference's, whatever the ties.
+    """
     shape = (3, 3, 4, 4)
     tx = compiled(bsj.rigl, 0.5, update_every=1, until=10, drop_fraction=0.9, budget="uniform")
 
@@ -239,11 +284,15 @@ def test_rigl_with_all_equal_weights_and_gradients(value):
         if t > 0:
             n_drop = int(ref.rigl_drop_count(t, before["conv"].sum(), 0, 10, 0.9))
             assert n_drop > 0
-            np.testing.assert_array_equal(after["conv"], ref.rigl_mask(at(t)["conv"], at(t)["conv"], before["conv"], n_drop))
+            np.testing.assert_array_equal(
+                after["conv"], ref.rigl_mask(at(t)["conv"], at(t)["conv"], before["conv"], n_drop)
+            )
 
 
 def test_rigl_prefers_active_zeros_to_pruned_weights():
-    """An active weight of 0 is kept before any pruned one, though both score 0 and the pruned one may come first in C order."""
+    """An active weight of 0 is kept before any pruned one, though both score 0 and the pruned one
+    may come first in C order.
+    """
     shape = (1, 1, 8, 8)
     tx = compiled(bsj.rigl, 0.5, update_every=1, until=1000, drop_fraction=0.3, budget="uniform")
 
@@ -263,14 +312,34 @@ def test_rigl_prefers_active_zeros_to_pruned_weights():
 
 @pytest.mark.parametrize("masked_start", [True, False])
 def test_rigl_trajectory_under_keep_zeros(masked_start):
-    """30 steps of chain(rigl, weight decay, momentum): params and momentum equal NumPy's, new weights start at 0 with no momentum."""
-    start, until, every, drop_fraction, rate, momentum, weight_decay = 0, 23, 4, 0.31, 0.1, 0.9, 1e-2
+    """30 steps of chain(rigl, weight decay, momentum): params and momentum equal NumPy's, new
+    weights start at 0 with no momentum.
+    """
+    start, until, every, drop_fraction, rate, momentum, weight_decay = (
+        0,
+        23,
+        4,
+        0.31,
+        0.1,
+        0.9,
+        1e-2,
+    )
     shape = (3, 3, 8, 4)
     target, noise, bias_noise = normal(1, shape), normal(2, (30, *shape)), normal(3, (30, 4))
     rigl = bsj.rigl(
-        0.7, update_every=every, start=start, until=until, drop_fraction=drop_fraction, where=conv_kernels, key=jax.random.key(0)
+        0.7,
+        update_every=every,
+        start=start,
+        until=until,
+        drop_fraction=drop_fraction,
+        where=conv_kernels,
+        key=jax.random.key(0),
     )
-    tx = bsj.keep_zeros(optax.chain(rigl, optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum=momentum)))
+    tx = bsj.keep_zeros(
+        optax.chain(
+            rigl, optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum=momentum)
+        )
+    )
     params = {"conv": jnp.asarray(normal(0, shape)), "bias": jnp.ones(4)}
     state = tx.init(params)
     mask = np.asarray(bsj.get_masks(state)["conv"])
@@ -292,7 +361,10 @@ def test_rigl_trajectory_under_keep_zeros(masked_start):
             new_mask = ref.rigl_mask(kernel, grad, mask, int(count))
             both, mask = mask & new_mask, new_mask
             grown_total += (mask & ~both).sum()
-            kernel, trace = kernel * both, trace * both  # pruned and truly new weights at 0; just-dropped regrown ones live on
+            kernel, trace = (
+                kernel * both,
+                trace * both,
+            )  # pruned and truly new weights at 0; just-dropped regrown ones live on
         else:
             trace = momentum * trace + grad * mask + weight_decay * kernel
             kernel = (kernel - rate * trace) * mask
@@ -312,15 +384,32 @@ def test_rigl_trajectory_under_keep_zeros(masked_start):
 
 
 @few
-@given(shape=st.sampled_from(SHAPES[:3]), seed=st.integers(0, 999), options=st.sampled_from([(0.0, 3), (0.213, 1)]))
+@given(
+    shape=st.sampled_from(SHAPES[:3]),
+    seed=st.integers(0, 999),
+    options=st.sampled_from([(0.0, 3), (0.213, 1)]),
+)
 def test_gradual_magnitude_steps(shape, seed, options):
-    """Every step: counts of the cubic schedule, the largest weights, nested masks, masked gradients."""
+    """Every step: counts of the cubic schedule, the largest weights, nested masks, masked
+    gradients.
+    """
     start, end, every, final = 2, 8, 3, 0.717
     initial, power = options
-    tx = compiled(bsj.gradual_magnitude, final, start=start, end=end, update_every=every, initial_sparsity=initial, power=power)
+    tx = compiled(
+        bsj.gradual_magnitude,
+        final,
+        start=start,
+        end=end,
+        update_every=every,
+        initial_sparsity=initial,
+        power=power,
+    )
 
     def at(t):
-        return {"conv": random_kernel(seed + t, shape) * (random_kernel(seed + 99 - t, shape) > 0.4), "bias": np.ones(2, np.float32)}
+        return {
+            "conv": random_kernel(seed + t, shape) * (random_kernel(seed + 99 - t, shape) > 0.4),
+            "bias": np.ones(2, np.float32),
+        }
 
     expected = np.ones(shape, bool)
     for t, _, after, updates, state in masks_over(tx, at, at, 11):
@@ -353,7 +442,17 @@ def test_gradual_magnitude_reaches_its_sparsity_at_an_end_between_updates():
         return {"conv": normal(t, (1, 1, 8, 10))}
 
     kept = [int(after["conv"].sum()) for _, _, after, _, _ in masks_over(tx, at, at, 9)]
-    assert kept == [80, 80, 80, 80, 43, 43, 40, 40, 40]  # 0.5 - 0.5 (1 - 3 / 5)^3 = 0.468: 43 of 80 (42.56)
+    assert kept == [
+        80,
+        80,
+        80,
+        80,
+        43,
+        43,
+        40,
+        40,
+        40,
+    ]  # 0.5 - 0.5 (1 - 3 / 5)^3 = 0.468: 43 of 80 (42.56)
 
 
 def test_gradual_magnitude_by_hand():
@@ -363,7 +462,10 @@ def test_gradual_magnitude_by_hand():
     def at(t):
         return {"conv": normal(0, (1, 1, 8, 10))}
 
-    kept = [int(np.broadcast_to(after["conv"], (1, 1, 8, 10)).sum()) for _, _, after, _, _ in masks_over(tx, at, at, 6)]
+    kept = [
+        int(np.broadcast_to(after["conv"], (1, 1, 8, 10)).sum())
+        for _, _, after, _, _ in masks_over(tx, at, at, 6)
+    ]
     assert kept == [80, 43, 24, 17, 16, 16]
 
 
@@ -379,11 +481,17 @@ def test_gradual_magnitude_with_all_equal_weights_keeps_the_first(value):
 
 
 def test_gradual_magnitude_trajectory_under_keep_zeros():
-    """Hard: under momentum and weight decay pruned weights are exact zeros and stay zero, whatever the size of their gradients."""
+    """Hard: under momentum and weight decay pruned weights are exact zeros and stay zero, whatever
+    the size of their gradients.
+    """
     shape, rate, momentum, weight_decay = (3, 3, 4, 4), 0.1, 0.9, 1e-2
     noise = normal(1, (20, *shape))
     method = bsj.gradual_magnitude(0.9, start=2, end=14, update_every=4, where=conv_kernels)
-    tx = bsj.keep_zeros(optax.chain(method, optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum=momentum)))
+    tx = bsj.keep_zeros(
+        optax.chain(
+            method, optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum=momentum)
+        )
+    )
     params = {"conv": jnp.asarray(normal(0, shape))}
     state, step = tx.init(params), jax.jit(tx.update)
     kernel, mask, trace = normal(0, shape), np.ones(shape, bool), np.zeros(shape, np.float32)

@@ -1,4 +1,6 @@
-"""What newcomers ran into: silent wrong results, states that other libraries wrap, and what their users take for granted."""
+"""What newcomers ran into: silent wrong results, states that other libraries wrap, and what their
+users take for granted.
+"""
 
 import dataclasses
 
@@ -15,7 +17,12 @@ import blocksparse_jax as bsj
 KERNEL = jax.random.normal(jax.random.key(0), (3, 3, 32, 32)) / 20
 PARAMS = {"c": {"kernel": KERNEL}}
 X = jax.random.normal(jax.random.key(1), (2, 6, 6, 32))
-CPU = pytest.param("cpu", marks=pytest.mark.skipif(bsj.available_implementations()["cpu"] is not None, reason="no native kernels"))
+CPU = pytest.param(
+    "cpu",
+    marks=pytest.mark.skipif(
+        bsj.available_implementations()["cpu"] is not None, reason="no native kernels"
+    ),
+)
 
 
 def dynamic_step(tx, kernel_gradient):
@@ -23,7 +30,10 @@ def dynamic_step(tx, kernel_gradient):
         layout = bsj.get_layouts(state)["c"]["kernel"]
 
         def loss(params):
-            return jnp.mean((bsj.conv(X, params["c"]["kernel"], layout, kernel_gradient=kernel_gradient) - X) ** 2)
+            return jnp.mean(
+                (bsj.conv(X, params["c"]["kernel"], layout, kernel_gradient=kernel_gradient) - X)
+                ** 2
+            )
 
         updates, state = tx.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
@@ -42,13 +52,18 @@ METHODS = {
 def test_a_method_that_cannot_grow_is_counted_and_shown(method, kernel_gradient, blind):
     tx = bsj.keep_zeros(optax.chain(METHODS[method](), optax.sgd(0.1, momentum=0.9)))
     state = tx.init(PARAMS)
-    params, step = bsj.apply_masks(PARAMS, bsj.get_masks(state)), jax.jit(dynamic_step(tx, kernel_gradient))
+    params, step = (
+        bsj.apply_masks(PARAMS, bsj.get_masks(state)),
+        jax.jit(dynamic_step(tx, kernel_gradient)),
+    )
     first = bsj.get_masks(state)
     for _ in range(5):
         params, state = step(params, state)
     updates = 2 if method == "hrbp-dynamic" else 1
     assert int(state[0].blind_updates) == (updates if blind else 0)
-    assert (f"{updates} updates of the masks could grow nothing" in str(bsj.summarize(params, state))) == blind
+    assert (
+        f"{updates} updates of the masks could grow nothing" in str(bsj.summarize(params, state))
+    ) == blind
     assert (float(bsj.sad(first, bsj.get_masks(state)).total) == 0) == blind
 
 
@@ -58,7 +73,11 @@ def test_outside_of_jit_it_raises():
     params, step = bsj.apply_masks(PARAMS, bsj.get_masks(state)), dynamic_step(tx, "masked")
     for _ in range(2):
         params, state = step(params, state)
-    with pytest.raises(ValueError, match=r"updates: the gradient at 'c/kernel' is zero on every pruned weight.*kernel_gradient='dense'"):
+    with pytest.raises(
+        ValueError,
+        match=r"updates: the gradient at 'c/kernel' is zero on every pruned "
+        r"weight.*kernel_gradient='dense'",
+    ):
         step(params, state)
 
 
@@ -89,7 +108,9 @@ def trained(cls, method):
 @pytest.mark.parametrize("cls", [bsj.nnx.Optimizer, nnx.Optimizer])
 @pytest.mark.parametrize("pure", [False, True], ids=["variables", "pure"])
 def test_every_tree_function_takes_the_state_of_an_nnx_optimizer(cls, pure):
-    """The state's leaves are another kind of variable than the params', or plain arrays in a plain dict."""
+    """The state's leaves are another kind of variable than the params', or plain arrays in a plain
+    dict.
+    """
     model, optimizer, grads = trained(cls, bsj.hrbp_prune(0.8, group_size=16))
     if cls is bsj.nnx.Optimizer:
         optimizer.update(model, grads)
@@ -101,9 +122,17 @@ def test_every_tree_function_takes_the_state_of_an_nnx_optimizer(cls, pure):
     assert summary.density == pytest.approx(0.2, abs=0.005)
     assert "2 groups of 16 filters" in str(summary)
     zeroed = bsj.apply_masks(params, masks)
-    assert jax.tree.structure(zeroed) == jax.tree.structure(bsj.masked(params, state)) == jax.tree.structure(params)
+    assert (
+        jax.tree.structure(zeroed)
+        == jax.tree.structure(bsj.masked(params, state))
+        == jax.tree.structure(params)
+    )
     values, packed = bsj.pack_tree(zeroed, state, layouts)
-    sizes = {leaf.size for path, leaf in jax.tree.leaves_with_path((values, packed)) if "kernel" in str(path) and "conv" in str(path)}
+    sizes = {
+        leaf.size
+        for path, leaf in jax.tree.leaves_with_path((values, packed))
+        if "kernel" in str(path) and "conv" in str(path)
+    }
     assert KERNEL.size not in sizes
     assert bsj.summarize(values, packed).density == summary.density
     back = bsj.unpack_tree(values, packed, layouts)
@@ -123,17 +152,28 @@ def test_nnx_straight_through_weights_are_masked():
 def test_layouts_that_nnx_took_apart_are_named():
     model, optimizer, grads = trained(nnx.Optimizer, bsj.hrbp_prune(0.8, group_size=16))
     optimizer.update(model, grads)
-    with pytest.raises(ValueError, match=r"state: expected a layout at 'conv/kernel.*use bsj.nnx.Optimizer"):
+    with pytest.raises(
+        ValueError, match=r"state: expected a layout at 'conv/kernel.*use bsj.nnx.Optimizer"
+    ):
         bsj.get_layouts(optimizer.opt_state)
 
 
-@pytest.mark.parametrize("method", [bsj.hrbp_prune(0.8, group_size=16), bsj.hrbp_prune(0.8, group_size=16, update=bsj.periodic(9))])
+@pytest.mark.parametrize(
+    "method",
+    [
+        bsj.hrbp_prune(0.8, group_size=16),
+        bsj.hrbp_prune(0.8, group_size=16, update=bsj.periodic(9)),
+    ],
+)
 def test_the_summary_of_packed_params_is_that_of_the_dense_ones(method):
     state = method.init(PARAMS)
     params = bsj.apply_masks(PARAMS, bsj.get_masks(state))
     values, packed = bsj.pack_tree(params, state, bsj.get_layouts(state))
     assert bsj.summarize(values, packed) == bsj.summarize(params, state)
-    with pytest.raises(ValueError, match=r"params: expected shape .* of the state at 'c/kernel'.*pack both, or neither"):
+    with pytest.raises(
+        ValueError,
+        match=r"params: expected shape .* of the state at 'c/kernel'.*pack both, or neither",
+    ):
         bsj.summarize(params, packed)
 
 
@@ -147,24 +187,42 @@ def soft_subp():
 
 def test_packing_refuses_to_lose_trained_weights():
     params, state, layouts = soft_subp()
-    with pytest.raises(ValueError, match=r"params: subp trains the pruned weights too, and packing would lose 6912 of them at 'c/kernel'"):
+    with pytest.raises(
+        ValueError,
+        match=r"params: subp trains the pruned weights too, and packing would lose 6912 of them at "
+        r"'c/kernel'",
+    ):
         bsj.pack_tree(params, state, layouts)
     zeroed = bsj.apply_masks(params, bsj.get_masks(state))
     values, packed = bsj.pack_tree(zeroed, state, layouts)
-    np.testing.assert_array_equal(values["c"]["kernel"], bsj.pack_tree(params, state, layouts, drop_pruned=True)[0]["c"]["kernel"])
-    np.testing.assert_array_equal(bsj.unpack_tree(values, packed, layouts)[0]["c"]["kernel"], zeroed["c"]["kernel"])
+    np.testing.assert_array_equal(
+        values["c"]["kernel"],
+        bsj.pack_tree(params, state, layouts, drop_pruned=True)[0]["c"]["kernel"],
+    )
+    np.testing.assert_array_equal(
+        bsj.unpack_tree(values, packed, layouts)[0]["c"]["kernel"], zeroed["c"]["kernel"]
+    )
     for read in (bsj.get_layouts, lambda s: bsj.summarize(values, s)):
-        with pytest.raises(ValueError, match=r"state: packed, and this method's layouts are read from its masks.*unpack_tree"):
+        with pytest.raises(
+            ValueError,
+            match=r"state: packed, and this method's layouts are read from its masks.*unpack_tree",
+        ):
             read(packed)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "dense", CPU])
 @pytest.mark.parametrize("epilogue", [False, True])
 def test_second_derivatives_are_those_of_a_dense_convolution(implementation, epilogue):
-    """Reverse over reverse and forward over reverse (a Hessian-vector product), in the input and in the kernel, twice over for `x`."""
+    """Reverse over reverse and forward over reverse (a Hessian-vector product), in the input and in
+    the kernel, twice over for `x`.
+    """
     layout = bsj.hrbp_groups(KERNEL, group_size=16, kept=8, kept_taps=3)
     mask = bsj.layout_to_mask(layout)
-    more = {"scale": jnp.linspace(0.5, 2, 32), "bias": jnp.linspace(-1, 1, 32), "activation": "relu"} if epilogue else {}
+    more = (
+        {"scale": jnp.linspace(0.5, 2, 32), "bias": jnp.linspace(-1, 1, 32), "activation": "relu"}
+        if epilogue
+        else {}
+    )
 
     def loss(conv):
         return lambda x, kernel: jnp.sum(jnp.sin(conv(x, kernel)))
@@ -205,13 +263,17 @@ def test_flax_writes_and_reads_a_state():
         np.testing.assert_array_equal(a, b)
     bsj.validate(bsj.get_layouts(back)["c"]["kernel"])
     soft = bsj.subp(0.5, start=0, end=9).init(PARAMS)
-    assert bsj.get_layouts(serialization.from_bytes(soft, serialization.to_bytes(soft)))["c"]["kernel"].packed_shape == (2, 32, 9, 16)
+    assert bsj.get_layouts(serialization.from_bytes(soft, serialization.to_bytes(soft)))["c"][
+        "kernel"
+    ].packed_shape == (2, 32, 9, 16)
 
 
 class Block(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return bsj.linen.BlockSparseConv(32, (3, 3), name="inner")(nn.relu(bsj.linen.BlockSparseConv(32, (3, 3), name="first")(x)))
+        return bsj.linen.BlockSparseConv(32, (3, 3), name="inner")(
+            nn.relu(bsj.linen.BlockSparseConv(32, (3, 3), name="first")(x))
+        )
 
 
 def test_linen_layouts_of_no_layer_are_refused():
@@ -220,12 +282,17 @@ def test_linen_layouts_of_no_layer_are_refused():
     Block().apply({"params": params, "layouts": layouts}, X)
     Block().apply({"params": params, "layouts": {"inner": layouts["inner"]}}, X)  # absent: dense
     for strange in ({"Conv": layouts["inner"]}, {"net": layouts}):
-        with pytest.raises(ValueError, match=r"layouts: '(Conv|net/first)/kernel' is no parameter of this model.*'first/bias'"):
+        with pytest.raises(
+            ValueError,
+            match=r"layouts: '(Conv|net/first)/kernel' is no parameter of this model.*'first/bias'",
+        ):
             Block().apply({"params": params, "layouts": strange}, X)
 
 
 def test_two_methods_show_both_targets():
-    tx = bsj.keep_zeros(optax.chain(bsj.rigl(0.5, until=5), bsj.hrbp_prune(0.9, group_size=16), optax.sgd(0.1)))
+    tx = bsj.keep_zeros(
+        optax.chain(bsj.rigl(0.5, until=5), bsj.hrbp_prune(0.9, group_size=16), optax.sgd(0.1))
+    )
     summary = bsj.summarize(PARAMS, tx.init(PARAMS))
     assert "rigl + hrbp: sparse layers keep" in str(summary)
     assert "(target 0.5000 and 0.1000)" in str(summary)
@@ -259,4 +326,9 @@ def test_one_integer_serves_both_axes_of_conv():
 
 def test_raw_random_keys_are_keys():
     state = bsj.rigl(0.5, until=9, key=jax.random.PRNGKey(3)).init(PARAMS)
-    assert float(bsj.sad(bsj.get_masks(state), bsj.get_masks(bsj.rigl(0.5, until=9).init(PARAMS))).total) > 0
+    assert (
+        float(
+            bsj.sad(bsj.get_masks(state), bsj.get_masks(bsj.rigl(0.5, until=9).init(PARAMS))).total
+        )
+        > 0
+    )

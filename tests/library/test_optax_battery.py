@@ -20,19 +20,29 @@ def _fixed(params):
 METHODS = {
     "hrbp": lambda p: bsj.hrbp_prune(0.7, group_size=16),
     # One layer: its updates hold the whole search for groups, which takes long to compile.
-    "hrbp-gradient": lambda p: bsj.hrbp_prune(0.75, group_size=16, scores="gradient", where=lambda name, leaf: name == "conv1/kernel"),
-    "hrbp-dynamic": lambda p: bsj.hrbp_prune(0.75, group_size=16, block_density=1.0, update=bsj.periodic(3), drop_fraction=0.6),
+    "hrbp-gradient": lambda p: bsj.hrbp_prune(
+        0.75, group_size=16, scores="gradient", where=lambda name, leaf: name == "conv1/kernel"
+    ),
+    "hrbp-dynamic": lambda p: bsj.hrbp_prune(
+        0.75, group_size=16, block_density=1.0, update=bsj.periodic(3), drop_fraction=0.6
+    ),
     "rigl": lambda p: bsj.rigl(0.7, update_every=3, until=1000, drop_fraction=0.6),
     "gradual": lambda p: bsj.gradual_magnitude(0.7, start=2, end=20, update_every=3),
     "subp-hard": lambda p: bsj.subp(0.5, block=16, start=2, end=20, update_every=3, soft=False),
     "fixed": _fixed,
-    "random-channel": lambda p: bsj.fixed_masks(layouts=bsj.random_channel_layouts(jax.random.key(0), p, 0.7)),
+    "random-channel": lambda p: bsj.fixed_masks(
+        layouts=bsj.random_channel_layouts(jax.random.key(0), p, 0.7)
+    ),
     "subp": lambda p: bsj.subp(0.5, block=16, start=2, end=20, update_every=3),
     "sr-ste": lambda p: bsj.sr_ste(2, 4),
     "ste": lambda p: bsj.ste(1, 4, axis="kernel"),
 }
-# Slow where the scores of the gradient make no difference: its update holds the search for groups, long to compile.
-EVERY = [pytest.param(name, marks=pytest.mark.slow) if name == "hrbp-gradient" else name for name in METHODS]
+# Slow where the scores of the gradient make no difference: its update holds the search for groups,
+# long to compile.
+EVERY = [
+    pytest.param(name, marks=pytest.mark.slow) if name == "hrbp-gradient" else name
+    for name in METHODS
+]
 HARD = [name for name in METHODS if name not in ("subp", "sr-ste", "ste")]
 DYNAMIC = ["hrbp-dynamic", "rigl", "subp-hard", "gradual"]
 OPTIMIZERS = {
@@ -43,7 +53,9 @@ OPTIMIZERS = {
 }
 
 
-OPTIMIZERS["scheduled"] = lambda: optax.sgd(optax.piecewise_constant_schedule(0.1, {3: 0.1}), momentum=0.9)
+OPTIMIZERS["scheduled"] = lambda: optax.sgd(
+    optax.piecewise_constant_schedule(0.1, {3: 0.1}), momentum=0.9
+)
 
 
 @jax.jit
@@ -51,7 +63,13 @@ def _noise(params, step):
     """Fresh, full gradients: nothing in them knows about masks."""
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(11), step), len(leaves))
-    return jax.tree.unflatten(structure, [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)])
+    return jax.tree.unflatten(
+        structure,
+        [
+            jax.random.normal(k, leaf.shape, leaf.dtype)
+            for k, leaf in zip(keys, leaves, strict=True)
+        ],
+    )
 
 
 _apply = jax.jit(optax.apply_updates)
@@ -59,8 +77,19 @@ _apply = jax.jit(optax.apply_updates)
 
 @functools.cache
 def _made(name, optimizer, decay=1e-2):
-    """A transformation, its jitted update and a list that grows when that is traced; shared, so that tests do not compile again."""
-    tx, traces = bsj.keep_zeros(optax.chain(METHODS[name](small_tree()), optax.add_decayed_weights(decay), OPTIMIZERS[optimizer]())), []
+    """A transformation, its jitted update and a list that grows when that is traced; shared, so
+    that tests do not compile again.
+    """
+    tx, traces = (
+        bsj.keep_zeros(
+            optax.chain(
+                METHODS[name](small_tree()),
+                optax.add_decayed_weights(decay),
+                OPTIMIZERS[optimizer](),
+            )
+        ),
+        [],
+    )
 
     def update(grads, state, params):
         traces.append(name)
@@ -83,13 +112,24 @@ def _assert_zeros(params, masks):
         assert not np.any(np.asarray(p)[~np.broadcast_to(m, p.shape)])
 
 
-ALIKE = ("hrbp", "hrbp-gradient", "subp-hard", "random-channel", "ste")  # in bf16: the others hold their kinds of update
+ALIKE = (
+    "hrbp",
+    "hrbp-gradient",
+    "subp-hard",
+    "random-channel",
+    "ste",
+)  # in bf16: the others hold their kinds of update
 
 
 @pytest.mark.parametrize(
     ("dtype", "name"),
     [
-        pytest.param(dtype, name, marks=[pytest.mark.slow] if dtype == jnp.bfloat16 and name in ALIKE else [], id=f"{short}-{name}")
+        pytest.param(
+            dtype,
+            name,
+            marks=[pytest.mark.slow] if dtype == jnp.bfloat16 and name in ALIKE else [],
+            id=f"{short}-{name}",
+        )
         for short, dtype in (("fp32", jnp.float32), ("bf16", jnp.bfloat16))
         for name in METHODS
     ],
@@ -116,9 +156,14 @@ def test_jit_equals_eager_keeps_dtypes_and_never_recompiles(name, dtype, params)
     chex.assert_trees_all_equal_structs(bsj.get_masks(state), params)
 
 
-@pytest.mark.parametrize(("name", "optimizer"), [(n, o) for n in HARD for o in OPTIMIZERS if o == "adamw" or n in ("rigl", "fixed")])
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [(n, o) for n in HARD for o in OPTIMIZERS if o == "adamw" or n in ("rigl", "fixed")],
+)
 def test_zeros_are_exact_after_noisy_steps(name, optimizer, params):
-    """200 steps of full noise through momentum, Adam and weight decay; every step's zeros are checked in the end of each leg."""
+    """200 steps of full noise through momentum, Adam and weight decay; every step's zeros are
+    checked in the end of each leg.
+    """
     tx, update, _ = _made(name, optimizer)
     state = None
     for leg in range(4):
@@ -128,7 +173,10 @@ def test_zeros_are_exact_after_noisy_steps(name, optimizer, params):
         assert any(not bool(m.all()) for m in jax.tree.leaves(masks))
 
 
-@pytest.mark.parametrize(("name", "optimizer"), [(n, o) for n in DYNAMIC for o in OPTIMIZERS if o == "adamw" or n == "rigl"])
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [(n, o) for n in DYNAMIC for o in OPTIMIZERS if o == "adamw" or n == "rigl"],
+)
 def test_moments_of_pruned_and_regrown_weights_are_reset(name, optimizer, params):
     tx, update, _ = _made(name, optimizer)
     state = tx.init(params)
@@ -148,9 +196,13 @@ def test_moments_of_pruned_and_regrown_weights_are_reset(name, optimizer, params
     assert grown_ever > 0 or name == "gradual"
 
 
-@pytest.mark.parametrize(("name", "optimizer"), [*(("rigl", o) for o in OPTIMIZERS), ("hrbp-dynamic", "adamw")])
+@pytest.mark.parametrize(
+    ("name", "optimizer"), [*(("rigl", o) for o in OPTIMIZERS), ("hrbp-dynamic", "adamw")]
+)
 def test_a_topology_step_applies_no_gradient(name, optimizer, params):
-    """Weights that stay do not move, nor do their moments, whatever momentum and weight decay would do; dense leaves too."""
+    """Weights that stay do not move, nor do their moments, whatever momentum and weight decay would
+    do; dense leaves too.
+    """
     tx, update, _ = _made(name, optimizer)
     params, state = _train(tx, params, 3, update=update)
     updates, after = update(_noise(params, 3), state, params)
@@ -168,7 +220,9 @@ def test_a_topology_step_applies_no_gradient(name, optimizer, params):
 def test_inject_hyperparams_inside_with_a_schedule(name, params):
     schedule = optax.piecewise_constant_schedule(0.1, {3: 0.1})
     injected = optax.inject_hyperparams(optax.sgd)(learning_rate=schedule, momentum=0.9)
-    tx = bsj.keep_zeros(optax.chain(METHODS[name](params), optax.add_decayed_weights(1e-2), injected))
+    tx = bsj.keep_zeros(
+        optax.chain(METHODS[name](params), optax.add_decayed_weights(1e-2), injected)
+    )
     plain, update, _ = _made(name, "scheduled")
     (a, state), (b, _) = _train(tx, params, 6), _train(plain, params, 6, update=update)
     chex.assert_trees_all_close(a, b, rtol=1e-6, atol=1e-6)
@@ -179,15 +233,20 @@ def test_inject_hyperparams_inside_with_a_schedule(name, params):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_multi_steps_outside(name, params):
-    """Gradients accumulated over two micro-steps equal one step on their mean; masks are read through the wrapper."""
+    """Gradients accumulated over two micro-steps equal one step on their mean; masks are read
+    through the wrapper.
+    """
     tx, update, _ = _made(name, "scheduled")
     multi = optax.MultiSteps(tx, every_k_schedule=2)
     params_multi, state_multi = _train(multi, params, 10)
     state = tx.init(params)
     plain, current = params, params
     for step in range(0, 10, 2):
-        # MultiSteps' parameters are those of its last real step, so both micro-gradients have the same dtype and shape only.
-        grads = jax.tree.map(lambda a, b: (a + b) / 2, _noise(current, step), _noise(current, step + 1))
+        # MultiSteps' parameters are those of its last real step, so both micro-gradients have the
+        # same dtype and shape only.
+        grads = jax.tree.map(
+            lambda a, b: (a + b) / 2, _noise(current, step), _noise(current, step + 1)
+        )
         updates, state = update(grads, state, plain)
         plain = _apply(plain, updates)
     chex.assert_trees_all_close(params_multi, plain, rtol=1e-5, atol=1e-5)
@@ -196,7 +255,9 @@ def test_multi_steps_outside(name, params):
 
 @pytest.mark.parametrize("name", [n for n in EVERY if n not in ("fixed", "random-channel")])
 def test_multi_transform_outside(name, params):
-    """Two labels, two optimizers: the method sees its own leaves only, and masks come back for the whole tree."""
+    """Two labels, two optimizers: the method sees its own leaves only, and masks come back for the
+    whole tree.
+    """
     labels = {"stem": "plain", "conv1": "sparse", "conv2": "sparse", "classifier": "plain"}
     inner = bsj.keep_zeros(optax.chain(METHODS[name](params), optax.adam(1e-2)))
     tx = optax.multi_transform({"sparse": inner, "plain": optax.sgd(0.1)}, labels)
@@ -210,7 +271,9 @@ def test_multi_transform_outside(name, params):
     chex.assert_trees_all_equal(values["stem"], params["stem"])
     chex.assert_trees_all_equal_shapes(bsj.masked(params, state), params)
     if name in HARD:
-        _assert_zeros({k: params[k] for k in ("conv1", "conv2")}, {k: masks[k] for k in ("conv1", "conv2")})
+        _assert_zeros(
+            {k: params[k] for k in ("conv1", "conv2")}, {k: masks[k] for k in ("conv1", "conv2")}
+        )
 
 
 def test_two_methods_in_multi_transform_merge(params):
@@ -220,8 +283,14 @@ def test_two_methods_in_multi_transform_merge(params):
     def chain(method):
         return bsj.keep_zeros(optax.chain(method, optax.sgd(0.1)))
 
-    transforms = {"a": chain(bsj.rigl(0.5, until=9, where=only("conv1/kernel"))), "b": chain(bsj.sr_ste(2, 4, where=only("conv2")))}
-    tx = optax.multi_transform(transforms | {"c": optax.sgd(0.1)}, {"stem": "c", "conv1": "a", "conv2": "b", "classifier": "c"})
+    transforms = {
+        "a": chain(bsj.rigl(0.5, until=9, where=only("conv1/kernel"))),
+        "b": chain(bsj.sr_ste(2, 4, where=only("conv2"))),
+    }
+    tx = optax.multi_transform(
+        transforms | {"c": optax.sgd(0.1)},
+        {"stem": "c", "conv1": "a", "conv2": "b", "classifier": "c"},
+    )
     params, state = _train(tx, params, 3)
     masks = bsj.get_masks(state)
     assert masks["conv1"]["kernel"].mean() == pytest.approx(0.5, abs=1e-3)
@@ -234,14 +303,22 @@ def test_two_methods_in_multi_transform_merge(params):
 @pytest.mark.parametrize("name", EVERY)
 def test_extra_args_pass_through(name, params):
     """A transformation behind the method gets its extra argument; `params` may be given by name."""
-    tx = bsj.keep_zeros(optax.chain(METHODS[name](params), optax.scale_by_backtracking_linesearch(max_backtracking_steps=2)))
+    tx = bsj.keep_zeros(
+        optax.chain(
+            METHODS[name](params), optax.scale_by_backtracking_linesearch(max_backtracking_steps=2)
+        )
+    )
     state = tx.init(params)
 
     def loss(p):
         return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(p))
 
     value, grads = jax.value_and_grad(loss)(params)
-    update = jax.jit(lambda grads, state, params, value: tx.update(grads, state, params=params, value=value, grad=grads, value_fn=loss))
+    update = jax.jit(
+        lambda grads, state, params, value: tx.update(
+            grads, state, params=params, value=value, grad=grads, value_fn=loss
+        )
+    )
     updates, _ = update(grads, state, params, value)
     chex.assert_trees_all_equal_shapes(updates, params)
 
@@ -249,7 +326,14 @@ def test_extra_args_pass_through(name, params):
 @pytest.mark.parametrize("name", HARD)
 def test_chain_order_does_not_break_zeros(name, params):
     """The method behind the optimizer's transformations: other numbers, but zeros all the same."""
-    tx = bsj.keep_zeros(optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.9), METHODS[name](params), optax.scale(-0.1)))
+    tx = bsj.keep_zeros(
+        optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.trace(0.9),
+            METHODS[name](params),
+            optax.scale(-0.1),
+        )
+    )
     params, state = _train(tx, params, 12)
     _assert_zeros(params, bsj.get_masks(state))
 
@@ -261,10 +345,19 @@ def test_params_are_required(name, params):
             tx.update(params, tx.init(params))
 
 
-SAME_SEARCH = ("hrbp-dynamic", "hrbp-gradient")  # a jitted init holds the whole search for groups: that of hrbp stands for all
+SAME_SEARCH = (
+    "hrbp-dynamic",
+    "hrbp-gradient",
+)  # a jitted init holds the whole search for groups: that of hrbp stands for all
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in SAME_SEARCH else []) for name in METHODS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SAME_SEARCH else [])
+        for name in METHODS
+    ],
+)
 def test_init_and_update_trace_abstractly(name, params):
     tx = bsj.keep_zeros(optax.chain(METHODS[name](params), optax.adam(1e-3)))
     shapes, state = jax.eval_shape(tx.init, params), tx.init(params)
@@ -285,14 +378,19 @@ def test_counts_stay_exact_when_a_gradient_is_nan(name, params):
 
 
 def test_masks_are_the_same_for_the_same_key(params):
-    for make in (lambda k: bsj.rigl(0.5, until=9, key=k), lambda k: bsj.hrbp_prune(0.7, group_size=16, scores="random", key=k)):
+    for make in (
+        lambda k: bsj.rigl(0.5, until=9, key=k),
+        lambda k: bsj.hrbp_prune(0.7, group_size=16, scores="random", key=k),
+    ):
         a, b, c = (bsj.get_masks(make(jax.random.key(k)).init(params)) for k in (1, 1, 2))
         chex.assert_trees_all_equal(a, b)
         assert float(bsj.sad(a, c).total) > 0.1
 
 
 def test_a_gradient_masking_transform_alone_would_not_do(params):
-    """What keep_zeros is for: without it momentum moves weights that a topology step has just pruned."""
+    """What keep_zeros is for: without it momentum moves weights that a topology step has just
+    pruned.
+    """
     tx = optax.chain(METHODS["rigl"](params), optax.sgd(0.1, momentum=0.9))
     params, state = _train(tx, params, 30)
     masks = bsj.get_masks(state)

@@ -39,7 +39,9 @@ def channels_of(state, block):
 
 @functools.cache
 def compiled(**options):
-    """Jitted `init(params)` and `update(key, kernel, state)`: neither another key nor another hypothesis example compiles again."""
+    """Jitted `init(params)` and `update(key, kernel, state)`: neither another key nor another
+    hypothesis example compiles again.
+    """
 
     def method(key):
         return bsj.subp(where=conv_kernels, key=key, **options)
@@ -51,7 +53,9 @@ def compiled(**options):
 
 
 def run_subp(kernels, seed=0, **options):
-    """Kept blocks, `[groups, cin]`, before the first update and after each of the updates with `kernels`."""
+    """Kept blocks, `[groups, cin]`, before the first update and after each of the updates with
+    `kernels`.
+    """
     block = ref.subp_block(kernels[0].shape[-1], options.get("block", 16))
     init, update = compiled(**options)
     state = init({"conv": kernels[0]})
@@ -62,7 +66,9 @@ def run_subp(kernels, seed=0, **options):
 
 
 def assert_top(scores, kept, count):
-    """`kept` holds the `count` largest of `scores`, exact ties to the lower index; scores equal up to rounding may come either way."""
+    """`kept` holds the `count` largest of `scores`, exact ties to the lower index; scores equal up
+    to rounding may come either way.
+    """
     expected = ref.largest(scores, count)
     assert kept.sum() == count
     if (kept != expected).any():
@@ -73,11 +79,15 @@ def assert_top(scores, kept, count):
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize(("shape", "block"), [((1, 1, 1, 4), 4), ((3, 3, 13, 20), 10), ((2, 3, 16, 6), 1)])
+@pytest.mark.parametrize(
+    ("shape", "block"), [((1, 1, 1, 4), 4), ((3, 3, 13, 20), 10), ((2, 3, 16, 6), 1)]
+)
 def test_block_scores(shape, block, criterion):
     kernel = normal(0, shape) * (np.arange(shape[2]) % 5 != 3)[:, None]  # some channels are zero
     expected = ref.subp_scores(kernel, np.ones(shape, bool), block, criterion, alpha=0.7)
-    np.testing.assert_allclose(block_scores(kernel, block, criterion, 0.7), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        block_scores(kernel, block, criterion, 0.7), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 @few
@@ -89,10 +99,20 @@ def test_block_scores(shape, block, criterion):
     seed=st.integers(0, 999),
 )
 def test_masks_before_start_between_and_from_end_on(shape, criterion, version, sparsity, seed):
-    """All kept at first and at start; in between the best blocks for certain plus exactly the regrown; from end on plain top-k."""
+    """All kept at first and at start; in between the best blocks for certain plus exactly the
+    regrown; from end on plain top-k.
+    """
     block, cin = 4, shape[2]
     kernels = [random_kernel(seed + t, shape) for t in range(4)]
-    options = {"block": block, "criterion": criterion, "schedule": "linear", "start": 0, "end": 2, "version": version, "alpha": 0.7}
+    options = {
+        "block": block,
+        "criterion": criterion,
+        "schedule": "linear",
+        "start": 0,
+        "end": 2,
+        "version": version,
+        "alpha": 0.7,
+    }
     masks = list(run_subp(kernels, seed, sparsity=sparsity, **options))
     assert masks[0].all()
     assert masks[1].all()
@@ -113,23 +133,31 @@ def test_masks_before_start_between_and_from_end_on(shape, criterion, version, s
 
 
 def test_bpar_by_hand():
-    """Blocks of 2 filters: two parallel ones, one orthogonal to both, one zero: l/sum(l) = .4 .2 .4 0, r/sum(r) = .4 .4 .2 and 1."""
+    """Blocks of 2 filters: two parallel ones, one orthogonal to both, one zero: l/sum(l) = .4 .2 .4
+    0, r/sum(r) = .4 .4 .2 and 1.
+    """
     kernel = np.zeros((1, 1, 4, 2), np.float32)
     kernel[0, 0, :, :] = [[2, 0], [1, 0], [0, 2], [0, 0]]
     scores = ref.subp_scores(kernel, np.ones_like(kernel), 2, "bpar")
     np.testing.assert_allclose(scores, [[0.0, -0.2, 0.2, -1.0]], atol=1e-12)
     for sparsity, expected in [(0.25, [1, 1, 1, 0]), (0.5, [1, 0, 1, 0]), (0.75, [0, 0, 1, 0])]:
-        *_, kept = run_subp([kernel] * 3, sparsity=sparsity, block=2, criterion="bpar", start=0, end=1)
+        *_, kept = run_subp(
+            [kernel] * 3, sparsity=sparsity, block=2, criterion="bpar", start=0, end=1
+        )
         assert kept.astype(int).tolist() == [expected]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 3.0])
 def test_alpha_weighs_the_redundancy(alpha):
-    """Two long parallel blocks and a short orthogonal one: redundancy decides only when alpha is large."""
+    """Two long parallel blocks and a short orthogonal one: redundancy decides only when alpha is
+    large.
+    """
     kernel = np.zeros((1, 1, 3, 2), np.float32)
     kernel[0, 0] = [[3, 0], [2.5, 0], [0, 2]]
     scores = ref.subp_scores(kernel, np.ones_like(kernel), 2, "bpar", alpha=alpha)[0]
-    *_, kept = run_subp([kernel] * 3, sparsity=0.4, block=2, criterion="bpar", start=0, end=1, alpha=alpha)
+    *_, kept = run_subp(
+        [kernel] * 3, sparsity=0.4, block=2, criterion="bpar", start=0, end=1, alpha=alpha
+    )
     np.testing.assert_array_equal(kept[0], ref.largest(scores, 2))
     assert kept[0].tolist() == ([True, True, False] if alpha == 0 else [True, False, True])
 
@@ -147,7 +175,9 @@ def test_version_2_does_not_see_what_it_pruned_and_version_1_does():
     first, then = np.ones((1, 1, 4, 1), np.float32), np.ones((1, 1, 4, 1), np.float32)
     first[0, 0, :, 0], then[0, 0, :, 0] = [4, 3, 2, 1], [4, 3, 2, 9]
     for version, expected in [(1, [1, 1, 0, 1]), (2, [1, 1, 1, 0])]:
-        *_, kept = run_subp([first] * 3 + [then], sparsity=0.25, block=1, start=0, end=1, version=version)
+        *_, kept = run_subp(
+            [first] * 3 + [then], sparsity=0.25, block=1, start=0, end=1, version=version
+        )
         assert kept.astype(int).tolist() == [expected]
 
 
@@ -158,10 +188,13 @@ FOUR_CURVES = [(curve, 0.6, 20) for curve in ("cubic", "linear", "cos", "exp")]
 
 
 @pytest.mark.parametrize(
-    ("schedule", "sparsity", "cin"), [*FOUR_CURVES, ("linear", 0.29, 100), ("cubic", 0.5, 13), ("exp", 0.0, 5), ("cos", 0.9, 1)]
+    ("schedule", "sparsity", "cin"),
+    [*FOUR_CURVES, ("linear", 0.29, 100), ("cubic", 0.5, 13), ("exp", 0.0, 5), ("cos", 0.9, 1)],
 )
 def test_counts_after_every_update(schedule, sparsity, cin):
-    """Every group keeps `C - floor(P C) + floor((P - P rho) C)`; between the updates nothing moves; floats do not steal a block."""
+    """Every group keeps `C - floor(P C) + floor((P - P rho) C)`; between the updates nothing moves;
+    floats do not steal a block.
+    """
     start, end, every, cout = 4, 24, 2, 6
     kernel = normal(0, (1, 1, cin, cout))
     options = {"block": 3, "schedule": schedule, "start": start, "end": end, "update_every": every}
@@ -171,7 +204,9 @@ def test_counts_after_every_update(schedule, sparsity, cin):
         if t % every:
             np.testing.assert_array_equal(masks[t + 1], masks[t])
         else:
-            removed, regrown = ref.subp_counts(sparsity, cin, ref.subp_rho(t, start, end, every, schedule))
+            removed, regrown = ref.subp_counts(
+                sparsity, cin, ref.subp_rho(t, start, end, every, schedule)
+            )
             assert (masks[t + 1].sum(1) == cin - removed + regrown).all(), t
             seen.add(regrown)
     assert masks[start + 1].all()
@@ -184,7 +219,9 @@ def test_floor_of_an_exact_product():
     assert kept.sum(1).tolist() == [71]
 
 
-@pytest.mark.parametrize(("sparsity", "cin", "step", "left"), [(0.9, 100, 178, 1), (0.6, 300, 175, 5)])
+@pytest.mark.parametrize(
+    ("sparsity", "cin", "step", "left"), [(0.9, 100, 178, 1), (0.6, 300, 175, 5)]
+)
 def test_float32_does_not_lose_a_block_of_a_wide_layer(sparsity, cin, step, left):
     """`P (1 - step / 180) C` is a whole number here, and a bit less in float32."""
     scores = jnp.asarray(normal(0, (3, cin)))
@@ -203,7 +240,10 @@ def test_a_block_that_does_not_divide_falls_to_the_largest_divisor(cout, block, 
     assert layout.filters.tolist() == np.arange(cout).reshape(-1, used).tolist()
     assert layout.packed_shape == (cout // used, 4, 9, used)
     np.testing.assert_array_equal(bsj.layout_to_mask(layout), bsj.get_masks(state)["conv"])
-    expected = [ref.largest(s, 4) for s in ref.subp_scores(params["conv"], np.ones_like(params["conv"]), used, "l1")]
+    expected = [
+        ref.largest(s, 4)
+        for s in ref.subp_scores(params["conv"], np.ones_like(params["conv"]), used, "l1")
+    ]
     np.testing.assert_array_equal(channels_of(state, used), expected)
 
 
@@ -224,7 +264,10 @@ def test_the_soft_phase_has_a_layout_of_the_regrown_size():
 @pytest.mark.parametrize("soft", [True, False])
 def test_gradients_soft_and_hard(soft):
     kernel, grad = normal(0, (3, 3, 8, 8)), normal(1, (3, 3, 8, 8))
-    params, grads = {"conv": kernel, "bias": np.ones(3, np.float32)}, {"conv": grad, "bias": np.full(3, 2, np.float32)}
+    params, grads = (
+        {"conv": kernel, "bias": np.ones(3, np.float32)},
+        {"conv": grad, "bias": np.full(3, 2, np.float32)},
+    )
     tx = bsj.subp(0.5, block=4, start=0, end=1, soft=soft, decay=0.3, where=conv_kernels)
     state = tx.init(params)
     update = jax.jit(tx.update)
@@ -244,15 +287,30 @@ def test_gradients_soft_and_hard(soft):
 @pytest.mark.parametrize(("soft", "version"), [(True, 1), (True, 2), (False, 2), (False, 1)])
 @pytest.mark.parametrize("criterion", ["l1", "bpar"])
 def test_trajectory_with_momentum_and_weight_decay(soft, version, criterion):
-    """28 steps on `0.5 sum(a (w~ - target)^2)`: NumPy follows, taking from the library only which removed blocks were drawn."""
+    """28 steps on `0.5 sum(a (w~ - target)^2)`: NumPy follows, taking from the library only which
+    removed blocks were drawn.
+    """
     start, end, every, block, sparsity, shape = 4, 20, 4, 4, 0.6, (3, 3, 10, 8)
     rate, momentum, weight_decay, decay = 0.1, 0.9, 1e-2, 0.2
     kernel, target, curvature = normal(0, shape), normal(1, shape), np.abs(normal(2, shape))
     method = bsj.subp(
-        sparsity, block=block, criterion=criterion, start=start, end=end, update_every=every, soft=soft, version=version, decay=decay,
-        where=conv_kernels, key=jax.random.key(3),
-    )  # fmt: skip
-    tx = bsj.keep_zeros(optax.chain(method, optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum=momentum)))
+        sparsity,
+        block=block,
+        criterion=criterion,
+        start=start,
+        end=end,
+        update_every=every,
+        soft=soft,
+        version=version,
+        decay=decay,
+        where=conv_kernels,
+        key=jax.random.key(3),
+    )
+    tx = bsj.keep_zeros(
+        optax.chain(
+            method, optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum=momentum)
+        )
+    )
 
     def loss(params, state):
         return 0.5 * (curvature * (bsj.masked(params, state)["conv"] - target) ** 2).sum()
@@ -269,7 +327,9 @@ def test_trajectory_with_momentum_and_weight_decay(soft, version, criterion):
         params, state = step(params, state)
         grad = curvature * (kernel * mask - target)
         if t % every == 0:
-            removed, regrown = ref.subp_counts(sparsity, 10, ref.subp_rho(t, start, end, every, "cubic"))
+            removed, regrown = ref.subp_counts(
+                sparsity, 10, ref.subp_rho(t, start, end, every, "cubic")
+            )
             scores = ref.subp_scores(kernel, mask, block, criterion, version)
             drawn = channels_of(state, block)
             for group_scores, kept in zip(scores, drawn):
@@ -282,7 +342,9 @@ def test_trajectory_with_momentum_and_weight_decay(soft, version, criterion):
         grad = ref.sr_ste_gradient(grad, kernel, mask, decay) if soft else grad * mask
         trace = momentum * trace + grad + weight_decay * kernel
         kernel = kernel - rate * trace
-        trace = trace if soft else trace * (old & mask)  # keep_zeros: a newly grown weight leaves its first step without momentum
+        trace = (
+            trace if soft else trace * (old & mask)
+        )  # keep_zeros: a newly grown weight leaves its first step without momentum
         old = mask
         np.testing.assert_array_equal(bsj.get_masks(state)["conv"], mask)
         np.testing.assert_allclose(params["conv"], kernel, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,6 @@
-"""The original files of each data set, as small as they can be: each `..._source` writes `arrays` and returns what --source takes."""
+"""The original files of each data set, as small as they can be: each `..._source` writes `arrays`
+and returns what --source takes.
+"""
 
 import gzip
 import io
@@ -50,7 +52,10 @@ def keras_source(name, arrays, folder):
 
 def idx_source(name, arrays, folder, pack=gzip.compress, end=".gz"):
     for key, file in (("train", "train"), ("test", "t10k")):
-        for values, kind in ((arrays[f"x_{key}"][..., 0], "images-idx3"), (arrays[f"y_{key}"].astype(np.uint8), "labels-idx1")):
+        for values, kind in (
+            (arrays[f"x_{key}"][..., 0], "images-idx3"),
+            (arrays[f"y_{key}"].astype(np.uint8), "labels-idx1"),
+        ):
             header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">i4").tobytes()
             (folder / f"{file}-{kind}-ubyte{end}").write_bytes(pack(header + values.tobytes()))
     return folder
@@ -72,12 +77,17 @@ def cifar_files(name, arrays):
 
     if name == "cifar10":
         xs, ys = np.array_split(arrays["x_train"], 5), np.array_split(arrays["y_train"], 5)
-        files = {f"data_batch_{i}": batch(x, y) for i, (x, y) in enumerate(zip(xs, ys, strict=True), 1)}
+        files = {
+            f"data_batch_{i}": batch(x, y) for i, (x, y) in enumerate(zip(xs, ys, strict=True), 1)
+        }
         files |= {"test_batch": batch(arrays["x_test"], arrays["y_test"])}
         files |= {"batches.meta": {"label_names": [f"class {i}" for i in range(10)]}}
         return {f"cifar-10-batches-py/{k}": python2(v) for k, v in files.items()}
     files = {s: batch(arrays[f"x_{s}"], arrays[f"y_{s}"]) for s in ("train", "test")}
-    files["meta"] = {"fine_label_names": [f"class {i}" for i in range(100)], "coarse_label_names": [f"group {i}" for i in range(20)]}
+    files["meta"] = {
+        "fine_label_names": [f"class {i}" for i in range(100)],
+        "coarse_label_names": [f"group {i}" for i in range(20)],
+    }
     return {f"cifar-100-python/{k}": python2(v) for k, v in files.items()}
 
 
@@ -101,7 +111,9 @@ def cifar_folder_source(name, arrays, folder):
 
 
 def tiny_files(arrays):
-    """The official layout; the pixels in `arrays` become what the JPEGs decode to, the order that of the sorted names."""
+    """The official layout; the pixels in `arrays` become what the JPEGs decode to, the order that
+    of the sorted names.
+    """
     files, annotations = {}, ""
     order = np.argsort(arrays["y_train"], kind="stable")
     arrays["x_train"], arrays["y_train"] = arrays["x_train"][order], arrays["y_train"][order]
@@ -110,7 +122,9 @@ def tiny_files(arrays):
             content = jpeg(x, mode="L" if i == 1 else None)  # some are grey
             x[...] = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
             if split == "train":
-                files[f"tiny-imagenet-200/train/{WNIDS[y]}/images/{WNIDS[y]}_{i:03d}.JPEG"] = content
+                files[f"tiny-imagenet-200/train/{WNIDS[y]}/images/{WNIDS[y]}_{i:03d}.JPEG"] = (
+                    content
+                )
             else:
                 files[f"tiny-imagenet-200/val/images/val_{i}.JPEG"] = content
                 annotations += f"val_{i}.JPEG\t{WNIDS[y]}\t0\t0\t62\t62\n"
@@ -133,4 +147,6 @@ def tiny_zip_source(name, arrays, folder):
 def pixels(name, images):
     """Normalised images back to 0..255."""
     spec = SPECS[name]
-    return np.round((np.asarray(images) * np.array(spec.std) + np.array(spec.mean)) * 255).astype(int)
+    return np.round((np.asarray(images) * np.array(spec.std) + np.array(spec.mean)) * 255).astype(
+        int
+    )

@@ -1,4 +1,6 @@
-"""Compile for an H200 on a machine without a GPU; and the interpreter of Mosaic GPU kernels in either generation of JAX."""
+"""Compile for an H200 on a machine without a GPU; and the interpreter of Mosaic GPU kernels in
+either generation of JAX.
+"""
 
 import contextlib
 import ctypes
@@ -46,7 +48,9 @@ _NUMBERS = itertools.count()
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What the compiler made: the most registers of a thread, bytes of stack and spills over all kernels, and the PTX."""
+    """What the compiler made: the most registers of a thread, bytes of stack and spills over all
+    kernels, and the PTX.
+    """
 
     kernels: int
     registers: int
@@ -60,24 +64,39 @@ class Report:
 
 
 def interpreter(**options):
-    """Parameters of the interpreter of Mosaic GPU kernels, with its race detector on; to be used inside `no_races`."""
+    """Parameters of the interpreter of Mosaic GPU kernels, with its race detector on; to be used
+    inside `no_races`.
+    """
     try:
         from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
     except ImportError:  # jax 0.10
         from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-    return InterpretGPUParams(**{"out_of_bounds_reads": "uninitialized", "uninitialized_memory": "nan", "detect_races": True} | options)
+    return InterpretGPUParams(
+        **{
+            "out_of_bounds_reads": "uninitialized",
+            "uninitialized_memory": "nan",
+            "detect_races": True,
+        }
+        | options
+    )
 
 
 @contextlib.contextmanager
 def no_races() -> Iterator[None]:
     """Fails if any kernel that is interpreted inside has a race.
 
-    Memory that nobody wrote is NaN here, and reads outside of an array give zeros, as the copy engine's do: the interpreter alone has one
-    value for both. Its detector is also shown what the matrix products read, which it does not look at by itself.
+    Memory that nobody wrote is NaN here, and reads outside of an array give zeros, as the copy
+    engine's do: the interpreter alone has one value for both. Its detector is also shown what the
+    matrix products read, which it does not look at by itself.
     """
     callbacks = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
     (detector,) = (name for name in vars(callbacks) if name.endswith("RaceDetectionState"))
-    made, plain, multiply, utils = [], getattr(callbacks, detector), callbacks.wgmma, callbacks.interpret_utils
+    made, plain, multiply, utils = (
+        [],
+        getattr(callbacks, detector),
+        callbacks.wgmma,
+        callbacks.interpret_utils,
+    )
 
     def kept(*args, **kwargs):
         made.append(plain(*args, **kwargs))
@@ -86,26 +105,49 @@ def no_races() -> Iterator[None]:
     def shown(**given):
         token = multiply(**given)
         for operand in "ab":
-            key = callbacks.HostAllocationKey.from_array(given[f"{operand}_allocation_key_as_array"])
-            _show_read(callbacks, key, jax.tree.map(int, callbacks._remove_noop_transforms(given[f"{operand}_transforms"])), given)
+            key = callbacks.HostAllocationKey.from_array(
+                given[f"{operand}_allocation_key_as_array"]
+            )
+            _show_read(
+                callbacks,
+                key,
+                jax.tree.map(
+                    int, callbacks._remove_noop_transforms(given[f"{operand}_transforms"])
+                ),
+                given,
+            )
         return token
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(callbacks, "interpret_utils", types.SimpleNamespace(**vars(utils) | {"get_uninitialized_value": lambda *_: 0}))
+        patch.setattr(
+            callbacks,
+            "interpret_utils",
+            types.SimpleNamespace(**vars(utils) | {"get_uninitialized_value": lambda *_: 0}),
+        )
         patch.setattr(callbacks, detector, kept)
-        patch.setattr(callbacks, "wgmma", getattr(callbacks, "fail_on_exception", lambda f: f)(shown))
+        patch.setattr(
+            callbacks, "wgmma", getattr(callbacks, "fail_on_exception", lambda f: f)(shown)
+        )
         yield
     assert not any(state.races_found for state in made), "the interpreter found a race"
 
 
 def _show_read(callbacks, key, transforms, given) -> None:
-    """Tells the race detector that a warpgroup read shared memory as wgmma does, past the caches: without a fence in between."""
-    memory, races, where = callbacks._get_shared_memory(), callbacks.get_races(), given["source_info"]
+    """Tells the race detector that a warpgroup read shared memory as wgmma does, past the caches:
+    without a fence in between.
+    """
+    memory, races, where = (
+        callbacks._get_shared_memory(),
+        callbacks.get_races(),
+        given["source_info"],
+    )
     if "thread_id" in given:  # jax 0.10
         device, thread = int(given["device_id"]), int(given["thread_id"])
         with memory.lock:
             clock = memory.clocks[memory.get_global_thread_id(device, thread)].copy()
-        races.check_read(device, thread, clock, key, callbacks.interpret_utils.to_range(transforms), where)
+        races.check_read(
+            device, thread, clock, key, callbacks.interpret_utils.to_range(transforms), where
+        )
         return
     thread = given["thread"]
     with memory.lock:
@@ -115,14 +157,18 @@ def _show_read(callbacks, key, transforms, given) -> None:
 
 
 def needs(reason: str | None) -> pytest.MarkDecorator:
-    """Skips where something is missing; with BLOCKSPARSE_JAX_NO_SKIP=1, where nothing may be, fails."""
+    """Skips where something is missing; with BLOCKSPARSE_JAX_NO_SKIP=1, where nothing may be,
+    fails.
+    """
     if reason and os.environ.get("BLOCKSPARSE_JAX_NO_SKIP") == "1":
         raise RuntimeError(f"BLOCKSPARSE_JAX_NO_SKIP=1, and a test cannot run: {reason}")
     return pytest.mark.skipif(bool(reason), reason=str(reason))
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Lists what tests recorded as `compiled`: registers, spills and shared memory of each kernel. A hook, for conftest.py."""
+    """Lists what tests recorded as `compiled`: registers, spills and shared memory of each kernel.
+    A hook, for conftest.py.
+    """
     tests = terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", [])
     lines = [line for test in tests for name, line in test.user_properties if name == "compiled"]
     if lines:
@@ -141,14 +187,18 @@ def missing() -> str | None:
 @functools.cache
 def _everywhere() -> jax.sharding.Sharding:
     jax.devices()  # settles what this process computes on, before the plugin is there
-    describe = functools.partial(topologies.get_topology_desc, platform="cuda", target_config=H200, topology="1x1x1")
+    describe = functools.partial(
+        topologies.get_topology_desc, platform="cuda", target_config=H200, topology="1x1x1"
+    )
     try:
         topology = describe()
     except NotImplementedError:  # without CUDA's libraries the plugin left itself out
         os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
         importlib.import_module("jax_plugins.xla_cuda13").initialize()
         topology = describe()
-    return jax.sharding.NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), jax.sharding.PartitionSpec())
+    return jax.sharding.NamedSharding(
+        topologies.make_mesh(topology, (1,), ("x",)), jax.sharding.PartitionSpec()
+    )
 
 
 @contextlib.contextmanager
@@ -174,7 +224,9 @@ def _what_the_compiler_prints(*switches: str) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def _names_of_their_own() -> Iterator[None]:
-    """JAX keeps the code of a Mosaic GPU kernel for as long as the process runs: under another name it is compiled again."""
+    """JAX keeps the code of a Mosaic GPU kernel for as long as the process runs: under another name
+    it is compiled again.
+    """
     plgpu = importlib.import_module("jax.experimental.pallas.mosaic_gpu")
     plain = plgpu.kernel
 
@@ -192,8 +244,14 @@ def _names_of_their_own() -> Iterator[None]:
 
 def compile_for_h200(f, *shapes: jax.ShapeDtypeStruct | None) -> Report:
     """Lowers and compiles a function fully for compute capability 9.0a."""
-    placed = [None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_everywhere()) for a in shapes]
-    with _names_of_their_own(), _what_the_compiler_prints("MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS") as printed:
+    placed = [
+        None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_everywhere())
+        for a in shapes
+    ]
+    with (
+        _names_of_their_own(),
+        _what_the_compiler_prints("MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS") as printed,
+    ):
         jax.jit(f).lower(*placed).compile()
     text = printed[0]
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", text)]

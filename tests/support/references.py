@@ -1,6 +1,8 @@
-"""Slow, plain NumPy transcriptions of the methods, written from their definitions: what the library's transformations are compared with.
+"""Slow, plain NumPy transcriptions of the methods, written from their definitions: what the
+library's transformations are compared with.
 
-Conv kernels are HWIO, `[kh, kw, cin, cout]`. Ties: the higher score wins, equal scores go to the lower index in C order.
+Conv kernels are HWIO, `[kh, kw, cin, cout]`. Ties: the higher score wins, equal scores go to the
+lower index in C order.
 """
 
 import itertools
@@ -25,34 +27,45 @@ def floor(number):
 
 
 def erk_densities(shapes, density):
-    """`density_l = eps * sum(shape) / prod(shape)`; layers above 1 become dense and eps is solved again (Evci et al., RigL, ICML 2020)."""
+    """`density_l = eps * sum(shape) / prod(shape)`; layers above 1 become dense and eps is solved
+    again (Evci et al., RigL, ICML 2020).
+    """
     dense = set()
     while True:
         sizes = [math.prod(s) for s in shapes]
         room = density * sum(sizes) - sum(sizes[i] for i in dense)
         eps = room / sum(sum(s) for i, s in enumerate(shapes) if i not in dense)
-        over = {i for i, s in enumerate(shapes) if i not in dense and eps * sum(s) / math.prod(s) > 1}
+        over = {
+            i for i, s in enumerate(shapes) if i not in dense and eps * sum(s) / math.prod(s) > 1
+        }
         if not over:
-            return [1.0 if i in dense else eps * sum(s) / math.prod(s) for i, s in enumerate(shapes)]
+            return [
+                1.0 if i in dense else eps * sum(s) / math.prod(s) for i, s in enumerate(shapes)
+            ]
         dense |= over
 
 
 def cubic_sparsity(step, start, end, initial, final, power=3):
-    """`s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (t_1 - t_0))^power` inside [start, end] (Zhu & Gupta, ICLR workshop 2018, eq. 1)."""
+    """`s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (t_1 - t_0))^power` inside [start, end] (Zhu &
+    Gupta, ICLR workshop 2018, eq. 1).
+    """
     return final + (initial - final) * (1 - (step - start) / (end - start)) ** power
 
 
 def gradual_mask(kernel, mask, sparsity):
-    """The `round((1 - s) * size)` largest `|w * mask|`; a pruned weight never comes before an active one."""
+    """The `round((1 - s) * size)` largest `|w * mask|`; a pruned weight never comes before an
+    active one.
+    """
     scores = np.where(mask, np.abs(kernel), -1.0)
     return largest(scores, round((1 - sparsity) * kernel.size)) & mask
 
 
 def n_m_mask(kernel, n, m, axis):
-    """The `n` largest `|w|` of each `m` consecutive weights along the reduction axis (Zhou et al., ICLR 2021).
+    """The `n` largest `|w|` of each `m` consecutive weights along the reduction axis (Zhou et al.,
+    ICLR 2021).
 
-    `axis="input"`: consecutive input channels at one tap of one filter. `axis="kernel"`: consecutive in each filter's weights, in the
-    order (channel, y, x).
+    `axis="input"`: consecutive input channels at one tap of one filter. `axis="kernel"`:
+    consecutive in each filter's weights, in the order (channel, y, x).
     """
     kh, kw, cin, cout = kernel.shape
     mask = np.zeros(kernel.shape, bool)
@@ -76,7 +89,9 @@ def sr_ste_gradient(gradient, kernel, mask, decay):
 
 
 def sad(mask_a, mask_b):
-    """Sparse Architecture Divergence `||E_b - E_a||_1`, normalised by the size (Zhou et al., ICLR 2021)."""
+    """Sparse Architecture Divergence `||E_b - E_a||_1`, normalised by the size (Zhou et al., ICLR
+    2021).
+    """
     return float(np.abs(mask_b.astype(float) - mask_a.astype(float)).sum()) / mask_a.size
 
 
@@ -86,12 +101,16 @@ def rigl_due(step, start, until, every):
 
 
 def rigl_drop_count(step, n_on, start, until, drop_fraction):
-    """`floor(alpha / 2 (1 + cos(pi t / T_end)) n_on)` with t counted from `start` (Evci et al., RigL, ICML 2020), before the floor."""
+    """`floor(alpha / 2 (1 + cos(pi t / T_end)) n_on)` with t counted from `start` (Evci et al.,
+    RigL, ICML 2020), before the floor.
+    """
     return drop_fraction / 2 * (1 + math.cos(math.pi * (step - start) / (until - start))) * n_on
 
 
 def rigl_mask(kernel, gradient, mask, n_drop):
-    """Keeps the largest `|w * mask|`, grows the largest dense `|gradient|` among all the others (Evci et al., RigL, ICML 2020, alg. 1)."""
+    """Keeps the largest `|w * mask|`, grows the largest dense `|gradient|` among all the others
+    (Evci et al., RigL, ICML 2020, alg. 1).
+    """
     kept = largest(np.where(mask, np.abs(kernel), -1.0), int(mask.sum()) - n_drop)
     grown = largest(np.where(kept, -1.0, np.abs(gradient)), n_drop)
     return kept | grown
@@ -103,7 +122,9 @@ def subp_block(filters, block):
 
 
 def subp_scores(kernel, mask, block, criterion, version=2, alpha=1.0):
-    """Scores `[groups, cin]` of the blocks of `block` consecutive filters x one input channel (Xiang et al., SUBP, NeurIPS 2023)."""
+    """Scores `[groups, cin]` of the blocks of `block` consecutive filters x one input channel
+    (Xiang et al., SUBP, NeurIPS 2023).
+    """
     cin, cout = kernel.shape[2:]
     weights = kernel.astype(np.float64) * (mask if version == 2 else 1)
     scores = np.zeros((cout // block, cin))
@@ -119,7 +140,9 @@ def subp_scores(kernel, mask, block, criterion, version=2, alpha=1.0):
 
 
 def _angular_redundancy(blocks, alpha):
-    """`l_j / sum l - alpha r_j / sum r`, l the L1 norm, `r_j = sum_i |cos(b_i, b_j)|`; a zero block's normalised r is 1."""
+    """`l_j / sum l - alpha r_j / sum r`, l the L1 norm, `r_j = sum_i |cos(b_i, b_j)|`; a zero
+    block's normalised r is 1.
+    """
     norms = [np.linalg.norm(b) for b in blocks]
     length = [np.abs(b).sum() for b in blocks]
     redundancy = [0.0] * len(blocks)
@@ -134,7 +157,9 @@ def _angular_redundancy(blocks, alpha):
 
 
 def subp_rho(step, start, end, every, schedule):
-    """The growth schedule, 0 before `start` (all regrown) and 1 from `end` on (Xiang et al., SUBP, NeurIPS 2023)."""
+    """The growth schedule, 0 before `start` (all regrown) and 1 from `end` on (Xiang et al., SUBP,
+    NeurIPS 2023).
+    """
     t = min(max((step - start) / (end - start), 0.0), 1.0)
     if schedule == "cubic":
         return t**3
@@ -152,7 +177,9 @@ def subp_counts(sparsity, channels, rho):
 
 
 def subp_probabilities(removed_scores, tau):
-    """`softmax(x / tau)`, x = the removed blocks' scores divided by their L2 norm (0 when all of them are 0)."""
+    """`softmax(x / tau)`, x = the removed blocks' scores divided by their L2 norm (0 when all of
+    them are 0).
+    """
     scores = np.asarray(removed_scores, np.float64)
     norm = np.sqrt((scores**2).sum())
     x = scores / norm if norm > 0 else np.zeros_like(scores)
@@ -161,7 +188,9 @@ def subp_probabilities(removed_scores, tau):
 
 
 def draws_without_replacement(probabilities, count):
-    """Exact probability of every set of `count` items drawn one by one without replacement, in proportion to `probabilities`."""
+    """Exact probability of every set of `count` items drawn one by one without replacement, in
+    proportion to `probabilities`.
+    """
     sets = {frozenset(s): 0.0 for s in itertools.combinations(range(len(probabilities)), count)}
     for order in itertools.permutations(range(len(probabilities)), count):
         chance, left = 1.0, 1.0

@@ -1,11 +1,14 @@
-"""Device times of GPU programs without a host synchronization for each launch: many launches in one jitted loop.
+"""Device times of GPU programs without a host synchronization for each launch: many launches in one
+jitted loop.
 
-A loop of known length runs on the device without the host looking in between. Its body calls the function once on each of several sets of
-operands, chained by optimization barriers: a call waits for the one before, nothing is hoisted out of the loop, merged or left out, and the
-outputs stay alive. One synchronization stands behind hundreds of launches. What the program does once, before and after the loop (zeros
-where the outputs will be, operands into the layout that the loop prefers), is in the time, so a program must be long: `rounds` counts from
-the least time that a launch can take, and `build` makes a program that turns out short anew. Sets that together exceed the L2 cache begin
-cold, as in a training step; small ones are warm, and the report says so.
+A loop of known length runs on the device without the host looking in between. Its body calls the
+function once on each of several sets of operands, chained by optimization barriers: a call waits
+for the one before, nothing is hoisted out of the loop, merged or left out, and the outputs stay
+alive. One synchronization stands behind hundreds of launches. What the program does once, before
+and after the loop (zeros where the outputs will be, operands into the layout that the loop
+prefers), is in the time, so a program must be long: `rounds` counts from the least time that a
+launch can take, and `build` makes a program that turns out short anew. Sets that together exceed
+the L2 cache begin cold, as in a training step; small ones are warm, and the report says so.
 """
 
 import concurrent.futures
@@ -43,8 +46,14 @@ class Sets:
 
     @property
     def about(self) -> dict[str, Any]:
-        """For the report: how many sets, their megabytes, and whether a set is out of the L2 cache when its turn comes again."""
-        return {"sets": len(self.operands), "megabytes": round(self.nbytes / 1e6, 1), "l2": "cold" if self.nbytes >= 2 * L2 else "warm"}
+        """For the report: how many sets, their megabytes, and whether a set is out of the L2 cache
+        when its turn comes again.
+        """
+        return {
+            "sets": len(self.operands),
+            "megabytes": round(self.nbytes / 1e6, 1),
+            "l2": "cold" if self.nbytes >= 2 * L2 else "warm",
+        }
 
 
 def rotate(make: Callable[[int], tuple[jax.Array, ...]], most: int = MOST_SETS) -> Sets:
@@ -60,8 +69,6 @@ def rotate(make: Callable[[int], tuple[jax.Array, ...]], most: int = MOST_SETS) 
     Example:
       >>> rotate(lambda seed: (jnp.ones(3),)).about
       {'sets': 4, 'megabytes': 0.0, 'l2': 'warm'}
-
-    Reference: ours.
     """
     sets = [make(0)]
     each = sum(a.nbytes for a in sets[0])
@@ -83,8 +90,6 @@ def chained(function: Callable[..., Any], count: int) -> Callable[..., Any]:
       >>> one = jnp.ones(2)
       >>> [a.tolist() for a in chained(lambda a, b: a + 2 * b, 3)((one, one), (one, one))]
       [[3.0, 3.0], [3.0, 3.0]]
-
-    Reference: ours.
     """
 
     def program(*sets: tuple[jax.Array, ...]) -> Any:
@@ -110,8 +115,6 @@ class Program:
       function: of one set of operands; returns arrays.
       sets: the operands.
       count: rounds.
-
-    Reference: ours.
     """
 
     def __init__(self, function: Callable[..., Any], sets: Sets, count: int):
@@ -129,29 +132,36 @@ class Program:
         return self._run(*self._sets.operands)[0]
 
 
-def build(functions: Mapping[str, Callable[..., Any]], sets: Sets, count: int, threads: int = 1) -> dict[str, Program]:
+def build(
+    functions: Mapping[str, Callable[..., Any]], sets: Sets, count: int, threads: int = 1
+) -> dict[str, Program]:
     """Compiles programs, several at once, and runs each, so that none is short.
 
     Args:
       functions: by name.
       sets: operands of all.
       count: rounds, or more.
-      threads: compile at once; 1 where the compiler times algorithms on the device (dense convolutions), which must not be disturbed.
+      threads: compile at once; 1 where the compiler times algorithms on the device (dense
+        convolutions), which must not be disturbed.
 
     Returns:
       Programs by name, for `sample`.
-
-    Reference: ours.
     """
 
     def made(function: Callable[..., Any], count: int) -> Program:
         return Program(function, sets, count)
 
     with concurrent.futures.ThreadPoolExecutor(max(1, threads)) as pool:
-        programs = dict(zip(functions, pool.map(made, functions.values(), [count] * len(functions))))
-        better = {name: rounds(min(program(), program()), sets) for name, program in programs.items()}
+        programs = dict(
+            zip(functions, pool.map(made, functions.values(), [count] * len(functions)))
+        )
+        better = {
+            name: rounds(min(program(), program()), sets) for name, program in programs.items()
+        }
         short = {name: more for name, more in better.items() if more > 3 * count}
-        return programs | dict(zip(short, pool.map(made, (functions[name] for name in short), short.values())))
+        return programs | dict(
+            zip(short, pool.map(made, (functions[name] for name in short), short.values()))
+        )
 
 
 def rounds(milliseconds: float, sets: Sets, target: float | None = None) -> int:
@@ -168,15 +178,16 @@ def rounds(milliseconds: float, sets: Sets, target: float | None = None) -> int:
     Example:
       >>> rounds(0.1, rotate(lambda seed: (jnp.ones(3),)), 4.0)
       10
-
-    Reference: ours.
     """
     target = target or (MILLISECONDS if gpu() else DRY)
     return int(min(LONGEST, max(1, round(target / (len(sets.operands) * max(milliseconds, 1e-3))))))
 
 
-def sample(calls: Mapping[str, Callable[[], float]], repetitions: int = 9, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Times calls in turn, each round in an order of its own; the first call of each does not count.
+def sample(
+    calls: Mapping[str, Callable[[], float]], repetitions: int = 9, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """Times calls in turn, each round in an order of its own; the first call of each does not
+    count.
 
     Args:
       calls: return the milliseconds of one launch.
@@ -189,8 +200,6 @@ def sample(calls: Mapping[str, Callable[[], float]], repetitions: int = 9, seed:
     Example:
       >>> sample({"a": lambda: 1.0}, repetitions=3)
       {'a': {'median': 1.0, 'iqr': 0.0, 'repetitions': 3}}
-
-    Reference: ours.
     """
     names, times, rng = list(calls), {name: [] for name in calls}, np.random.default_rng(seed)
     for call in calls.values():
@@ -200,7 +209,11 @@ def sample(calls: Mapping[str, Callable[[], float]], repetitions: int = 9, seed:
             times[names[i]].append(calls[names[i]]())
     found = {name: np.percentile(t, (25, 50, 75)) for name, t in times.items()}
     return {
-        name: {"median": round(float(mid), 6), "iqr": round(float(high - low), 6), "repetitions": repetitions}
+        name: {
+            "median": round(float(mid), 6),
+            "iqr": round(float(high - low), 6),
+            "repetitions": repetitions,
+        }
         for name, (low, mid, high) in found.items()
     }
 
@@ -214,8 +227,6 @@ def gpu() -> str | None:
     Example:
       >>> gpu() is None or gpu().islower()
       True
-
-    Reference: ours.
     """
     return this_gpu()
 
@@ -228,8 +239,6 @@ def require_gpu(quick: bool) -> None:
 
     Raises:
       ValueError: JAX's default device is no GPU.
-
-    Reference: ours.
     """
     try:
         platform = jax.devices()[0].platform
@@ -237,7 +246,8 @@ def require_gpu(quick: bool) -> None:
         platform = str(error)
     if platform != "gpu" and not quick:
         raise ValueError(
-            f"device: expected an NVIDIA GPU, got {platform!r}, what JAX runs on here; install jax[cuda13] on a machine that has one, "
+            f"device: expected an NVIDIA GPU, got {platform!r}, what JAX runs on here; install "
+            f"jax[cuda13] on a machine that has one, "
             "or take --quick for a dry run of tiny shapes, whose numbers say nothing"
         )
 
@@ -254,7 +264,7 @@ def asks_for_gpu(arguments: Sequence[str]) -> bool:
     Example:
       >>> asks_for_gpu(["--device", "gpu", "--quick"]), asks_for_gpu(["--device=cpu"])
       (True, False)
-
-    Reference: ours.
     """
-    return "--device=gpu" in arguments or any(pair == ("--device", "gpu") for pair in itertools.pairwise(arguments))
+    return "--device=gpu" in arguments or any(
+        pair == ("--device", "gpu") for pair in itertools.pairwise(arguments)
+    )

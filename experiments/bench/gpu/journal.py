@@ -1,6 +1,8 @@
-"""A journal of measurements: each finished unit is a line at once, so that a stopped run goes on where it was.
+"""A journal of measurements: each finished unit is a line at once, so that a stopped run goes on
+where it was.
 
-`python -m experiments.bench.gpu.journal FILE...` books as failed what was under way when a process crashed.
+`python -m experiments.bench.gpu.journal FILE...` books as failed what was under way when a process
+crashed.
 """
 
 import hashlib
@@ -14,8 +16,16 @@ from pathlib import Path
 from typing import Any
 
 STOPPED = 75  # exit status: time is up, the next call goes on
-LOST = 70  # exit status: the device does not answer any more, or a unit hung; the next call leaves that unit out and goes on
-FATAL = ("CUDA_ERROR", "illegal memory access", "launch failure", "misaligned address", "device-side")  # what spoils the whole process
+# exit status: the device does not answer any more, or a unit hung; the next call leaves that unit
+# out and goes on
+LOST = 70
+FATAL = (
+    "CUDA_ERROR",
+    "illegal memory access",
+    "launch failure",
+    "misaligned address",
+    "device-side",
+)  # what spoils the whole process
 MOST_LOST = 2  # units of a group that may hang, crash or lose the device; the rest is left out
 
 
@@ -34,13 +44,12 @@ def exit_status(work: Callable[[], Mapping[str, Any]]) -> int:
       work: returns a report: "complete" says whether all is done, "failed" holds what failed.
 
     Returns:
-      0, 1 when something failed or a result was wrong, 2 for a wrong argument, `LOST`, or `STOPPED` when time was up.
+      0, 1 when something failed or a result was wrong, 2 for a wrong argument, `LOST`, or `STOPPED`
+      when time was up.
 
     Example:
       >>> exit_status(lambda: {"complete": True, "failed": []}), exit_status(lambda: {"complete": False, "failed": []})
       (0, 75)
-
-    Reference: ours.
     """
     try:
         report = work()
@@ -56,23 +65,24 @@ def exit_status(work: Callable[[], Mapping[str, Any]]) -> int:
 
 
 class Journal:
-    """A JSON-lines file of units: what began, what finished, what failed. Units may run inside units.
+    """A JSON-lines file of units: what began, what finished, what failed. Units may run inside
+    units.
 
     Args:
       path: the file; made where it is absent. A last line that was cut off is dropped.
       minutes: from now on until no further unit begins; None: no limit.
-      unit_seconds: a unit that takes longer hangs: it is booked as failed, and the process ends with status `LOST`.
+      unit_seconds: a unit that takes longer hangs: it is booked as failed, and the process ends
+        with status `LOST`.
 
     Attributes:
-      records: key -> its last line; each has "key" and "state", and with the state "done" the "result", with "failed" the "error".
+      records: key -> its last line; each has "key" and "state", and with the state "done" the
+        "result", with "failed" the "error".
 
     Example:
       >>> import tempfile
       >>> path = Path(tempfile.mkdtemp()) / "journal.jsonl"
       >>> Journal(path).run("a", lambda: 1), Journal(path).run("a", lambda: 2)
       (1, 1)
-
-    Reference: ours.
     """
 
     def __init__(self, path: str | Path, minutes: float | None = None, unit_seconds: float = 150):
@@ -88,7 +98,9 @@ class Journal:
                 self._book(json.loads(line))
             except json.JSONDecodeError:
                 if i + 1 < len(lines):
-                    raise ValueError(f"{path}: line {i + 1} of {len(lines)} is no JSON; mend or remove it") from None
+                    raise ValueError(
+                        f"{path}: line {i + 1} of {len(lines)} is no JSON; mend or remove it"
+                    ) from None
                 self._path.write_text("".join(f"{good}\n" for good in lines[:i]))
 
     def result(self, key: str) -> Any:
@@ -99,8 +111,6 @@ class Journal:
 
         Returns:
           Its result; None where it did not finish.
-
-        Reference: ours.
         """
         return self.records.get(key, {}).get("result")
 
@@ -112,20 +122,29 @@ class Journal:
 
         Returns:
           The error; None where it did not fail.
-
-        Reference: ours.
         """
         return self.records.get(key, {}).get("error")
 
-    def run(self, key: str, function: Callable[[], Any], *, reserve: float = 0.0, limit: float | None = None, group: str = "") -> Any:
-        """Runs a unit, unless it finished or failed before; a unit that was cut off twice counts as failed.
+    def run(
+        self,
+        key: str,
+        function: Callable[[], Any],
+        *,
+        reserve: float = 0.0,
+        limit: float | None = None,
+        group: str = "",
+    ) -> Any:
+        """Runs a unit, unless it finished or failed before; a unit that was cut off twice counts as
+        failed.
 
         Args:
           key: its name; the first word is its kind.
           function: measures; returns what JSON can hold.
-          reserve: seconds that must be left for it, or as many as the longest of its kind took; after it was cut off, twice as many.
+          reserve: seconds that must be left for it, or as many as the longest of its kind took;
+            after it was cut off, twice as many.
           limit: seconds after which it hangs; None: those of the journal.
-          group: where two units of a group hung, crashed or lost the device, the others fail without being run.
+          group: where two units of a group hung, crashed or lost the device, the others fail
+            without being run.
 
         Returns:
           The result; None where the unit failed, now or before.
@@ -133,8 +152,6 @@ class Journal:
         Raises:
           TimeUp: too little time is left.
           DeviceLost: the unit failed, and no other can run in this process.
-
-        Reference: ours.
         """
         record, seconds = self.records.get(key, {}), limit or self._unit_seconds
         if record.get("state") in ("done", "failed"):
@@ -142,9 +159,18 @@ class Journal:
         begun = record.get("begun", 0)
         if begun >= 2:
             return self._fail(key, "cut off twice: it hangs, or takes longer than a call", group)
-        lost = [other for other, one in self.records.items() if group and one.get("group") == group and one.get("lost")]
+        lost = [
+            other
+            for other, one in self.records.items()
+            if group and one.get("group") == group and one.get("lost")
+        ]
         if len(lost) >= MOST_LOST:
-            return self._fail(key, f"left out: {' and '.join(lost[:MOST_LOST])} hung, crashed or lost the device", group, lost=False)
+            return self._fail(
+                key,
+                f"left out: {' and '.join(lost[:MOST_LOST])} hung, crashed or lost the device",
+                group,
+                lost=False,
+            )
         needed = max(reserve, self._longest.get(key.split()[0], 0.0)) * (1 + begun)
         if self._end is not None and time.monotonic() + needed > self._end:
             raise TimeUp(key)
@@ -169,16 +195,22 @@ class Journal:
         finally:
             watch.cancel()
             self._open.remove(key)
-        self._append({"key": key, "state": "done", "seconds": round(time.monotonic() - start, 2), "result": result})
+        self._append(
+            {
+                "key": key,
+                "state": "done",
+                "seconds": round(time.monotonic() - start, 2),
+                "result": result,
+            }
+        )
         return result
 
     def crashed(self) -> list[str]:
-        """Books the innermost unit under way as failed, and those around it as not begun: for the process after a crash.
+        """Books the innermost unit under way as failed, and those around it as not begun: for the
+        process after a crash.
 
         Returns:
           What it booked as failed.
-
-        Reference: ours.
         """
         under_way = [key for key, record in self.records.items() if record["state"] == "begun"]
         for key in under_way[:-1]:
@@ -206,7 +238,11 @@ class Journal:
 
     def _book(self, record: dict[str, Any]) -> None:
         key = record["key"]
-        begun = 0 if record["state"] == "again" else self.records.pop(key, {}).get("begun", 0) + (record["state"] == "begun")
+        begun = (
+            0
+            if record["state"] == "again"
+            else self.records.pop(key, {}).get("begun", 0) + (record["state"] == "begun")
+        )
         self.records[key] = record | {"begun": begun}
         if "seconds" in record:
             kind = key.split()[0]
@@ -225,12 +261,12 @@ def fingerprint(paths: Iterable[Path]) -> str:
     Example:
       >>> len(fingerprint([Path(__file__)]))
       8
-
-    Reference: ours.
     """
     digest = hashlib.sha256()
     for path in sorted(paths):
-        digest.update(path.name.encode() + b"\0" + (path.read_bytes() if path.is_file() else b"") + b"\0")
+        digest.update(
+            path.name.encode() + b"\0" + (path.read_bytes() if path.is_file() else b"") + b"\0"
+        )
     return digest.hexdigest()[:8]
 
 

@@ -1,8 +1,10 @@
-"""Times conv layers on a GPU: cuDNN through XLA in NHWC and NCHW, masked dense, and the block-sparse kernels; one pass at a time.
+"""Times conv layers on a GPU: cuDNN through XLA in NHWC and NCHW, masked dense, and the
+block-sparse kernels; one pass at a time.
 
-The loops of `gpu_clock` keep operands in the layout that the compiler prefers, so a dense convolution transposes its activations once per
-program of hundreds of launches. "forward + gradients" is the sum of the three medians: what the passes of the block-sparse kernels share in
-one program (the gathered dy, the lists) is counted twice there.
+The loops of `gpu_clock` keep operands in the layout that the compiler prefers, so a dense
+convolution transposes its activations once per program of hundreds of launches. "forward +
+gradients" is the sum of the three medians: what the passes of the block-sparse kernels share in one
+program (the gathered dy, the lists) is counted twice there.
 """
 
 import dataclasses
@@ -36,7 +38,8 @@ SHARED = ("spec", "api", "epilogue", "reference", "xla/kernels", "xla/tiles")
 
 
 def sources(name: str, spec: ConvSpec | None = None) -> str:
-    """What an implementation's measurements hold for: its sources, and the tiles in which it runs a convolution.
+    """What an implementation's measurements hold for: its sources, and the tiles in which it runs a
+    convolution.
 
     Args:
       name: of the implementation.
@@ -44,8 +47,6 @@ def sources(name: str, spec: ConvSpec | None = None) -> str:
 
     Returns:
       A fingerprint, and with a spec one of the tiles behind it.
-
-    Reference: ours.
     """
     own = _files(name)
     return own if spec is None else f"{own}-{zlib.crc32(str(tiles(name, spec)).encode()):08x}"
@@ -54,7 +55,9 @@ def sources(name: str, spec: ConvSpec | None = None) -> str:
 @functools.cache
 def _files(name: str) -> str:
     folder = Path(xla.__file__).parents[1]
-    return fingerprint([folder / f"{part}.py" for part in SHARED] + list((folder / name).glob("*.py")))
+    return fingerprint(
+        [folder / f"{part}.py" for part in SHARED] + list((folder / name).glob("*.py"))
+    )
 
 
 def tiles(name: str, spec: ConvSpec) -> dict[str, dict[str, Any]]:
@@ -70,15 +73,16 @@ def tiles(name: str, spec: ConvSpec) -> dict[str, dict[str, Any]]:
     Example:
       >>> tiles("xla", gpu_shapes.case_spec(gpu_shapes.cases("512@2")[0], sparsity=0.9))
       {}
-
-    Reference: ours.
     """
     if name not in ("mosaic_gpu", "triton"):
         return {}
     which = gpu_tiles.tunable(name)
     if which.implementation.supports(spec) is not None:
         return {}
-    return {mode: dataclasses.asdict(which.default(spec, one)) for mode, one in zip(PASSES, gpu_tiles.PASSES)}
+    return {
+        mode: dataclasses.asdict(which.default(spec, one))
+        for mode, one in zip(PASSES, gpu_tiles.PASSES)
+    }
 
 
 def passes(conv: Callable[..., jax.Array]) -> dict[str, Callable[..., jax.Array]]:
@@ -88,18 +92,21 @@ def passes(conv: Callable[..., jax.Array]) -> dict[str, Callable[..., jax.Array]
       conv: `(x, weights, *rest) -> y`.
 
     Returns:
-      Functions `(x, dy, weights, *rest)` by name; the compiler drops the forward pass that a gradient does not need.
-
-    Reference: ours.
+      Functions `(x, dy, weights, *rest)` by name; the compiler drops the forward pass that a
+      gradient does not need.
     """
 
     def forward(x: jax.Array, dy: jax.Array, weights: jax.Array, *rest: jax.Array) -> jax.Array:
         return conv(x, weights, *rest)
 
-    def input_gradient(x: jax.Array, dy: jax.Array, weights: jax.Array, *rest: jax.Array) -> jax.Array:
+    def input_gradient(
+        x: jax.Array, dy: jax.Array, weights: jax.Array, *rest: jax.Array
+    ) -> jax.Array:
         return jax.vjp(lambda x: conv(x, weights, *rest), x)[1](dy)[0]
 
-    def weight_gradient(x: jax.Array, dy: jax.Array, weights: jax.Array, *rest: jax.Array) -> jax.Array:
+    def weight_gradient(
+        x: jax.Array, dy: jax.Array, weights: jax.Array, *rest: jax.Array
+    ) -> jax.Array:
         return jax.vjp(lambda weights: conv(x, weights, *rest), weights)[1](dy)[0]
 
     return dict(zip(PASSES, (forward, input_gradient, weight_gradient)))
@@ -114,21 +121,26 @@ def measure_dense(spec: ConvSpec, repetitions: int) -> dict[str, Any]:
 
     Returns:
       {"ms": {name: {pass: times}}, and the sets' size}.
-
-    Reference: ours.
     """
 
     def conv(layout: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return lax.conv_general_dilated(x, kernel, spec.strides, spec.padding, dimension_numbers=(layout, "HWIO", layout))
+        return lax.conv_general_dilated(
+            x, kernel, spec.strides, spec.padding, dimension_numbers=(layout, "HWIO", layout)
+        )
 
     def masked(x: jax.Array, kernel: jax.Array, mask: jax.Array) -> jax.Array:
         return conv("NHWC", x, jnp.where(mask, kernel, 0))
 
     def operands(layout: str, seed: int) -> tuple[jax.Array, ...]:
         keys = jax.random.split(jax.random.key(seed), 4)
-        images = (tuple(size[axis] for axis in FROM_CHWN[layout]) for size in (spec.in_shape, spec.out_shape))
+        images = (
+            tuple(size[axis] for axis in FROM_CHWN[layout])
+            for size in (spec.in_shape, spec.out_shape)
+        )
         kernel = (*spec.kernel, spec.cin, spec.cout)
-        arrays = [jax.random.normal(key, size, spec.dtype) for key, size in zip(keys, (*images, kernel))]
+        arrays = [
+            jax.random.normal(key, size, spec.dtype) for key, size in zip(keys, (*images, kernel))
+        ]
         return *arrays, jax.random.bernoulli(keys[3], spec.density, kernel)
 
     dense = dataclasses.replace(spec, kept=spec.cin, kept_taps=spec.kernel[0] * spec.kernel[1])
@@ -140,13 +152,22 @@ def measure_dense(spec: ConvSpec, repetitions: int) -> dict[str, Any]:
         functions = {(f"dense {layout}", name): f for name, f in plain.items()}
         if layout == "NHWC":
             functions |= {(MASKED, name): f for name, f in passes(masked).items()}
-        programs = gpu_clock.build(functions, sets, count)  # one after another: XLA times cuDNN's algorithms meanwhile
+        programs = gpu_clock.build(
+            functions, sets, count
+        )  # one after another: XLA times cuDNN's algorithms meanwhile
         for (name, which), times in gpu_clock.sample(programs, repetitions).items():
             ms.setdefault(name, {})[which] = times
     return {"ms": ms, **about}
 
 
-def measure_sparse(spec: ConvSpec, name: str, implementation: Implementation, kind: str, repetitions: int, threads: int) -> dict[str, Any]:
+def measure_sparse(
+    spec: ConvSpec,
+    name: str,
+    implementation: Implementation,
+    kind: str,
+    repetitions: int,
+    threads: int,
+) -> dict[str, Any]:
     """Checks and times one implementation of the block-sparse convolution.
 
     Args:
@@ -158,32 +179,54 @@ def measure_sparse(spec: ConvSpec, name: str, implementation: Implementation, ki
       threads: compile at once.
 
     Returns:
-      {"ms": {pass: times}, "tiles": pass -> tile, and the sets' size}; {"refused": why} where it cannot serve the shape.
+      {"ms": {pass: times}, "tiles": pass -> tile, and the sets' size}; {"refused": why} where it
+      cannot serve the shape.
 
     Raises:
       AssertionError: what was about to be timed is wrong.
-
-    Reference: ours.
     """
     if reason := implementation.supports(spec):
         return {"refused": reason}
 
     def conv(x: jax.Array, values: jax.Array, *index: jax.Array) -> jax.Array:
-        return shapes.convolve(spec, implementation, x, values, *index, channel_block=spec.channel_block, precision=spec.precision)
+        return shapes.convolve(
+            spec,
+            implementation,
+            x,
+            values,
+            *index,
+            channel_block=spec.channel_block,
+            precision=spec.precision,
+        )
 
     def operands(seed: int) -> tuple[jax.Array, ...]:
         x, dy, values, *index = gpu_shapes.operands(spec, seed)
-        return x, dy, values.astype(jnp.float32), *index  # as parameters are; the cast is in the time
+        return (
+            x,
+            dy,
+            values.astype(jnp.float32),
+            *index,
+        )  # as parameters are; the cast is in the time
 
     sets = gpu_clock.rotate(operands)
     count = gpu_clock.rounds(tune_gpu.estimate(spec), sets)
-    programs = gpu_clock.build(passes(conv), sets, count, 1 if name in ("xla", "dense") else threads)
-    check_slices(spec, kind, sets.operands[0], {which: program.output() for which, program in programs.items()})
+    programs = gpu_clock.build(
+        passes(conv), sets, count, 1 if name in ("xla", "dense") else threads
+    )
+    check_slices(
+        spec,
+        kind,
+        sets.operands[0],
+        {which: program.output() for which, program in programs.items()},
+    )
     return {"ms": gpu_clock.sample(programs, repetitions), "tiles": tiles(name, spec), **sets.about}
 
 
-def check_slices(spec: ConvSpec, kind: str, operands: tuple[jax.Array, ...], results: dict[str, jax.Array]) -> None:
-    """Compares parts of the results with float64: the first and the last image, and one weight's row of the gradient over all of them.
+def check_slices(
+    spec: ConvSpec, kind: str, operands: tuple[jax.Array, ...], results: dict[str, jax.Array]
+) -> None:
+    """Compares parts of the results with float64: the first and the last image, and one weight's
+    row of the gradient over all of them.
 
     Args:
       spec: the static sizes.
@@ -193,8 +236,6 @@ def check_slices(spec: ConvSpec, kind: str, operands: tuple[jax.Array, ...], res
 
     Raises:
       AssertionError: a pass is wrong.
-
-    Reference: ours.
     """
     x, dy, values, *index = operands
 
@@ -204,7 +245,9 @@ def check_slices(spec: ConvSpec, kind: str, operands: tuple[jax.Array, ...], res
     ends = np.array([0, spec.batch - 1])
     few = dataclasses.replace(spec, batch=2)
     rounded = host(values.astype(spec.dtype))
-    y, dx, _ = reference(few, host(x[..., ends]), host(dy[..., ends]), rounded, *map(np.asarray, index))
+    y, dx, _ = reference(
+        few, host(x[..., ends]), host(dy[..., ends]), rounded, *map(np.asarray, index)
+    )
     filters, channels, taps = (a[-1:] for a in index)
     some = min(8, spec.group_size)
     row = dataclasses.replace(spec, cin=1, cout=some, groups=1, kept=1, group_size=some)
@@ -218,14 +261,20 @@ def check_slices(spec: ConvSpec, kind: str, operands: tuple[jax.Array, ...], res
         one,
         np.asarray(taps),
     )
-    got = {"forward": results["forward"][..., ends], "input gradient": results["input gradient"][..., ends]}
+    got = {
+        "forward": results["forward"][..., ends],
+        "input gradient": results["input gradient"][..., ends],
+    }
     got["weight gradient"] = results["weight gradient"][-1:, -1:, :, :some]
     for name, wanted in zip(PASSES, (y, dx, dvalues)):
         limit = WEIGHT_GRADIENT[kind] if name == "weight gradient" else LIMITS[kind]
         difference = np.linalg.norm(host(got[name]) - wanted) / np.linalg.norm(wanted)
         largest = np.abs(host(got[name]) - wanted).max() * wanted.size**0.5 / np.linalg.norm(wanted)
         if not (difference <= limit and largest <= LARGEST * limit):
-            raise AssertionError(f"the {name} differs from float64 by {difference:.1e} (limit {limit:.0e}), nothing was timed, at {spec}")
+            raise AssertionError(
+                f"the {name} differs from float64 by {difference:.1e} (limit {limit:.0e}), nothing "
+                f"was timed, at {spec}"
+            )
 
 
 def kind_of(dtype: str) -> str:
@@ -240,17 +289,19 @@ def kind_of(dtype: str) -> str:
     Example:
       >>> kind_of("bfloat16"), kind_of("float32")
       ('bf16', 'tf32')
-
-    Reference: ours.
     """
     return next(kind for kind, (own, _) in KINDS.items() if own == dtype)
 
 
-def rows(about: dict[str, Any], dense: dict[str, Any], sparse: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The report's rows of one layer and sparsity, in the CPU report's form: the three passes, and their sum.
+def rows(
+    about: dict[str, Any], dense: dict[str, Any], sparse: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The report's rows of one layer and sparsity, in the CPU report's form: the three passes, and
+    their sum.
 
-    "chosen" is the kernel with the least sum of the passes, as long as nothing picks the GPU kernels. "runs" is what should run the pass:
-    the fastest kernel, or dense where that is faster still (without the transpositions that it may take in a network).
+    "chosen" is the kernel with the least sum of the passes, as long as nothing picks the GPU
+    kernels. "runs" is what should run the pass: the fastest kernel, or dense where that is faster
+    still (without the transpositions that it may take in a network).
 
     Args:
       about: goes into each row.
@@ -259,8 +310,6 @@ def rows(about: dict[str, Any], dense: dict[str, Any], sparse: dict[str, dict[st
 
     Returns:
       Rows; none where nothing block-sparse was timed.
-
-    Reference: ours.
     """
     timed = {name: found["ms"] for name, found in sparse.items() if "ms" in found}
     if not timed:
@@ -274,13 +323,23 @@ def rows(about: dict[str, Any], dense: dict[str, Any], sparse: dict[str, dict[st
         ms = {name: by_pass[mode] for name, by_pass in every.items()}
         median = {name: times["median"] for name, times in ms.items()}
         best, best_dense = min(timed, key=median.__getitem__), min(DENSE, key=median.__getitem__)
-        row = {"mode": mode, "ms": ms, "best": best, "best_dense": best_dense, "regret": round(median[CHOSEN] / median[best] - 1, 3)}
+        row = {
+            "mode": mode,
+            "ms": ms,
+            "best": best,
+            "best_dense": best_dense,
+            "regret": round(median[CHOSEN] / median[best] - 1, 3),
+        }
         row |= {"chosen": chosen, "runs": best if median[best] < median[best_dense] else "dense"}
         row |= {
             "speed_up_over_dense": round(median[best_dense] / median[CHOSEN], 3),
             "speed_up_over_masked": round(median[MASKED] / median[CHOSEN], 3),
-            "tiles": {name: own["tiles"].get(mode) for name, own in sparse.items() if own.get("tiles")},
-            "l2": {name: own["l2"] for name, own in (("dense", dense), *sparse.items()) if "l2" in own},
+            "tiles": {
+                name: own["tiles"].get(mode) for name, own in sparse.items() if own.get("tiles")
+            },
+            "l2": {
+                name: own["l2"] for name, own in (("dense", dense), *sparse.items()) if "l2" in own
+            },
             "sum_of_passes": mode == TOGETHER,
             "refused": {name: own["refused"] for name, own in sparse.items() if "refused" in own},
         }

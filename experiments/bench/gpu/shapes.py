@@ -1,4 +1,6 @@
-"""The convolutions that are tuned and timed on a GPU: real layers at real batch sizes, and their operands in aligned runs of channels."""
+"""The convolutions that are tuned and timed on a GPU: real layers at real batch sizes, and their
+operands in aligned runs of channels.
+"""
 
 import dataclasses
 
@@ -39,7 +41,8 @@ class Case:
 
 
 def cases(part: str = "", quick: bool = False) -> list[Case]:
-    """ResNet-50 at batch 256, VGG-19 and ResNet-32 (width 2) at 128 and at 1024; first those of the goals, then other 3x3, then 1x1.
+    """ResNet-50 at batch 256, VGG-19 and ResNet-32 (width 2) at 128 and at 1024; first those of the
+    goals, then other 3x3, then 1x1.
 
     Args:
       part: of the names; empty is all.
@@ -54,8 +57,6 @@ def cases(part: str = "", quick: bool = False) -> list[Case]:
     Example:
       >>> [case.name for case in cases("vgg19 512@2")]
       ['vgg19 512@2 n128', 'vgg19 512@2 n1024']
-
-    Reference: ours.
     """
     if quick:
         every = [Case(layer, 4) for layer in SMALL]
@@ -70,12 +71,20 @@ def cases(part: str = "", quick: bool = False) -> list[Case]:
 
 
 def case_spec(
-    case: Case, *, sparsity: float, group_size: int = 64, channel_block: int = 16, kept_taps: int | None = None, dtype: str = "bfloat16"
+    case: Case,
+    *,
+    sparsity: float,
+    group_size: int = 64,
+    channel_block: int = 16,
+    kept_taps: int | None = None,
+    dtype: str = "bfloat16",
 ) -> ConvSpec:
-    """The convolution of a case, in the longest runs of channels that keep close to the wanted density.
+    """The convolution of a case, in the longest runs of channels that keep close to the wanted
+    density.
 
-    A run of `b` channels, `b` the wanted one, 8 or 1, is taken when the kept channels, rounded up to runs, are 0.95 to 1.25 times what
-    the sparsity asks for. So a layer is never timed at much less work than its sparsity says.
+    A run of `b` channels, `b` the wanted one, 8 or 1, is taken when the kept channels, rounded up
+    to runs, are 0.95 to 1.25 times what the sparsity asks for. So a layer is never timed at much
+    less work than its sparsity says.
 
     Args:
       case: the layer and the batch.
@@ -91,15 +100,15 @@ def case_spec(
     Example:
       >>> case_spec(cases("vgg19 256@8 n128")[0], sparsity=0.9).packed_shape
       (4, 80, 3, 64)
-
-    Reference: ours.
     """
     size = {"batch": case.batch, "group_size": group_size, "kept_taps": kept_taps, "dtype": dtype}
     spec = shapes.layer_spec(case.layer, sparsity=sparsity, **size)
     exact = (1 - sparsity) * spec.cin * case.layer.kernel**2 / spec.kept_taps
     for block in sorted({channel_block, min(8, channel_block), 1}, reverse=True):
         kept = max(block, -int(-EMPTIEST * exact * (1 - ROUNDING) // block) * block)
-        if block == 1 or (kept <= min(FULLEST * exact * (1 + ROUNDING), spec.cin) and spec.cin % block == 0):
+        if block == 1 or (
+            kept <= min(FULLEST * exact * (1 + ROUNDING), spec.cin) and spec.cin % block == 0
+        ):
             break
     return dataclasses.replace(spec, kept=min(kept, spec.cin), channel_block=block)
 
@@ -118,13 +127,22 @@ def operands(spec: ConvSpec, seed: int = 0) -> tuple[jax.Array, ...]:
       >>> spec = case_spec(cases("small 64@4", quick=True)[0], sparsity=0.8, channel_block=8)
       >>> bool((operands(spec)[4].reshape(spec.groups, -1, 8) % 8 == jnp.arange(8)).all())
       True
-
-    Reference: ours.
     """
     run = spec.channel_block
-    blocks = dataclasses.replace(spec, cin=spec.cin // run, kept=spec.kept // run, height=1, width=1, batch=1, padding=((8, 8), (8, 8)))
+    blocks = dataclasses.replace(
+        spec,
+        cin=spec.cin // run,
+        kept=spec.kept // run,
+        height=1,
+        width=1,
+        batch=1,
+        padding=((8, 8), (8, 8)),
+    )
     *_, filters, kept, taps = shapes.random_operands(blocks, seed)
     channels = (kept[..., None] * run + jnp.arange(run, dtype=jnp.int32)).reshape(spec.groups, -1)
     keys = jax.random.split(jax.random.key(seed), 3)
-    values = (jax.random.normal(key, size, spec.dtype) for key, size in zip(keys, (spec.in_shape, spec.out_shape, spec.packed_shape)))
+    values = (
+        jax.random.normal(key, size, spec.dtype)
+        for key, size in zip(keys, (spec.in_shape, spec.out_shape, spec.packed_shape))
+    )
     return *values, filters, channels, taps

@@ -1,4 +1,6 @@
-"""The implementations that have tiles, one like the other: which tiles a tuner times, which runs, and what the tuned table calls them."""
+"""The implementations that have tiles, one like the other: which tiles a tuner times, which runs,
+and what the tuned table calls them.
+"""
 
 import dataclasses
 import functools
@@ -72,38 +74,60 @@ def tunable(name: str) -> Tunable:
     Example:
       >>> tunable("xla").entries
       'tiles'
-
-    Reference: ours.
     """
     if name == "xla":
         every = xla.FORMULATIONS
         return Tunable(
-            name, "tiles", xla.IMPLEMENTATION,
-            lambda spec, _: [Formulation(other) for other in ("rows", "rows_batched", "taps") if every[other].supports(spec) is None],
+            name,
+            "tiles",
+            xla.IMPLEMENTATION,
+            lambda spec, _: [
+                Formulation(other)
+                for other in ("rows", "rows_batched", "taps")
+                if every[other].supports(spec) is None
+            ],
             lambda spec, _: Formulation(tiles.choose(spec)),
             lambda *_: [],
             lambda _, tile: every[tile.name],
             lambda spec, pass_name: f"{pass_name} {spec.in_shape} {spec.packed_shape}",
-        )  # fmt: skip
+        )
     if name not in ("mosaic_gpu", "triton"):
-        raise ValueError(f"implementations: expected mosaic_gpu or triton, those that have tiles, got {name!r}")
+        raise ValueError(
+            f"implementations: expected mosaic_gpu or triton, those that have tiles, got {name!r}"
+        )
     package = "pallas_kernels.block_sparse_conv"
-    module, own = (importlib.import_module(f"{package}.{name}.{part}") for part in ("launch", "tiles"))
+    module, own = (
+        importlib.import_module(f"{package}.{name}.{part}") for part in ("launch", "tiles")
+    )
     if name == "mosaic_gpu":
         build = lambda pass_name, tile: module.implementation(tiles={pass_name: tile})  # noqa: E731
-        return Tunable(name, "entries", module.IMPLEMENTATION, own.candidate_tiles, own.choose_tile, lambda *_: [], build, own.key)
+        return Tunable(
+            name,
+            "entries",
+            module.IMPLEMENTATION,
+            own.candidate_tiles,
+            own.choose_tile,
+            lambda *_: [],
+            build,
+            own.key,
+        )
 
     def with_tile(pass_name: str, tile: Any) -> Implementation:
         run = functools.partial(getattr(module.IMPLEMENTATION, pass_name), tile=tile)
         return dataclasses.replace(module.IMPLEMENTATION, **{pass_name: run})
 
-    candidates, default = (functools.partial(f, capability=capability()) for f in (own.candidate_tiles, own.choose_tile))
+    candidates, default = (
+        functools.partial(f, capability=capability())
+        for f in (own.candidate_tiles, own.choose_tile)
+    )
 
     def rules(spec: ConvSpec, pass_name: str) -> list[Any]:
         ways = own.methods(spec) if pass_name == "input_gradient" else ()
         return [default(spec, pass_name, method=way) for way in ways]
 
-    return Tunable(name, "tiles", module.IMPLEMENTATION, candidates, default, rules, with_tile, own.key)
+    return Tunable(
+        name, "tiles", module.IMPLEMENTATION, candidates, default, rules, with_tile, own.key
+    )
 
 
 def capability() -> int:
@@ -111,14 +135,13 @@ def capability() -> int:
 
     Returns:
       90 for Hopper, and where there is no GPU.
-
-    Reference: ours.
     """
     return int(str(getattr(jax.devices()[0], "compute_capability", "9.0")).replace(".", ""))
 
 
 def few(which: Tunable, spec: ConvSpec, pass_name: str) -> list[Any]:
-    """The tiles that are timed: the default, those of the rules, then those nearest to them, one change of each kind first.
+    """The tiles that are timed: the default, those of the rules, then those nearest to them, one
+    change of each kind first.
 
     Args:
       which: the implementation.
@@ -127,14 +150,22 @@ def few(which: Tunable, spec: ConvSpec, pass_name: str) -> list[Any]:
 
     Returns:
       At most `MOST` tiles, the default first.
-
-    Reference: ours.
     """
     found = list(dict.fromkeys([which.default(spec, pass_name), *which.rules(spec, pass_name)]))
     kinds: dict[tuple[str, ...], list[Any]] = {}
     for tile in which.candidates(spec, pass_name):
         if tile not in found:
-            fields = [tuple(f.name for f in dataclasses.fields(tile) if getattr(tile, f.name) != getattr(rule, f.name)) for rule in found]
+            fields = [
+                tuple(
+                    f.name
+                    for f in dataclasses.fields(tile)
+                    if getattr(tile, f.name) != getattr(rule, f.name)
+                )
+                for rule in found
+            ]
             kinds.setdefault(min(fields, key=len), []).append(tile)
     nearest = [kinds[fields] for fields in sorted(kinds, key=len)]
-    return (found + [tile for alike in itertools.zip_longest(*nearest) for tile in alike if tile is not None])[:MOST]
+    return (
+        found
+        + [tile for alike in itertools.zip_longest(*nearest) for tile in alike if tile is not None]
+    )[:MOST]

@@ -1,9 +1,11 @@
-"""The GPU part of bench_training: whole steps, dense NHWC beside masked, sparse and packed, each a resumable unit.
+"""The GPU part of bench_training: whole steps, dense NHWC beside masked, sparse and packed, each a
+resumable unit.
 
-The sparse and packed steps run once for each implementation, in each layer that it serves; the others go to triton, then to dense, and the
-row says so. Before anything is timed, each convolution of the step must agree with float64, and the first step as a whole with the masked
-one. Steps are dispatched ahead as in training, with one wait behind many. `--minutes 9` stops in time with exit status 75, and the same
-command goes on; `--quick` is a dry run on any device.
+The sparse and packed steps run once for each implementation, in each layer that it serves; the
+others go to triton, then to dense, and the row says so. Before anything is timed, each convolution
+of the step must agree with float64, and the first step as a whole with the masked one. Steps are
+dispatched ahead as in training, with one wait behind many. `--minutes 9` stops in time with exit
+status 75, and the same command goes on; `--quick` is a dry run on any device.
 """
 
 import dataclasses
@@ -37,7 +39,10 @@ from experiments.training.methods import Length
 
 RESULTS = Path(__file__).parents[2] / "results"
 STEP = 1  # its number: no mask update falls on it
-RESERVE, LAYER = 90, 60  # seconds: that must be left for a unit; after which the check of a layer hangs
+RESERVE, LAYER = (
+    90,
+    60,
+)  # seconds: that must be left for a unit; after which the check of a layer hangs
 BURST = 300.0  # milliseconds of steps behind which one wait stands
 
 
@@ -104,7 +109,8 @@ class GpuTrainingConfig:
 
 
 def main(config: GpuTrainingConfig) -> dict[str, Any]:
-    """Times the steps that are not in the journal yet, prints the table and writes the report of what is there.
+    """Times the steps that are not in the journal yet, prints the table and writes the report of
+    what is there.
 
     Args:
       config: what is timed.
@@ -114,22 +120,36 @@ def main(config: GpuTrainingConfig) -> dict[str, Any]:
 
     Raises:
       ValueError: the device is no GPU, or no such network.
-
-    Reference: ours.
     """
     gpu_clock.require_gpu(config.quick)
     if config.quick:
-        config = dataclasses.replace(config, repetitions=2, group_size=8, channel_block=1, implementations=("xla",))
-    networks = [network for network in (QUICK if config.quick else NETWORKS) if config.models in network.model]
+        config = dataclasses.replace(
+            config, repetitions=2, group_size=8, channel_block=1, implementations=("xla",)
+        )
+    networks = [
+        network
+        for network in (QUICK if config.quick else NETWORKS)
+        if config.models in network.model
+    ]
     if not networks:
-        raise ValueError(f"models: no network's name contains {config.models!r}; e.g. {NETWORKS[0].model!r}")
+        raise ValueError(
+            f"models: no network's name contains {config.models!r}; e.g. {NETWORKS[0].model!r}"
+        )
     journal, complete = Journal(config.journal, config.minutes, unit_seconds=480), False
     units = {unit: _key(config, unit) for unit in _units(config, networks)}
     try:
         for unit, key in units.items():
-            masked = journal.result(units.get(dataclasses.replace(unit, execution="masked", implementation=""), ""))
-            measure = functools.partial(measure_steps, config, unit, masked and masked["sketch"], journal)
-            group = f"{unit.implementation} {gpu_layers.sources(unit.implementation)}" if unit.implementation else ""
+            masked = journal.result(
+                units.get(dataclasses.replace(unit, execution="masked", implementation=""), "")
+            )
+            measure = functools.partial(
+                measure_steps, config, unit, masked and masked["sketch"], journal
+            )
+            group = (
+                f"{unit.implementation} {gpu_layers.sources(unit.implementation)}"
+                if unit.implementation
+                else ""
+            )
             journal.run(key, measure, reserve=0 if config.quick else RESERVE, group=group)
             jax.clear_caches(), gc.collect()
         complete = True
@@ -157,36 +177,64 @@ class Unit:
 
 
 def _units(config: GpuTrainingConfig, networks: list[Network]) -> list[Unit]:
-    """First the packed step in the most wanted implementation with what it is compared to, of all networks; then the rest."""
-    present = {name for name, one in gpu_check.implementations().items() if not isinstance(one, str)}
+    """First the packed step in the most wanted implementation with what it is compared to, of all
+    networks; then the rest.
+    """
+    present = {
+        name for name, one in gpu_check.implementations().items() if not isinstance(one, str)
+    }
     names = [name for name in config.implementations if name in present]
     first, rest = [], []
     for network in networks:
         first.append(Unit(network, "dense"))
         for sparsity in network.sparsities:
-            own = [Unit(network, execution, sparsity, name) for execution in ("packed", "sparse") for name in names]
+            own = [
+                Unit(network, execution, sparsity, name)
+                for execution in ("packed", "sparse")
+                for name in names
+            ]
             first += [Unit(network, "masked", sparsity), *own[:1]]
             rest += own[1:]
     return first + rest
 
 
 def _key(config: GpuTrainingConfig, unit: Unit) -> str:
-    """Dense and masked steps hold for any kernels; the others for these, in the tiles of the network's layers that the benchmark times."""
+    """Dense and masked steps hold for any kernels; the others for these, in the tiles of the
+    network's layers that the benchmark times.
+    """
     network, root = unit.network, Path(__file__).parents[3]
-    own = fingerprint([root / "experiments" / "training" / "loop.py", *(root / "experiments" / "models").glob("*.py")])
+    own = fingerprint(
+        [
+            root / "experiments" / "training" / "loop.py",
+            *(root / "experiments" / "models").glob("*.py"),
+        ]
+    )
     if unit.implementation:
         block = {"group_size": config.group_size, "channel_block": config.channel_block}
-        cases = [] if config.quick else [case for case in gpu_shapes.cases(network.model) if case.batch == network.batch_size]
-        specs = [gpu_shapes.case_spec(case, sparsity=unit.sparsity, dtype=config.precision, **block) for case in cases]
+        cases = (
+            []
+            if config.quick
+            else [
+                case for case in gpu_shapes.cases(network.model) if case.batch == network.batch_size
+            ]
+        )
+        specs = [
+            gpu_shapes.case_spec(case, sparsity=unit.sparsity, dtype=config.precision, **block)
+            for case in cases
+        ]
         names = dict.fromkeys((unit.implementation, "triton"))
-        tiles = zlib.crc32(str([gpu_layers.tiles(name, spec) for spec in specs for name in names]).encode())
+        tiles = zlib.crc32(
+            str([gpu_layers.tiles(name, spec) for spec in specs for name in names]).encode()
+        )
         own += f" {fingerprint((root / 'blocksparse_jax').rglob('*.py'))} {unit.implementation}"
         own += f" {' '.join(gpu_layers.sources(name) for name in names)} {tiles:08x}"
     size = f"{network.width:g} n{network.batch_size} {network.image_size} {config.precision} g{config.group_size} b{config.channel_block}"
     return f"step {gpu_clock.gpu()} jax {jax.__version__} {network.model} {size} {unit.execution} {unit.sparsity:g} {own}"
 
 
-def measure_steps(config: GpuTrainingConfig, unit: Unit, wanted: dict[str, list[float]] | None, journal: Journal) -> dict[str, Any]:
+def measure_steps(
+    config: GpuTrainingConfig, unit: Unit, wanted: dict[str, list[float]] | None, journal: Journal
+) -> dict[str, Any]:
     """Times the training step of one execution.
 
     Args:
@@ -196,13 +244,12 @@ def measure_steps(config: GpuTrainingConfig, unit: Unit, wanted: dict[str, list[
       journal: of the checks of the layers, units inside of this one.
 
     Returns:
-      The first loss, milliseconds of a step (median, interquartile range), how many steps stand before one wait, and for sparse and packed
-      who served how many layers and how near the first step is to the masked one; for masked that step's sketch.
+      The first loss, milliseconds of a step (median, interquartile range), how many steps stand
+      before one wait, and for sparse and packed who served how many layers and how near the first
+      step is to the masked one; for masked that step's sketch.
 
     Raises:
       AssertionError: a layer is wrong, or the first step another.
-
-    Reference: ours.
     """
     if not unit.implementation:
         return _measure(config, unit, None, lambda own: {"sketch": own})
@@ -212,16 +259,29 @@ def measure_steps(config: GpuTrainingConfig, unit: Unit, wanted: dict[str, list[
         for spec, record in served.specs.items():
             if record.name != "dense":
                 key = f"layer {gpu_clock.gpu()} jax {jax.__version__} {record.name} {gpu_layers.sources(record.name, spec)} {spec}"
-                if not journal.run(key, functools.partial(gpu_steps.check_layer, spec, record), limit=LAYER):
-                    raise AssertionError(f"{unit.execution}, {unit.implementation}: {journal.error(key)}")
-        return {"cosine": gpu_steps.agree(f"{unit.execution}, {unit.implementation}", own, wanted, config.precision)}
+                if not journal.run(
+                    key, functools.partial(gpu_steps.check_layer, spec, record), limit=LAYER
+                ):
+                    raise AssertionError(
+                        f"{unit.execution}, {unit.implementation}: {journal.error(key)}"
+                    )
+        return {
+            "cosine": gpu_steps.agree(
+                f"{unit.execution}, {unit.implementation}", own, wanted, config.precision
+            )
+        }
 
     with served.registered() as name:
         found = _measure(config, unit, name, compare)
     return found | {"layers": served.layers(), "refused": served.refused}
 
 
-def _measure(config: GpuTrainingConfig, unit: Unit, implementation: str | None, compare: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+def _measure(
+    config: GpuTrainingConfig,
+    unit: Unit,
+    implementation: str | None,
+    compare: Callable[[Any], dict[str, Any]],
+) -> dict[str, Any]:
     network, execution = unit.network, unit.execution
     classes, size = (1000 if network.dataset == "imagenet2012" else 10), network.image_size
     rng = np.random.default_rng(0)
@@ -229,17 +289,35 @@ def _measure(config: GpuTrainingConfig, unit: Unit, implementation: str | None, 
     labels = jnp.asarray(rng.integers(0, classes, network.batch_size), jnp.int32)
     dense = execution == "dense"
     train = TrainConfig(
-        dataset=network.dataset, model=network.model, method="dense" if dense else "hrbp", sparsity=unit.sparsity,
-        execution="masked" if dense else execution, precision=config.precision, width=network.width, batch_size=network.batch_size,
-        implementation=implementation, group_size=config.group_size, channel_block=config.channel_block,
-    )  # fmt: skip
-    trainer = Trainer(resolve(train), images.shape[1:], classes, Length(steps_per_epoch=390, total=390 * 160), "NHWC")
+        dataset=network.dataset,
+        model=network.model,
+        method="dense" if dense else "hrbp",
+        sparsity=unit.sparsity,
+        execution="masked" if dense else execution,
+        precision=config.precision,
+        width=network.width,
+        batch_size=network.batch_size,
+        implementation=implementation,
+        group_size=config.group_size,
+        channel_block=config.channel_block,
+    )
+    trainer = Trainer(
+        resolve(train),
+        images.shape[1:],
+        classes,
+        Length(steps_per_epoch=390, total=390 * 160),
+        "NHWC",
+    )
     state = trainer.init()
     step = stepper(trainer, state, STEP, images, labels)
     after, metrics = step()
     found: dict[str, Any] = {"loss": float(metrics.loss)}
     if not dense:
-        own = gpu_steps.sketch(trainer.to("masked", state).params, trainer.to("masked", after).params, trainer.masks(state))
+        own = gpu_steps.sketch(
+            trainer.to("masked", state).params,
+            trainer.to("masked", after).params,
+            trainer.masks(state),
+        )
         found |= compare(own)
     del state, after
 
@@ -253,26 +331,54 @@ def _measure(config: GpuTrainingConfig, unit: Unit, implementation: str | None, 
     burst(2)
     steps = 2 if config.quick else int(min(100, max(3, BURST / burst(3))))
     median, iqr = median_iqr([burst(steps) for _ in range(config.repetitions)])
-    return found | {"step_ms_median": median, "step_ms_iqr": iqr, "steps": steps, "repetitions": config.repetitions}
+    return found | {
+        "step_ms_median": median,
+        "step_ms_iqr": iqr,
+        "steps": steps,
+        "repetitions": config.repetitions,
+    }
 
 
-def _report(config: GpuTrainingConfig, journal: Journal, units: dict[Unit, str], complete: bool) -> dict[str, Any]:
+def _report(
+    config: GpuTrainingConfig, journal: Journal, units: dict[Unit, str], complete: bool
+) -> dict[str, Any]:
     rows = []
     for unit, key in units.items():
         if not (found := journal.result(key)):
             continue
         dense = journal.result(units[Unit(unit.network, "dense")])
         up = round(dense["step_ms_median"] / found["step_ms_median"], 3) if dense else None
-        about = {name: value for name, value in dataclasses.asdict(unit.network).items() if name != "sparsities"}
-        about |= {"sparsity": unit.sparsity, "execution": unit.execution, "implementation": unit.implementation}
-        about |= {"precision": config.precision, "data_format": "CHWN" if unit.implementation else "NHWC", "speed_up_over_dense": up}
+        about = {
+            name: value
+            for name, value in dataclasses.asdict(unit.network).items()
+            if name != "sparsities"
+        }
+        about |= {
+            "sparsity": unit.sparsity,
+            "execution": unit.execution,
+            "implementation": unit.implementation,
+        }
+        about |= {
+            "precision": config.precision,
+            "data_format": "CHWN" if unit.implementation else "NHWC",
+            "speed_up_over_dense": up,
+        }
         rows.append(about | {name: value for name, value in found.items() if name != "sketch"})
-    told = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("journal", "out")}
+    told = {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in ("journal", "out")
+    }
     return {
-        "rows": rows, "device": device(), "versions": versions(), "commit": commit() or os.environ.get("COMMIT"), "config": told,
-        "complete": complete, "failed": {key: error for key in units.values() if (error := journal.error(key))},
+        "rows": rows,
+        "device": device(),
+        "versions": versions(),
+        "commit": commit() or os.environ.get("COMMIT"),
+        "config": told,
+        "complete": complete,
+        "failed": {key: error for key in units.values() if (error := journal.error(key))},
         "tiles": {name: gpu_layers.sources(name) for name in ("mosaic_gpu", "triton")},
-    }  # fmt: skip
+    }
 
 
 def run(config: GpuTrainingConfig) -> int:
@@ -282,8 +388,7 @@ def run(config: GpuTrainingConfig) -> int:
       config: what is timed.
 
     Returns:
-      The exit status: 0, 1 when something failed, 2 for a wrong argument, 70 when the device is lost, 75 when time was up.
-
-    Reference: ours.
+      The exit status: 0, 1 when something failed, 2 for a wrong argument, 70 when the device is
+      lost, 75 when time was up.
     """
     return exit_status(lambda: main(config))

@@ -1,9 +1,11 @@
-"""`python -m experiments.bench.tune --device gpu`: times the candidate tiles of the GPU kernels, and writes the tables that they read.
+"""`python -m experiments.bench.tune --device gpu`: times the candidate tiles of the GPU kernels,
+and writes the tables that they read.
 
-Layer by layer and pass by pass; resumable: each timed pass is a line in the journal, `--minutes 9` stops in time, the same command goes on,
-and the tables are written at every end from all lines. A tile must give what the default tile gives (which the benchmark's check compares
-with float64); one that does not, or does not compile, is named in the journal and left out. The first run of each tile is a unit of its
-own: one that hangs or loses the device is left out when the pass is tuned again.
+Layer by layer and pass by pass; resumable: each timed pass is a line in the journal, `--minutes 9`
+stops in time, the same command goes on, and the tables are written at every end from all lines. A
+tile must give what the default tile gives (which the benchmark's check compares with float64); one
+that does not, or does not compile, is named in the journal and left out. The first run of each tile
+is a unit of its own: one that hangs or loses the device is left out when the pass is tuned again.
 """
 
 import concurrent.futures
@@ -27,11 +29,22 @@ from experiments.bench.gpu.tiles import PASSES, Tunable, few, tunable
 from pallas_kernels.block_sparse_conv import ConvSpec, Implementation
 from pallas_kernels.block_sparse_conv.devices import FOLDER, table
 
-AGREE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-3}  # relative to the norm; float32 may be tf32
+AGREE = {
+    "bfloat16": 1e-2,
+    "float16": 2e-3,
+    "float32": 1e-3,
+}  # relative to the norm; float32 may be tf32
 GAIN = 0.98  # another tile than the default must take less than this share of its time
-FIRST, RESERVE = 30, 20  # seconds: of a tile's first run before it hangs; what must be left for a pass
+FIRST, RESERVE = (
+    30,
+    20,
+)  # seconds: of a tile's first run before it hangs; what must be left for a pass
 MILLISECONDS = 10.0  # of a timed program, or longer
-BYTES, FLOPS, LAUNCH = 4.3e12, 7.9e14, 2e-3  # what an H200 does in a second at most, and the least milliseconds of a launch
+BYTES, FLOPS, LAUNCH = (
+    4.3e12,
+    7.9e14,
+    2e-3,
+)  # what an H200 does in a second at most, and the least milliseconds of a launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +64,8 @@ class Config:
       repetitions: of each tile.
       journal: JSON-lines file that is gone on with.
       folder: of the tables.
-      quick: a dry run on any device, two tiny layers and XLA's formulations for tiles; writes no table unless `folder` is another one.
+      quick: a dry run on any device, two tiny layers and XLA's formulations for tiles; writes no
+        table unless `folder` is another one.
     """
 
     device: Literal["gpu"] = "gpu"
@@ -69,7 +83,9 @@ class Config:
     quick: bool = False
 
 
-def measure_pass(which: Tunable, spec: ConvSpec, pass_name: str, config: Config, first_run: Callable[..., Any]) -> dict[str, Any]:
+def measure_pass(
+    which: Tunable, spec: ConvSpec, pass_name: str, config: Config, first_run: Callable[..., Any]
+) -> dict[str, Any]:
     """Times some tiles of one pass.
 
     Args:
@@ -77,15 +93,14 @@ def measure_pass(which: Tunable, spec: ConvSpec, pass_name: str, config: Config,
       spec: the static sizes.
       pass_name: one of `PASSES`.
       config: threads and repetitions.
-      first_run: `(tile's name, function) -> the function's result`, or the text of its error, now or in an earlier process.
+      first_run: `(tile's name, function) -> the function's result`, or the text of its error, now
+        or in an earlier process.
 
     Returns:
       The table's key, the best tile, and for each tile milliseconds or an error.
 
     Raises:
       RuntimeError: the default tile does not run.
-
-    Reference: ours.
     """
     candidates = few(which, spec, pass_name)
     default = candidates[0]
@@ -94,12 +109,16 @@ def measure_pass(which: Tunable, spec: ConvSpec, pass_name: str, config: Config,
 
     def prepare(tile: Any) -> gpu_clock.Program | str:
         try:
-            return gpu_clock.Program(_pass_function(which.build(pass_name, tile), spec, pass_name), sets, count)
+            return gpu_clock.Program(
+                _pass_function(which.build(pass_name, tile), spec, pass_name), sets, count
+            )
         except Exception as error:
             return f"{type(error).__name__}: {error}"[:300]
 
     def differs(program: gpu_clock.Program) -> float:
-        return float(jnp.linalg.norm((program.output() - wanted).ravel()) / jnp.linalg.norm(wanted.ravel()))
+        return float(
+            jnp.linalg.norm((program.output() - wanted).ravel()) / jnp.linalg.norm(wanted.ravel())
+        )
 
     with concurrent.futures.ThreadPoolExecutor(max(1, config.threads)) as pool:
         made = dict(zip(candidates, pool.map(prepare, candidates)))
@@ -108,11 +127,19 @@ def measure_pass(which: Tunable, spec: ConvSpec, pass_name: str, config: Config,
     wanted = made[default].output().astype(jnp.float32)
     found, errors = {}, {}
     for tile, program in made.items():
-        error = program if isinstance(program, str) else first_run(str(tile), functools.partial(differs, program))
+        error = (
+            program
+            if isinstance(program, str)
+            else first_run(str(tile), functools.partial(differs, program))
+        )
         if isinstance(error, float) and error <= AGREE[spec.dtype]:
             found[tile] = program
         else:
-            errors[tile] = f"differs from the default tile by {error:.1e}" if isinstance(error, float) else error
+            errors[tile] = (
+                f"differs from the default tile by {error:.1e}"
+                if isinstance(error, float)
+                else error
+            )
     if default not in found:
         raise RuntimeError(f"the default tile does not run: {errors[default]}")
     times = gpu_clock.sample({str(tile): call for tile, call in found.items()}, config.repetitions)
@@ -123,35 +150,55 @@ def measure_pass(which: Tunable, spec: ConvSpec, pass_name: str, config: Config,
     timed = [{"tile": dataclasses.asdict(tile), **times[str(tile)]} for tile in found]
     timed += [{"tile": dataclasses.asdict(tile), "error": text} for tile, text in errors.items()]
     return {
-        "key": which.key(spec, pass_name), "best": dataclasses.asdict(best), "milliseconds": median[best],
-        "default_milliseconds": median[default], **sets.about, "tiles": timed,
-    }  # fmt: skip
+        "key": which.key(spec, pass_name),
+        "best": dataclasses.asdict(best),
+        "milliseconds": median[best],
+        "default_milliseconds": median[default],
+        **sets.about,
+        "tiles": timed,
+    }
 
 
 def estimate(spec: ConvSpec) -> float:
-    """The least milliseconds that a pass can take, to size the timed loops; dense or sparse, the loops last alike.
+    """The least milliseconds that a pass can take, to size the timed loops; dense or sparse, the
+    loops last alike.
 
     Args:
       spec: the static sizes.
 
     Returns:
       Milliseconds.
-
-    Reference: ours.
     """
     size = 4 if spec.dtype == "float32" else 2
     activations = sum(a * b * c * d for a, b, c, d in (spec.in_shape, spec.out_shape))
-    work = 2 * spec.density * spec.kernel[0] * spec.kernel[1] * spec.cin * spec.cout * spec.out_height * spec.out_width * spec.batch
+    work = (
+        2
+        * spec.density
+        * spec.kernel[0]
+        * spec.kernel[1]
+        * spec.cin
+        * spec.cout
+        * spec.out_height
+        * spec.out_width
+        * spec.batch
+    )
     return max(1e3 * size * activations / BYTES, 1e3 * work / FLOPS, LAUNCH)
 
 
 def _pass_operands(spec: ConvSpec, pass_name: str, seed: int) -> tuple[jax.Array, ...]:
     x, dy, values, *index = gpu_shapes.operands(spec, seed)
-    return {"forward": (x, values), "input_gradient": (dy, values), "weight_gradient": (x, dy)}[pass_name] + tuple(index)
+    return {"forward": (x, values), "input_gradient": (dy, values), "weight_gradient": (x, dy)}[
+        pass_name
+    ] + tuple(index)
 
 
-def _pass_function(implementation: Implementation, spec: ConvSpec, pass_name: str) -> Callable[..., jax.Array]:
-    return functools.partial(getattr(implementation, pass_name), dataclasses.replace(spec, gradients=pass_name != "forward"))
+def _pass_function(
+    implementation: Implementation, spec: ConvSpec, pass_name: str
+) -> Callable[..., jax.Array]:
+    return functools.partial(
+        getattr(implementation, pass_name),
+        dataclasses.replace(spec, gradients=pass_name != "forward"),
+    )
 
 
 def main(config: Config) -> bool:
@@ -165,16 +212,20 @@ def main(config: Config) -> bool:
 
     Raises:
       ValueError: the device is no GPU, or an unknown layer or implementation.
-
-    Reference: ours.
     """
     gpu_clock.require_gpu(config.quick)
     if config.quick:
-        config = dataclasses.replace(config, implementations=("xla",), sparsities=config.sparsities[:1], repetitions=2)
+        config = dataclasses.replace(
+            config, implementations=("xla",), sparsities=config.sparsities[:1], repetitions=2
+        )
     journal = Journal(config.journal, config.minutes)
     which = [tunable(name) for name in config.implementations]
     todo, units = gpu_shapes.cases(config.layers, config.quick), {}
-    size = {"group_size": config.group_size, "channel_block": config.channel_block, "dtype": config.dtype}
+    size = {
+        "group_size": config.group_size,
+        "channel_block": config.channel_block,
+        "dtype": config.dtype,
+    }
     for sparsity in config.sparsities:
         for case in todo:
             spec = gpu_shapes.case_spec(case, sparsity=sparsity, **size)
@@ -194,14 +245,23 @@ def main(config: Config) -> bool:
     try:
         for i, (key, (one, spec, pass_name)) in enumerate(units.items(), 1):
             group = f"{one.name} {one.fingerprint}"
-            run = functools.partial(measure_pass, one, spec, pass_name, config, functools.partial(first_run, key, group))
+            run = functools.partial(
+                measure_pass, one, spec, pass_name, config, functools.partial(first_run, key, group)
+            )
             if found := journal.run(key, run, reserve=0 if config.quick else RESERVE, group=group):
                 gain = found["default_milliseconds"] / found["milliseconds"]
-                print(f"[{i}/{len(units)}] {key}: {1e3 * found['milliseconds']:.1f} us, {gain:.2f}x the default", flush=True)
+                print(
+                    f"[{i}/{len(units)}] {key}: {1e3 * found['milliseconds']:.1f} us, {gain:.2f}x "
+                    f"the default",
+                    flush=True,
+                )
             jax.clear_caches()
         return True
     except TimeUp:
-        print(f"time is up; {sum(key in journal.records for key in units)} of {len(units)} passes are done, the same command goes on")
+        print(
+            f"time is up; {sum(key in journal.records for key in units)} of {len(units)} passes "
+            f"are done, the same command goes on"
+        )
         return False
     finally:
         for one in which:
@@ -210,7 +270,8 @@ def main(config: Config) -> bool:
 
 
 def write_table(which: Tunable, found: list[dict[str, Any]], config: Config) -> Path | None:
-    """Writes `tuned_IMPLEMENTATION_GPU.json`; what the table held before and is not measured here stays.
+    """Writes `tuned_IMPLEMENTATION_GPU.json`; what the table held before and is not measured here
+    stays.
 
     Args:
       which: the implementation.
@@ -219,15 +280,15 @@ def write_table(which: Tunable, found: list[dict[str, Any]], config: Config) -> 
 
     Returns:
       The file; None where there is nothing to write.
-
-    Reference: ours.
     """
     if not found or (config.quick and config.folder == FOLDER):
         return None
     path = config.folder / table(which.name, gpu_clock.gpu()).name
     old = json.loads(path.read_text()) if path.exists() else {}
     best = old.get(which.entries, {}) | {result["key"]: result["best"] for result in found}
-    times = old.get("milliseconds", {}) | {result["key"]: [result["milliseconds"], result["default_milliseconds"]] for result in found}
+    times = old.get("milliseconds", {}) | {
+        result["key"]: [result["milliseconds"], result["default_milliseconds"]] for result in found
+    }
     head = {"environment": measure.environment(), "milliseconds": times}
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(tile)}" for key, tile in best.items())
     path.parent.mkdir(parents=True, exist_ok=True)

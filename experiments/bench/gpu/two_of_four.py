@@ -1,9 +1,12 @@
-"""`python -m experiments.bench.gpu.two_of_four`: 2:4 products on an NVIDIA GPU, checked against float64 and timed beside XLA's dense ones.
+"""`python -m experiments.bench.gpu.two_of_four`: 2:4 products on an NVIDIA GPU, checked against
+float64 and timed beside XLA's dense ones.
 
-The 1x1 convolutions of ResNet-50 and its dense layer at batch 256 (see bound.py), forward, weights compressed at every call as in training.
-Each shape is compared with float64 before it is timed. Where cuSPARSELt is not there it says why, writes that, and ends with status 0.
-Each finished shape is a line in the journal at once; `--minutes 9` stops in time with exit status 75, and the same command goes on.
-`--quick`: a dry run of small shapes on any device, in which XLA's dense product stands in for cuSPARSELt.
+The 1x1 convolutions of ResNet-50 and its dense layer at batch 256 (see bound.py), forward, weights
+compressed at every call as in training. Each shape is compared with float64 before it is timed.
+Where cuSPARSELt is not there it says why, writes that, and ends with status 0. Each finished shape
+is a line in the journal at once; `--minutes 9` stops in time with exit status 75, and the same
+command goes on. `--quick`: a dry run of small shapes on any device, in which XLA's dense product
+stands in for cuSPARSELt.
 """
 
 import dataclasses
@@ -57,7 +60,9 @@ class Config:
     quick: bool = False
 
 
-def operands(product: bound.Product, channel_major: bool, dtype: str, seed: int = 0) -> tuple[jax.Array, jax.Array]:
+def operands(
+    product: bound.Product, channel_major: bool, dtype: str, seed: int = 0
+) -> tuple[jax.Array, jax.Array]:
     """Random weights with the two largest of each four kept, and activations.
 
     Args:
@@ -73,18 +78,20 @@ def operands(product: bound.Product, channel_major: bool, dtype: str, seed: int 
       >>> from pallas_kernels.two_of_four import is_two_of_four
       >>> bool(is_two_of_four(operands(bound.Product("a", 16, 16, 8), True, "bfloat16")[0]))
       True
-
-    Reference: ours.
     """
     keys = jax.random.split(jax.random.key(seed))
     runs = jax.random.normal(keys[0], (product.k // 4, 4, product.m))
     rank = jnp.argsort(jnp.argsort(-jnp.abs(runs), axis=1), axis=1)
     weights = jnp.where(rank < KEPT, runs, 0).reshape(product.k, product.m)
-    x = jax.random.normal(keys[1], (product.k, product.n) if channel_major else (product.n, product.k), dtype)
+    x = jax.random.normal(
+        keys[1], (product.k, product.n) if channel_major else (product.n, product.k), dtype
+    )
     return weights.astype(dtype), x
 
 
-def difference(y: jax.Array, weights: jax.Array, x: jax.Array, channel_major: bool, dtype: str) -> float:
+def difference(
+    y: jax.Array, weights: jax.Array, x: jax.Array, channel_major: bool, dtype: str
+) -> float:
     """Compares some columns of a product with float64.
 
     Args:
@@ -99,12 +106,13 @@ def difference(y: jax.Array, weights: jax.Array, x: jax.Array, channel_major: bo
 
     Raises:
       AssertionError: it is past the limit.
-
-    Reference: ours.
     """
     n = y.shape[1 if channel_major else 0]
     some = np.sort(np.random.default_rng(0).choice(n, min(n, COLUMNS), replace=False))
-    columns, ours = (np.asarray((a[:, some].T if channel_major else a[some]).astype(jnp.float32), np.float64) for a in (x, y))
+    columns, ours = (
+        np.asarray((a[:, some].T if channel_major else a[some]).astype(jnp.float32), np.float64)
+        for a in (x, y)
+    )
     wanted = columns @ np.asarray(weights.astype(jnp.float32), np.float64)
     error = float(np.linalg.norm(ours - wanted) / np.linalg.norm(wanted))
     if not error <= LIMITS[dtype]:
@@ -120,21 +128,26 @@ def programs(channel_major: bool, quick: bool) -> dict[str, Callable[..., jax.Ar
       quick: without cuSPARSELt.
 
     Returns:
-      By name; "searched" is the fastest of the library's algorithms, "first choice" the one that it takes unasked.
-
-    Reference: ours.
+      By name; "searched" is the fastest of the library's algorithms, "first choice" the one that it
+      takes unasked.
     """
-    dense = functools.partial(two_of_four_matmul, channel_major=channel_major, implementation="dense")
+    dense = functools.partial(
+        two_of_four_matmul, channel_major=channel_major, implementation="dense"
+    )
     if quick:
         return {"dense": dense, "stand-in": dense}
     return {
         "dense": dense,
         "2:4, first choice": functools.partial(cusparselt.product, channel_major=channel_major),
-        "2:4, searched": functools.partial(cusparselt.product, channel_major=channel_major, search=True),
+        "2:4, searched": functools.partial(
+            cusparselt.product, channel_major=channel_major, search=True
+        ),
     }
 
 
-def run_shape(product: bound.Product, channel_major: bool, dtype: str, repetitions: int, quick: bool) -> dict[str, Any]:
+def run_shape(
+    product: bound.Product, channel_major: bool, dtype: str, repetitions: int, quick: bool
+) -> dict[str, Any]:
     """Checks and times one product.
 
     Args:
@@ -149,15 +162,15 @@ def run_shape(product: bound.Product, channel_major: bool, dtype: str, repetitio
 
     Raises:
       AssertionError: a product is wrong.
-
-    Reference: ours.
     """
     functions = programs(channel_major, quick)
     weights, x = operands(product, channel_major, dtype)
     errors = {}
     for name, function in functions.items():
         try:
-            errors[name] = difference(jax.jit(function)(weights, x), weights, x, channel_major, dtype)
+            errors[name] = difference(
+                jax.jit(function)(weights, x), weights, x, channel_major, dtype
+            )
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
     del weights, x
@@ -183,18 +196,25 @@ def cases(config: Config) -> list[bound.Product]:
     Example:
       >>> cases(Config())[-1].m
       1008
-
-    Reference: ours.
     """
-    every = [bound.Product("small", 64, 32, 48), bound.Product("small wide", 32, 64, 8)] if config.quick else bound.products(config.batch)
-    found = [dataclasses.replace(p, m=-(-p.m // cusparselt.SPARSE) * cusparselt.SPARSE) for p in every if config.layers in p.name]
+    every = (
+        [bound.Product("small", 64, 32, 48), bound.Product("small wide", 32, 64, 8)]
+        if config.quick
+        else bound.products(config.batch)
+    )
+    found = [
+        dataclasses.replace(p, m=-(-p.m // cusparselt.SPARSE) * cusparselt.SPARSE)
+        for p in every
+        if config.layers in p.name
+    ]
     if not found:
         raise ValueError(f"layers: no name contains {config.layers!r}; e.g. {every[0].name!r}")
     return found
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Checks and times all products, in both layouts of the activations, and writes the report of what is there.
+    """Checks and times all products, in both layouts of the activations, and writes the report of
+    what is there.
 
     Args:
       config: what is timed.
@@ -204,8 +224,6 @@ def main(config: Config) -> dict[str, Any]:
 
     Raises:
       ValueError: the device is no GPU, or no such product.
-
-    Reference: ours.
     """
     gpu_clock.require_gpu(config.quick)
     absent = None if config.quick else cusparselt.unavailable()
@@ -215,7 +233,14 @@ def main(config: Config) -> dict[str, Any]:
     for product in [] if absent else cases(config):
         for layout in ("channels first", "channels last"):
             key = f"{where} {product.name} {product.k}x{product.m}x{product.n} {layout} {config.dtype}"
-            task = functools.partial(run_shape, product, layout == "channels first", config.dtype, config.repetitions, config.quick)
+            task = functools.partial(
+                run_shape,
+                product,
+                layout == "channels first",
+                config.dtype,
+                config.repetitions,
+                config.quick,
+            )
             try:
                 result = journal.run(key, task) if complete else journal.result(key)
             except TimeUp:
@@ -226,13 +251,27 @@ def main(config: Config) -> dict[str, Any]:
             if result:
                 floors = {name: round(us, 2) for name, us in bound.floors(product).items()}
                 rows.append(
-                    {**dataclasses.asdict(product), "layout": layout, "dtype": config.dtype, "computed_floors_us": floors, **result}
+                    {
+                        **dataclasses.asdict(product),
+                        "layout": layout,
+                        "dtype": config.dtype,
+                        "computed_floors_us": floors,
+                        **result,
+                    }
                 )
                 print(
-                    f"{product.name}, {layout}, us: { {name: round(1e3 * t['median'], 1) for name, t in result['ms'].items()} }", flush=True
+                    f"{product.name}, {layout}, us: "
+                    f"{ {name: round(1e3 * t['median'], 1) for name, t in result['ms'].items()} }",
+                    flush=True,
                 )
     environment = measure.environment() | {"cusparselt": cusparselt.version()}
-    report = {"environment": environment, "absent": absent, "complete": complete, "failed": failed, "rows": rows}
+    report = {
+        "environment": environment,
+        "absent": absent,
+        "complete": complete,
+        "failed": failed,
+        "rows": rows,
+    }
     if absent:
         print(f"no 2:4 products: {absent}")
     if config.out:
@@ -248,9 +287,8 @@ def run(config: Config) -> int:
       config: what is timed.
 
     Returns:
-      The exit status: 0, 1 when a product failed, 2 for a wrong argument, 70 when the device is lost, 75 when time was up.
-
-    Reference: ours.
+      The exit status: 0, 1 when a product failed, 2 for a wrong argument, 70 when the device is
+      lost, 75 when time was up.
     """
     return exit_status(lambda: main(config))
 

@@ -1,17 +1,23 @@
-"""The three passes on a Hopper GPU, in Pallas on Mosaic GPU, for channels that come in aligned runs of 8.
+"""The three passes on a Hopper GPU, in Pallas on Mosaic GPU, for channels that come in aligned runs
+of 8.
 
-XLA prepares small operands in the same program: lists of what to read (from the index arrays, whose contents are dynamic) and the weights
-in the order of the lists. What it costs in passes over activations:
+XLA prepares small operands in the same program: lists of what to read (from the index arrays, whose
+contents are dynamic) and the weights in the order of the lists. What it costs in passes over
+activations:
 
-- forward: none. The rows of y are written where `filters` says, with scale, bias, residual and ReLU applied. Padding costs nothing.
-- both gradients: one gather brings the rows of dy into the order of the groups (XLA does it once for both gradients, and in one kernel
-  with what computes dy, where that is elementwise).
-- a batch that is no multiple of 64 is padded to one, and the result cut (1x1 convolutions over whole images: only pixels times images).
+- forward: none. The rows of y are written where `filters` says, with scale, bias, residual and ReLU
+  applied. Padding costs nothing.
+- both gradients: one gather brings the rows of dy into the order of the groups (XLA does it once
+  for both gradients, and in one kernel with what computes dy, where that is elementwise).
+- a batch that is no multiple of 64 is padded to one, and the result cut (1x1 convolutions over
+  whole images: only pixels times images).
 
-The input gradient is the forward kernel with the roles changed: a block of output rows is 64 or 128 neighbouring input channels, and its
-list names the (group, tap) pairs that reach one of them. A group reaches a block of channels or does not, so `groups * kept_taps` bounds
-the list statically for any contents, with no waste in the time: the kernel walks over the pairs that are there. Weights of channels that
-the group does not keep are zeros. With strides there is one list for each residue of the input pixel, of the taps that reach it.
+The input gradient is the forward kernel with the roles changed: a block of output rows is 64 or 128
+neighbouring input channels, and its list names the (group, tap) pairs that reach one of them. A
+group reaches a block of channels or does not, so `groups * kept_taps` bounds the list statically
+for any contents, with no waste in the time: the kernel walks over the pairs that are there. Weights
+of channels that the group does not keep are zeros. With strides there is one list for each residue
+of the input pixel, of the taps that reach it.
 """
 
 import functools
@@ -22,7 +28,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_sparse_conv.mosaic_gpu.tiles import Pixels, Rows, Tile, choose_tile, entry, pixels
+from pallas_kernels.block_sparse_conv.mosaic_gpu.tiles import (
+    Pixels,
+    Rows,
+    Tile,
+    choose_tile,
+    entry,
+    pixels,
+)
 from pallas_kernels.block_sparse_conv.spec import ConvSpec, Implementation
 
 DTYPES = ("bfloat16", "float16")
@@ -37,8 +50,6 @@ def unavailable() -> str | None:
 
     Returns:
       None, or the reason.
-
-    Reference: ours.
     """
     if jax.default_backend() != "gpu":
         return f"runs on NVIDIA Hopper GPUs, and JAX's default device here is {jax.default_backend()!r}"
@@ -65,12 +76,11 @@ def limits(spec: ConvSpec) -> str | None:
       >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4, kept_taps=3, group_size=4)
       >>> limits(spec)[:46]
       'computes in bfloat16 and float16, not in float'
-
-    Reference: ours.
     """
     if spec.dtype not in DTYPES:
         return (
-            f"computes in {' and '.join(DTYPES)}, not in {spec.dtype}: wgmma takes 32-bit operands only with the contracted axis "
+            f"computes in {' and '.join(DTYPES)}, not in {spec.dtype}: wgmma takes 32-bit operands "
+            f"only with the contracted axis "
             "innermost, and gathered rows have pixels innermost; cast x, or use 'xla'"
         )
     if spec.channel_block % 8 or spec.cin % 8:
@@ -83,7 +93,10 @@ def limits(spec: ConvSpec) -> str | None:
     if max(spec.cin, spec.groups * _round_up(spec.group_size, 8)) // 8 >= MOST_RUNS:
         return f"at most {8 * MOST_RUNS - 8} channels: cin={spec.cin}, cout={spec.cout}"
     seen, rows = pixels(spec, "forward"), spec.groups * _round_up(spec.group_size, 8)
-    if seen.images * max(spec.cin * math.prod(seen.source), rows * math.prod(seen.output)) >= 1 << 31:
+    if (
+        seen.images * max(spec.cin * math.prod(seen.source), rows * math.prod(seen.output))
+        >= 1 << 31
+    ):
         return f"counts the values of an array in 31 bits: too many in x {spec.in_shape} or y {spec.out_shape}; use 'xla'"
     return None
 
@@ -103,7 +116,11 @@ def _pad(a: jax.Array, *sizes: int, value: Any = 0) -> jax.Array:
     """Appends `value` up to the sizes."""
     if a.shape == sizes:
         return a
-    return jnp.pad(a, [(0, size - own) for own, size in zip(a.shape, sizes, strict=True)], constant_values=value)
+    return jnp.pad(
+        a,
+        [(0, size - own) for own, size in zip(a.shape, sizes, strict=True)],
+        constant_values=value,
+    )
 
 
 def _matrix(activations: jax.Array, images: int, size: tuple[int, int]) -> jax.Array:
@@ -121,17 +138,32 @@ def _activations(matrix: jax.Array, size: tuple[int, int], shape: tuple[int, ...
 def _offsets(spec: ConvSpec, taps: jax.Array) -> list[jax.Array]:
     """From an output pixel (times the stride) to what a tap reads, in pixels: `[y, x]`."""
     places = taps // spec.kernel[1], taps % spec.kernel[1]
-    return [place * step - low for place, step, (low, _) in zip(places, spec.dilation, spec.padding)]
+    return [
+        place * step - low for place, step, (low, _) in zip(places, spec.dilation, spec.padding)
+    ]
 
 
-def _forward_lists(spec: ConvSpec, run: int, columns: int, channels: jax.Array, taps: jax.Array) -> jax.Array:
-    """Entries `[groups, n]` of each group, taps before channels, filled up to a multiple of `columns` rows with runs past the end."""
+def _forward_lists(
+    spec: ConvSpec, run: int, columns: int, channels: jax.Array, taps: jax.Array
+) -> jax.Array:
+    """Entries `[groups, n]` of each group, taps before channels, filled up to a multiple of
+    `columns` rows with runs past the end.
+    """
     y, x = _offsets(spec, taps)
-    words = entry(channels[:, None, ::run] // run, y[..., None], x[..., None]).reshape(spec.groups, -1)
-    return _pad(words, spec.groups, _round_up(spec.kept * spec.kept_taps, columns) // run, value=-(-spec.cin // run))
+    words = entry(channels[:, None, ::run] // run, y[..., None], x[..., None]).reshape(
+        spec.groups, -1
+    )
+    return _pad(
+        words,
+        spec.groups,
+        _round_up(spec.kept * spec.kept_taps, columns) // run,
+        value=-(-spec.cin // run),
+    )
 
 
-def _rows(spec: ConvSpec, seen: Pixels, run: int, step: tuple[int, int], spread: tuple[int, int]) -> Rows:
+def _rows(
+    spec: ConvSpec, seen: Pixels, run: int, step: tuple[int, int], spread: tuple[int, int]
+) -> Rows:
     return Rows(run, seen.source, seen.output, step, spread, seen.images)
 
 
@@ -140,24 +172,46 @@ def _run_length(aligned: int, tile: Tile) -> int:
     return math.gcd(aligned, tile.depth) if tile.columns == tile.images else 8
 
 
-def _forward(interpret, tile, spec: ConvSpec, x, values, filters, channels, taps, scale=None, bias=None, residual=None):
+def _forward(
+    interpret,
+    tile,
+    spec: ConvSpec,
+    x,
+    values,
+    filters,
+    channels,
+    taps,
+    scale=None,
+    bias=None,
+    residual=None,
+):
     tile, seen = tile or choose_tile(spec, "forward"), pixels(spec, "forward")
     run = _run_length(spec.channel_block, tile)
     lists = _forward_lists(spec, run, tile.depth, channels, taps)
     depth = lists.shape[1] * run
     weights = values.transpose(0, 3, 2, 1).reshape(spec.groups, spec.group_size, -1)
     y = _kernels().gather_product(
-        _rows(spec, seen, run, spec.strides, (1, 1)), tile, jnp.full((spec.groups,), depth // tile.depth, jnp.int32), lists,
-        _pad(weights, spec.groups, tile.rows, depth), _matrix(x, seen.images, seen.source), filters, spec.cout,
+        _rows(spec, seen, run, spec.strides, (1, 1)),
+        tile,
+        jnp.full((spec.groups,), depth // tile.depth, jnp.int32),
+        lists,
+        _pad(weights, spec.groups, tile.rows, depth),
+        _matrix(x, seen.images, seen.source),
+        filters,
+        spec.cout,
         scale=None if scale is None else _pad(scale[filters], spec.groups, tile.rows),
         bias=None if bias is None else _pad(bias[filters], spec.groups, tile.rows),
-        residual=None if residual is None else _matrix(residual, seen.images, seen.output), relu=spec.relu, interpret=interpret,
-    )  # fmt: skip
+        residual=None if residual is None else _matrix(residual, seen.images, seen.output),
+        relu=spec.relu,
+        interpret=interpret,
+    )
     return _activations(y, seen.output, spec.out_shape)
 
 
 def _grouped(spec: ConvSpec, dy: jax.Array, filters: jax.Array) -> jax.Array:
-    """The rows of dy in the order of the groups; each group filled up to a multiple of 8 with zeros."""
+    """The rows of dy in the order of the groups; each group filled up to a multiple of 8 with
+    zeros.
+    """
     group = _round_up(spec.group_size, 8)
     if group == spec.group_size:
         return dy.at[filters.reshape(-1)].get(mode="promise_in_bounds", unique_indices=True)
@@ -165,36 +219,66 @@ def _grouped(spec: ConvSpec, dy: jax.Array, filters: jax.Array) -> jax.Array:
     return dy.at[index.reshape(-1)].get(mode="fill", fill_value=0)
 
 
-def _gradient_lists(spec: ConvSpec, tile: Tile, run: int, values, channels, taps) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Stages, entries and weights of each (residue, block of input channels): the (group, tap) pairs that reach it come first."""
-    group, blocks, pairs = _round_up(spec.group_size, 8), -(-spec.cin // tile.rows), spec.groups * spec.kept_taps
+def _gradient_lists(
+    spec: ConvSpec, tile: Tile, run: int, values, channels, taps
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Stages, entries and weights of each (residue, block of input channels): the (group, tap)
+    pairs that reach it come first.
+    """
+    group, blocks, pairs = (
+        _round_up(spec.group_size, 8),
+        -(-spec.cin // tile.rows),
+        spec.groups * spec.kept_taps,
+    )
     g = jnp.arange(spec.groups)[:, None]
-    at = jnp.full((spec.groups, blocks * tile.rows), -1, jnp.int32).at[g, channels].set(jnp.arange(spec.kept, dtype=jnp.int32))
+    at = (
+        jnp.full((spec.groups, blocks * tile.rows), -1, jnp.int32)
+        .at[g, channels]
+        .set(jnp.arange(spec.kept, dtype=jnp.int32))
+    )
     at = at.reshape(spec.groups, blocks, tile.rows)  # where a group keeps a channel
     reached = jnp.any(at >= 0, axis=2)
-    residues = [jnp.arange(stride)[:, None, None] - offset for stride, offset in zip(spec.strides, _offsets(spec, taps))]
+    residues = [
+        jnp.arange(stride)[:, None, None] - offset
+        for stride, offset in zip(spec.strides, _offsets(spec, taps))
+    ]
     fits = [residue % stride == 0 for residue, stride in zip(residues, spec.strides)]
-    y, x = (jnp.where(fit, residue // stride, 0) for residue, fit, stride in zip(residues, fits, spec.strides))
-    meets = fits[0][:, None, None] & fits[1][None, :, None] & reached.T[None, None, :, :, None]  # [y, x, block, group, tap]
+    y, x = (
+        jnp.where(fit, residue // stride, 0)
+        for residue, fit, stride in zip(residues, fits, spec.strides)
+    )
+    meets = (
+        fits[0][:, None, None] & fits[1][None, :, None] & reached.T[None, None, :, :, None]
+    )  # [y, x, block, group, tap]
     meets = meets.reshape(-1, pairs)
     order = jnp.argsort(~meets, axis=1, stable=True)
     counts = -(-meets.sum(1) * group // tile.depth)
 
     runs = (jnp.arange(spec.groups) * (group // run))[:, None, None] + jnp.arange(group // run)
     words = entry(runs[None, None], y[:, None, ..., None], x[None, :, ..., None])
-    words = jnp.broadcast_to(words, (*spec.strides, spec.groups, spec.kept_taps, group // run)).reshape(-1, pairs, group // run)
+    words = jnp.broadcast_to(
+        words, (*spec.strides, spec.groups, spec.kept_taps, group // run)
+    ).reshape(-1, pairs, group // run)
     words = jnp.repeat(words, blocks, axis=0)
     listed = jnp.take_along_axis(meets, order, 1)[..., None]
-    words = jnp.where(listed, jnp.take_along_axis(words, order[..., None], 1), spec.groups * group // run).reshape(len(order), -1)
+    words = jnp.where(
+        listed, jnp.take_along_axis(words, order[..., None], 1), spec.groups * group // run
+    ).reshape(len(order), -1)
     length = _round_up(pairs * group, tile.depth)
     words = _pad(words, len(words), length // run, value=spec.groups * group // run)
 
     own, tap = order // spec.kept_taps, order % spec.kept_taps
     which = at.swapaxes(0, 1)[jnp.arange(len(order))[:, None] % blocks, own]  # [list, pair, row]
-    picked = values[own[:, None], jnp.maximum(which, 0).swapaxes(1, 2), tap[:, None]]  # [list, row, pair, filter]
+    picked = values[
+        own[:, None], jnp.maximum(which, 0).swapaxes(1, 2), tap[:, None]
+    ]  # [list, row, pair, filter]
     weights = jnp.where((listed & (which >= 0)).swapaxes(1, 2)[..., None], picked, 0)
     weights = _pad(weights, *weights.shape[:3], group).reshape(len(order), tile.rows, -1)
-    return counts.astype(jnp.int32), words.astype(jnp.int32), _pad(weights, len(order), tile.rows, length)
+    return (
+        counts.astype(jnp.int32),
+        words.astype(jnp.int32),
+        _pad(weights, len(order), tile.rows, length),
+    )
 
 
 def _input_gradient(interpret, tile, spec: ConvSpec, dy, values, filters, channels, taps):
@@ -202,9 +286,16 @@ def _input_gradient(interpret, tile, spec: ConvSpec, dy, values, filters, channe
     run = _run_length(_round_up(spec.group_size, 8), tile)
     counts, lists, weights = _gradient_lists(spec, tile, run, values, channels, taps)
     dx = _kernels().gather_product(
-        _rows(spec, seen, run, (1, 1), spec.strides), tile, counts, lists, weights,
-        _matrix(_grouped(spec, dy, filters), seen.images, seen.source), None, spec.cin, interpret=interpret,
-    )  # fmt: skip
+        _rows(spec, seen, run, (1, 1), spec.strides),
+        tile,
+        counts,
+        lists,
+        weights,
+        _matrix(_grouped(spec, dy, filters), seen.images, seen.source),
+        None,
+        spec.cin,
+        interpret=interpret,
+    )
     return _activations(dx, seen.output, spec.in_shape)
 
 
@@ -212,15 +303,23 @@ def _weight_gradient(interpret, tile, spec: ConvSpec, x, dy, filters, channels, 
     tile, seen = tile or choose_tile(spec, "weight_gradient"), pixels(spec, "weight_gradient")
     run = math.gcd(spec.channel_block, 64)
     parts = _kernels().gather_outer(
-        _rows(spec, seen, run, spec.strides, (1, 1)), tile, _forward_lists(spec, run, tile.columns, channels, taps),
-        _matrix(x, seen.images, seen.source), _matrix(_grouped(spec, dy, filters), seen.images, seen.output),
-        _round_up(spec.group_size, 8), interpret=interpret,
-    )  # fmt: skip
+        _rows(spec, seen, run, spec.strides, (1, 1)),
+        tile,
+        _forward_lists(spec, run, tile.columns, channels, taps),
+        _matrix(x, seen.images, seen.source),
+        _matrix(_grouped(spec, dy, filters), seen.images, seen.output),
+        _round_up(spec.group_size, 8),
+        interpret=interpret,
+    )
     total = parts[:, :, : spec.group_size, : spec.kept_taps * spec.kept].sum(0)
-    return total.reshape(spec.groups, spec.group_size, spec.kept_taps, spec.kept).transpose(0, 3, 2, 1)
+    return total.reshape(spec.groups, spec.group_size, spec.kept_taps, spec.kept).transpose(
+        0, 3, 2, 1
+    )
 
 
-def _batched(run: Callable, interpret: Any, tile: Tile | None, spec: ConvSpec, *operands: jax.Array | None) -> jax.Array:
+def _batched(
+    run: Callable, interpret: Any, tile: Tile | None, spec: ConvSpec, *operands: jax.Array | None
+) -> jax.Array:
     """A pass; under vmap the examples run one after another."""
     absent = [a is None for a in operands]
 
@@ -231,7 +330,10 @@ def _batched(run: Callable, interpret: Any, tile: Tile | None, spec: ConvSpec, *
 
     given = [a for a in operands if a is not None]
     result = whole(*given)
-    axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in given)) - jax.typeof(result).manual_axis_type.varying
+    axes = (
+        frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in given))
+        - jax.typeof(result).manual_axis_type.varying
+    )
     return jax.lax.pcast(result, tuple(axes), to="varying") if axes else result  # inside shard_map
 
 
@@ -248,15 +350,20 @@ def implementation(interpret: Any = None, tiles: dict[str, Tile] | None = None) 
     Example:
       >>> implementation().name
       'mosaic_gpu'
-
-    Reference: ours.
     """
 
     def supports(spec: ConvSpec) -> str | None:
         return (unavailable() if interpret is None else None) or limits(spec)
 
-    runs = {"forward": _forward, "input_gradient": _input_gradient, "weight_gradient": _weight_gradient}
-    passes = {name: functools.partial(_batched, run, interpret, (tiles or {}).get(name)) for name, run in runs.items()}
+    runs = {
+        "forward": _forward,
+        "input_gradient": _input_gradient,
+        "weight_gradient": _weight_gradient,
+    }
+    passes = {
+        name: functools.partial(_batched, run, interpret, (tiles or {}).get(name))
+        for name, run in runs.items()
+    }
     return Implementation("mosaic_gpu", supports, **passes, fused=True)
 
 

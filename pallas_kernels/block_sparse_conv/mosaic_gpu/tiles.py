@@ -1,4 +1,6 @@
-"""Sizes of the Mosaic GPU kernels: geometry, and tiles: what can be chosen, and what is where nothing was tuned."""
+"""Sizes of the Mosaic GPU kernels: geometry, and tiles: what can be chosen, and what is where
+nothing was tuned.
+"""
 
 import dataclasses
 import functools
@@ -24,15 +26,16 @@ class Tile:
     """The work of one thread block.
 
     Attributes:
-      rows: rows of the product, 64 or 128: filters (forward, weight gradient) or input channels (input gradient), padded with zeros.
-      columns: columns of the product: output values (pixels times images), or gathered rows (weight gradient).
-      images: images that one copy brings; `columns // images` pixels make a tile (weight gradient: the images of one step).
+      rows: rows of the product, 64 or 128: filters (forward, weight gradient) or input channels
+        (input gradient), padded with zeros.
+      columns: columns of the product: output values (pixels times images), or gathered rows (weight
+        gradient).
+      images: images that one copy brings; `columns // images` pixels make a tile (weight gradient:
+        the images of one step).
       depth: how much of the contracted axis one pipeline stage holds.
       stages: pipeline stages in shared memory.
       consumers: warpgroups that multiply, each a share of the columns; one more only copies.
       splits: shares of the pixels that are summed separately (weight gradient).
-
-    Reference: ours.
     """
 
     rows: int
@@ -48,17 +51,17 @@ class Tile:
 class Rows:
     """Where the rows of a product come from and go to.
 
-    An output pixel q of a phase reads the source at `q * step + offset` and is written at `q * spread + phase`.
+    An output pixel q of a phase reads the source at `q * step + offset` and is written at `q *
+    spread + phase`.
 
     Attributes:
       run: source rows in one entry of a list.
       source: height and width of the source in pixels.
       output: height and width of the output in pixels.
       step: `(y, x)`, the stride of a forward pass.
-      spread: `(y, x)`, the stride of the forward pass whose gradient this is; there is one phase for each of its residues.
+      spread: `(y, x)`, the stride of the forward pass whose gradient this is; there is one phase
+        for each of its residues.
       images: images.
-
-    Reference: ours.
     """
 
     run: int
@@ -85,7 +88,8 @@ class Rows:
 
 
 def entry(run: jax.Array, offset_y: jax.Array, offset_x: jax.Array) -> jax.Array:
-    """Packs the entry of a list: number of the run (16 bits), offsets in pixels (8 bits each, signed).
+    """Packs the entry of a list: number of the run (16 bits), offsets in pixels (8 bits each,
+    signed).
 
     Args:
       run: number of the run of rows.
@@ -97,22 +101,19 @@ def entry(run: jax.Array, offset_y: jax.Array, offset_x: jax.Array) -> jax.Array
     Example:
       >>> [hex(entry(5, y, 1)) for y in (-1, 2)]
       ['0x17f0005', '0x1820005']
-
-    Reference: ours.
     """
     return run | (offset_y + 128) << 16 | offset_x << 24
 
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """How a pass sees the activations: a 1x1 convolution over whole images has one pixel and many images.
+    """How a pass sees the activations: a 1x1 convolution over whole images has one pixel and many
+    images.
 
     Attributes:
       source: height and width in pixels of what is read: x, or dy in the input gradient.
       output: height and width of what is written (weight gradient: as forward).
       images: images, padded to a multiple of `CHUNK`.
-
-    Reference: ours.
     """
 
     source: tuple[int, int]
@@ -134,8 +135,6 @@ def pixels(spec: ConvSpec, pass_name: str) -> Pixels:
       >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(1, 1), cout=8, groups=1, kept=8, kept_taps=1, group_size=8)
       >>> pixels(spec, "forward")
       Pixels(source=(1, 1), output=(1, 1), images=64)
-
-    Reference: ours.
     """
     inner, outer = spec.in_shape, spec.out_shape
     if spec.kernel == (1, 1) and spec.strides == (1, 1) and spec.padding == ((0, 0), (0, 0)):
@@ -158,8 +157,6 @@ def shared_memory(tile: Tile, pass_name: str, itemsize: int = 2) -> int:
     Example:
       >>> shared_memory(Tile(64, 256, 256), "input_gradient")
       196608
-
-    Reference: ours.
     """
     pad = tile.columns // 64 * 8 if pass_name == "forward" else 0
     staged = 0 if pass_name == "weight_gradient" else tile.rows * (tile.columns + pad)
@@ -168,12 +165,18 @@ def shared_memory(tile: Tile, pass_name: str, itemsize: int = 2) -> int:
 
 def _stages(tile: Tile, pass_name: str) -> Tile:
     """The tile with as many stages as fit, at most 6."""
-    fitting = [s for s in range(2, 7) if shared_memory(dataclasses.replace(tile, stages=s), pass_name) <= SHARED_MEMORY]
+    fitting = [
+        s
+        for s in range(2, 7)
+        if shared_memory(dataclasses.replace(tile, stages=s), pass_name) <= SHARED_MEMORY
+    ]
     return dataclasses.replace(tile, stages=max(fitting))
 
 
 def _splits(blocks: int, steps: int) -> int:
-    """Shares of the pixels that fill the multiprocessors in few whole waves and leave each at least 8 steps."""
+    """Shares of the pixels that fill the multiprocessors in few whole waves and leave each at least
+    8 steps.
+    """
     most = max(1, min(steps // 8, 4 * MULTIPROCESSORS // blocks))
 
     def idle(splits: int) -> float:
@@ -197,8 +200,6 @@ def candidate_tiles(spec: ConvSpec, pass_name: str) -> list[Tile]:
       >>> spec = ConvSpec(cin=64, height=8, width=8, batch=128, kernel=(3, 3), cout=64, groups=2, kept=16, kept_taps=3, group_size=32)
       >>> [(tile.rows, tile.columns, tile.images) for tile in candidate_tiles(spec, "forward")]
       [(64, 64, 64), (64, 128, 128), (64, 256, 128)]
-
-    Reference: ours.
     """
     seen = pixels(spec, pass_name)
     images = [size for size in (64, 128, 256) if seen.images % size == 0]
@@ -212,8 +213,14 @@ def candidate_tiles(spec: ConvSpec, pass_name: str) -> list[Tile]:
         for columns in (64, 128, 256):
             width = max(size for size in images if size <= columns)
             plain = Tile(height, columns, width, consumers=min(2, columns // 64))
-            depths = (64, 128) if (height, columns) == (64, 128) and pass_name == "input_gradient" else (64,)
-            tiles += [_stages(dataclasses.replace(plain, depth=depth), pass_name) for depth in depths]
+            depths = (
+                (64, 128)
+                if (height, columns) == (64, 128) and pass_name == "input_gradient"
+                else (64,)
+            )
+            tiles += [
+                _stages(dataclasses.replace(plain, depth=depth), pass_name) for depth in depths
+            ]
     return tiles
 
 
@@ -227,8 +234,18 @@ def _weight_gradient_tiles(spec: ConvSpec, seen: Pixels) -> list[Tile]:
         for images in (64, 128):
             if seen.images % images:
                 continue
-            blocks, steps = spec.groups * -(-gathered // columns), math.prod(seen.output) * seen.images // images
-            tile = Tile(rows, columns, images, depth=images, consumers=min(2, columns // 64), splits=_splits(blocks, steps))
+            blocks, steps = (
+                spec.groups * -(-gathered // columns),
+                math.prod(seen.output) * seen.images // images,
+            )
+            tile = Tile(
+                rows,
+                columns,
+                images,
+                depth=images,
+                consumers=min(2, columns // 64),
+                splits=_splits(blocks, steps),
+            )
             tiles.append(_stages(tile, "weight_gradient"))
     return tiles
 
@@ -237,7 +254,11 @@ def _weight_gradient_tiles(spec: ConvSpec, seen: Pixels) -> list[Tile]:
 def _tuned(gpu: str | None) -> dict[str, Tile]:
     """The tiles that were tuned on a GPU, by `key`; none without a table."""
     path = table("mosaic_gpu", gpu)
-    return {name: Tile(**fields) for name, fields in json.loads(path.read_text())["entries"].items()} if path.is_file() else {}
+    return (
+        {name: Tile(**fields) for name, fields in json.loads(path.read_text())["entries"].items()}
+        if path.is_file()
+        else {}
+    )
 
 
 def key(spec: ConvSpec, pass_name: str) -> str:
@@ -254,8 +275,6 @@ def key(spec: ConvSpec, pass_name: str) -> str:
       >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4, kept_taps=3, group_size=4)
       >>> key(spec, "forward")
       'forward 8x5x5x2 3x3/1x1/1x1 0x0x0x0 2x4x3x4 block 1'
-
-    Reference: ours.
     """
     kernel = "/".join(map(_by, (spec.kernel, spec.strides, spec.dilation)))
     padding = _by((*spec.padding[0], *spec.padding[1]))
@@ -269,8 +288,9 @@ def _by(sizes: tuple[int, ...]) -> str:
 def choose_tile(spec: ConvSpec, pass_name: str) -> Tile:
     """The tile of a pass: the tuned one where the table has the shape, else by rule.
 
-    The rule: the gathered rows are read again for every block of output rows, and the weights for every tile of columns, so large tiles
-    read least; but every multiprocessor should have two tiles or more.
+    The rule: the gathered rows are read again for every block of output rows, and the weights for
+    every tile of columns, so large tiles read least; but every multiprocessor should have two tiles
+    or more.
 
     Args:
       spec: the static sizes.
@@ -283,17 +303,20 @@ def choose_tile(spec: ConvSpec, pass_name: str) -> Tile:
       >>> spec = ConvSpec(cin=64, height=8, width=8, batch=128, kernel=(3, 3), cout=64, groups=2, kept=16, kept_taps=3, group_size=32)
       >>> choose_tile(spec, "forward").columns
       64
-
-    Reference: ours.
     """
     if tile := _tuned(this_gpu()).get(key(spec, pass_name)):
         return tile
     candidates = candidate_tiles(spec, pass_name)
     if pass_name == "weight_gradient":
         fewest = min(-(-spec.kept * spec.kept_taps // tile.columns) for tile in candidates)
-        wide = [tile for tile in candidates if -(-spec.kept * spec.kept_taps // tile.columns) == fewest]
+        wide = [
+            tile for tile in candidates if -(-spec.kept * spec.kept_taps // tile.columns) == fewest
+        ]
         least = min(tile.columns for tile in wide)
-        return max((tile for tile in wide if tile.columns == least), key=lambda tile: tile.depth * (tile.stages >= 3))
+        return max(
+            (tile for tile in wide if tile.columns == least),
+            key=lambda tile: tile.depth * (tile.stages >= 3),
+        )
     seen = pixels(spec, pass_name)
     values = math.prod(seen.output) * seen.images
 

@@ -1,10 +1,12 @@
-"""The two Triton kernels: a product with gathered rows (forward, input gradient), and its weight gradient.
+"""The two Triton kernels: a product with gathered rows (forward, input gradient), and its weight
+gradient.
 
-Activations are (C, H, W, N). A *row* is what one (channel, tap) contributes: the values of a channel at the positions shifted by the tap,
-N contiguous images at each. A list names the rows to contract over, one int32 each, `channel << 8 | tap_y << 4 | tap_x`, or -1 for
-nothing; so the lists decide what is convolved, and both directions are one kernel: forward gathers x by (kept channel, tap), the input
-gradient gathers dy by (filter, tap). All sizes are compile-time constants: only then does Triton know that a row's length is a multiple
-of 16 bytes and copy 16 bytes at a time.
+Activations are (C, H, W, N). A *row* is what one (channel, tap) contributes: the values of a
+channel at the positions shifted by the tap, N contiguous images at each. A list names the rows to
+contract over, one int32 each, `channel << 8 | tap_y << 4 | tap_x`, or -1 for nothing; so the lists
+decide what is convolved, and both directions are one kernel: forward gathers x by (kept channel,
+tap), the input gradient gathers dy by (filter, tap). All sizes are compile-time constants: only
+then does Triton know that a row's length is a multiple of 16 bytes and copy 16 bytes at a time.
 """
 
 import types
@@ -13,7 +15,10 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # the module still imports; `triton.unavailable()` says what is missing
-    triton, tl = types.SimpleNamespace(jit=lambda kernel: kernel), types.SimpleNamespace(constexpr=None)
+    triton, tl = (
+        types.SimpleNamespace(jit=lambda kernel: kernel),
+        types.SimpleNamespace(constexpr=None),
+    )
 
 TAP_BITS = 4  # of each tap coordinate in an entry
 MAX_KERNEL = 1 << TAP_BITS
@@ -21,7 +26,13 @@ MAX_CHANNELS = 1 << (31 - 2 * TAP_BITS)
 
 
 @triton.jit
-def _corner(position, out_width: tl.constexpr, strides: tl.constexpr, padding: tl.constexpr, backward: tl.constexpr):
+def _corner(
+    position,
+    out_width: tl.constexpr,
+    strides: tl.constexpr,
+    padding: tl.constexpr,
+    backward: tl.constexpr,
+):
     """Where the tap (0, 0) of an output position lies in the source (backward: times the strides)."""
     y, x = position // out_width, position % out_width
     if backward:
@@ -32,14 +43,24 @@ def _corner(position, out_width: tl.constexpr, strides: tl.constexpr, padding: t
 
 @triton.jit
 def _positions(
-    tile, lane, images: tl.constexpr, out_width: tl.constexpr,
-    strides: tl.constexpr, padding: tl.constexpr, backward: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
-    """Corners and images `[1, block]` of a tile of positions; the corner is one number where the tile lies in one pixel."""
+    tile,
+    lane,
+    images: tl.constexpr,
+    out_width: tl.constexpr,
+    strides: tl.constexpr,
+    padding: tl.constexpr,
+    backward: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Corners and images `[1, block]` of a tile of positions; the corner is one number where the
+    tile lies in one pixel.
+    """
     if images % block == 0:
         each: tl.constexpr = images // block
         top, left = _corner(tile // each, out_width, strides, padding, backward)
-        image = tile % each * block + lane  # written as a product: Triton must see that it is a multiple of the block
+        image = (
+            tile % each * block + lane
+        )  # written as a product: Triton must see that it is a multiple of the block
     else:
         flat = tile * block + lane
         top, left = _corner((flat // images)[None, :], out_width, strides, padding, backward)
@@ -49,13 +70,25 @@ def _positions(
 
 @triton.jit
 def _gather(
-    source, entry, top, left, image, inside,
-    size: tl.constexpr, strides: tl.constexpr, dilation: tl.constexpr,
-    backward: tl.constexpr, border: tl.constexpr, ragged: tl.constexpr, wide: tl.constexpr,
-):  # fmt: skip
-    """Values `[rows, positions]`: of the entries `[rows, 1]` at the corners `[1, positions]` (or one for all) and images `[1, positions]`.
+    source,
+    entry,
+    top,
+    left,
+    image,
+    inside,
+    size: tl.constexpr,
+    strides: tl.constexpr,
+    dilation: tl.constexpr,
+    backward: tl.constexpr,
+    border: tl.constexpr,
+    ragged: tl.constexpr,
+    wide: tl.constexpr,
+):
+    """Values `[rows, positions]`: of the entries `[rows, 1]` at the corners `[1, positions]` (or
+    one for all) and images `[1, positions]`.
 
-    `border`: a tap may fall outside the image; `ragged`: an entry may be -1; `inside`: which positions exist, or None.
+    `border`: a tap may fall outside the image; `ragged`: an entry may be -1; `inside`: which
+    positions exist, or None.
     """
     height: tl.constexpr = size[0]
     width: tl.constexpr = size[1]
@@ -75,7 +108,9 @@ def _gather(
     else:
         y, x = top + down, left + right
         inside_image = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-        offset = ((channel * height + down) * width + right) * images + ((top * width + left) * images + image)
+        offset = ((channel * height + down) * width + right) * images + (
+            (top * width + left) * images + image
+        )
     mask = inside
     if strided or border:
         mask = inside_image if mask is None else mask & inside_image
@@ -89,23 +124,54 @@ def _gather(
 
 @triton.jit
 def gather_product(
-    source, entries, weights, bounds, rows, scale, bias, residual, out,
-    groups: tl.constexpr, depth: tl.constexpr, depth_padded: tl.constexpr, members: tl.constexpr,
-    size: tl.constexpr, out_size: tl.constexpr,
-    strides: tl.constexpr, padding: tl.constexpr, dilation: tl.constexpr,
-    weight_strides: tl.constexpr, backward: tl.constexpr, border: tl.constexpr, ragged: tl.constexpr, wide: tl.constexpr,
-    table: tl.constexpr, scatter: tl.constexpr, with_scale: tl.constexpr, with_bias: tl.constexpr,
-    with_residual: tl.constexpr, relu: tl.constexpr, precision: tl.constexpr,
-    block_rows: tl.constexpr, block_positions: tl.constexpr, block_depth: tl.constexpr, positions_first: tl.constexpr,
-):  # fmt: skip
-    """`out[rows[g]] = weights[g]^T gathered(entries[g])` for each group g: one program makes `block_rows x block_positions` of it.
+    source,
+    entries,
+    weights,
+    bounds,
+    rows,
+    scale,
+    bias,
+    residual,
+    out,
+    groups: tl.constexpr,
+    depth: tl.constexpr,
+    depth_padded: tl.constexpr,
+    members: tl.constexpr,
+    size: tl.constexpr,
+    out_size: tl.constexpr,
+    strides: tl.constexpr,
+    padding: tl.constexpr,
+    dilation: tl.constexpr,
+    weight_strides: tl.constexpr,
+    backward: tl.constexpr,
+    border: tl.constexpr,
+    ragged: tl.constexpr,
+    wide: tl.constexpr,
+    table: tl.constexpr,
+    scatter: tl.constexpr,
+    with_scale: tl.constexpr,
+    with_bias: tl.constexpr,
+    with_residual: tl.constexpr,
+    relu: tl.constexpr,
+    precision: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_positions: tl.constexpr,
+    block_depth: tl.constexpr,
+    positions_first: tl.constexpr,
+):
+    """`out[rows[g]] = weights[g]^T gathered(entries[g])` for each group g: one program makes
+    `block_rows x block_positions` of it.
 
     Args:
       source: activations `[channels, *size]`, `size = (height, width, images)`.
-      entries: int32 rows to contract over, `[groups, depth_padded]`; as a table, of all groups one after the other and `block_depth` more.
-      weights: element (group, k, m) is at `group * weight_strides[0] + k * weight_strides[1] + m * weight_strides[2]`.
-      bounds: as a table, int32 `[groups + 1]`: where each group's entries (and weights) begin, multiples of `block_depth`.
-      rows: int32 `[groups, tiles * block_rows]`: where each group's results go in `out`; -1: nowhere.
+      entries: int32 rows to contract over, `[groups, depth_padded]`; as a table, of all groups one
+        after the other and `block_depth` more.
+      weights: element (group, k, m) is at `group * weight_strides[0] + k * weight_strides[1] + m *
+        weight_strides[2]`.
+      bounds: as a table, int32 `[groups + 1]`: where each group's entries (and weights) begin,
+        multiples of `block_depth`.
+      rows: int32 `[groups, tiles * block_rows]`: where each group's results go in `out`; -1:
+        nowhere.
       scale, bias: float32 by row of `out`, multiplied and added; `with_scale`, `with_bias`.
       residual: as `out`, added; `with_residual`.
       out: `[channels, *out_size]`; with `scatter` float32 zeros, to which the results are added.
@@ -114,7 +180,8 @@ def gather_product(
     images: tl.constexpr = out_size[2]
     positions: tl.constexpr = out_size[0] * out_size[1] * images
     program = tl.program_id(0)
-    # Neighbouring programs share their positions: the rows that several groups gather are then still in the L2 cache.
+    # Neighbouring programs share their positions: the rows that several groups gather are then
+    # still in the L2 cache.
     group, part = program % (groups * tiles) // tiles, program % tiles
     tile = program // (groups * tiles)
     place = tile * block_positions
@@ -124,7 +191,9 @@ def gather_product(
     k = tl.arange(0, block_depth)
 
     inside = None
-    top, left, image = _positions(tile, lane, images, out_size[1], strides, padding, backward, block_positions)
+    top, left, image = _positions(
+        tile, lane, images, out_size[1], strides, padding, backward, block_positions
+    )
     if positions % block_positions != 0:
         inside = (place + lane < positions)[None, :]
 
@@ -137,7 +206,8 @@ def gather_product(
         entries += group * depth_padded
         steps = depth_padded // block_depth
         weights += group * weight_strides[0]
-    # The weights are loaded as the product takes them: Triton copies a transposed operand in small pieces on Ampere.
+    # The weights are loaded as the product takes them: Triton copies a transposed operand in small
+    # pieces on Ampere.
     deep = k[:, None] if positions_first else k[None, :]
     wide_member = member[None, :] if positions_first else member[:, None]
     weights += deep * weight_strides[1] + wide_member * weight_strides[2]
@@ -145,12 +215,29 @@ def gather_product(
     if members % block_rows != 0:
         weight_mask = wide_member < members
 
-    total = tl.zeros((block_positions, block_rows) if positions_first else (block_rows, block_positions), tl.float32)
-    entry = tl.load(entries + k)  # always loaded one step early: else each step waits for two loads in a row
+    total = tl.zeros(
+        (block_positions, block_rows) if positions_first else (block_rows, block_positions),
+        tl.float32,
+    )
+    entry = tl.load(
+        entries + k
+    )  # always loaded one step early: else each step waits for two loads in a row
     for step in range(0, steps):
         gathered = _gather(
-            source, entry[:, None], top, left, image, inside, size, strides, dilation, backward, border, ragged, wide
-        )  # fmt: skip
+            source,
+            entry[:, None],
+            top,
+            left,
+            image,
+            inside,
+            size,
+            strides,
+            dilation,
+            backward,
+            border,
+            ragged,
+            wide,
+        )
         mask = weight_mask
         if not table and depth % block_depth != 0:
             inside_depth = step * block_depth + deep < depth
@@ -187,19 +274,37 @@ def gather_product(
 
 @triton.jit
 def weight_gradient(
-    source, entries, rows, gradient, out,
-    groups: tl.constexpr, depth: tl.constexpr, depth_padded: tl.constexpr, members: tl.constexpr, splits: tl.constexpr,
-    size: tl.constexpr, out_size: tl.constexpr,
-    strides: tl.constexpr, padding: tl.constexpr, dilation: tl.constexpr,
-    border: tl.constexpr, ragged: tl.constexpr, wide: tl.constexpr, precision: tl.constexpr,
-    block_rows: tl.constexpr, block_depth: tl.constexpr, block_positions: tl.constexpr,
-):  # fmt: skip
-    """`out[split, g] = gathered(entries[g]) gradient[rows[g]]^T`, each split over its share of the positions.
+    source,
+    entries,
+    rows,
+    gradient,
+    out,
+    groups: tl.constexpr,
+    depth: tl.constexpr,
+    depth_padded: tl.constexpr,
+    members: tl.constexpr,
+    splits: tl.constexpr,
+    size: tl.constexpr,
+    out_size: tl.constexpr,
+    strides: tl.constexpr,
+    padding: tl.constexpr,
+    dilation: tl.constexpr,
+    border: tl.constexpr,
+    ragged: tl.constexpr,
+    wide: tl.constexpr,
+    precision: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_depth: tl.constexpr,
+    block_positions: tl.constexpr,
+):
+    """`out[split, g] = gathered(entries[g]) gradient[rows[g]]^T`, each split over its share of the
+    positions.
 
     Args:
       source: activations `[channels, *size]`.
       entries: int32 rows `[groups, depth_padded]`, -1: nothing.
-      rows: int32 `[groups, tiles * block_rows]`: each group's channels of the gradient; -1: nothing.
+      rows: int32 `[groups, tiles * block_rows]`: each group's channels of the gradient; -1:
+        nothing.
       gradient: `[channels, *out_size]`.
       out: float32 `[splits, groups, depth, members]`.
     """
@@ -224,10 +329,26 @@ def weight_gradient(
     for step in range(split * share, tl.minimum(split * share + share, steps)):
         place = step * block_positions
         inside = None
-        top, left, image = _positions(step, lane, images, out_size[1], strides, padding, False, block_positions)
+        top, left, image = _positions(
+            step, lane, images, out_size[1], strides, padding, False, block_positions
+        )
         if positions % block_positions != 0:
             inside = (place + lane < positions)[None, :]
-        gathered = _gather(source, entry, top, left, image, inside, size, strides, dilation, False, border, ragged, wide)
+        gathered = _gather(
+            source,
+            entry,
+            top,
+            left,
+            image,
+            inside,
+            size,
+            strides,
+            dilation,
+            False,
+            border,
+            ragged,
+            wide,
+        )
         mask = inside
         if members % block_rows != 0:
             mask = row >= 0 if mask is None else mask & (row >= 0)

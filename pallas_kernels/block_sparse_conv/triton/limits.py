@@ -4,11 +4,23 @@ import dataclasses
 
 from pallas_kernels.block_sparse_conv.spec import ConvSpec
 
-SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}  # of one program, by capability
+SHARED_KIB = {
+    80: 163,
+    86: 99,
+    87: 163,
+    89: 99,
+    90: 227,
+    100: 227,
+    103: 227,
+    120: 99,
+    121: 99,
+}  # of one program, by capability
 WIDE_TENSOR_CORES = (90, 100, 103)  # those that multiply 64 rows at a time from shared memory
-ACCUMULATORS = 128  # float32 of the result in each thread, beside the addresses of the loads: what 255 registers hold
-# Tiles that keep a few words in local memory in some layer though registers are left, with Triton 3.6 or 3.9, found by compiling
-# candidates (`make slow`): capability, arithmetic, pass, method, rows, positions and, unless all are meant, depth and stages.
+# float32 of the result in each thread, beside the addresses of the loads: what 255 registers hold
+ACCUMULATORS = 128
+# Tiles that keep a few words in local memory in some layer though registers are left, with Triton
+# 3.6 or 3.9, found by compiling candidates (`make slow`): capability, arithmetic, pass, method,
+# rows, positions and, unless all are meant, depth and stages.
 SPILLING = (
     (80, "half", "forward", "", 32, 64, 32),
     (80, "half", "forward", "", 32, 256, 32, 3),
@@ -42,11 +54,10 @@ class Tile:
       positions: output values in each row; the weight gradient contracts over them.
       depth: gathered rows in one step of the contraction; in the weight gradient, of the result.
       warps, stages: threads / 32, and steps whose loads are in flight.
-      positions_first: the product is `positions x rows` and not `rows x positions`; the first must be 64 for Hopper's tensor cores.
+      positions_first: the product is `positions x rows` and not `rows x positions`; the first must
+        be 64 for Hopper's tensor cores.
       splits: shares of the positions in the weight gradient, each with partial sums of its own.
       method: of the input gradient: transposed, scatter or dense.
-
-    Reference: ours.
     """
 
     rows: int
@@ -67,8 +78,6 @@ def itemsize(spec: ConvSpec) -> int:
 
     Returns:
       4 or 2.
-
-    Reference: ours.
     """
     return 4 if spec.dtype == "float32" else 2
 
@@ -83,8 +92,6 @@ def shared_bytes(tile: Tile, pass_name: str, spec: ConvSpec) -> int:
 
     Returns:
       Bytes; Triton may take up to 1 KiB more.
-
-    Reference: ours.
     """
     if pass_name == "weight_gradient":
         step, result = tile.positions * (tile.rows + tile.depth), tile.rows * tile.depth
@@ -104,13 +111,15 @@ def fits(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> bool:
 
     Returns:
       Whether it fits.
-
-    Reference: ours.
     """
     limit = SHARED_KIB.get(capability, 99) * 1024 - 1024
-    if shared_bytes(tile, pass_name, spec) > limit or not _holds_sums(tile, pass_name, spec, capability):
+    if shared_bytes(tile, pass_name, spec) > limit or not _holds_sums(
+        tile, pass_name, spec, capability
+    ):
         return False
-    return not _too_deep(tile, pass_name, spec, capability) and not _spills(tile, pass_name, spec, capability)
+    return not _too_deep(tile, pass_name, spec, capability) and not _spills(
+        tile, pass_name, spec, capability
+    )
 
 
 def smaller(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> Tile:
@@ -122,8 +131,6 @@ def smaller(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> Tile
 
     Returns:
       The next tile to try.
-
-    Reference: ours.
     """
     narrower = dataclasses.replace(tile, positions=tile.positions // 2)
     shallower = dataclasses.replace(tile, depth=tile.depth // 2)
@@ -142,7 +149,9 @@ def smaller(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> Tile
 
 
 def _holds_sums(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> bool:
-    """Whether the sums fit beside what else a thread holds: tensor cores before Hopper's take their operands from registers too."""
+    """Whether the sums fit beside what else a thread holds: tensor cores before Hopper's take their
+    operands from registers too.
+    """
     result = tile.rows * (tile.depth if pass_name == "weight_gradient" else tile.positions)
     most = ACCUMULATORS if wide(spec, capability) else ACCUMULATORS // 2
     if capability < 90 and tile.method == "scatter":
@@ -151,14 +160,24 @@ def _holds_sums(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> 
 
 
 def _too_deep(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> bool:
-    """Whether the operands of a step, which true float32 on Ampere holds in registers, are too many for them."""
-    return capability < 90 and spec.precision == "ieee" and pass_name != "weight_gradient" and tile.depth > 16
+    """Whether the operands of a step, which true float32 on Ampere holds in registers, are too many
+    for them.
+    """
+    return (
+        capability < 90
+        and spec.precision == "ieee"
+        and pass_name != "weight_gradient"
+        and tile.depth > 16
+    )
 
 
 def _spills(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> bool:
     """Whether a tile is one of `SPILLING`."""
     sizes = (tile.rows, tile.positions, tile.depth, tile.stages)
-    return any((capability, spec.precision, pass_name, tile.method, *sizes)[: len(known)] == known for known in SPILLING)
+    return any(
+        (capability, spec.precision, pass_name, tile.method, *sizes)[: len(known)] == known
+        for known in SPILLING
+    )
 
 
 def wide(spec: ConvSpec, capability: int) -> bool:
@@ -170,7 +189,5 @@ def wide(spec: ConvSpec, capability: int) -> bool:
 
     Returns:
       Whether Hopper's tensor cores multiply it from shared memory.
-
-    Reference: ours.
     """
     return spec.precision == "half" and capability in WIDE_TENSOR_CORES

@@ -1,4 +1,6 @@
-"""Which formulation the XLA implementation runs, and whether the native kernels are faster: a tuned table on CPUs, else a simple rule."""
+"""Which formulation the XLA implementation runs, and whether the native kernels are faster: a tuned
+table on CPUs, else a simple rule.
+"""
 
 import functools
 import json
@@ -11,10 +13,15 @@ import jax
 from pallas_kernels.block_sparse_conv.devices import FOLDER
 from pallas_kernels.block_sparse_conv.spec import ConvSpec
 
-MODES = {"forward": False, "forward + gradients": True}  # what is measured, and `ConvSpec.gradients`
+MODES = {
+    "forward": False,
+    "forward + gradients": True,
+}  # what is measured, and `ConvSpec.gradients`
 TABLE = FOLDER / "tuned_xla_cpu.json"
 NATIVE = "cpu"  # the native kernels' name in the table
-UNROLLED_GROUPS = 8  # compile time grows with the groups: beyond this many, only a loop or one batched product
+UNROLLED_GROUPS = (
+    8  # compile time grows with the groups: beyond this many, only a loop or one batched product
+)
 GATHER_COST = 4  # the rule's price of a kept multiplication against a dense one
 
 
@@ -32,8 +39,6 @@ def supports(name: str, spec: ConvSpec) -> str | None:
       >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4, kept_taps=3, group_size=4)
       >>> supports("rows", spec) is None
       True
-
-    Reference: ours.
     """
     if name in ("rows", "taps") and spec.groups > UNROLLED_GROUPS:
         return f"unrolls {spec.groups} groups: more than {UNROLLED_GROUPS} compile slowly; use {name + '_loop'!r} or {name + '_batched'!r}"
@@ -44,8 +49,9 @@ def supports(name: str, spec: ConvSpec) -> str | None:
 def choose(spec: ConvSpec, backend: str | None = None) -> str:
     """The formulation for a spec: the fastest at the tuned shapes nearby, else by the rule.
 
-    Each tuned shape at distance d (in log space, see `features`) votes with the weight `exp(-2 d^2)`; the least mean of
-    `log(time / best time)` wins. Neighbours smooth the noise of single measurements.
+    Each tuned shape at distance d (in log space, see `features`) votes with the weight `exp(-2
+    d^2)`; the least mean of `log(time / best time)` wins. Neighbours smooth the noise of single
+    measurements.
 
     Args:
       spec: the static sizes, and whether the gradients follow.
@@ -58,22 +64,24 @@ def choose(spec: ConvSpec, backend: str | None = None) -> str:
       >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4, kept_taps=3, group_size=4)
       >>> choose(spec, "tpu")
       'rows_batched'
-
-    Reference: ours.
     """
     table = _table()
     if (backend or jax.default_backend()) != table["environment"]["device"]:
         return _rule(spec)
     mode = _mode(spec)
-    return _fastest(spec, [_xla(entry["milliseconds"][mode]) for entry in table["entries"]], _weights(spec))
+    return _fastest(
+        spec, [_xla(entry["milliseconds"][mode]) for entry in table["entries"]], _weights(spec)
+    )
 
 
 @functools.lru_cache(maxsize=4096)
 def native_gain(spec: ConvSpec) -> float:
-    """How many times as fast as the best XLA formulation the native CPU kernels are, by the same votes.
+    """How many times as fast as the best XLA formulation the native CPU kernels are, by the same
+    votes.
 
-    In the forward pass, or, where the spec's gradients follow, in all three. The table was measured with 512-bit vectors in float32, on
-    both sides; the same ratio is taken for CPUs whose vectors are shorter, which slows both sides down, and for bfloat16, which XLA widens.
+    In the forward pass, or, where the spec's gradients follow, in all three. The table was measured
+    with 512-bit vectors in float32, on both sides; the same ratio is taken for CPUs whose vectors
+    are shorter, which slows both sides down, and for bfloat16, which XLA widens.
 
     Args:
       spec: the static sizes, and whether the gradients follow.
@@ -85,8 +93,6 @@ def native_gain(spec: ConvSpec) -> float:
       >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4, kept_taps=3, group_size=4)
       >>> native_gain(spec) > 0
       True
-
-    Reference: ours.
     """
     mode, logs, total = _mode(spec), 0.0, 0.0
     for entry, weight in zip(_table()["entries"], _weights(spec)):
@@ -113,7 +119,8 @@ def _weights(spec: ConvSpec) -> list[float]:
 
 
 def features(spec: ConvSpec) -> list[float]:
-    """What the choice depends on, in log2: pixels, images, channels, groups, and the packed block's sides.
+    """What the choice depends on, in log2: pixels, images, channels, groups, and the packed block's
+    sides.
 
     Args:
       spec: the static sizes.
@@ -125,8 +132,6 @@ def features(spec: ConvSpec) -> list[float]:
       >>> spec = ConvSpec(cin=8, height=4, width=4, batch=2, kernel=(1, 1), cout=8, groups=2, kept=4, kept_taps=1, group_size=4)
       >>> features(spec)
       [4.0, 1.0, 3.0, 1.0, 2.0, 0.0, 2.0, 0.0]
-
-    Reference: ours.
     """
     sides = (
         spec.out_height * spec.out_width,
@@ -149,14 +154,21 @@ def _fastest(spec: ConvSpec, measured: list[dict[str, float]], weights: list[flo
         for name in milliseconds:
             loss[name] += weight * math.log(milliseconds[name] / best)
             votes[name] += weight
-    return min((name for name in loss if votes[name] > 0 and supports(name, spec) is None), key=lambda name: loss[name] / votes[name])
+    return min(
+        (name for name in loss if votes[name] > 0 and supports(name, spec) is None),
+        key=lambda name: loss[name] / votes[name],
+    )
 
 
 def _rule(spec: ConvSpec) -> str:
-    """One batched product over the groups while its gathers pay; the side that gathers and multiplies fewer rows."""
+    """One batched product over the groups while its gathers pay; the side that gathers and
+    multiplies fewer rows.
+    """
     if spec.density * GATHER_COST > 1:
         return "dense"
-    return "rows_batched" if spec.strides != (1, 1) or spec.kept <= spec.group_size else "taps_batched"
+    return (
+        "rows_batched" if spec.strides != (1, 1) or spec.kept <= spec.group_size else "taps_batched"
+    )
 
 
 @functools.cache
