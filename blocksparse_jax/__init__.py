@@ -1,12 +1,12 @@
 """blocksparse_jax: sparse training of CNNs whose sparsity is real.
 
-    scores -> masks -> layout -> grouping -> optax transform -> op -> Flax layer -> experiment
+    scores -> patterns -> grouping -> layout -> state, packing -> transforms -> conv -> linen, nnx
 
 Data runs left to right and so do imports. Masks and layouts live in the optax state; a layer takes
 `(kernel, layout)`.
 """
 
-from blocksparse_jax import linen, metrics, nnx
+from blocksparse_jax import linen, metrics, nnx, patterns, transforms
 from blocksparse_jax.conv import (
     available_implementations,
     choose_implementation,
@@ -20,20 +20,28 @@ from blocksparse_jax.layout import (
     BlockLayout,
     ConsecutiveGroups,
     Dense,
+    FilterGroups,
     is_layout,
     layout_to_mask,
     mask_to_layout,
     validate,
 )
-from blocksparse_jax.masks import apply_masks
-from blocksparse_jax.metrics import sad, summarize
+from blocksparse_jax.masks import apply_masks, layouts_from_scores, masks_from_scores
+from blocksparse_jax.metrics import nonzero_pruned, sad
 from blocksparse_jax.packing import pack, pack_tree, unpack, unpack_tree
-from blocksparse_jax.schedules import periodic
-from blocksparse_jax.state import SparseState, get_layouts, get_masks, masked
-from blocksparse_jax.transforms.gradual import gradual_magnitude
+from blocksparse_jax.schedules import between, every, periodic
+from blocksparse_jax.scores import snip
+from blocksparse_jax.spec import Spec
+from blocksparse_jax.state import SparseState, get_layouts, get_masks, get_spec, masked
+from blocksparse_jax.summary import summarize
+from blocksparse_jax.transforms.drop_and_grow import drop_and_grow
+from blocksparse_jax.transforms.gradual import gradual, gradual_magnitude
 from blocksparse_jax.transforms.hrbp import hrbp_prune
-from blocksparse_jax.transforms.keep_zeros import keep_zeros
+from blocksparse_jax.transforms.keep_zeros import keep_zeros, sparse
+from blocksparse_jax.transforms.one_shot import magnitude, one_shot
 from blocksparse_jax.transforms.rigl import rigl
+from blocksparse_jax.transforms.set import set_
+from blocksparse_jax.transforms.snfs import snfs
 from blocksparse_jax.transforms.static import fixed_masks, random_channel_layouts, random_masks
 from blocksparse_jax.transforms.straight_through import sr_ste, ste
 from blocksparse_jax.transforms.subp import subp
@@ -45,19 +53,26 @@ __all__ = [
     "ColumnBlocks",
     "ConsecutiveGroups",
     "Dense",
+    "FilterGroups",
     "SparseState",
+    "Spec",
     "apply_masks",
     "available_implementations",
+    "between",
     "block_fill",
     "channel_orders",
     "choose_implementation",
     "conv",
     "dense_kernel_gradient",
+    "drop_and_grow",
     "dsb_groups",
+    "every",
     "fixed_masks",
     "fold_channel_orders",
     "get_layouts",
     "get_masks",
+    "get_spec",
+    "gradual",
     "gradual_magnitude",
     "hrbp_groups",
     "hrbp_prune",
@@ -65,13 +80,19 @@ __all__ = [
     "keep_zeros",
     "kept_score",
     "layout_to_mask",
+    "layouts_from_scores",
     "linen",
+    "magnitude",
     "mask_to_layout",
     "masked",
+    "masks_from_scores",
     "metrics",
     "nnx",
+    "nonzero_pruned",
+    "one_shot",
     "pack",
     "pack_tree",
+    "patterns",
     "periodic",
     "random_channel_layouts",
     "random_groups",
@@ -79,10 +100,15 @@ __all__ = [
     "rigl",
     "rumi_groups",
     "sad",
+    "set_",
+    "snfs",
+    "snip",
+    "sparse",
     "sr_ste",
     "ste",
     "subp",
     "summarize",
+    "transforms",
     "unpack",
     "unpack_tree",
     "validate",

@@ -78,8 +78,7 @@ class Dense:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class ConsecutiveGroups:
-    """The layout of a leaf whose mask has blocks of `group_size` consecutive filters, with a kept
-    count that changes in training.
+    """The layout of a leaf in groups of consecutive filters whose kept count changes in training.
 
     The kept count is a shape, so it is read from the mask outside of jit: `get_layouts` turns this
     marker into a `BlockLayout`.
@@ -96,8 +95,39 @@ class ConsecutiveGroups:
 
     group_size: int
 
+    def read(self, mask: Bool[Array, "kh kw cin cout"]) -> BlockLayout:
+        """The layout of a concrete mask."""
+        return mask_to_layout(mask, jnp.arange(mask.shape[3]).reshape(-1, self.group_size))
 
-Layout = BlockLayout | Dense | ConsecutiveGroups
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class FilterGroups:
+    """The layout of a leaf in groups of any filters whose kept counts change in training.
+
+    As `ConsecutiveGroups`, for groups that a search has found: HRBP's blocks while a gradual
+    method prunes them.
+
+    Attributes:
+      filters: int32 `[groups, group_size]`, a partition of `range(cout)`.
+      channel_block: channels come in aligned runs of this many (static).
+
+    Example:
+      >>> FilterGroups(jnp.array([[0, 2], [1, 3]])).filters.shape
+      (2, 2)
+    """
+
+    filters: jax.Array  # int32[groups, group_size]
+    channel_block: int = dataclasses.field(default=1, metadata={"static": True})
+
+    def read(self, mask: Bool[Array, "kh kw cin cout"]) -> BlockLayout:
+        """The layout of a concrete mask."""
+        layout = mask_to_layout(mask, self.filters)
+        return dataclasses.replace(layout, channel_block=self.channel_block)
+
+
+ShrinkingLayout = ConsecutiveGroups | FilterGroups
+Layout = BlockLayout | Dense | ShrinkingLayout
 
 
 def is_layout(node: Any) -> TypeGuard[Layout]:
@@ -107,13 +137,45 @@ def is_layout(node: Any) -> TypeGuard[Layout]:
       node: anything.
 
     Returns:
-      Whether `node` is a `BlockLayout`, `Dense` or `ConsecutiveGroups`.
+      Whether `node` is a `BlockLayout`, `Dense`, `ConsecutiveGroups` or `FilterGroups`.
 
     Example:
       >>> is_layout(Dense()), is_layout({})
       (True, False)
     """
     return isinstance(node, Layout)
+
+
+def channel_layout(
+    filters: Int[Array, "groups group_size"],
+    kept_runs: Bool[Array, "groups runs"],
+    taps: Int[Array, "groups kept_taps"],
+    shape: tuple[int, int, int, int],
+    *,
+    kept: int,
+) -> BlockLayout:
+    """Makes a layout from the runs of channels that each group keeps.
+
+    Args:
+      filters: int32, the groups.
+      kept_runs: which aligned runs of channels each group keeps, `kept / run length` in each row.
+      taps: int32, the kept positions of each group.
+      shape: `(kh, kw, cin, cout)` of the conv kernel.
+      kept: input channels that each group keeps; the static count behind `kept_runs`.
+
+    Returns:
+      The layout.
+
+    Example:
+      >>> runs = jnp.array([[False, True], [True, False]])
+      >>> filters, taps = jnp.array([[0], [1]]), jnp.array([[0], [0]])
+      >>> channel_layout(filters, runs, taps, (1, 1, 4, 2), kept=2).channels.tolist()
+      [[2, 3], [0, 1]]
+    """
+    run = shape[2] // kept_runs.shape[1]
+    first = jnp.argsort(~kept_runs, axis=1, stable=True)[:, : kept // run].astype(jnp.int32)
+    channels = first[:, :, None] * run + jnp.arange(run, dtype=jnp.int32)
+    return BlockLayout(filters, channels.reshape(len(filters), kept), taps, shape, run)
 
 
 def validate(layout: BlockLayout) -> BlockLayout:

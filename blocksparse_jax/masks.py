@@ -1,144 +1,123 @@
-"""Masks: scores -> bool arrays of kept weights. Exact counts; ties go to the lower index."""
+"""Masks: bool arrays of kept weights, from scores, and what they do to the weights."""
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
-from blocksparse_jax import _checks, tree
-
-Axis = Literal["input", "kernel"]
-
-
-def ranks(scores: Float[Array, "... n"]) -> Int[Array, "... n"]:
-    """Place of each score in its row, 0 = highest; ties by index, NaN last.
-
-    Args:
-      scores: any shape; rows along the last axis.
-
-    Returns:
-      int32 of the same shape.
-
-    Example:
-      >>> ranks(jnp.array([1.0, 3.0, 3.0])).tolist()
-      [2, 0, 1]
-    """
-    order = jnp.argsort(scores, axis=-1, stable=True, descending=True)
-    places = jnp.broadcast_to(jnp.arange(scores.shape[-1], dtype=jnp.int32), scores.shape)
-    return jnp.put_along_axis(
-        jnp.zeros(scores.shape, jnp.int32), order, places, axis=-1, inplace=False
-    )
+from blocksparse_jax import tree
+from blocksparse_jax.budgets import Budget, check_budget, layer_densities
+from blocksparse_jax.layout import Dense
+from blocksparse_jax.patterns import Kept, Pattern, unstructured
 
 
-def unstructured(scores: Float[Array, "..."], count: Any) -> Bool[Array, "..."]:
-    """Keeps the `count` highest scores of a layer.
+def masks_from_scores(
+    scores: PyTree,
+    sparsity: float | None,
+    *,
+    pattern: Pattern | None = None,
+    budget: Budget = "uniform",
+    where: tree.Where | None = None,
+) -> PyTree:
+    """Keeps the sets of weights with the highest scores.
 
     Args:
-      scores: any shape.
-      count: how many to keep, an int or a traced int.
+      scores: a tree of the params' structure with a score for each weight, higher = keep; the
+        params themselves would do after `jax.tree.map(jnp.abs, params)`.
+      sparsity: fraction of the chosen weights to remove, in [0, 1); None where the pattern fixes
+        it (`patterns.n_of_m`).
+      pattern: which sets of weights are kept together; None is `patterns.unstructured()`.
+      budget: how the layers share the density: "uniform", "erk", "er", "global" (one threshold
+        through all layers) or a map layer name -> sparsity.
+      where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.
 
     Returns:
-      bool of the same shape with exactly `count` ones.
-
-    Example:
-      >>> unstructured(jnp.array([1.0, 3.0, 2.0]), 2).tolist()
-      [False, True, True]
-
-    Reference: Zhu & Gupta, "To prune, or not to prune", 2017.
-    """
-    return (ranks(scores.reshape(-1)) < count).reshape(scores.shape)
-
-
-def top_rows(scores: Float[Array, "groups n"], count: Any) -> Bool[Array, "groups n"]:
-    """Keeps the `count` highest scores of every row.
-
-    Args:
-      scores: one row for each group.
-      count: how many to keep in each row, an int or a traced int.
-
-    Returns:
-      bool of the same shape with exactly `count` ones a row.
-
-    Example:
-      >>> top_rows(jnp.array([[1.0, 2.0], [4.0, 3.0]]), 1).tolist()
-      [[False, True], [True, False]]
-
-    Reference: the uniform blocks of Xiang et al., "SUBP", NeurIPS 2023.
-    """
-    return ranks(scores) < count
-
-
-def n_of_m(scores: Float[Array, "..."], n: int, m: int, axis: Axis = "input") -> Bool[Array, "..."]:
-    """Keeps the n highest of each m consecutive scores along the reduction axes.
-
-    Args:
-      scores: a conv kernel's `[kh, kw, cin, cout]` or a dense kernel's `[cin, cout]`.
-      n: kept scores in a run.
-      m: length of a run.
-      axis: "input" runs over input channels at one tap and filter; "kernel" over (channel, y, x) of
-        one filter, x fastest.
-
-    Returns:
-      bool of the same shape.
+      A tree of the same structure: bool masks, and the scalar True for the other leaves. Give it to
+      `fixed_masks` or `apply_masks`.
 
     Raises:
-      ValueError: m does not divide the axis, or not 0 < n <= m.
+      ValueError: a bad argument, or a chosen leaf that the pattern cannot divide, by name.
 
     Example:
-      >>> n_of_m(jnp.array([[1.0], [2.0], [4.0], [3.0]]), 2, 4)[:, 0].tolist()
-      [False, False, True, True]
-
-    Reference: Zhou et al., "Learning N:M fine-grained structured sparse neural networks from
-    scratch", ICLR 2021.
+      >>> scores = {"conv": jnp.arange(576.0).reshape(3, 3, 8, 8), "bias": jnp.ones(8)}
+      >>> masks = masks_from_scores(scores, 0.75)
+      >>> int(masks["conv"].sum()), bool(masks["bias"])
+      (144, True)
     """
-    _checks.choice("axis", axis, ("input", "kernel"))
-    if not 0 < _checks.positive_int("n", n) <= _checks.positive_int("m", m):
-        raise ValueError(f"n: expected at most m={m}, got {n}")
-    if scores.ndim not in (2, 4):
-        raise ValueError(
-            f"scores: expected a kernel [kh, kw, cin, cout] or [cin, cout], got shape "
-            f"{scores.shape}"
-        )
-    order = (0, 1, 3, 2) if axis == "input" else (3, 2, 0, 1)
-    rows = jnp.transpose(scores, order) if scores.ndim == 4 else scores.T
-    length = scores.shape[-2] if axis == "input" or scores.ndim == 2 else scores[..., 0].size
-    if length % m:
-        raise ValueError(
-            f"m: {m} does not divide the {axis} axis of length {length}; exclude the layer with "
-            f"`where`, or take another m"
-        )
-    runs = rows.reshape(-1, m)
-    # Comparing all pairs of a short run is many times faster than sorting millions of them.
-    ahead = (runs[:, None, :] > runs[:, :, None]) | (
-        (runs[:, None, :] == runs[:, :, None]) & (jnp.arange(m)[None, :] < jnp.arange(m)[:, None])
-    )
-    mask = (ahead.sum(-1) < n).reshape(rows.shape)
-    if scores.ndim == 2:
-        return mask.T
-    return jnp.transpose(mask, (0, 1, 3, 2) if axis == "input" else (2, 3, 1, 0))
+    kept = _draw_chosen(scores, sparsity, pattern, budget, where)
+    return _per_leaf(scores, {name: one.mask for name, one in kept.items()}, jnp.asarray(True))
 
 
-def one_by_n(
-    blocks: Bool[Array, "groups cin"], shape: tuple[int, int, int, int]
-) -> Bool[Array, "kh kw cin cout"]:
-    """The mask of kept 1xN blocks: consecutive filters x one input channel x the whole kernel.
+def layouts_from_scores(
+    scores: PyTree,
+    sparsity: float | None,
+    *,
+    pattern: Pattern,
+    budget: Budget = "uniform",
+    where: tree.Where | None = None,
+) -> PyTree:
+    """Keeps the blocks of weights with the highest scores, as layouts.
 
     Args:
-      blocks: which blocks are kept.
-      shape: the conv kernel's shape; `groups` divides cout.
+      scores: as in `masks_from_scores`.
+      sparsity: as in `masks_from_scores`.
+      pattern: one that has a layout: `patterns.block`, `one_by_n` or `channel("input")`.
+      budget: as in `masks_from_scores`.
+      where: as in `masks_from_scores`.
 
     Returns:
-      bool `[kh, kw, cin, cout]`.
+      A tree of the same structure: `BlockLayout`, and `Dense()` for the other leaves. Give it to
+      `fixed_masks(layouts=...)`, `conv` or `pack_tree`.
+
+    Raises:
+      ValueError: a bad argument, a pattern without a layout, or a chosen leaf that the pattern
+        cannot divide, by name.
 
     Example:
-      >>> one_by_n(jnp.array([[True], [False]]), (1, 1, 1, 4)).reshape(-1).tolist()
-      [True, True, False, False]
-
-    Reference: Xiang et al., "SUBP", NeurIPS 2023.
+      >>> from blocksparse_jax import patterns
+      >>> scores = {"conv": jnp.ones((3, 3, 64, 64)), "bias": jnp.ones(64)}
+      >>> layouts = layouts_from_scores(scores, 0.9, pattern=patterns.block(group_size=32))
+      >>> layouts["conv"].packed_shape, layouts["bias"]
+      ((2, 19, 3, 32), Dense())
     """
-    filters = jnp.repeat(blocks, shape[3] // blocks.shape[0], axis=0)
-    return jnp.broadcast_to(filters.T, shape)
+    if isinstance(pattern, Pattern) and not pattern.has_layout:
+        raise ValueError(
+            f"pattern: {pattern} has no block layout, expected patterns.block(...), "
+            "patterns.one_by_n(...) or patterns.channel('input'); masks_from_scores takes any"
+        )
+    kept = _draw_chosen(scores, sparsity, pattern, budget, where)
+    return _per_leaf(scores, {name: one.layout for name, one in kept.items()}, Dense())
+
+
+def check_pattern(pattern: Any) -> Pattern:
+    """The pattern, `unstructured()` for None; ValueError unless it is one."""
+    if pattern is None:
+        return unstructured()
+    if not isinstance(pattern, Pattern):
+        raise ValueError(
+            f"pattern: expected a pattern such as patterns.unstructured(), got {pattern!r}"
+        )
+    return pattern
+
+
+def draw(
+    pattern: Pattern,
+    scores: dict[str, Float[Array, "..."]],
+    sparsity: float | None,
+    budget: Budget,
+    label: str = "params",
+) -> dict[str, Kept]:
+    """Keeps the best sets of the leaves in `scores`, by name; `label` names them in errors."""
+    removed = pattern.sparsity(sparsity)
+    for name, leaf in scores.items():
+        pattern.units(leaf.shape, f"{label}[{name!r}]")
+    if budget == "global":
+        counts = pattern.global_counts(scores, 1 - removed)
+    else:
+        shapes = {name: tuple(leaf.shape) for name, leaf in scores.items()}
+        counts = pattern.counts(shapes, layer_densities(budget, shapes, removed))
+    return {name: pattern.draw(leaf, counts[name]) for name, leaf in scores.items()}
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
@@ -156,7 +135,8 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
       ValueError: the masks are of another tree, or of another shape.
 
     Example:
-      >>> apply_masks({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([True, False])})["w"].tolist()
+      >>> params, masks = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([True, False])}
+      >>> apply_masks(params, masks)["w"].tolist()
       [1.0, 0.0]
     """
     nodes = tree.match("masks", masks, params)
@@ -183,7 +163,8 @@ def straight_through(weights: Float[Array, "..."], mask: Bool[Array, "..."]) -> 
       The masked weights.
 
     Example:
-      >>> jax.grad(lambda w: straight_through(w, jnp.array([True, False])).sum())(jnp.array([1.0, 2.0])).tolist()
+      >>> mask = jnp.array([True, False])
+      >>> jax.grad(lambda w: straight_through(w, mask).sum())(jnp.array([1.0, 2.0])).tolist()
       [1.0, 1.0]
 
     Reference: Bengio et al., 2013; Zhou et al., ICLR 2021, equation 4.
@@ -194,3 +175,23 @@ def straight_through(weights: Float[Array, "..."], mask: Bool[Array, "..."]) -> 
 straight_through.defvjp(
     lambda weights, mask: (jnp.where(mask, weights, 0), None), lambda _, g: (g, None)
 )
+
+
+def _draw_chosen(
+    scores: PyTree,
+    sparsity: float | None,
+    pattern: Pattern | None,
+    budget: Budget,
+    where: tree.Where | None,
+) -> dict[str, Kept]:
+    pattern = check_pattern(pattern)
+    check_budget(budget)
+    chosen = tree.choose(where, scores, label="scores")
+    return draw(pattern, chosen, sparsity, budget, label="scores")
+
+
+def _per_leaf(structure: PyTree, values: dict[str, Any], other: Any) -> PyTree:
+    """A tree of that structure with the named values, and `other` elsewhere."""
+    return jax.tree.map_with_path(
+        lambda path, leaf: values.get(tree.path_name(path), other), structure
+    )

@@ -1,17 +1,14 @@
-"""Metrics: density, kept FLOPs, mask distances, and a table per layer."""
+"""Metrics: density, kept FLOPs, distances between masks, pruned weights that are not zero."""
 
-import dataclasses
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from blocksparse_jax import tree
-from blocksparse_jax.layout import BlockLayout, Dense, Layout, is_layout
-from blocksparse_jax.state import SparseState, get_layouts, get_masks, sparse_states
+from blocksparse_jax.state import hard_masks
 
 
 class Sad(NamedTuple):
@@ -122,165 +119,35 @@ def kept_flops(masks: PyTree, params: PyTree, positions: Mapping[str, int]) -> f
     return kept / sum(leaves[name][0] * n for name, n in positions.items())
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One layer of a `Summary`: name, shape, weights, kept weights, and the block pattern where
-    there is one.
-    """
+def nonzero_pruned(params: PyTree, state: PyTree) -> Int[Array, ""]:
+    """How many pruned weights are not zero, where the method promises zeros.
 
-    name: str
-    shape: tuple[int, ...]
-    weights: int
-    kept: int
-    pattern: str
-
-    @property
-    def density(self) -> float:
-        """Kept fraction of this layer."""
-        return self.kept / self.weights
-
-
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """What is kept in each layer; `str()` makes a table.
-
-    Attributes:
-      rows: one for each parameter.
-      method: names of the methods.
-      target_densities: what each method asked for over its sparse leaves.
-      density: reached over the sparse leaves.
-      total_density: reached over all parameters.
-      blind_updates: updates of the masks that could grow no weight, since the gradient of the
-        pruned ones was missing (`SparseState`).
-    """
-
-    rows: tuple[Row, ...]
-    method: str
-    target_densities: tuple[float, ...]
-    density: float
-    total_density: float
-    blind_updates: int = 0
-
-    @property
-    def target_density(self) -> float:
-        """What the first method asked for."""
-        return self.target_densities[0]
-
-    def __str__(self) -> str:
-        table = [("layer", "shape", "weights", "kept", "density", "pattern")]
-        table += [
-            (
-                r.name,
-                "x".join(map(str, r.shape)),
-                f"{r.weights:,}",
-                f"{r.kept:,}",
-                f"{r.density:.4f}",
-                r.pattern,
-            )
-            for r in self.rows
-        ]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "  ".join(
-                c.ljust(w) if i in (0, 1, 5) else c.rjust(w)
-                for i, (c, w) in enumerate(zip(line, widths))
-            )
-            for line in table
-        ]
-        rule = "-" * max(map(len, lines))
-        targets = " and ".join(f"{target:.4f}" for target in self.target_densities)
-        sparse = f"{self.method}: sparse layers keep {self.density:.4f} (target {targets})"
-        foot = [f"{sparse}, all parameters {self.total_density:.4f}"]
-        if self.blind_updates:
-            foot.append(
-                f"{self.blind_updates} updates of the masks could grow nothing: the gradient of "
-                f"the pruned weights was zero; "
-                "give these steps the full one, e.g. conv(..., kernel_gradient='dense')"
-            )
-        return "\n".join(line.rstrip() for line in [lines[0], rule, *lines[1:], rule, *foot])
-
-
-def summarize(params: PyTree, state: PyTree) -> Summary:
-    """A table per layer, and totals: target and reached density, group sizes asked for and used.
+    More than none: `keep_zeros` is missing around the chain, `apply_masks` was forgotten at the
+    start, or a wrapper outside of `keep_zeros` moved the weights. Methods that train pruned weights
+    too (SR-STE, soft SUBP) promise no zeros.
 
     Args:
-      params: the parameters, dense or packed by `pack_tree`.
-      state: their optimizer state, of a chain with a sparse method (outside of jit).
+      params: the parameters, dense or packed.
+      state: their optimizer state.
 
     Returns:
-      A `Summary`; print it.
+      int32 scalar.
 
     Raises:
-      ValueError: there is no sparse method in the state, it is of another tree or shape, or packed
-        by a method whose layouts are not in it (subp: `unpack_tree` first).
+      ValueError: there is no sparse method in the state, or it is of another tree.
 
     Example:
       >>> import blocksparse_jax as bsj
-      >>> params = {"conv": jnp.ones((3, 3, 64, 48)), "bias": jnp.ones(48)}
-      >>> print(bsj.summarize(params, bsj.hrbp_prune(0.9, group_size=32).init(params)))
-      layer  shape      weights   kept  density  pattern
-      --------------------------------------------------------------------------------------------------
-      bias   48              48     48   1.0000  dense
-      conv   3x3x64x48   27,648  2,736   0.0990  2 groups of 24 filters (asked 32), 19 channels x 3 taps
-      --------------------------------------------------------------------------------------------------
-      hrbp: sparse layers keep 0.0990 (target 0.1000), all parameters 0.1005
+      >>> params = {"w": jnp.ones((3, 3, 8, 8))}
+      >>> state = bsj.rigl(0.5, until=10).init(params)
+      >>> masked = bsj.apply_masks(params, bsj.get_masks(state))
+      >>> int(nonzero_pruned(params, state)), int(nonzero_pruned(masked, state))
+      (288, 0)
     """
-    masks = tree.match("state", get_masks(state), params)
-    layouts = tree.match("state", get_layouts(state), params, is_leaf=is_layout)
-    states = sparse_states(state)
-    rows, sparse = [], []
-    for (path, leaf), mask, layout in zip(
-        jax.tree.leaves_with_path(params), masks, layouts, strict=True
-    ):
-        name, packed = tree.path_name(path), isinstance(layout, BlockLayout) and not jnp.ndim(mask)
-        expected = layout.packed_shape if packed else jnp.shape(mask) or jnp.shape(leaf)
-        if jnp.shape(leaf) != expected:
-            raise ValueError(
-                f"params: expected shape {expected} of the state at {name!r}, got "
-                f"{jnp.shape(leaf)}; pack both, or neither"
-            )
-        shape = layout.shape if packed else jnp.shape(leaf)
-        kept = int(mask.sum()) if jnp.ndim(mask) else leaf.size
-        rows.append(Row(name, tuple(shape), math.prod(shape), kept, "dense"))
-        if packed or jnp.ndim(mask):
-            rows[-1] = dataclasses.replace(rows[-1], pattern=_pattern(rows[-1], layout, states))
-            sparse.append(rows[-1])
-    return Summary(
-        rows=tuple(rows),
-        method=" + ".join(s.spec.method for s in states),
-        target_densities=tuple(s.spec.density for s in states),
-        density=sum(row.kept for row in sparse) / max(1, sum(row.weights for row in sparse)),
-        total_density=sum(row.kept for row in rows) / sum(row.weights for row in rows),
-        blind_updates=sum(int(count) for s in states for count in jax.tree.leaves(s.blind_updates)),
-    )
-
-
-def _pattern(row: Row, layout: Layout, states: list[SparseState]) -> str:
-    """In words: the blocks of a layer, with the sizes asked for where others were used."""
-    if not isinstance(layout, BlockLayout):
-        return "single weights, masked-dense" if row.kept < row.weights else "all kept"
-    owners = (
-        s.spec for s in states if any(node != Dense() for node in _nodes(s.layouts, row.name))
-    )
-    spec = next(owners)
-    groups, kept, kept_taps, group_size = layout.packed_shape
-    asked_size = f" (asked {spec.group_size})" if spec.group_size not in (None, group_size) else ""
-    asked_run = (
-        f" (asked {spec.channel_block})"
-        if spec.channel_block not in (None, layout.channel_block)
-        else ""
-    )
-    runs = (
-        f" in runs of {layout.channel_block}{asked_run}"
-        if layout.channel_block > 1 or asked_run
-        else ""
-    )
-    return f"{groups} groups of {group_size} filters{asked_size}, {kept} channels{runs} x {kept_taps} taps"
-
-
-def _nodes(layouts: PyTree, name: str) -> list[Layout]:
-    return [
-        node
-        for path, node in jax.tree.leaves_with_path(layouts, is_leaf=is_layout)
-        if tree.path_name(path) == name
+    masks = hard_masks(state, params)
+    counts = [
+        jnp.count_nonzero(jnp.where(mask, 0, leaf))
+        for mask, leaf in zip(masks, jax.tree.leaves(params), strict=True)
+        if jnp.ndim(mask)
     ]
+    return sum(counts, jnp.int32(0))

@@ -1,7 +1,6 @@
-"""Packing: one conv kernel, or a whole tree with its optimizer state, between dense arrays and
-packed values.
-"""
+"""Packing: dense arrays to packed values and back, for one kernel or a whole training state."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,8 +16,9 @@ from blocksparse_jax.state import SparseState, is_sparse_state
 def pack(
     kernel: Float[Array, "kh kw cin cout"], layout: BlockLayout
 ) -> Float[Array, "groups kept kept_taps group_size"]:
-    """Gathers the kept weights: `values[g, k, t, i] = kernel[tap taps[g, t], channels[g, k],
-    filters[g, i]]`.
+    """Gathers the kept weights of a conv kernel.
+
+    `values[g, k, t, i] = kernel[tap taps[g, t], channels[g, k], filters[g, i]]`.
 
     Args:
       kernel: a conv kernel.
@@ -52,8 +52,9 @@ def pack(
 def unpack(
     values: Float[Array, "groups kept kept_taps group_size"], layout: BlockLayout
 ) -> Float[Array, "kh kw cin cout"]:
-    """Scatters packed values into a conv kernel that is zero elsewhere; `unpack(pack(w)) ==
-    where(mask, w, 0)`.
+    """Scatters packed values into a conv kernel that is zero elsewhere.
+
+    `unpack(pack(w)) == where(mask, w, 0)`.
 
     Args:
       values: packed values.
@@ -88,8 +89,7 @@ def unpack(
 def pack_tree(
     params: PyTree, state: PyTree, layouts: PyTree, *, drop_pruned: bool = False
 ) -> tuple[PyTree, PyTree]:
-    """Packs parameters and everything in the optimizer state that has their shape (moments, traces,
-    accumulators).
+    """Packs parameters and all moments, traces and accumulators in the optimizer state.
 
     A packed leaf holds kept weights only, so the methods in `state` neither mask it nor move its
     topology: training continues with the same `tx` as ordinary training of a smaller tree. To
@@ -116,7 +116,8 @@ def pack_tree(
 
     Example:
       >>> params = {"w": jnp.ones((1, 1, 2, 2)), "b": jnp.ones(2)}
-      >>> layouts = {"w": layouts_.mask_to_layout(jnp.ones((1, 1, 2, 2), bool)), "b": layouts_.Dense()}
+      >>> kept = layouts_.mask_to_layout(jnp.ones((1, 1, 2, 2), bool))
+      >>> layouts = {"w": kept, "b": layouts_.Dense()}
       >>> values, _ = pack_tree(params, None, layouts)
       >>> values["w"].shape, values["b"].shape
       ((1, 2, 1, 2), (2,))
@@ -129,8 +130,7 @@ def pack_tree(
 
 
 def unpack_tree(values: PyTree, state: PyTree, layouts: PyTree) -> tuple[PyTree, PyTree]:
-    """The inverse of `pack_tree`: dense parameters and optimizer state, zero where pruned, with
-    their masks.
+    """Unpacks what `pack_tree` packed: dense parameters and optimizer state, zero where pruned.
 
     Args:
       values: packed parameters.
@@ -155,81 +155,101 @@ def unpack_tree(values: PyTree, state: PyTree, layouts: PyTree) -> tuple[PyTree,
 
 
 def _refuse_loss(params: PyTree, state: PyTree, layouts: PyTree) -> None:
-    """ValueError where a straight-through method holds non-zero weights outside of a layout (as far
-    as the values are known).
+    """Raises a ValueError where packing would lose what a method still uses.
+
+    That is, as far as the values are known: pruned weights of a straight-through method, and a
+    method's own memory of pruned weights.
     """
-    leaves = jax.tree.leaves_with_path(params)
     nodes = tree.match("layouts", layouts, params, is_leaf=is_layout)
+    leaves = jax.tree.leaves_with_path(params)
+    named = {
+        tree.path_name(path): (leaf, layout)
+        for (path, leaf), layout in zip(leaves, nodes, strict=True)
+        if isinstance(layout, BlockLayout) and jnp.shape(leaf) == layout.shape
+    }
     states = [
         node for node in jax.tree.leaves(state, is_leaf=is_sparse_state) if is_sparse_state(node)
     ]
     for sparse in states:
-        if not sparse.spec.straight_through:
-            continue
-        own = {
+        pruned_by = {
             tree.path_name(path)
             for path, node in jax.tree.leaves_with_path(sparse.layouts, is_leaf=is_layout)
             if node != Dense()
         }
-        for (path, leaf), layout in zip(leaves, nodes, strict=True):
-            name = tree.path_name(path)
-            if (
-                name not in own
-                or not isinstance(layout, BlockLayout)
-                or jnp.shape(leaf) != layout.shape
-            ):
-                continue
-            lost = jnp.count_nonzero(jnp.where(layout_to_mask(layout), 0, leaf))
-            if not isinstance(lost, jax.core.Tracer) and lost:
+        memory = {
+            tree.path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(sparse.memory)
+        }
+        for name in pruned_by & named.keys():
+            leaf, layout = named[name]
+            mask = layout_to_mask(layout)
+            if sparse.spec.straight_through and (lost := _nonzero_outside(mask, leaf)):
                 raise ValueError(
                     f"params: {sparse.spec.method} trains the pruned weights too, and packing "
-                    f"would lose {int(lost)} of them at {name!r}; "
-                    "once the pattern is final set them to zero (apply_masks), or pass "
+                    f"would lose {lost} of them at {name!r}; once the pattern is final set them "
+                    "to zero (apply_masks), or pass drop_pruned=True"
+                )
+            if jnp.ndim(memory.get(name, 0)) and (lost := _nonzero_outside(mask, memory[name])):
+                raise ValueError(
+                    f"state: {sparse.spec.method} remembers pruned weights, and packing would lose "
+                    f"{lost} of its numbers at {name!r}; pack when its masks are final, with "
                     "drop_pruned=True"
                 )
 
 
+def _nonzero_outside(mask: Array, values: Array) -> int:
+    """How many values outside of a mask are not zero; 0 where they are traced."""
+    count = jnp.count_nonzero(jnp.where(mask, 0, values))
+    return 0 if isinstance(count, jax.core.Tracer) else int(count)
+
+
 def _convert(
-    params: PyTree, state: PyTree, layouts: PyTree, convert: Any, shape: Any, mask: Any
+    params: PyTree,
+    state: PyTree,
+    layouts: PyTree,
+    convert: Callable[[Any, BlockLayout], Any],
+    shape: Callable[[BlockLayout], tuple[int, ...]],
+    mask: Callable[[BlockLayout], Array],
 ) -> tuple[PyTree, PyTree]:
-    """Converts each leaf with a BlockLayout, and each state leaf that belongs to it and has its
-    shape; masks become `mask(layout)`.
+    """Converts each leaf with a BlockLayout, and each state leaf that belongs to it.
+
+    State leaves belong to a parameter by their path and its `shape(layout)`; masks become
+    `mask(layout)`.
     """
-    structure = jax.tree.structure(params)
-    paths = [tree.path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
-    nodes = dict(zip(paths, tree.match("layouts", layouts, params, is_leaf=is_layout), strict=True))
-
-    def leaf(name: str | None, value: Any) -> Any:
-        if is_sparse_state(value):
-            return _convert_masks(value)
-        layout = nodes.get(name) if name is not None else None
-        return (
-            convert(value, layout)
-            if isinstance(layout, BlockLayout) and jnp.shape(value) == shape(layout)
-            else value
-        )
-
-    def _convert_masks(sparse: SparseState) -> SparseState:
-        def one(path: Any, own: Any, layout: Any) -> Any:
-            node = nodes.get(tree.path_name(path))
-            return (
-                mask(node)
-                if isinstance(node, BlockLayout) and not isinstance(layout, Dense)
-                else own
-            )
-
-        return sparse._replace(masks=jax.tree.map_with_path(one, sparse.masks, sparse.layouts))
-
-    converted = [
-        convert(value, nodes[name]) if isinstance(nodes[name], BlockLayout) else value
-        for name, value in zip(paths, jax.tree.leaves(params), strict=True)
-    ]
+    names = [tree.path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+    matched = tree.match("layouts", layouts, params, is_leaf=is_layout)
+    nodes = dict(zip(names, matched, strict=True))
     for name, node in nodes.items():
-        if not is_layout(node) or isinstance(node, layouts_.ConsecutiveGroups):
+        if not isinstance(node, BlockLayout | Dense):
             raise ValueError(
                 f"layouts: expected a BlockLayout or Dense() at {name!r}, got "
                 f"{type(node).__name__}; use get_layouts(state)"
             )
-    return jax.tree.unflatten(structure, converted), tree.map_state(
-        leaf, params, state, is_leaf=is_sparse_state
-    )
+    blocks = {name: node for name, node in nodes.items() if isinstance(node, BlockLayout)}
+
+    def state_leaf(name: str | None, value: Any) -> Any:
+        if is_sparse_state(value):
+            return sparse_state(value)
+        if name in blocks and jnp.shape(value) == shape(blocks[name]):
+            return convert(value, blocks[name])
+        return value
+
+    def sparse_state(sparse: SparseState) -> SparseState:
+        def masks(path: Any, old: Any, layout: Any) -> Any:
+            name = tree.path_name(path)
+            is_pruned = name in blocks and not isinstance(layout, Dense)
+            return mask(blocks[name]) if is_pruned else old
+
+        def memory(path: Any, value: Any) -> Any:
+            return state_leaf(tree.path_name(path), value)
+
+        return sparse._replace(
+            masks=jax.tree.map_with_path(masks, sparse.masks, sparse.layouts),
+            memory=jax.tree.map_with_path(memory, sparse.memory),
+        )
+
+    values = [
+        convert(value, blocks[name]) if name in blocks else value
+        for name, value in zip(names, jax.tree.leaves(params), strict=True)
+    ]
+    new_state = tree.map_state(state_leaf, params, state, is_leaf=is_sparse_state)
+    return jax.tree.unflatten(jax.tree.structure(params), values), new_state

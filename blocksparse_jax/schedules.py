@@ -1,8 +1,12 @@
-"""Schedules: step -> amount, and "is this an update step?". All take Python ints and traced counts
-alike.
+"""Schedules: at which steps masks change, and how much of a method is in force at a step.
+
+A schedule is a callable step -> bool that takes Python ints and traced counts alike. All schedules
+here are frozen dataclasses, so that two of the same settings are equal and can sit in the static
+part of an optimizer state.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -10,23 +14,23 @@ from jaxtyping import Array, Float
 
 from blocksparse_jax import _checks
 
+Schedule = Callable[[Any], Any]
 Curve = Literal["cubic", "linear", "cos", "exp"]
 CURVES: tuple[Curve, ...] = ("cubic", "linear", "cos", "exp")
 
 
 @dataclasses.dataclass(frozen=True)
-class Periodic:
-    """True every `every` steps after `start`, before `until`; the first one is at `start + every`.
+class Every:
+    """True every `every` steps after `start` and before `until`; the first one is `start + every`.
 
     Attributes:
       every: steps between updates.
-      start: the step from which they are counted; no update there, since nothing has been learnt
-        yet.
+      start: the step from which they are counted; no update there, since nothing is learnt yet.
       until: no update at this step or later; None = forever.
 
     Example:
-      >>> due = Periodic(every=100, until=300)
-      >>> [step for step in range(0, 500, 50) if due(step)]
+      >>> schedule = Every(every=100, until=300)
+      >>> [step for step in range(0, 500, 50) if schedule(step)]
       [100, 200]
 
     Reference: Evci et al., "RigL", ICML 2020, algorithm 1.
@@ -48,8 +52,158 @@ class Periodic:
         return due if self.until is None else due & (count < self.until)
 
 
-def periodic(every: int, start: int = 0, until: int | None = None) -> Periodic:
-    """An update schedule for `hrbp_prune(update=...)`: see `Periodic`.
+@dataclasses.dataclass(frozen=True)
+class Between:
+    """True every `every` steps from `start` on, through `end`, and at `end` itself.
+
+    Attributes:
+      start: the first update.
+      end: the last update, after `start`.
+      every: steps between updates.
+
+    Example:
+      >>> schedule = Between(10, 15, every=2)
+      >>> [step for step in range(20) if schedule(step)]
+      [10, 12, 14, 15]
+
+    Reference: Zhu & Gupta, "To prune, or not to prune", 2017.
+    """
+
+    start: int
+    end: int
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        _checks.step("end", self.end, start=_checks.step("start", self.start))
+        _checks.positive_int("every", self.every)
+
+    def __call__(self, count: Any) -> Any:
+        """Whether `count` (int or int32 array) is an update step."""
+        inside = (count >= self.start) & (count <= self.end)
+        return inside & (((count - self.start) % self.every == 0) | (count == self.end))
+
+
+@dataclasses.dataclass(frozen=True)
+class Never:
+    """True at no step: masks that stay.
+
+    Example:
+      >>> Never()(3)
+      False
+    """
+
+    def __call__(self, count: Any) -> Any:
+        """False."""
+        return count < 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Always:
+    """True at every step.
+
+    Example:
+      >>> Always()(3)
+      True
+    """
+
+    def __call__(self, count: Any) -> Any:
+        """True."""
+        return count >= 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Through:
+    """True at every step up to `last`, and there.
+
+    Attributes:
+      last: the last step.
+
+    Example:
+      >>> [step for step in range(5) if Through(2)(step)]
+      [0, 1, 2]
+    """
+
+    last: int
+
+    def __call__(self, count: Any) -> Any:
+        """Whether `count` is at most `last`."""
+        return count <= self.last
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyOf:
+    """True where one of several schedules is.
+
+    Attributes:
+      schedules: the schedules.
+
+    Example:
+      >>> [step for step in range(9) if AnyOf((Through(0), Every(4)))(step)]
+      [0, 4, 8]
+    """
+
+    schedules: tuple[Schedule, ...]
+
+    def __call__(self, count: Any) -> Any:
+        """Whether `count` is a step of any of them."""
+        due = self.schedules[0](count)
+        for schedule in self.schedules[1:]:
+            due = due | schedule(count)
+        return due
+
+
+def every(n: int, start: int = 0, until: int | None = None) -> Every:
+    """A schedule that is due every `n` steps after `start` and before `until`.
+
+    Args:
+      n: steps between updates.
+      start: the step from which they are counted; the first update is at `start + n`.
+      until: no update at this step or later; None = forever.
+
+    Returns:
+      A callable step -> bool.
+
+    Raises:
+      ValueError: `n` below 1, a step that is no integer of at least 0, or `until` not after
+        `start`.
+
+    Example:
+      >>> every(10)(20), every(10)(25)
+      (True, False)
+
+    Reference: Evci et al., "RigL", ICML 2020, algorithm 1.
+    """
+    return Every(n, start, until)
+
+
+def between(start: int, end: int, every: int = 1) -> Between:
+    """A schedule that is due every `every` steps from `start` through `end`, and at `end`.
+
+    Args:
+      start: the first update.
+      end: the last update, after `start`.
+      every: steps between updates.
+
+    Returns:
+      A callable step -> bool.
+
+    Raises:
+      ValueError: `every` below 1, a step that is no integer of at least 0, or `end` not after
+        `start`.
+
+    Example:
+      >>> between(0, 10, every=5)(5), between(0, 10, every=5)(6)
+      (True, False)
+
+    Reference: Zhu & Gupta, "To prune, or not to prune", 2017.
+    """
+    return Between(start, end, every)
+
+
+def periodic(every: int, start: int = 0, until: int | None = None) -> Every:
+    """The former name of `every`.
+
+    Deprecated: use `every(n, start=..., until=...)`.
 
     Args:
       every: steps between updates.
@@ -60,8 +214,7 @@ def periodic(every: int, start: int = 0, until: int | None = None) -> Periodic:
       A callable step -> bool.
 
     Raises:
-      ValueError: `every` below 1, a step that is no integer of at least 0, or `until` not after
-        `start`.
+      ValueError: as `every`.
 
     Example:
       >>> periodic(10)(20), periodic(10)(25)
@@ -69,12 +222,13 @@ def periodic(every: int, start: int = 0, until: int | None = None) -> Periodic:
 
     Reference: Evci et al., "RigL", ICML 2020, algorithm 1.
     """
-    return Periodic(every, start, until)
+    return Every(every, start, until)
 
 
 def cosine_fraction(fraction: float, count: Any, start: int, until: int | None) -> Float[Array, ""]:
-    """The drop fraction `fraction / 2 * (1 + cos(pi * (t - start) / (until - start)))`; constant
-    without `until`.
+    """The drop fraction at a step, which falls from `fraction` to 0 along a cosine.
+
+    `fraction / 2 * (1 + cos(pi * (t - start) / (until - start)))`; constant without `until`.
 
     Args:
       fraction: the fraction at `start`.
@@ -100,9 +254,9 @@ def cosine_fraction(fraction: float, count: Any, start: int, until: int | None) 
 def progress(curve: Curve, count: Any, start: int, end: int, every: int = 1) -> Float[Array, ""]:
     """How far a gradual method has come: 0 until `start`, 1 from `end` on.
 
-    With `t = clip((count - start) / (end - start), 0, 1)`: cubic `t^3`, linear `t`, cos `1 - cos(pi
-    t / 2)`, and exp `(1 - exp(-i / 20)) / (1 - exp(-n / 20))` with i of n the update (epoch) since
-    `start`.
+    With `t = clip((count - start) / (end - start), 0, 1)`: cubic `t^3`, linear `t`, cos
+    `1 - cos(pi t / 2)`, and exp `(1 - exp(-i / 20)) / (1 - exp(-n / 20))` with i of n the update
+    (epoch) since `start`.
 
     Args:
       curve: which curve.
@@ -124,9 +278,8 @@ def progress(curve: Curve, count: Any, start: int, end: int, every: int = 1) -> 
 
     Reference: Xiang et al., "SUBP", NeurIPS 2023 (authors' schedules).
     """
-    _checks.choice("schedule", curve, CURVES)
-    _checks.step("end", end, start=_checks.step("start", start))
-    t = jnp.clip((jnp.asarray(count, jnp.float32) - start) / (end - start), 0.0, 1.0)
+    _checks.choice("curve", curve, CURVES)
+    t = _elapsed(count, start, end)
     if curve == "cubic":
         return t**3
     if curve == "linear":
@@ -138,10 +291,11 @@ def progress(curve: Curve, count: Any, start: int, end: int, every: int = 1) -> 
 
 
 def cubic_sparsity(
-    initial: float, final: float, count: Any, start: int, end: int, power: float = 3.0
+    initial: Any, final: Any, count: Any, start: int, end: int, power: float = 3.0
 ) -> Float[Array, ""]:
-    """Sparsity `s_f + (s_i - s_f) * (1 - t)^power`, t = clip((count - start) / (end - start), 0,
-    1).
+    """The sparsity of gradual pruning at a step.
+
+    `s_f + (s_i - s_f) * (1 - t)^power`, with `t = clip((count - start) / (end - start), 0, 1)`.
 
     Args:
       initial: sparsity at `start`.
@@ -163,6 +317,10 @@ def cubic_sparsity(
 
     Reference: Zhu & Gupta, "To prune, or not to prune", 2017, equation 1.
     """
+    return final + (initial - final) * (1 - _elapsed(count, start, end)) ** power
+
+
+def _elapsed(count: Any, start: int, end: int) -> Float[Array, ""]:
+    """The part of [start, end] that has passed, in [0, 1]."""
     _checks.step("end", end, start=_checks.step("start", start))
-    t = jnp.clip((jnp.asarray(count, jnp.float32) - start) / (end - start), 0.0, 1.0)
-    return final + (initial - final) * (1 - t) ** power
+    return jnp.clip((jnp.asarray(count, jnp.float32) - start) / (end - start), 0.0, 1.0)

@@ -1,6 +1,7 @@
 """Scores: how much a weight, or a block of weights, deserves to be kept (higher = keep)."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ from blocksparse_jax import _checks, tree
 
 Kind = Literal["magnitude", "gradient", "random"]
 Criterion = Literal["l1", "l2", "bpar"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 
 
 def magnitude(weights: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -73,30 +76,68 @@ def make(
       [3.0]
     """
     if isinstance(scores, str):
-        kind = _checks.choice("scores", scores, ("magnitude", "gradient", "random"))
+        kind = _checks.choice("scores", scores, KINDS)
         if kind == "random":
             return {
-                name: random(jax.random.fold_in(key, i), w.shape)
-                for i, (name, w) in enumerate(chosen.items())
+                name: random(jax.random.fold_in(key, i), leaf.shape)
+                for i, (name, leaf) in enumerate(chosen.items())
             }
         if kind == "gradient" and grads is None:
             raise ValueError("scores: 'gradient' needs gradients")
-        return {
-            name: magnitude(leaf)
-            for name, leaf in (grads if kind == "gradient" and grads else chosen).items()
-        }
-    given = {tree.path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(scores)}
+        values = grads if kind == "gradient" and grads else chosen
+        return {name: magnitude(leaf) for name, leaf in values.items()}
+    named = {tree.path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(scores)}
     for name, leaf in chosen.items():
-        if name not in given or jnp.shape(given[name]) != leaf.shape:
-            got = (
-                f"shape {jnp.shape(given[name])}"
-                if name in given
-                else f"a tree with leaves {list(given)[:8]}"
+        if name not in named or jnp.shape(named[name]) != leaf.shape:
+            is_there = name in named
+            what = (
+                f"shape {jnp.shape(named[name])}"
+                if is_there
+                else f"a tree with leaves {list(named)[:8]}"
             )
             raise ValueError(
-                f"scores: expected an array of shape {leaf.shape} at {name!r}, got {got}"
+                f"scores: expected an array of shape {leaf.shape} at {name!r}, got {what}"
             )
-    return {name: jnp.asarray(given[name], jnp.float32) for name in chosen}
+    return {name: jnp.asarray(named[name], jnp.float32) for name in chosen}
+
+
+def snip(loss_fn: Callable[[PyTree, Any], Array], params: PyTree, batch: Any) -> PyTree:
+    """SNIP's connection sensitivity: `|w * dL/dw|` over one batch, divided by its sum.
+
+    Args:
+      loss_fn: (params, batch) -> scalar loss.
+      params: the parameters at initialisation, any pytree of arrays.
+      batch: one batch, e.g. 100 examples.
+
+    Returns:
+      float32 scores in the params' structure, which add up to 1 over all leaves. Give them to
+      `masks_from_scores(scores, sparsity, budget="global")` or `one_shot(sparsity, scores=scores,
+      budget="global")`; SNIP itself scores every layer, stem and classifier too
+      (`where=lambda name, leaf: leaf.ndim > 1`).
+
+    Raises:
+      ValueError: the loss has no gradient at all, or one that is not finite.
+
+    Example:
+      >>> params = {"w": jnp.array([1.0, 2.0, 0.0])}
+      >>> scores = snip(lambda p, x: jnp.sum(p["w"] * x), params, jnp.array([3.0, -1.0, 5.0]))
+      >>> [round(float(score), 3) for score in scores["w"]]
+      [0.6, 0.4, 0.0]
+
+    Reference: Lee et al., "SNIP: single-shot network pruning based on connection sensitivity", ICLR
+    2019.
+    """
+    grads = jax.grad(loss_fn)(params, batch)
+    sizes = jax.tree.map(
+        lambda w, g: jnp.abs(w.astype(jnp.float32) * g.astype(jnp.float32)), params, grads
+    )
+    total = sum(leaf.sum() for leaf in jax.tree.leaves(sizes))
+    if not isinstance(total, jax.core.Tracer) and not 0 < float(total) < float("inf"):
+        raise ValueError(
+            f"loss_fn: expected a loss with finite gradients that are not all zero, got a sum of "
+            f"|w * g| of {float(total):g}; check the batch and the initial weights"
+        )
+    return jax.tree.map(lambda leaf: leaf / total, sizes)
 
 
 def block_scores(
@@ -129,7 +170,7 @@ def block_scores(
 
     Reference: Xiang et al., "SUBP", NeurIPS 2023 (block scores and BPAR).
     """
-    _checks.choice("criterion", criterion, ("l1", "l2", "bpar"))
+    _checks.choice("criterion", criterion, CRITERIA)
     kh, kw, cin, cout = kernel.shape
     blocks = jnp.moveaxis(
         kernel.astype(jnp.float32).reshape(kh * kw, cin, cout // block, block), 2, 0

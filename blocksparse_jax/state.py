@@ -1,10 +1,7 @@
-"""The optax state of every sparse method, and what can be read from it: masks, layouts, the weights
-of the forward pass.
-"""
+"""The optax state of every sparse method, and what is read from it."""
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,41 +9,9 @@ import optax
 from jaxtyping import Array, PyTree
 
 from blocksparse_jax import tree
-from blocksparse_jax.layout import ConsecutiveGroups, Dense, is_layout, mask_to_layout
+from blocksparse_jax.layout import Dense, ShrinkingLayout, is_layout
 from blocksparse_jax.masks import straight_through
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """What is fixed about a method: static, so it costs nothing in a jitted step.
-
-    Attributes:
-      method: the method's name, for reports.
-      density: target density over the chosen leaves.
-      group_size: filters in a group as asked for; None where the pattern has no groups.
-      straight_through: the forward pass uses `w * mask` and gradients pass to all weights
-        (`masked`).
-      rule: weights -> mask, for methods whose mask follows the weights at every step; None = the
-        stored masks.
-      skips: an update of the masks applies no gradient.
-      full_gradient: an update of the masks reads the gradient of the pruned weights, which masked
-        execution leaves at zero.
-      channel_block: channels in a run as asked for; None where the pattern has no runs.
-
-    Example:
-      >>> Spec("rigl", 0.1, skips=True).straight_through
-      False
-    """
-
-    method: str
-    density: float
-    group_size: int | None = None
-    straight_through: bool = False
-    rule: Callable[[Array], Array] | None = None
-    skips: bool = False
-    full_gradient: bool = False
-    channel_block: int | None = None
+from blocksparse_jax.spec import Spec, merge_specs
 
 
 class SparseState(NamedTuple):
@@ -56,24 +21,27 @@ class SparseState(NamedTuple):
       count: int32, updates so far.
       masks: the params' structure; bool arrays of the leaf's shape, the scalar True for a dense (or
         packed) leaf.
-      layouts: the params' structure; `BlockLayout`, `ConsecutiveGroups` or `Dense()`.
-      skip_gradient: bool, whether the last update moved the topology instead of applying a
-        gradient.
-      blind_updates: int32, updates of the masks that should have grown weights by their gradient,
+      layouts: the params' structure; `BlockLayout`, `Dense()`, or `ConsecutiveGroups` and
+        `FilterGroups` where the kept count changes in training.
+      memory: the method's own arrays, in the params' structure with a float32 scalar at each leaf
+        that has none; `()` for a method without any.
+      skip_gradient: bool, whether the last update changed masks instead of applying a gradient.
+      stalled_updates: int32, updates of the masks that should have grown weights by their gradient
         and found it zero on every pruned weight of a layer, though not on the kept ones: the step
         gave the masked gradient where the method needs the full one.
       spec: what is fixed about the method (static).
 
     Example:
       >>> SparseState._fields
-      ('count', 'masks', 'layouts', 'skip_gradient', 'blind_updates', 'spec')
+      ('count', 'masks', 'layouts', 'memory', 'skip_gradient', 'stalled_updates', 'spec')
     """
 
     count: jax.Array  # type: ignore[assignment]  # int32[]; optax names it so, tuple.count or not
     masks: PyTree
     layouts: PyTree
+    memory: PyTree
     skip_gradient: jax.Array  # bool[]
-    blind_updates: jax.Array  # int32[]
+    stalled_updates: jax.Array  # int32[]
     spec: Spec
 
 
@@ -98,18 +66,40 @@ def sparse_states(state: PyTree) -> list[SparseState]:
       >>> sparse_states(optax.sgd(0.1).init({"w": jnp.ones(2)}))
       Traceback (most recent call last):
       ...
-      ValueError: state: expected the state of a chain that holds a sparse method (hrbp_prune, rigl, ...), found none in EmptyState
+      ValueError: state: expected the state of a chain that holds a sparse method ...
     """
-    found = [
-        node for node in jax.tree.leaves(state, is_leaf=is_sparse_state) if is_sparse_state(node)
-    ]
-    if not found:
+    nodes = jax.tree.leaves(state, is_leaf=is_sparse_state)
+    states = [node for node in nodes if is_sparse_state(node)]
+    if not states:
         kind = type(state[0] if type(state) is tuple and state else state).__name__
         raise ValueError(
-            f"state: expected the state of a chain that holds a sparse method (hrbp_prune, rigl, "
+            "state: expected the state of a chain that holds a sparse method (hrbp_prune, rigl, "
             f"...), found none in {kind}"
         )
-    return found
+    return states
+
+
+def get_spec(state: PyTree) -> Spec:
+    """What the sparse method in an optimizer state publishes about itself.
+
+    Args:
+      state: the state of a transformation that holds a sparse method, under any wrappers.
+
+    Returns:
+      Its `Spec`: `changes(step)` and `dense_gradient(step)` are Python bools, `straight_through`,
+      `resizes` and `has_layout` are fixed. Of several methods: what any of them does.
+
+    Raises:
+      ValueError: there is no sparse method in the state.
+
+    Example:
+      >>> import blocksparse_jax as bsj
+      >>> tx = bsj.sparse(bsj.rigl(0.5, until=1000), optax.sgd(0.1))
+      >>> spec = get_spec(tx.init({"w": jnp.ones((3, 3, 8, 8))}))
+      >>> spec.changes(100), spec.dense_gradient(100), spec.changes(101), spec.has_layout
+      (True, True, False, False)
+    """
+    return merge_specs([sparse.spec for sparse in sparse_states(state)])
 
 
 def get_masks(state: PyTree) -> PyTree:
@@ -138,12 +128,12 @@ def get_masks(state: PyTree) -> PyTree:
 
 
 def get_layouts(state: PyTree) -> PyTree:
-    """The block layouts in an optimizer state; hand them to `conv`, to a layer's `layouts`
-    collection or to `pack_tree`.
+    """The block layouts in an optimizer state.
 
-    A method whose kept count changes in training (`subp`) keeps masks only; its layouts are read
-    from them here, outside of jit. Give them to the jitted step as an argument: it compiles once
-    for each kept count.
+    Hand them to `conv`, to a layer's `layouts` collection or to `pack_tree`. A method whose kept
+    count changes in training (`subp`, `gradual`) keeps masks only; its layouts are read from them
+    here, outside of jit. Give them to the jitted step as an argument: it compiles once for each
+    kept count.
 
     Args:
       state: the state of a transformation that holds a sparse method, under any wrappers.
@@ -160,20 +150,21 @@ def get_layouts(state: PyTree) -> PyTree:
     Example:
       >>> import blocksparse_jax as bsj
       >>> params = {"w": jnp.ones((3, 3, 8, 8)), "b": jnp.ones(8)}
-      >>> layouts = bsj.get_layouts(bsj.hrbp_prune(0.75, group_size=4, block_density=1).init(params))
+      >>> state = bsj.hrbp_prune(0.75, group_size=4, block_density=1).init(params)
+      >>> layouts = bsj.get_layouts(state)
       >>> layouts["w"].packed_shape, layouts["b"]
       ((2, 2, 9, 4), Dense())
     """
     states = sparse_states(state)
     for sparse in states:
-        for path, node in jax.tree.leaves_with_path(sparse.layouts, is_leaf=_is_node):
-            if not _is_node(node):
+        for path, node in jax.tree.leaves_with_path(sparse.layouts, is_leaf=is_node):
+            if not is_node(node):
                 name = tree.path_name(path)
                 raise ValueError(
                     f"state: expected a layout at {name!r}, got its arrays; flax.nnx.Optimizer did "
                     f"that, use bsj.nnx.Optimizer"
                 )
-    resolved = [jax.tree.map(_resolve, s.layouts, s.masks, is_leaf=_is_node) for s in states]
+    resolved = [jax.tree.map(_resolve, s.layouts, s.masks, is_leaf=is_node) for s in states]
     return _merge(resolved, lambda a, b: b if isinstance(a, Dense) else a, Dense())
 
 
@@ -203,7 +194,7 @@ def masked(params: PyTree, state: PyTree) -> PyTree:
     Reference: Zhou et al., ICLR 2021; Xiang et al., "SUBP", NeurIPS 2023.
     """
     for sparse in sparse_states(state):
-        nodes = tree.match("state", sparse.masks, params, is_leaf=_is_node)
+        nodes = tree.match("state", sparse.masks, params, is_leaf=is_node)
         if sparse.spec.straight_through:
             rule = sparse.spec.rule
             leaves = [
@@ -217,18 +208,17 @@ def masked(params: PyTree, state: PyTree) -> PyTree:
 
 
 def hard_masks(state: PyTree, params: PyTree) -> list[Array]:
-    """The masks at the leaves of `params`, the scalar True for straight-through methods, whose
-    pruned weights live on.
-    """
+    """The masks at the leaves of `params`; the scalar True where pruned weights live on."""
     trees = [
         jax.tree.map(lambda m: jnp.asarray(True), s.masks) if s.spec.straight_through else s.masks
         for s in sparse_states(state)
     ]
-    nodes = tree.match("state", _merge(trees, _both, optax.MaskedNode()), params, is_leaf=_is_node)
+    nodes = tree.match("state", _merge(trees, _both, optax.MaskedNode()), params, is_leaf=is_node)
     return [jnp.asarray(True) if isinstance(node, optax.MaskedNode) else node for node in nodes]
 
 
-def _is_node(node: Any) -> bool:
+def is_node(node: Any) -> bool:
+    """True for a layout, and for what multi_transform puts where a method sees nothing."""
     return is_layout(node) or isinstance(node, optax.MaskedNode)
 
 
@@ -238,7 +228,8 @@ def _both(a: Array, b: Array) -> Array:
 
 
 def _resolve(layout: Any, mask: Any) -> Any:
-    if not isinstance(layout, ConsecutiveGroups):
+    """The layout of a mask whose kept count changes in training; other layouts as they are."""
+    if not isinstance(layout, get_args(ShrinkingLayout)):
         return layout
     if not jnp.ndim(mask):
         raise ValueError(
@@ -250,12 +241,13 @@ def _resolve(layout: Any, mask: Any) -> Any:
             "state: this method's kept count changes, so get_layouts reads it from the masks: call "
             "it outside of jit, pass them in"
         )
-    return mask_to_layout(mask, jnp.arange(mask.shape[3]).reshape(-1, layout.group_size))
+    return layout.read(mask)
 
 
 def _merge(trees: list[PyTree], combine: Callable[[Any, Any], Any], absent: Any) -> PyTree:
-    """One tree from those of several methods: `optax.MaskedNode` marks leaves that a method does
-    not see (multi_transform).
+    """One tree from those of several methods.
+
+    `optax.MaskedNode` marks leaves that a method does not see (multi_transform).
     """
 
     def two(path: Any, a: Any, b: Any) -> Any:
@@ -265,13 +257,12 @@ def _merge(trees: list[PyTree], combine: Callable[[Any, Any], Any], absent: Any)
 
     merged = trees[0]
     for other in trees[1:]:
-        nodes = jax.tree.leaves_with_path(other, is_leaf=_is_node)
-        hidden = {
-            path for path, node in nodes if isinstance(node, optax.MaskedNode)
-        }  # leaves, or whole subtrees
+        nodes = jax.tree.leaves_with_path(other, is_leaf=is_node)
+        # leaves, or whole subtrees
+        hidden = {path for path, node in nodes if isinstance(node, optax.MaskedNode)}
 
         def stop(path: Any, node: Any, hidden: set = hidden) -> bool:
-            return path in hidden or _is_node(node)
+            return path in hidden or is_node(node)
 
         merged = jax.tree_util.tree_map_with_path(
             two, merged, other, is_leaf=stop, is_leaf_takes_path=True
@@ -279,5 +270,5 @@ def _merge(trees: list[PyTree], combine: Callable[[Any, Any], Any], absent: Any)
     return jax.tree.map(
         lambda node: absent if isinstance(node, optax.MaskedNode) else node,
         merged,
-        is_leaf=_is_node,
+        is_leaf=is_node,
     )

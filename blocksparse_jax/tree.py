@@ -1,6 +1,4 @@
-"""Pytrees of parameters: names of leaves, which leaves are sparse, and state leaves that belong to
-a parameter.
-"""
+"""Pytrees of parameters: names of leaves, the sparse ones, and the state that belongs to them."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -45,7 +43,8 @@ def conv_kernels(name: str, leaf: Array) -> bool:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> conv_kernels("stem/kernel", jnp.zeros((3, 3, 3, 64))), conv_kernels("Conv_1/kernel", jnp.zeros((3, 3, 64, 64)))
+      >>> stem, kernel = jnp.zeros((3, 3, 3, 64)), jnp.zeros((3, 3, 64, 64))
+      >>> conv_kernels("stem/kernel", stem), conv_kernels("Conv_1/kernel", kernel)
       (False, True)
 
     Reference: the dense layers of Xiang et al., "SUBP", NeurIPS 2023 (stem and classifier).
@@ -53,12 +52,13 @@ def conv_kernels(name: str, leaf: Array) -> bool:
     return leaf.ndim == 4 and leaf.shape[2] > 4 and "stem" not in name.lower()
 
 
-def choose(where: Where | None, params: PyTree) -> dict[str, Array]:
+def choose(where: Where | None, params: PyTree, label: str = "params") -> dict[str, Array]:
     """The sparse leaves of a tree, by name.
 
     Args:
       where: predicate on a leaf's name and the leaf; None means `conv_kernels`.
       params: any pytree of arrays.
+      label: what to call the tree in errors.
 
     Returns:
       Name -> leaf, in tree order.
@@ -79,31 +79,30 @@ def choose(where: Where | None, params: PyTree) -> dict[str, Array]:
         inspect.signature(where).bind("", None)
     except TypeError as error:
         raise ValueError(
-            f"where: expected a predicate of two arguments, (name, leaf) -> bool, but it does not "
+            "where: expected a predicate of two arguments, (name, leaf) -> bool, but it does not "
             f"take them: {error}"
         ) from None
     except ValueError:
         pass  # a builtin without a signature
     leaves = [(path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(params)]
     if not leaves:
-        raise ValueError("params: expected a tree of arrays, got one without leaves")
+        raise ValueError(f"{label}: expected a tree of arrays, got one without leaves")
     chosen = {name: leaf for name, leaf in leaves if where(name, leaf)}
     if not chosen:
         shapes = ", ".join(f"{name}{list(leaf.shape)}" for name, leaf in leaves[:8])
         raise ValueError(
-            f"where: no leaf of params was chosen, expected at least one of: {shapes}; pass "
-            f"where=lambda name, leaf: ..."
+            f"where: no leaf of {label} was chosen, expected at least one of: {shapes}; pass "
+            "where=lambda name, leaf: ..."
         )
     for name, leaf in chosen.items():
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise ValueError(
-                f"params[{name!r}]: expected floats, got {leaf.dtype}; cast it, or exclude the "
-                f"leaf with `where`"
+                f"{label}[{name!r}]: expected floats, got {leaf.dtype}; cast it, or exclude the "
+                "leaf with `where`"
             )
     if len({name for name, _ in leaves}) != len(leaves):
         raise ValueError(
-            "params: two leaves have the same path name; rename one so that layers can be told "
-            "apart"
+            f"{label}: two leaves have the same path name; rename one so that each has its own"
         )
     return chosen
 
@@ -232,3 +231,23 @@ def map_state(
         return function(owner, leaf, *others)
 
     return jax.tree.map_with_path(call, state, *rest, is_leaf=is_leaf)
+
+
+def replace(structure: PyTree, values: Mapping[str, Any], is_leaf: Callable[[Any], bool]) -> PyTree:
+    """The tree with the named nodes replaced; the others stay.
+
+    Args:
+      structure: any pytree.
+      values: path name -> new node.
+      is_leaf: what counts as one node.
+
+    Returns:
+      A tree of the same structure.
+
+    Example:
+      >>> replace({"a": 1, "b": 2}, {"b": 3}, is_leaf=lambda node: False)
+      {'a': 1, 'b': 3}
+    """
+    return jax.tree.map_with_path(
+        lambda path, node: values.get(path_name(path), node), structure, is_leaf=is_leaf
+    )

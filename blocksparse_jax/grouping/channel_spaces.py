@@ -17,6 +17,7 @@ from jaxtyping import Int, PyTree
 
 from blocksparse_jax import _checks, budgets, tree
 from blocksparse_jax import scores as scores_
+from blocksparse_jax.counts import block_counts
 from blocksparse_jax.grouping.channel_order import Consumer, channel_order
 
 Spaces = Mapping[str, Sequence[tuple[str, int]]]
@@ -72,9 +73,7 @@ def space_consumers(
         for name, shape in shapes.items()
     }
     densities = budgets.layer_densities(budget, shapes, sparsity)
-    counts = budgets.block_counts(
-        shapes, densities, block_density=block_density, channel_blocks=runs
-    )
+    counts = block_counts(shapes, densities, block_density=block_density, channel_blocks=runs)
     made = scores_.make(scores, chosen, None, jax.random.key(0))
     size = {
         name: _checks.divisor(shape[3], _checks.positive_int("group_size", group_size))

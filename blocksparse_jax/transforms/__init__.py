@@ -1,1 +1,9 @@
-"""The optax transformations: one file for each family of methods."""
+"""Sparse methods as optax transformations, one file a method, and the frame that they share.
+
+To write a method of your own, give `drop_and_grow` or `one_shot` a pattern and scores; where that
+does not say it, build a transformation from its parts with `sparse_transformation`.
+"""
+
+from blocksparse_jax.transforms._base import Leaf, Step, sparse_transformation
+
+__all__ = ["Leaf", "Step", "sparse_transformation"]

@@ -1,8 +1,10 @@
-"""The frame of every sparse method: choose leaves, draw masks, redraw them on a schedule, mask or
-bend the gradient.
+"""The frame of every sparse method: an optax transformation from a few functions.
+
+A method may act in three places: on the gradient (`penalty`, and the mask itself), on the masks at
+the steps of its schedule (`redraw`), and on the proposed weights `params + updates` behind the
+optimizer (`on_proposed`, which `keep_zeros` runs). Everywhere it sees its sparse leaves by name.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,191 +13,270 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from blocksparse_jax import budgets, tree
+from blocksparse_jax import schedules, tree
 from blocksparse_jax.layout import Dense, Layout, is_layout
-from blocksparse_jax.state import SparseState, Spec
+from blocksparse_jax.patterns import Kept
+from blocksparse_jax.spec import Spec
+from blocksparse_jax.state import SparseState, is_node
 
 
 class Leaf(NamedTuple):
-    """What a method sees of one sparse leaf at an update: weights, gradient, mask and layout."""
+    """What a method sees of one sparse leaf.
+
+    Attributes:
+      weights: the parameter; in `on_proposed`, the proposed one.
+      grad: its gradient, as it came to the method.
+      mask: bool, what is kept now.
+      layout: its layout, or a marker.
+      memory: the method's own array, a scalar where it has none.
+    """
 
     weights: Array
     grad: Array
     mask: Array
     layout: Layout
+    memory: Array
 
 
-Drawn = Mapping[str, tuple[Array, Layout]]
-Draw = Callable[[dict[str, Array]], Drawn]
-Redraw = Callable[[Any, dict[str, Leaf]], Drawn]
+class Step(NamedTuple):
+    """When and with what a method is called.
+
+    Attributes:
+      count: int32, updates so far.
+      extra: the extra arguments of `tx.update(..., **extra)`, e.g. `value` or `loss`.
+    """
+
+    count: Array
+    extra: Mapping[str, Any]
+
+
+Leaves = dict[str, Leaf]
+Draw = Callable[[dict[str, Array]], Mapping[str, Kept]]
+Redraw = Callable[[Step, Leaves], Mapping[str, Kept]]
+Remember = Callable[[Step, Leaf], Array]
+Penalty = Callable[[Leaf], Array]
+OnProposed = Callable[[Step, Leaves], Leaves]
 
 
 def sparse_transformation(
     spec: Callable[[dict[str, Array]], Spec] | Spec,
     *,
-    where: tree.Where | None,
+    where: tree.Where | None = None,
     draw: Draw,
     redraw: Redraw | None = None,
-    due: Callable[[Any], Any] | None = None,
-    decay: float = 0.0,
+    penalty: Penalty | None = None,
+    remember: Remember | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A sparse method from its parts.
+    """Makes a sparse method from its parts.
 
     Args:
-      spec: what is fixed about the method, or a function of the chosen leaves.
-      where: which leaves are sparse.
-      draw: chosen weights by name -> (mask, layout) by name, at init.
-      redraw: (count, leaves by name) -> the same at an update of the masks; arrays keep their
-        shapes.
-      due: count -> whether masks are redrawn; None with a `redraw` means at every step.
-      decay: straight-through methods add `decay * (1 - mask) * w` to the gradient.
+      spec: what is fixed about the method, or a function of the chosen leaves. Its `schedule` says
+        when masks are redrawn; its `on_proposed` is run by `keep_zeros`.
+      where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.
+      draw: chosen weights by name -> `Kept(mask, layout)` by name, at init.
+      redraw: (step, leaves by name) -> `Kept` by name, at the steps of the schedule; arrays keep
+        their shapes.
+      penalty: leaf -> a term that is added to its gradient, before the optimizer.
+      remember: (step, leaf) -> the leaf's memory, at every update, before masks are redrawn; the
+        memory starts as float32 zeros in the leaf's shape.
 
     Returns:
       An optax transformation whose state is a `SparseState`.
+
+    Raises:
+      ValueError: at init, what `where` and `draw` refuse; at update, params of another tree or
+        shape, or None.
+
+    Example:
+      >>> from blocksparse_jax.schedules import every
+      >>> def draw(chosen):
+      ...     return {name: Kept(jnp.abs(w) > 1, Dense()) for name, w in chosen.items()}
+      >>> method = sparse_transformation(Spec("threshold", 0.5), draw=draw)
+      >>> params = {"conv": jnp.linspace(-2, 2, 64).reshape(1, 1, 8, 8)}
+      >>> int(method.init(params).masks["conv"].sum())
+      32
     """
 
     def init(params: PyTree) -> SparseState:
         chosen = tree.choose(where, params)
-        drawn = draw(chosen)
-        names, structure = _names(params)
-        masks = [drawn[name][0] if name in chosen else jnp.asarray(True) for name in names]
-        layouts = [drawn[name][1] if name in chosen else Dense() for name in names]
+        kept = draw(chosen)
+        dense = jax.tree.map(lambda leaf: jnp.asarray(True), params)
+        masks = {name: one.mask for name, one in kept.items()}
+        layouts = {name: one.layout for name, one in kept.items()}
+        memory = {name: jnp.zeros(leaf.shape, jnp.float32) for name, leaf in chosen.items()}
+        scalars = jax.tree.map(lambda leaf: jnp.zeros((), jnp.float32), params)
         return SparseState(
             count=jnp.zeros((), jnp.int32),
-            masks=jax.tree.unflatten(structure, masks),
-            layouts=jax.tree.unflatten(structure, layouts),
+            masks=tree.replace(dense, masks, is_leaf=is_layout),
+            layouts=tree.replace(
+                jax.tree.map(lambda leaf: Dense(), params), layouts, is_leaf=is_layout
+            ),
+            memory=() if remember is None else tree.replace(scalars, memory, is_leaf=is_layout),
             skip_gradient=jnp.asarray(False),
-            blind_updates=jnp.zeros((), jnp.int32),
+            stalled_updates=jnp.zeros((), jnp.int32),
             spec=spec(chosen) if callable(spec) else spec,
         )
 
     def update(
         updates: PyTree, state: SparseState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, SparseState]:
-        del extra_args
         if params is None:
             raise ValueError(
                 f"params: {state.spec.method} reads the weights, expected tx.update(grads, state, "
-                f"params), got None"
+                "params), got None"
             )
-        names, structure = _names(params)
-        masks = tree.match("state", state.masks, params)
-        layouts = tree.match("state", state.layouts, params, is_leaf=is_layout)
-        grads = tree.match("updates", updates, params)
-        weights = jax.tree.leaves(params)
-        skip, blind = jnp.asarray(False), state.blind_updates
-        active = {
-            name: Leaf(*leaf)
-            for name, leaf in zip(
-                names, zip(weights, grads, masks, layouts, strict=True), strict=True
-            )
-            if jnp.ndim(leaf[2])
-        }
-        _same_shapes(active)
-        if redraw is not None and active:
-            kept = {name: (leaf.mask, leaf.layout) for name, leaf in active.items()}
-            now = jnp.asarray(True) if due is None else jnp.asarray(due(state.count))
-            fresh = (
-                redraw(state.count, active)
-                if due is None
-                else jax.lax.cond(
-                    now, lambda leaves: redraw(state.count, leaves), lambda leaves: kept, active
-                )
-            )
-            if state.spec.full_gradient:
-                blind = blind + _is_blind(state.spec.method, now, active)
-            masks = [
-                fresh[name][0] if name in fresh else mask
-                for name, mask in zip(names, masks, strict=True)
-            ]
-            layouts = [
-                fresh[name][1] if name in fresh else layout
-                for name, layout in zip(names, layouts, strict=True)
-            ]
-            skip = now if state.spec.skips else skip
-        bent = [
-            _bend(state.spec, g, m, w, decay) for g, m, w in zip(grads, masks, weights, strict=True)
-        ]
-        if redraw is not None and state.spec.skips:
-            bent = [jnp.where(skip, jnp.zeros_like(g), g) for g in bent]
-        new_state = SparseState(
-            count=optax.safe_increment(state.count),
-            masks=jax.tree.unflatten(structure, masks),
-            layouts=jax.tree.unflatten(structure, layouts),
-            skip_gradient=skip,
-            blind_updates=blind,
-            spec=state.spec,
+        step = Step(state.count, extra_args)
+        leaves = sparse_leaves(state, params, updates)
+        if remember is not None:
+            leaves = {
+                name: leaf._replace(memory=remember(step, leaf)) for name, leaf in leaves.items()
+            }
+        due = jnp.asarray(False)
+        stalled = state.stalled_updates
+        if redraw is not None and leaves:
+            due = jnp.asarray(state.spec.schedule(state.count))
+            if state.spec.grows_by_gradient:
+                stalled = stalled + _cannot_grow(state.spec.method, due, leaves)
+            leaves = _redraw(redraw, state.spec.schedule, due, step, leaves)
+        skip = due if state.spec.skips_gradient else jnp.asarray(False)
+        new_state = with_leaves(state, leaves)._replace(
+            count=optax.safe_increment(state.count), skip_gradient=skip, stalled_updates=stalled
         )
-        return jax.tree.unflatten(structure, bent), new_state
+        passed_on = {name: _gradient(state.spec, leaf, penalty) for name, leaf in leaves.items()}
+        grads = jax.tree.unflatten(
+            jax.tree.structure(params), tree.match("updates", updates, params)
+        )
+        grads = tree.replace(grads, passed_on, is_leaf=is_layout)
+        if redraw is not None and state.spec.skips_gradient:
+            grads = jax.tree.map(lambda g: jnp.where(skip, jnp.zeros_like(g), g), grads)
+        return grads, new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _names(params: PyTree) -> tuple[list[str], Any]:
-    return [
-        tree.path_name(path) for path, _ in jax.tree.leaves_with_path(params)
-    ], jax.tree.structure(params)
+def propose(
+    state: SparseState, count: Array, params: PyTree, grads: PyTree, extra: Mapping[str, Any]
+) -> tuple[PyTree, SparseState]:
+    """Runs a method's `on_proposed` where its schedule is due.
+
+    Args:
+      state: of the method, after the update.
+      count: int32, updates before it.
+      params: the proposed weights `params + updates`.
+      grads: the gradients that came to the chain.
+      extra: the extra arguments of the update.
+
+    Returns:
+      The weights and the state that the method makes of them.
+    """
+    on_proposed = state.spec.on_proposed
+    leaves = sparse_leaves(state, params, grads)
+    if on_proposed is None or not leaves:
+        return params, state
+    step = Step(count, extra)
+    schedule = state.spec.schedule
+    if isinstance(schedule, schedules.Always):
+        leaves = on_proposed(step, leaves)
+    else:
+        leaves = jax.lax.cond(
+            jnp.asarray(schedule(count)),
+            lambda leaves: on_proposed(step, leaves),
+            lambda leaves: leaves,
+            leaves,
+        )
+    weights = {name: leaf.weights for name, leaf in leaves.items()}
+    return tree.replace(params, weights, is_leaf=is_layout), with_leaves(state, leaves)
 
 
-def _same_shapes(leaves: dict[str, Leaf]) -> None:
+def sparse_leaves(state: SparseState, params: PyTree, grads: PyTree) -> Leaves:
+    """The leaves that a method prunes, by name; packed and dense leaves are none.
+
+    Raises:
+      ValueError: the state is of another tree, or a leaf has another shape than at init.
+    """
+    names = [tree.path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+    masks = tree.match("state", state.masks, params, is_leaf=is_node)
+    layouts = tree.match("state", state.layouts, params, is_leaf=is_node)
+    gradients = tree.match("updates", grads, params)
+    memory = [jnp.zeros(())] * len(names)
+    if jax.tree.leaves(state.memory):
+        memory = tree.match("state", state.memory, params, is_leaf=is_node)
+    weights = jax.tree.leaves(params)
+    leaves = {
+        name: Leaf(*columns)
+        for name, *columns in zip(names, weights, gradients, masks, layouts, memory, strict=True)
+        if not isinstance(columns[2], optax.MaskedNode) and jnp.ndim(columns[2])
+    }
     for name, leaf in leaves.items():
         if not leaf.weights.shape == leaf.grad.shape == leaf.mask.shape:
             raise ValueError(
                 f"params: expected shape {leaf.mask.shape} at {name!r} as at init, got weights "
-                f"{leaf.weights.shape} and gradient "
-                f"{leaf.grad.shape}; packed values go with the packed state of pack_tree"
+                f"{leaf.weights.shape} and gradient {leaf.grad.shape}; packed values go with the "
+                "packed state of pack_tree"
             )
+    return leaves
 
 
-def _is_blind(method: str, now: Array, leaves: dict[str, Leaf]) -> Array:
-    """Whether an update happens now and a layer's gradient is zero on all its pruned weights,
-    though not on the kept ones.
+def with_leaves(state: SparseState, leaves: Leaves) -> SparseState:
+    """The state with the masks, layouts and memory of the given leaves."""
+    masks = {name: leaf.mask for name, leaf in leaves.items()}
+    layouts = {name: leaf.layout for name, leaf in leaves.items()}
+    memory = {name: leaf.memory for name, leaf in leaves.items()}
+    return state._replace(
+        masks=tree.replace(state.masks, masks, is_leaf=is_node),
+        layouts=tree.replace(state.layouts, layouts, is_leaf=is_node),
+        memory=tree.replace(state.memory, memory, is_leaf=is_node),
+    )
 
-    Raises ValueError where the values are known (outside of jit).
+
+def _redraw(
+    redraw: Redraw, schedule: schedules.Schedule, due: Array, step: Step, leaves: Leaves
+) -> Leaves:
+    """The leaves with new masks and layouts, where the schedule is due."""
+    if isinstance(schedule, schedules.Always):
+        kept = redraw(step, leaves)
+    else:
+        present = {name: Kept(leaf.mask, leaf.layout) for name, leaf in leaves.items()}
+        kept = jax.lax.cond(
+            due, lambda leaves: dict(redraw(step, leaves)), lambda leaves: present, leaves
+        )
+    return {
+        name: leaf._replace(mask=kept[name].mask, layout=kept[name].layout)
+        for name, leaf in leaves.items()
+    }
+
+
+def _gradient(spec: Spec, leaf: Leaf, penalty: Penalty | None) -> Array:
+    """The gradient that goes on to the optimizer: masked for hard methods, whole for soft ones."""
+    grad = leaf.grad
+    if penalty is not None:
+        grad = grad + penalty(leaf).astype(grad.dtype)
+    return grad if spec.straight_through else jnp.where(leaf.mask, grad, jnp.zeros_like(grad))
+
+
+def _cannot_grow(method: str, due: Array, leaves: Leaves) -> Array:
+    """1 where masks change now, and a layer's gradient is zero on all its pruned weights.
+
+    The gradient must not be zero on the kept ones too: then the network has no gradient at all.
+    Raises a ValueError where the values are known (outside of jit).
     """
 
-    def look(leaves: dict[str, Leaf]) -> Array:
-        sees = {name: (leaf.grad != 0) for name, leaf in leaves.items()}
-        blind = [
-            (sees[n] & x.mask).any() & ~(sees[n] & ~x.mask).any() & ~x.mask.all()
-            for n, x in leaves.items()
-        ]
-        return jnp.stack(blind)
+    def look(leaves: Leaves) -> Array:
+        stalled = []
+        for leaf in leaves.values():
+            nonzero = leaf.grad != 0
+            on_kept = (nonzero & leaf.mask).any()
+            on_pruned = (nonzero & ~leaf.mask).any()
+            stalled.append(on_kept & ~on_pruned & ~leaf.mask.all())
+        return jnp.stack(stalled)
 
-    blind = jax.lax.cond(now, look, lambda leaves: jnp.zeros(len(leaves), bool), leaves)
-    if not isinstance(blind, jax.core.Tracer) and bool(blind.any()):
-        name = next(name for name, is_blind in zip(leaves, blind.tolist(), strict=True) if is_blind)
+    stalled = jax.lax.cond(due, look, lambda leaves: jnp.zeros(len(leaves), bool), leaves)
+    if not isinstance(stalled, jax.core.Tracer) and bool(stalled.any()):
+        name = list(leaves)[stalled.tolist().index(True)]
         raise ValueError(
             f"updates: the gradient at {name!r} is zero on every pruned weight, so {method} can "
-            f"grow none; give its update steps the full "
-            "gradient: conv(..., kernel_gradient='dense'), likewise in BlockSparseConv, or a dense "
-            "convolution of the masked weights"
+            "grow none; give its update steps the full gradient: conv(..., "
+            "kernel_gradient='dense'), likewise in BlockSparseConv, or a dense convolution of the "
+            "masked weights"
         )
-    return blind.any().astype(jnp.int32)
-
-
-def _bend(spec: Spec, grad: Array, mask: Array, weights: Array, decay: float) -> Array:
-    """The gradient that goes on: masked for hard methods, whole plus the SR-STE term for
-    straight-through ones.
-    """
-    if not spec.straight_through:
-        return jnp.where(mask, grad, jnp.zeros_like(grad)) if jnp.ndim(mask) else grad
-    if not jnp.ndim(mask) or decay == 0:
-        return grad
-    return grad + (decay * jnp.where(mask, 0, weights)).astype(grad.dtype)
-
-
-def check_budget(budget: Any) -> None:
-    """ValueError unless it is the name of a budget, or a map to sparsities; whether its names are
-    layers shows at init.
-    """
-    named = dict.fromkeys(budget, (1,)) if isinstance(budget, Mapping) else {}
-    budgets.layer_densities(budget, named, 0.0)
-
-
-def target_density(budget: budgets.Budget, chosen: dict[str, Array], sparsity: float) -> float:
-    """The density that a budget asks of the chosen leaves together."""
-    shapes = {name: tuple(leaf.shape) for name, leaf in chosen.items()}
-    densities = budgets.layer_densities(budget, shapes, sparsity)
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    return sum(densities[name] * size for name, size in sizes.items()) / sum(sizes.values())
+    return stalled.any().astype(jnp.int32)

@@ -1,7 +1,6 @@
-"""keep_zeros: pruned weights are exactly zero after every update, and regrown ones start with fresh
-moments.
-"""
+"""keep_zeros: pruned weights are exactly zero after every update, and grown ones start fresh."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,22 +10,52 @@ from jaxtyping import Array, PyTree
 
 from blocksparse_jax import tree
 from blocksparse_jax.state import hard_masks, is_sparse_state, sparse_states
+from blocksparse_jax.transforms._base import propose
+
+
+def sparse(
+    method: optax.GradientTransformation, *optimizer: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """Trains with a sparse method: `keep_zeros(optax.chain(method, *optimizer))`.
+
+    Args:
+      method: a sparse method, e.g. `hrbp_prune(0.9)`.
+      *optimizer: the optimizer, and what comes before it, e.g. `optax.add_decayed_weights(5e-4),
+        optax.sgd(0.1, momentum=0.9)`.
+
+    Returns:
+      An optax transformation under which pruned weights are exactly zero.
+
+    Raises:
+      ValueError: an argument is no transformation; at init, when there is no sparse method.
+
+    Example:
+      >>> import blocksparse_jax as bsj
+      >>> tx = sparse(bsj.rigl(0.5, until=100), optax.sgd(0.1, momentum=0.9))
+      >>> state = tx.init({"conv": jnp.ones((3, 3, 8, 8))})
+      >>> int(bsj.get_masks(state)["conv"].sum())
+      288
+    """
+    for place, part in enumerate((method, *optimizer)):
+        name = "method" if place == 0 else f"optimizer[{place - 1}]"
+        _check_transformation(name, part, "sparse(rigl(...), optax.sgd(0.1))")
+    return keep_zeros(optax.chain(method, *optimizer))
 
 
 def keep_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Wraps a chain with a sparse method so that zeros are exact under momentum, weight decay,
-    schedules, whatever the chain does.
+    """Keeps pruned weights exactly zero under momentum, weight decay, whatever the chain does.
 
     The update becomes `u = -p` where pruned. Every state leaf that belongs to a parameter (found by
     its key path, not by optimizer type: moments, traces, accumulators) is zeroed where the weight
-    is pruned or newly grown. On a step that moves the topology and applies no gradient (RigL,
-    dynamic HRBP) no weight moves but the newly pruned ones, and those state leaves keep their
-    values; counts go on. Straight-through methods (SR-STE, soft SUBP) train the pruned weights too:
-    they pass unchanged. The state is the chain's own.
+    is pruned or newly grown. On a step that changes masks and applies no gradient (RigL, dynamic
+    HRBP) no weight moves but the newly pruned ones, and those state leaves keep their values;
+    counts go on. Straight-through methods (SR-STE, soft SUBP) train the pruned weights too: they
+    pass unchanged. Methods that act on the proposed weights `params + updates` (`Spec.on_proposed`)
+    run here, behind the optimizer. The state is the chain's own.
 
     Args:
       inner: a transformation that holds a sparse method, e.g. `optax.chain(hrbp_prune(...),
-        optax.sgd(0.1))`.
+        optax.sgd(0.1))`; `sparse(method, optimizer)` writes both at once.
 
     Returns:
       An optax transformation.
@@ -45,11 +74,7 @@ def keep_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformat
 
     Reference: the precedent is `optax.keep_params_nonnegative`.
     """
-    if not (callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))):
-        raise ValueError(
-            f"inner: expected an optax transformation such as optax.chain(rigl(...), "
-            f"optax.sgd(0.1)), got {inner!r}"
-        )
+    _check_transformation("inner", inner, "optax.chain(rigl(...), optax.sgd(0.1))")
     inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> PyTree:
@@ -65,39 +90,74 @@ def keep_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformat
                 "params: keep_zeros projects the weights, expected tx.update(grads, state, "
                 "params), got None"
             )
-        before = hard_masks(state, params)
         new_updates, new_state = inner.update(updates, state, params, **extra_args)
-        after = hard_masks(new_state, params)
-        methods = sparse_states(new_state)
-        skips = any(s.spec.skips for s in methods)
-        skip = jnp.any(jnp.stack([s.skip_gradient for s in methods]))
-
-        def project(update: Array, weight: Array, mask: Array) -> Array:
-            update = jnp.where(skip, jnp.zeros_like(update), update) if skips else update
-            return jnp.where(mask, update, -weight) if jnp.ndim(mask) else update
-
-        leaves = jax.tree.leaves_with_path(params)
-        owned = {
-            tree.path_name(path): (leaf, *m)
-            for (path, leaf), m in zip(leaves, zip(before, after, strict=True), strict=True)
-        }
-
-        def reset(name: str | None, new: Any, old: Any) -> Any:
-            if (
-                name is None
-                or jnp.shape(new) != jnp.shape(owned[name][0])
-                or not jnp.issubdtype(jnp.result_type(new), jnp.inexact)
-            ):
-                return new
-            _, was, now = owned[name]
-            value = jnp.where(skip, old, new) if skips else new
-            return jnp.where(was & now, value, jnp.zeros_like(value)) if jnp.ndim(now) else value
-
-        new = tree.match("updates", new_updates, params)
-        projected = [
-            project(u, leaf, mask) for u, (_, leaf), mask in zip(new, leaves, after, strict=True)
-        ]
-        new_state = tree.map_state(reset, params, new_state, state, is_leaf=is_sparse_state)
-        return jax.tree.unflatten(jax.tree.structure(params), projected), new_state
+        new_updates, new_state = _run_proposals(
+            new_updates, new_state, updates, state, params, extra_args
+        )
+        return _project(new_updates, new_state, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_transformation(name: str, value: Any, example: str) -> None:
+    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
+        raise ValueError(
+            f"{name}: expected an optax transformation such as {example}, got {value!r}"
+        )
+
+
+def _run_proposals(
+    updates: PyTree,
+    new_state: PyTree,
+    grads: PyTree,
+    state: PyTree,
+    params: PyTree,
+    extra: Mapping[str, Any],
+) -> tuple[PyTree, PyTree]:
+    """What methods make of the proposed weights, in the order of the chain."""
+    if all(sparse.spec.on_proposed is None for sparse in sparse_states(new_state)):
+        return updates, new_state
+    proposed = optax.apply_updates(params, updates)
+    nodes, structure = jax.tree.flatten(new_state, is_leaf=is_sparse_state)
+    before = jax.tree.leaves(state, is_leaf=is_sparse_state)
+    weights = proposed
+    for place, node in enumerate(nodes):
+        if is_sparse_state(node):
+            weights, nodes[place] = propose(node, before[place].count, weights, grads, extra)
+    moved = jax.tree.map(lambda u, new, old: u + (new - old), updates, weights, proposed)
+    return moved, jax.tree.unflatten(structure, nodes)
+
+
+def _project(
+    updates: PyTree, new_state: PyTree, state: PyTree, params: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Updates that end in zero where pruned, and a state without moments there."""
+    before, after = hard_masks(state, params), hard_masks(new_state, params)
+    methods = sparse_states(new_state)
+    skips = any(sparse.spec.skips_gradient for sparse in methods)
+    skip = jnp.any(jnp.stack([sparse.skip_gradient for sparse in methods]))
+
+    def project(update: Array, weight: Array, mask: Array) -> Array:
+        update = jnp.where(skip, jnp.zeros_like(update), update) if skips else update
+        return jnp.where(mask, update, -weight) if jnp.ndim(mask) else update
+
+    names = [tree.path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+    weights = jax.tree.leaves(params)
+    shapes = dict(zip(names, map(jnp.shape, weights), strict=True))
+    was_kept = dict(zip(names, before, strict=True))
+    is_kept = dict(zip(names, after, strict=True))
+
+    def reset(name: str | None, new: Any, old: Any) -> Any:
+        if name is None or jnp.shape(new) != shapes[name]:
+            return new
+        if not jnp.issubdtype(jnp.result_type(new), jnp.inexact):
+            return new
+        value = jnp.where(skip, old, new) if skips else new
+        if not jnp.ndim(is_kept[name]):
+            return value
+        return jnp.where(was_kept[name] & is_kept[name], value, jnp.zeros_like(value))
+
+    leaves = zip(tree.match("updates", updates, params), weights, after, strict=True)
+    projected = [project(update, weight, mask) for update, weight, mask in leaves]
+    new_state = tree.map_state(reset, params, new_state, state, is_leaf=is_sparse_state)
+    return jax.tree.unflatten(jax.tree.structure(params), projected), new_state

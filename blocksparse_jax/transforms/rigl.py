@@ -1,55 +1,44 @@
-"""Dynamic sparse training of single weights: RigL."""
+"""RigL: dynamic sparse training of single weights, grown where the gradient is largest."""
 
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from blocksparse_jax import _checks, budgets, schedules, tree
-from blocksparse_jax.layout import Dense
-from blocksparse_jax.masks import unstructured
-from blocksparse_jax.scores import magnitude
-from blocksparse_jax.state import Spec
-from blocksparse_jax.transforms._base import (
-    Drawn,
-    Leaf,
-    check_budget,
-    sparse_transformation,
-    target_density,
-)
-from blocksparse_jax.transforms.static import draw_random
+from blocksparse_jax import _checks, tree
+from blocksparse_jax.budgets import Budget
+from blocksparse_jax.schedules import Schedule, every
+from blocksparse_jax.transforms.drop_and_grow import drop_and_grow
 
 
 def rigl(
     sparsity: float,
     *,
-    update_every: int = 100,
-    start: int = 0,
-    until: int,
+    schedule: Schedule | None = None,
     drop_fraction: float = 0.3,
-    budget: budgets.Budget = "erk",
+    budget: Budget = "erk",
     where: tree.Where | None = None,
     key: Array | None = None,
+    update_every: int = 100,
+    start: int = 0,
+    until: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """RigL: drops the smallest weights and grows the connections with the largest gradient.
 
-    Every `update_every` steps after `start`, before `until`, each layer with n active weights drops
-    `floor(f * n)`, `f = drop_fraction / 2 * (1 + cos(pi * (t - start) / (until - start)))`, keeps
-    the largest `|w|` and grows as many of the largest `|g|` among all others, the just dropped ones
-    included. Grown weights start at zero with fresh moments (under `keep_zeros`), and that step
-    applies no gradient. Masks start at random. The gradient must be the full one, as any dense
-    execution gives it; where it is zero on every pruned weight, the update raises a ValueError, or
-    inside jit counts in `blind_updates`, which `summarize` shows.
+    `drop_and_grow` of single weights, dropped by `|w|` and grown by `|g|`; masks start at random.
+    At a step of the schedule the gradient must be the full one, as any dense execution gives it.
 
     Args:
       sparsity: fraction of the chosen weights to remove, in [0, 1).
-      update_every: steps between topology steps.
-      start: the step from which they are counted.
-      until: no topology step from here on (the paper: 0.75 of training).
-      drop_fraction: the fraction at `start`, in [0, 1].
+      schedule: when masks change, e.g. `every(100, until=75_000)` (the paper: until 0.75 of
+        training).
+      drop_fraction: the fraction at the schedule's start, in [0, 1].
       budget: "erk", "uniform", "er", or a map layer name -> sparsity.
       where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.
       key: JAX random key of the first masks; None is `jax.random.key(0)`, the same masks in every
         run.
+      update_every: deprecated, as are `start` and `until`: they mean
+        `schedule=every(update_every, start, until)`.
+      start: deprecated, see `update_every`.
+      until: deprecated, see `update_every`.
 
     Returns:
       An optax transformation that masks gradients; put it first in the chain, inside `keep_zeros`.
@@ -58,45 +47,22 @@ def rigl(
       ValueError: a bad argument.
 
     Example:
-      >>> import blocksparse_jax as bsj
-      >>> params = {"w": jnp.ones((3, 3, 8, 8))}
-      >>> tx = bsj.keep_zeros(optax.chain(bsj.rigl(0.9, until=1000), optax.sgd(0.1, momentum=0.9)))
-      >>> int(bsj.get_masks(tx.init(params))["w"].sum())
+      >>> import blocksparse_jax as bsj, jax.numpy as jnp
+      >>> tx = bsj.sparse(bsj.rigl(0.9, schedule=bsj.every(100, until=1000)), optax.sgd(0.1))
+      >>> int(bsj.get_masks(tx.init({"w": jnp.ones((3, 3, 8, 8))}))["w"].sum())
       58
 
     Reference: Evci et al., "Rigging the lottery: making all tickets winners", ICML 2020, algorithm
-    1. No topology step at `start` itself, before anything is learnt, is ours.
+    1.
     """
-    _checks.fraction("sparsity", sparsity)
-    _checks.fraction("drop_fraction", drop_fraction, high_open=False)
-    due = schedules.Periodic(_checks.positive_int("update_every", update_every), start, until)
-    check_budget(budget)
-    random_key = _checks.random_key("key", key)
-
-    def draw(chosen: dict[str, Array]) -> Drawn:
-        return {
-            name: (mask, Dense())
-            for name, mask in draw_random(random_key, chosen, sparsity, budget).items()
-        }
-
-    def redraw(count: Array, leaves: dict[str, Leaf]) -> Drawn:
-        fraction = schedules.cosine_fraction(drop_fraction, count, start, until)
-        return {name: (_drop_and_grow(leaf, fraction), Dense()) for name, leaf in leaves.items()}
-
-    return sparse_transformation(
-        lambda chosen: Spec(
-            "rigl", target_density(budget, chosen, sparsity), skips=True, full_gradient=True
-        ),
+    if schedule is None:
+        schedule = every(_checks.positive_int("update_every", update_every), start, until)
+    return drop_and_grow(
+        sparsity,
+        fraction=_checks.fraction("drop_fraction", drop_fraction, high_open=False),
+        schedule=schedule,
+        budget=budget,
         where=where,
-        draw=draw,
-        redraw=redraw,
-        due=due,
+        key=key,
+        name="rigl",
     )
-
-
-def _drop_and_grow(leaf: Leaf, fraction: Array) -> Array:
-    active = leaf.mask.sum()
-    count = jnp.floor(fraction * active).astype(jnp.int32)
-    stays = unstructured(jnp.where(leaf.mask, magnitude(leaf.weights), -jnp.inf), active - count)
-    grows = unstructured(jnp.where(stays, -jnp.inf, magnitude(leaf.grad)), count)
-    return stays | grows

@@ -2,27 +2,30 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
 from blocksparse_jax import _checks, tree
 from blocksparse_jax.layout import Dense
-from blocksparse_jax.masks import Axis, n_of_m
+from blocksparse_jax.patterns import Kept, n_of_m
+from blocksparse_jax.patterns.n_of_m import Axis, NOfM
+from blocksparse_jax.schedules import Always
 from blocksparse_jax.scores import magnitude
-from blocksparse_jax.state import Spec
-from blocksparse_jax.transforms._base import Drawn, Leaf, sparse_transformation
+from blocksparse_jax.selection import highest_in_rows
+from blocksparse_jax.spec import Spec
+from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
 
 
 @dataclasses.dataclass(frozen=True)
 class _LargestOfRun:
-    """weights -> N:M mask; compares by value, so it can sit in a static field."""
+    """Weights -> N:M mask; compares by value, so it can sit in a static field."""
 
-    n: int
-    m: int
-    axis: Axis
+    pattern: NOfM
 
     def __call__(self, weights: Float[Array, "..."]) -> Bool[Array, "..."]:
-        return n_of_m(magnitude(weights), self.n, self.m, self.axis)
+        runs = self.pattern.sets(magnitude(weights), Dense())
+        return self.pattern.mask(highest_in_rows(runs, self.pattern.n), weights.shape)
 
 
 def sr_ste(
@@ -56,35 +59,41 @@ def sr_ste(
       >>> import blocksparse_jax as bsj, jax.numpy as jnp
       >>> params = {"conv": jnp.arange(1.0, 9.0).reshape(1, 1, 8, 1)}
       >>> tx = bsj.sr_ste(2, 4, decay=0.1)
-      >>> state = tx.init(params)
       >>> grads = {"conv": jnp.zeros((1, 1, 8, 1))}
-      >>> [round(u, 3) for u in tx.update(grads, state, params)[0]["conv"].reshape(-1).tolist()]
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> [round(u, 3) for u in updates["conv"].reshape(-1).tolist()]
       [0.1, 0.2, 0.0, 0.0, 0.5, 0.6, 0.0, 0.0]
 
     Reference: Zhou et al., "Learning N:M fine-grained structured sparse neural networks from
     scratch", ICLR 2021, equation 9.
     """
-    _checks.positive_int("m", m)
-    if _checks.positive_int("n", n) > m:
-        raise ValueError(f"n: expected at most m={m}, got {n}")
+    pattern = n_of_m(n, m, axis)
     decay = _checks.number("decay", decay)
-    rule = _LargestOfRun(n, m, _checks.choice("axis", axis, ("input", "kernel")))
+    rule = _LargestOfRun(pattern)
 
-    def draw(chosen: dict[str, Array]) -> Drawn:
-        drawn = {}
+    def draw(chosen: dict[str, Array]) -> dict[str, Kept]:
         for name, leaf in chosen.items():
-            try:
-                drawn[name] = (rule(leaf), Dense())
-            except ValueError as error:
-                raise ValueError(f"params[{name!r}]: {error}") from error
-        return drawn
+            pattern.units(leaf.shape, f"params[{name!r}]")
+        return {name: Kept(rule(leaf), Dense()) for name, leaf in chosen.items()}
 
-    def redraw(count: Array, leaves: dict[str, Leaf]) -> Drawn:
-        del count
+    def redraw(step: Step, leaves: Leaves) -> dict[str, Kept]:
         return draw({name: leaf.weights for name, leaf in leaves.items()})
 
-    spec = Spec("sr-ste" if decay else "ste", n / m, straight_through=True, rule=rule)
-    return sparse_transformation(spec, where=where, draw=draw, redraw=redraw, decay=decay)
+    def pull(leaf: Leaf) -> Array:
+        return decay * jnp.where(leaf.mask, 0, leaf.weights)
+
+    spec = Spec(
+        "sr-ste" if decay else "ste",
+        pattern.density,
+        schedule=Always(),
+        gradient_schedule=Always(),
+        pattern=pattern,
+        straight_through=True,
+        rule=rule,
+    )
+    return sparse_transformation(
+        spec, where=where, draw=draw, redraw=redraw, penalty=pull if decay else None
+    )
 
 
 def ste(

@@ -1,16 +1,42 @@
 """SUBP: soft uniform 1xN block pruning."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
 from blocksparse_jax import _checks, schedules, tree
-from blocksparse_jax.layout import ConsecutiveGroups
-from blocksparse_jax.masks import one_by_n, top_rows
-from blocksparse_jax.scores import Criterion, block_scores
-from blocksparse_jax.state import Spec
-from blocksparse_jax.transforms._base import Drawn, Leaf, sparse_transformation
+from blocksparse_jax.patterns import Kept, one_by_n
+from blocksparse_jax.schedules import Between, between
+from blocksparse_jax.scores import CRITERIA, Criterion, block_scores
+from blocksparse_jax.selection import highest_in_rows
+from blocksparse_jax.spec import Spec
+from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
+
+
+@dataclasses.dataclass(frozen=True)
+class Epochs:
+    """True at the first step of each epoch from `start` on, through `last`.
+
+    Epochs are counted from step 0, whatever `start` is.
+
+    Attributes:
+      length: steps in an epoch.
+      start: no update before this step.
+      last: the last update; None = forever.
+    """
+
+    length: int
+    start: int
+    last: int | None
+
+    def __call__(self, count: Any) -> Any:
+        """Whether `count` (int or int32 array) is an update step."""
+        due = (count >= self.start) & (count % self.length == 0)
+        return due if self.last is None else due & (count <= self.last)
 
 
 def subp(
@@ -18,10 +44,8 @@ def subp(
     *,
     block: int = 16,
     criterion: Criterion = "l1",
-    schedule: schedules.Curve = "cubic",
-    start: int,
-    end: int,
-    update_every: int = 1,
+    curve: schedules.Curve = "cubic",
+    schedule: Between | schedules.Curve | None = None,
     soft: bool = True,
     version: int = 2,
     tau: float = 1.0,
@@ -29,28 +53,31 @@ def subp(
     decay: float = 2e-4,
     where: tree.Where | None = None,
     key: Array | None = None,
+    start: int | None = None,
+    end: int | None = None,
+    update_every: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
-    """SUBP: every group of N consecutive filters keeps the same number of input channels, chosen
-    anew once an epoch.
+    """SUBP: groups of N consecutive filters keep equally many channels, chosen anew each epoch.
 
     At each update the `floor(P * C)` blocks (N filters x one channel x the whole kernel) of lowest
     score go in every group, and `floor((P - P * rho(t)) * C)` of those come back, drawn without
     replacement with probabilities `softmax(x / tau)`, x = their scores divided by the scores' L2
-    norm. rho rises from 0 at `start` (dense) to 1 at `end` (plain top-k from there on). Soft: the
-    forward pass uses `w * mask` (`masked(params, state)`), the gradient goes to all weights plus
-    `decay * (1 - mask) * w`. Hard: gradients are masked.
+    norm. rho rises from 0 at the schedule's start (dense) to 1 at its end (plain top-k, final from
+    there on). Soft: the forward pass uses `w * mask` (`masked(params, state)`), the gradient goes
+    to all weights plus `decay * (1 - mask) * w`. Hard: gradients are masked.
 
     Args:
       sparsity: P, the final fraction of blocks to remove, in [0, 1).
       block: N, filters in a block; a layer whose filter count it does not divide uses the largest
         divisor below it.
       criterion: "l1", "l2" or "bpar" (see `scores.block_scores`).
-      schedule: rho's curve: "cubic", "linear", "cos" or "exp".
-      start: step at which pruning starts.
-      end: step from which the pattern is the plain top-k.
-      update_every: steps between updates; the paper's epoch.
+      curve: of rho: "cubic", "linear", "cos" or "exp".
+      schedule: `between(start, end, every=steps_per_epoch)`: where pruning starts, from where on
+        the pattern is the plain top-k, and the length of an epoch; epochs begin at multiples of
+        that length, counted from step 0.
       soft: straight-through (True) or masked gradients (False).
-      version: 2 scores `w * mask` (the authors' published class), 1 scores `w`.
+      version: 2 scores `w * mask` (the authors' published class), 1 scores `w`, so that its masks
+        may change after the end too.
       tau: temperature of the regrowth.
       alpha: weight of the redundancy in BPAR.
       decay: pull of pruned weights towards zero, soft only.
@@ -58,6 +85,10 @@ def subp(
         must be `[kh, kw, cin, cout]`.
       key: JAX random key of the regrowth, each update and leaf folds in its number; None is
         `jax.random.key(0)`, the same in every run.
+      start: deprecated, as are `end`, `update_every` and the name of a curve as `schedule`: they
+        mean `schedule=between(start, end, every=update_every)`.
+      end: deprecated, see `start`.
+      update_every: deprecated, see `start`.
 
     Returns:
       An optax transformation. `get_layouts(state)`, outside of jit, gives the pattern's layouts, of
@@ -70,7 +101,7 @@ def subp(
     Example:
       >>> import blocksparse_jax as bsj
       >>> params = {"w": jnp.ones((3, 3, 8, 32))}
-      >>> tx = bsj.subp(0.5, start=0, end=1)
+      >>> tx = bsj.subp(0.5, schedule=bsj.between(0, 1))
       >>> state = tx.init(params)
       >>> for _ in range(2):
       ...     _, state = tx.update(params, state, params)
@@ -82,50 +113,76 @@ def subp(
     """
     _checks.fraction("sparsity", sparsity)
     _checks.positive_int("block", block)
-    _checks.choice("criterion", criterion, ("l1", "l2", "bpar"))
-    _checks.choice("schedule", schedule, schedules.CURVES)
-    _checks.positive_int("update_every", update_every)
-    _checks.step("end", end, start=_checks.step("start", start))
+    _checks.choice("criterion", criterion, CRITERIA)
+    if isinstance(schedule, str):
+        curve, schedule = schedule, None
+    _checks.choice("curve", curve, schedules.CURVES)
+    era = _era(schedule, start, end, update_every)
     if version not in (1, 2):
         raise ValueError(f"version: expected 1 (scores w) or 2 (scores w * mask), got {version!r}")
-    tau, alpha, decay = (
-        _checks.number("tau", tau, low_open=True),
-        _checks.number("alpha", alpha),
-        _checks.number("decay", decay),
-    )
+    tau = _checks.number("tau", tau, low_open=True)
+    alpha = _checks.number("alpha", alpha)
+    decay = _checks.number("decay", decay)
     random_key = _checks.random_key("key", key)
+    pattern = one_by_n(block)
 
-    def draw(chosen: dict[str, Array]) -> Drawn:
-        shapes = {
-            name: _checks.kernel_shape(f"params[{name!r}]", leaf.shape)
+    def draw(chosen: dict[str, Array]) -> dict[str, Kept]:
+        for name, leaf in chosen.items():
+            pattern.units(leaf.shape, f"params[{name!r}]")
+        return {
+            name: Kept(jnp.ones(leaf.shape, bool), pattern.shrinking(leaf.shape))
             for name, leaf in chosen.items()
         }
-        return {
-            name: (jnp.ones(s, bool), ConsecutiveGroups(_checks.divisor(s[3], block)))
-            for name, s in shapes.items()
-        }
 
-    def redraw(count: Array, leaves: dict[str, Leaf]) -> Drawn:
-        rho = schedules.progress(schedule, count, start, end, update_every)
-        update_key = jax.random.fold_in(random_key, count)
-        drawn = {}
+    def redraw(step: Step, leaves: Leaves) -> dict[str, Kept]:
+        rho = schedules.progress(curve, step.count, era.start, era.end, era.every)
+        update_key = jax.random.fold_in(random_key, step.count)
+        kept = {}
         for i, (name, leaf) in enumerate(leaves.items()):
-            assert isinstance(leaf.layout, ConsecutiveGroups)
             kernel = jnp.where(leaf.mask, leaf.weights, 0) if version == 2 else leaf.weights
-            scores = block_scores(kernel, leaf.layout.group_size, criterion, alpha)
+            size = pattern.size(leaf.mask.shape[3])
+            scores = block_scores(kernel, size, criterion, alpha)
             blocks = soft_blocks(jax.random.fold_in(update_key, i), scores, sparsity, rho, tau)
-            shape = _checks.kernel_shape(f"params[{name!r}]", leaf.mask.shape)
-            drawn[name] = (one_by_n(blocks, shape), leaf.layout)
-        return drawn
+            kept[name] = Kept(pattern.mask(blocks, leaf.mask.shape), leaf.layout)
+        return kept
+
+    def pull(leaf: Leaf) -> Array:
+        return decay * jnp.where(leaf.mask, 0, leaf.weights)
+
+    last = None if version == 1 else -(-era.end // era.every) * era.every
+    all_steps = schedules.Always() if last is None else schedules.Through(last)
+
+    def spec(chosen: dict[str, Array]) -> Spec:
+        return Spec(
+            "subp",
+            _density(chosen, sparsity),
+            schedule=Epochs(era.every, era.start, last),
+            # soft until the pattern is final; from then on the pruned weights play no part
+            gradient_schedule=all_steps if soft else schedules.Never(),
+            pattern=pattern,
+            straight_through=soft,
+            resizes=True,
+            has_layout=True,
+        )
 
     return sparse_transformation(
-        lambda chosen: Spec("subp", _density(chosen, sparsity), block, straight_through=soft),
-        where=where,
-        draw=draw,
-        redraw=redraw,
-        due=lambda count: count % update_every == 0,
-        decay=decay,
+        spec, where=where, draw=draw, redraw=redraw, penalty=pull if soft and decay else None
     )
+
+
+def _era(schedule: Any, start: int | None, end: int | None, update_every: int) -> Between:
+    """The schedule, or the one that its deprecated parts stand for."""
+    if schedule is None:
+        return between(start, end, every=update_every)  # type: ignore[arg-type]
+    if (start, end, update_every) != (None, None, 1):
+        raise ValueError(
+            "start: deprecated beside `schedule`, got both; leave start, end and update_every out"
+        )
+    if not isinstance(schedule, Between):
+        raise ValueError(
+            f"schedule: expected between(start, end, every=steps_per_epoch), got {schedule!r}"
+        )
+    return schedule
 
 
 def soft_blocks(
@@ -135,10 +192,9 @@ def soft_blocks(
     rho: Float[Array, ""],
     tau: float = 1.0,
 ) -> Bool[Array, "groups cin"]:
-    """Removes the lowest `floor(P * C)` blocks of each group and regrows `floor((P - P * rho) * C)`
-    of them by importance sampling.
+    """Removes the lowest blocks of each group and regrows some of them by importance sampling.
 
-    Sampling without replacement is the top-k of `x / tau` plus Gumbel noise, which has the same
+    `floor(P * C)` blocks go, `floor((P - P * rho) * C)` of those come back. Sampling without replacement is the top-k of `x / tau` plus Gumbel noise, which has the same
     distribution as drawing one by one.
 
     Args:
@@ -152,21 +208,22 @@ def soft_blocks(
       bool `[groups, cin]`, True = kept.
 
     Example:
-      >>> soft_blocks(jax.random.key(0), jnp.array([[1.0, 4.0, 2.0, 3.0]]), 0.5, jnp.float32(1.0)).tolist()
+      >>> scores = jnp.array([[1.0, 4.0, 2.0, 3.0]])
+      >>> soft_blocks(jax.random.key(0), scores, 0.5, jnp.float32(1.0)).tolist()
       [[False, True, False, True]]
 
     Reference: Xiang et al., "SUBP", NeurIPS 2023; Kool et al., "Stochastic beams", ICML 2019
     (Gumbel top-k).
     """
     cin = scores.shape[1]
-    removed = ~top_rows(scores, cin - _floor(sparsity * cin))
+    removed = ~highest_in_rows(scores, cin - _floor(sparsity * cin))
     regrown = (sparsity - sparsity * rho) * cin
     regrown = jnp.floor(regrown + 1e-4).astype(
         jnp.int32
     )  # float32 turns 3 into 2.99997 when cin is in the hundreds
     norm = jnp.sqrt(jnp.square(jnp.where(removed, scores, 0)).sum(1, keepdims=True))
     logits = scores / jnp.where(norm == 0, 1, norm) / tau + jax.random.gumbel(key, scores.shape)
-    return ~removed | top_rows(jnp.where(removed, logits, -jnp.inf), regrown)
+    return ~removed | highest_in_rows(jnp.where(removed, logits, -jnp.inf), regrown)
 
 
 def _floor(x: float) -> int:

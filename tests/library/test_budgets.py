@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blocksparse_jax import budgets
+from blocksparse_jax import counts as whole_counts
 
 VGG = {
     f"conv{i}": (3, 3, cin, cout)
@@ -47,7 +48,7 @@ def test_the_total_density_is_within_half_a_point(shapes, sparsity, block_densit
     densities = budgets.layer_densities(budget, shapes, sparsity)
 
     def count():
-        return budgets.block_counts(
+        return whole_counts.block_counts(
             shapes, densities, block_density=block_density, channel_blocks=dict.fromkeys(shapes, 1)
         )
 
@@ -74,14 +75,14 @@ def test_a_narrow_layer_moves_its_taps_to_reach_the_target():
     """16 channels x 3 of 9 taps come in steps of 2.1 points: 14.6% or 16.7%; 11 channels x 2 taps
     are 15.3%.
     """
-    counts = budgets.block_counts(
+    counts = whole_counts.block_counts(
         {"one": (3, 3, 16, 16)}, {"one": 0.155}, block_density=1 / 3, channel_blocks={"one": 1}
     )
     assert counts == {"one": (11, 2)}
 
 
 def test_runs_of_channels_stay_whole():
-    counts = budgets.block_counts(
+    counts = whole_counts.block_counts(
         VGG, dict.fromkeys(VGG, 0.1), block_density=1 / 3, channel_blocks=dict.fromkeys(VGG, 8)
     )
     assert all(kept % 8 == 0 for kept, _ in counts.values())
@@ -121,7 +122,7 @@ def test_a_map_names_layers_and_the_rest_take_the_sparsity():
 
 
 def test_counts_are_rounded_and_never_zero():
-    assert budgets.weight_counts({"a": 0.1, "b": 1e-9}, {"a": (3, 3, 4, 4), "b": (5,)}) == {
+    assert whole_counts.weight_counts({"a": 0.1, "b": 1e-9}, {"a": (3, 3, 4, 4), "b": (5,)}) == {
         "a": 14,
         "b": 1,
     }

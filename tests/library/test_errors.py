@@ -46,7 +46,9 @@ BAD_METHODS = {
         0.5, group_size=8, block_density=0.0
     ),
     "did you mean 'magnitude'": lambda: bsj.hrbp_prune(0.5, group_size=8, scores="magnitud"),
-    "update: expected None or a schedule": lambda: bsj.hrbp_prune(0.5, group_size=8, update=100),
+    "schedule: expected a schedule such as every(100": lambda: bsj.hrbp_prune(
+        0.5, group_size=8, update=100
+    ),
     "drop_fraction: expected a number": lambda: bsj.rigl(0.5, until=10, drop_fraction=1.5),
     "update_every: expected an integer of at least 1, got 0": lambda: bsj.rigl(
         0.5, until=10, update_every=0
@@ -192,8 +194,11 @@ def test_nothing_to_prune_lists_the_leaves():
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ("erkk", "budget: expected one of 'uniform', 'erk', 'er', got 'erkk'; did you mean 'erk'"),
-        (None, "budget: expected one of 'uniform', 'erk', 'er', got None"),
+        (
+            "erkk",
+            "budget: expected one of 'uniform', 'erk', 'er', 'global', got 'erkk'; did you mean 'erk'",
+        ),
+        (None, "budget: expected one of 'uniform', 'erk', 'er', 'global', got None"),
         ({"w": 1.5}, r"budget\['w'\]: expected a number in \[0.0, 1.0\), got 1.5"),
     ],
 )
@@ -206,7 +211,7 @@ def test_a_wrong_budget_is_named_before_the_first_use(make, budget, message):
 def test_unknown_budget(budget):
     with pytest.raises(
         ValueError,
-        match=r"budget: ('conv9' is no sparse layer|expected one of 'uniform', 'erk', 'er', got "
+        match=r"budget: ('conv9' is no sparse layer|expected one of 'uniform', 'erk', 'er', 'global', got "
         r"'erkk'; did you mean 'erk')",
     ):
         bsj.rigl(0.5, until=10, budget=budget).init({"conv": KERNEL})

@@ -12,27 +12,29 @@ ROOT = Path(__file__).resolve().parents[2]
 ORDER = [
     {"_checks"},
     {"tree"},
-    {"scores", "budgets", "schedules"},
+    {"selection", "scores", "budgets", "schedules"},
+    {"counts"},
     {"layout"},
-    {"masks"},
     {"grouping.search", "grouping.column_blocks"},
     {"grouping.channel_order"},
     {"grouping.channel_spaces"},
+    {"patterns._base"},
+    {"patterns.unstructured", "patterns.kernel", "patterns.window", "patterns.n_of_m"}
+    | {"patterns.one_by_n"},
+    {"patterns.channel", "patterns.block"},
+    {"masks"},
+    {"spec"},
     {"state"},
     {"packing"},
-    {"transforms._base", "transforms.keep_zeros"},
-    {"transforms.static"},
-    {
-        "transforms.rigl",
-        "transforms.gradual",
-        "transforms.hrbp",
-        "transforms.straight_through",
-        "transforms.subp",
-    },
+    {"transforms._base"},
+    {"transforms.keep_zeros", "transforms.static", "transforms.one_shot", "transforms.gradual"}
+    | {"transforms.drop_and_grow", "transforms.straight_through", "transforms.subp"},
+    {"transforms.rigl", "transforms.set", "transforms.snfs", "transforms.hrbp"},
     {"conv"},
     {"linen"},
     {"nnx"},
     {"metrics"},
+    {"summary"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 FLAX_ONLY_IN = {"linen", "nnx"}

@@ -60,7 +60,7 @@ def test_a_method_that_cannot_grow_is_counted_and_shown(method, kernel_gradient,
     for _ in range(5):
         params, state = step(params, state)
     updates = 2 if method == "hrbp-dynamic" else 1
-    assert int(state[0].blind_updates) == (updates if blind else 0)
+    assert int(state[0].stalled_updates) == (updates if blind else 0)
     assert (
         f"{updates} updates of the masks could grow nothing" in str(bsj.summarize(params, state))
     ) == blind
@@ -86,7 +86,7 @@ def test_a_network_without_any_gradient_is_not_blamed():
     state, zeros = tx.init(PARAMS), jax.tree.map(jnp.zeros_like, PARAMS)
     for _ in range(3):
         _, state = tx.update(zeros, state, PARAMS)
-    assert int(state.blind_updates) == 0
+    assert int(state.stalled_updates) == 0
 
 
 class Net(nnx.Module):

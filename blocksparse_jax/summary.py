@@ -1,0 +1,216 @@
+"""A table of what is kept in each layer, and whether the weights agree with the masks."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from blocksparse_jax import tree
+from blocksparse_jax.layout import BlockLayout, Dense, Layout, is_layout
+from blocksparse_jax.metrics import nonzero_pruned
+from blocksparse_jax.patterns import Pattern
+from blocksparse_jax.state import SparseState, get_layouts, get_masks, sparse_states
+
+_LEFT_ALIGNED = ("layer", "shape", "pattern")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One layer of a `Summary`.
+
+    Attributes:
+      name: of the parameter.
+      shape: of the dense parameter.
+      weights: how many there are.
+      kept: how many are kept.
+      pattern: the pattern in words.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    weights: int
+    kept: int
+    pattern: str
+
+    @property
+    def density(self) -> float:
+        """Kept fraction of this layer."""
+        return self.kept / self.weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What is kept in each layer; `str()` makes a table.
+
+    Attributes:
+      rows: one for each parameter.
+      method: names of the methods.
+      target_densities: what each method asked for over its sparse leaves.
+      density: reached over the sparse leaves.
+      total_density: reached over all parameters.
+      stalled_updates: updates of the masks that could grow no weight, since the gradient of the
+        pruned ones was missing (`SparseState`).
+      nonzero_pruned: pruned weights that are not zero though the method promises zeros.
+    """
+
+    rows: tuple[Row, ...]
+    method: str
+    target_densities: tuple[float, ...]
+    density: float
+    total_density: float
+    stalled_updates: int = 0
+    nonzero_pruned: int = 0
+
+    @property
+    def target_density(self) -> float:
+        """What the first method asked for."""
+        return self.target_densities[0]
+
+    def __str__(self) -> str:
+        lines = _aligned([_HEADINGS, *map(_cells, self.rows)])
+        rule = "-" * max(map(len, lines))
+        return "\n".join([lines[0], rule, *lines[1:], rule, *self._totals()])
+
+    def _totals(self) -> list[str]:
+        targets = " and ".join(f"{target:.4f}" for target in self.target_densities)
+        totals = [
+            f"{self.method}: sparse layers keep {self.density:.4f} (target {targets}), all "
+            f"parameters {self.total_density:.4f}"
+        ]
+        if self.stalled_updates:
+            totals.append(
+                f"{self.stalled_updates} updates of the masks could grow nothing: the gradient of "
+                "the pruned weights was zero; give these steps the full one, e.g. conv(..., "
+                "kernel_gradient='dense')"
+            )
+        if self.nonzero_pruned:
+            totals.append(
+                f"{self.nonzero_pruned:,} pruned weights are not zero: start from "
+                "apply_masks(params, get_masks(state)), and train with sparse(method, optimizer) "
+                "or keep_zeros(...) around the whole chain"
+            )
+        return totals
+
+
+_HEADINGS = ("layer", "shape", "weights", "kept", "density", "pattern")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    shape = "x".join(map(str, row.shape))
+    numbers = (f"{row.weights:,}", f"{row.kept:,}", f"{row.density:.4f}")
+    return row.name, shape, *numbers, row.pattern
+
+
+def _aligned(table: list[tuple[str, ...]]) -> list[str]:
+    """The lines of a table: words to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for cells in table:
+        padded = [
+            cell.ljust(width) if heading in _LEFT_ALIGNED else cell.rjust(width)
+            for cell, width, heading in zip(cells, widths, _HEADINGS, strict=True)
+        ]
+        lines.append("  ".join(padded).rstrip())
+    return lines
+
+
+def summarize(params: PyTree, state: PyTree) -> Summary:
+    """A table per layer, and totals: target and reached density, group sizes asked for and used.
+
+    It looks at the weights too: pruned weights that are not zero are counted and shown.
+
+    Args:
+      params: the parameters, dense or packed by `pack_tree`.
+      state: their optimizer state, of a chain with a sparse method (outside of jit).
+
+    Returns:
+      A `Summary`; print it.
+
+    Raises:
+      ValueError: there is no sparse method in the state, it is of another tree or shape, or packed
+        by a method whose layouts are not in it (subp: `unpack_tree` first).
+
+    Example:
+      >>> import blocksparse_jax as bsj
+      >>> params = {"conv": jnp.ones((3, 3, 64, 48)), "bias": jnp.ones(48)}
+      >>> state = bsj.hrbp_prune(0.9, group_size=32).init(params)
+      >>> print(bsj.summarize(bsj.apply_masks(params, bsj.get_masks(state)), state))
+      layer  shape      weights   kept  density  pattern
+      --------------------------------------------------------------------------------------------------
+      bias   48              48     48   1.0000  dense
+      conv   3x3x64x48   27,648  2,736   0.0990  2 groups of 24 filters (asked 32), 19 channels x 3 taps
+      --------------------------------------------------------------------------------------------------
+      hrbp: sparse layers keep 0.0990 (target 0.1000), all parameters 0.1005
+    """
+    masks = tree.match("state", get_masks(state), params)
+    layouts = tree.match("state", get_layouts(state), params, is_leaf=is_layout)
+    states = sparse_states(state)
+    rows, sparse_rows = [], []
+    for (path, leaf), mask, layout in zip(
+        jax.tree.leaves_with_path(params), masks, layouts, strict=True
+    ):
+        name = tree.path_name(path)
+        is_packed = isinstance(layout, BlockLayout) and not jnp.ndim(mask)
+        expected = layout.packed_shape if is_packed else jnp.shape(mask) or jnp.shape(leaf)
+        if jnp.shape(leaf) != expected:
+            raise ValueError(
+                f"params: expected shape {expected} of the state at {name!r}, got "
+                f"{jnp.shape(leaf)}; pack both, or neither"
+            )
+        shape = layout.shape if is_packed else jnp.shape(leaf)
+        kept = int(mask.sum()) if jnp.ndim(mask) else leaf.size
+        row = Row(name, tuple(shape), math.prod(shape), kept, "dense")
+        if is_packed or jnp.ndim(mask):
+            row = dataclasses.replace(row, pattern=_in_words(row, layout, states))
+            sparse_rows.append(row)
+        rows.append(row)
+    weights = sum(row.weights for row in sparse_rows)
+    return Summary(
+        rows=tuple(rows),
+        method=" + ".join(sparse.spec.method for sparse in states),
+        target_densities=tuple(sparse.spec.density for sparse in states),
+        density=sum(row.kept for row in sparse_rows) / max(1, weights),
+        total_density=sum(row.kept for row in rows) / sum(row.weights for row in rows),
+        stalled_updates=sum(
+            int(count) for sparse in states for count in jax.tree.leaves(sparse.stalled_updates)
+        ),
+        nonzero_pruned=int(nonzero_pruned(params, state)),
+    )
+
+
+def _in_words(row: Row, layout: Layout, states: list[SparseState]) -> str:
+    """The pattern of a layer, with the sizes asked for where others were used."""
+    if not isinstance(layout, BlockLayout):
+        if row.kept == row.weights:
+            return "all kept"
+        pattern = next((s.spec.pattern for s in states if s.spec.pattern is not None), None)
+        return f"{pattern.noun if pattern else 'single weights'}, masked-dense"
+    pattern = next(
+        sparse.spec.pattern
+        for sparse in states
+        if any(node != Dense() for node in _nodes(sparse.layouts, row.name))
+    )
+    groups, kept, kept_taps, group_size = layout.packed_shape
+    size = _asked(pattern, "group_size", group_size)
+    run = _asked(pattern, "channel_block", layout.channel_block)
+    runs = f" in runs of {layout.channel_block}{run}" if layout.channel_block > 1 or run else ""
+    return (
+        f"{groups} groups of {group_size} filters{size}, {kept} channels{runs} x {kept_taps} taps"
+    )
+
+
+def _asked(pattern: Pattern | None, name: str, used: int) -> str:
+    """What was asked for, where it is not what is used."""
+    asked = getattr(pattern, name, None)
+    return "" if asked in (None, used) else f" (asked {asked})"
+
+
+def _nodes(layouts: PyTree, name: str) -> list[Layout]:
+    """The layouts of that name."""
+    return [
+        node
+        for path, node in jax.tree.leaves_with_path(layouts, is_leaf=is_layout)
+        if tree.path_name(path) == name
+    ]

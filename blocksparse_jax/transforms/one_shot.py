@@ -1,0 +1,124 @@
+"""One-shot pruning: masks from scores, once, and static training from there on."""
+
+from typing import Any
+
+import jax
+import optax
+from jaxtyping import Array, PyTree
+
+from blocksparse_jax import _checks, tree
+from blocksparse_jax import scores as scores_
+from blocksparse_jax.budgets import Budget, check_budget, target_density
+from blocksparse_jax.masks import check_pattern, draw
+from blocksparse_jax.patterns import Kept, Pattern
+from blocksparse_jax.schedules import Never, Through
+from blocksparse_jax.spec import Spec
+from blocksparse_jax.transforms._base import Leaves, Step, sparse_transformation
+
+
+def one_shot(
+    sparsity: float | None,
+    *,
+    pattern: Pattern | None = None,
+    scores: scores_.Kind | PyTree = "magnitude",
+    budget: Budget = "uniform",
+    where: tree.Where | None = None,
+    key: Array | None = None,
+    name: str = "one-shot",
+) -> optax.GradientTransformationExtraArgs:
+    """Prunes once, at init, and trains with these masks.
+
+    With `scores="gradient"` masks are drawn by magnitude at init and anew by `|g|` in the first
+    update, which needs the full gradient.
+
+    Args:
+      sparsity: fraction of the chosen weights to remove, in [0, 1); None where the pattern fixes
+        it.
+      pattern: which sets of weights are kept together; None is `patterns.unstructured()`.
+      scores: "magnitude" (`|w|`), "gradient" (`|g|` of the first update), "random", or a tree of
+        arrays (higher = keep), e.g. from `snip`.
+      budget: "uniform", "erk", "er", "global", or a map layer name -> sparsity.
+      where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.
+      key: JAX random key for `scores="random"`; None is `jax.random.key(0)`, the same masks in
+        every run.
+      name: of the method, for reports.
+
+    Returns:
+      An optax transformation that masks gradients; put it first in the chain, inside `keep_zeros`
+      (`sparse(method, optimizer)` does both).
+
+    Raises:
+      ValueError: a bad argument, or at init a chosen leaf that the pattern cannot divide.
+
+    Example:
+      >>> import blocksparse_jax as bsj, jax.numpy as jnp
+      >>> params = {"conv": jnp.arange(4096.0).reshape(1, 1, 64, 64)}
+      >>> method = one_shot(0.75, pattern=bsj.patterns.one_by_n(16), budget="global")
+      >>> int(bsj.get_masks(method.init(params))["conv"].sum())
+      1024
+    """
+    pattern = check_pattern(pattern)
+    removed = pattern.sparsity(sparsity)
+    check_budget(budget)
+    random_key = _checks.random_key("key", key)
+    if isinstance(scores, str):
+        _checks.choice("scores", scores, scores_.KINDS)
+    by_gradient = isinstance(scores, str) and scores == "gradient"
+
+    def draw_first(chosen: dict[str, Array]) -> dict[str, Kept]:
+        kind: Any = "magnitude" if by_gradient else scores
+        made = scores_.make(kind, chosen, None, random_key)
+        return draw(pattern, made, removed, budget)
+
+    def redraw(step: Step, leaves: Leaves) -> dict[str, Kept]:
+        grads = {name: scores_.magnitude(leaf.grad) for name, leaf in leaves.items()}
+        return draw(pattern, grads, removed, budget)
+
+    def spec(chosen: dict[str, jax.Array]) -> Spec:
+        shapes = {name: tuple(leaf.shape) for name, leaf in chosen.items()}
+        first = Through(0) if by_gradient else Never()
+        return Spec(
+            name,
+            target_density(budget, shapes, removed),
+            schedule=first,
+            gradient_schedule=first,
+            pattern=pattern,
+            grows_by_gradient=by_gradient,
+            has_layout=pattern.has_layout,
+        )
+
+    return sparse_transformation(
+        spec, where=where, draw=draw_first, redraw=redraw if by_gradient else None
+    )
+
+
+def magnitude(
+    sparsity: float,
+    *,
+    pattern: Pattern | None = None,
+    budget: Budget = "uniform",
+    where: tree.Where | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """One-shot magnitude pruning: keeps the largest `|w|` of the parameters that init sees.
+
+    Args:
+      sparsity: fraction of the chosen weights to remove, in [0, 1).
+      pattern: which sets of weights are kept together; None is `patterns.unstructured()`.
+      budget: "uniform", "erk", "er", "global", or a map layer name -> sparsity.
+      where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.
+
+    Returns:
+      An optax transformation that masks gradients; put it first in the chain, inside `keep_zeros`.
+
+    Raises:
+      ValueError: a bad argument, or at init a chosen leaf that the pattern cannot divide.
+
+    Example:
+      >>> import blocksparse_jax as bsj, jax.numpy as jnp
+      >>> params = {"conv": jnp.arange(64.0).reshape(1, 1, 8, 8)}
+      >>> bsj.get_masks(magnitude(0.5).init(params))["conv"].reshape(-1)[31:33].tolist()
+      [False, True]
+
+    Reference: Han et al., "Learning both weights and connections", NeurIPS 2015.
+    """
+    return one_shot(sparsity, pattern=pattern, budget=budget, where=where, name="magnitude")
