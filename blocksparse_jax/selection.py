@@ -5,8 +5,6 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-_SHORT_ROW = 16  # up to this length, comparing all pairs is many times faster than sorting
-
 
 def ranks(scores: Float[Array, "... n"]) -> Int[Array, "... n"]:
     """Ranks the scores of each row: 0 is the highest.
@@ -24,16 +22,33 @@ def ranks(scores: Float[Array, "... n"]) -> Int[Array, "... n"]:
       [2, 0, 1]
     """
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
-    length = scores.shape[-1]
-    if length <= _SHORT_ROW:
-        other, this = scores[..., None, :], scores[..., :, None]
-        index = jnp.arange(length)
-        ahead = (other > this) | ((other == this) & (index[None, :] < index[:, None]))
-        return ahead.sum(-1, dtype=jnp.int32)
     order = jnp.argsort(scores, axis=-1, stable=True, descending=True)
-    places = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), scores.shape)
+    places = jnp.broadcast_to(jnp.arange(scores.shape[-1], dtype=jnp.int32), scores.shape)
     zeros = jnp.zeros(scores.shape, jnp.int32)
     return jnp.put_along_axis(zeros, order, places, axis=-1, inplace=False)
+
+
+def ranks_of_stored(scores: Float[Array, "... n"]) -> Int[Array, "... n"]:
+    """As `ranks`, many times faster for millions of short rows: it compares all pairs.
+
+    Only for scores that come from stored numbers without rounding, such as `|w|`: XLA may compute
+    a score once for each comparison, and with two roundings the ranks would no longer be a
+    permutation.
+
+    Args:
+      scores: any shape without NaN; rows lie along the last axis.
+
+    Returns:
+      int32 ranks of the same shape.
+
+    Example:
+      >>> ranks_of_stored(jnp.array([1.0, 3.0, 3.0])).tolist()
+      [2, 0, 1]
+    """
+    index = jnp.arange(scores.shape[-1])
+    other, this = scores[..., None, :], scores[..., :, None]
+    ahead = (other > this) | ((other == this) & (index[None, :] < index[:, None]))
+    return ahead.sum(-1, dtype=jnp.int32)
 
 
 def highest(scores: Float[Array, "..."], count: Any) -> Bool[Array, "..."]:

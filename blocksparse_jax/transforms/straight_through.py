@@ -12,7 +12,7 @@ from blocksparse_jax.patterns import Kept, n_of_m
 from blocksparse_jax.patterns.n_of_m import Axis, NOfM
 from blocksparse_jax.schedules import Always
 from blocksparse_jax.scores import magnitude
-from blocksparse_jax.selection import highest_in_rows
+from blocksparse_jax.selection import ranks_of_stored
 from blocksparse_jax.spec import Spec
 from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
 
@@ -25,7 +25,7 @@ class _LargestOfRun:
 
     def __call__(self, weights: Float[Array, "..."]) -> Bool[Array, "..."]:
         runs = self.pattern.sets(magnitude(weights), Dense())
-        return self.pattern.mask(highest_in_rows(runs, self.pattern.n), weights.shape)
+        return self.pattern.mask(ranks_of_stored(runs) < self.pattern.n, weights.shape)
 
 
 def sr_ste(

@@ -208,3 +208,21 @@ def subp_channels(mask, block):
     kept = blocks.all((0, 3))
     assert (kept == blocks.any((0, 3))).all(), "a block is kept in part"
     return kept.T
+
+
+def snip_scores(weights, gradients):
+    """`|w * g|` of every layer, divided by the sum over all (Lee et al., SNIP, ICLR 2019)."""
+    sizes = {name: np.abs(weights[name] * gradients[name]) for name in weights}
+    total = sum(size.sum() for size in sizes.values())
+    return {name: size / total for name, size in sizes.items()}
+
+
+def moving_average(average, gradient, decay):
+    """`decay * m + (1 - decay) * g`: what SNFS grows by (Dettmers & Zettlemoyer, 2019)."""
+    return decay * average + (1 - decay) * gradient
+
+
+def exchange(kept, stay, come, n_drop):
+    """One row: keeps the best `stay` of the kept sets, grows the best `come` of all others."""
+    stays = largest(np.where(kept, stay, -np.inf), int(kept.sum()) - n_drop)
+    return stays | largest(np.where(stays, -np.inf, come), n_drop)

@@ -1,0 +1,116 @@
+"""Gradual pruning over every pattern: exact counts, monotone masks, layouts at the end."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import blocksparse_jax as bsj
+from blocksparse_jax import patterns as P
+
+SHAPE = (3, 3, 32, 48)
+SCHEDULE = bsj.between(2, 12, every=3)
+PATTERNS = [
+    P.unstructured(),
+    P.kernel(),
+    P.window(),
+    P.one_by_n(16),
+    P.channel("input"),
+    P.channel("output"),
+    P.block(group_size=16),
+    P.block(group_size=24, block_density=2 / 3, channel_block=4),
+]
+
+
+def kernel(seed):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=SHAPE), jnp.float32)
+
+
+def trained(method, steps=15):
+    """Trains on noise; the masks before each step and after the last."""
+    params = {"a": kernel(0), "b": kernel(1)}
+    tx = bsj.sparse(method, optax.sgd(0.1, momentum=0.9))
+    state, update = tx.init(params), jax.jit(tx.update)
+    states = [state]
+    for step in range(steps):
+        grads = {name: kernel(10 * step + i) for i, name in enumerate(params)}
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        states.append(state)
+    return params, states
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.filterwarnings("ignore:sparsity")
+def test_every_pattern_prunes_gradually(pattern):
+    sparsity = 0.75
+    params, states = trained(bsj.gradual(sparsity, pattern=pattern, schedule=SCHEDULE))
+    densities = []
+    for step, (before, after) in enumerate(itertools.pairwise(states)):
+        old, new = (np.asarray(bsj.get_masks(s)["a"]) for s in (before, after))
+        assert not (new & ~old).any(), "pruned weights stay pruned"
+        assert (new != old).any() <= SCHEDULE(step)
+        densities.append(new.mean())
+        if pattern.has_layout:
+            layout = bsj.get_layouts(after)["a"]
+            bsj.validate(layout)
+            np.testing.assert_array_equal(bsj.layout_to_mask(layout), new)
+    assert sorted(densities, reverse=True) == densities
+    assert len(set(densities)) > 2, "it takes several steps"
+    last = jax.tree.map(jnp.abs, params)
+    one_shot = bsj.masks_from_scores(last, sparsity, pattern=pattern)
+    for name in params:
+        mask = bsj.get_masks(states[-1])[name]
+        assert int(mask.sum()) == int(one_shot[name].sum()), "as many as one-shot pruning"
+        assert not np.asarray(params[name])[~np.asarray(mask)].any()
+
+
+def test_blocks_are_those_of_one_shot_pruning_in_shape():
+    pattern = P.block(group_size=16)
+    _, states = trained(bsj.gradual(0.9, pattern=pattern, schedule=bsj.between(0, 6, every=2)))
+    final = bsj.get_layouts(states[-1])["a"]
+    scores = {"a": jnp.abs(kernel(0)), "b": jnp.abs(kernel(1))}
+    expected = bsj.layouts_from_scores(scores, 0.9, pattern=pattern)["a"]
+    assert final.packed_shape == expected.packed_shape
+    np.testing.assert_array_equal(final.filters, expected.filters)  # grouped by the first weights
+
+
+def test_groups_are_found_when_pruning_starts():
+    pattern = P.block(group_size=16)
+    _, states = trained(bsj.gradual(0.9, pattern=pattern, schedule=SCHEDULE))
+    at_start = states[2][0].layouts["a"].filters
+    np.testing.assert_array_equal(at_start, np.arange(48).reshape(3, 16))
+    assert not np.array_equal(states[3][0].layouts["a"].filters, at_start)
+    np.testing.assert_array_equal(
+        states[3][0].layouts["a"].filters, states[-1][0].layouts["a"].filters
+    )
+
+
+def test_one_threshold_at_each_step():
+    """A layer of small weights loses more; the total follows the curve."""
+    params = {"a": kernel(0), "b": 0.1 * kernel(1)}
+    method = bsj.gradual(0.9, budget="global", schedule=bsj.between(0, 4, every=1))
+    state = method.init(params)
+    for step in range(5):
+        _, state = method.update(params, state, params)
+        kept = sum(int(mask.sum()) for mask in state.masks.values())
+        density = 1 - 0.9 * (1 - (1 - step / 4) ** 3)
+        assert kept == pytest.approx(density * 2 * kernel(0).size, abs=1)
+    assert state.masks["b"].mean() < 0.01 < state.masks["a"].mean()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": bsj.every(5)}, "schedule: expected between"),
+        ({"schedule": SCHEDULE, "pattern": P.n_of_m(2, 4)}, "pattern: .* fixes its own density"),
+        ({"schedule": SCHEDULE, "pattern": P.block(), "budget": "global"}, "budget: 'global'"),
+        ({"schedule": SCHEDULE, "initial_sparsity": 0.95}, "initial_sparsity: expected at most"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        bsj.gradual(0.9, **options)
