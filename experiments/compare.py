@@ -1,5 +1,6 @@
-"""The main job: `python -m experiments.compare` trains one small CNN on real images with six
-methods and prints one table.
+"""The main job: trains one small CNN on real images with six methods and prints one table.
+
+    python -m experiments.compare
 
 Digits (scikit-learn, 1797 real images), 90% sparsity, 2:4 for SR-STE. Digits is tiny: the table
 proves the road, it claims no accuracy. The step times are measured afterwards, all methods and
@@ -19,15 +20,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from blocksparse_jax._checks import choice
 from experiments.bench import measure
 from experiments.bench.environment import commit, device, versions
 from experiments.bench.timing import alternate, median_iqr
 from experiments.reporting import plots
-from experiments.train import Run
 from experiments.training.config import TrainConfig
+from experiments.training.execution import to_form
 from experiments.training.loop import stepper
-from experiments.training.methods import METHODS
+from experiments.training.registry import method
+from experiments.training.run import Run
 
 COMPARED = ("dense", "hrbp", "hrbp-dynamic", "subp", "sr-ste", "rigl")
 SMOKE = (
@@ -139,28 +140,25 @@ def main(config: CompareConfig) -> dict[str, Any]:
     return report
 
 
-def _options(config: CompareConfig, method: str) -> dict[str, Any]:
+def _options(config: CompareConfig, name: str) -> dict[str, Any]:
     """What differs from method to method; a smoke run has one update of the masks."""
-    options: dict[str, Any] = (
-        {}
-        if METHODS[choice("methods", method, METHODS)].sparsity
-        else {"sparsity": config.sparsity}
-    )
-    return options | ({"update_every": 10} if config.smoke else {})
+    options = method(name).options
+    pattern = options.kept_sets()
+    fixed = pattern is None or pattern.density is not None
+    if config.smoke and hasattr(options, "update_every"):
+        options = dataclasses.replace(options, update_every=10)
+    return {"options": options} | ({} if fixed else {"sparsity": config.sparsity})
 
 
 def _steppers(runs: dict[str, Run]) -> dict[tuple[str, str], Any]:
-    """For every run and execution that it has: a function that makes one training step from the
-    trained state.
-    """
+    """(method, execution) -> a function that makes one training step from the trained state."""
     steppers = {}
     for name, run in runs.items():
         images, labels = next(run.data.train_batches(0, run.config.batch_size, run.config.seed))
-        for form in ("masked", "packed") if METHODS[name].has_layout else ("masked",):
-            trainer = run.trainer.with_execution(form)
-            steppers[name, form] = stepper(
-                trainer, trainer.to(form, run.state), run.length.total, images, labels
-            )
+        has_layout = run.trainer.spec is not None and run.trainer.spec.has_layout
+        for form in ("masked", "packed") if has_layout else ("masked",):
+            trainer, state = run.trainer.with_execution(form), to_form(form, run.state)
+            steppers[name, form] = stepper(trainer, state, run.length.total, images, labels)
     return steppers
 
 

@@ -1,5 +1,6 @@
-"""Tests a trained network again: `python -m experiments.evaluate --run runs/a` prints its test
-accuracy and a table of its layers.
+"""Tests a trained network again.
+
+`python -m experiments.evaluate --run runs/a` prints its test accuracy and a table of its layers.
 """
 
 import dataclasses
@@ -10,8 +11,8 @@ import tyro
 
 import blocksparse_jax as bsj
 from experiments.data.resident import load
-from experiments.training.loop import Trainer
-from experiments.training.methods import Length
+from experiments.training.execution import is_dense, masks_of, to_form
+from experiments.training.run import first_batch, trainer_for
 from experiments.training.run_folder import RunFolder
 
 
@@ -52,18 +53,14 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
             f"experiments.train --out {config.run} --resume"
         )
     data = load(train.dataset, config.data_dir or train.data_dir)
-    per_epoch = data.steps_per_epoch(train.batch_size)
-    trainer = Trainer(
-        train, data.image_shape, data.num_classes, Length(per_epoch, per_epoch * train.epochs)
-    )
-    fresh = trainer.init()
-    state, _ = folder.restore(
-        step, (trainer.to(folder.meta(step)["form"], fresh), trainer.masks(fresh))
-    )
+    trainer = trainer_for(train, data)
+    fresh = trainer.init(first_batch(train, data))
+    like = to_form(folder.meta(step)["form"], fresh), masks_of(fresh)
+    state, _ = folder.restore(step, like)
     accuracy = trainer.evaluate(state, data.test_batches(train.batch_size))
     print(f"{train.method} on {train.dataset}, step {step}: test accuracy {accuracy:.2%}")
-    if trainer.recipe.transform is not None:
-        dense = trainer.to("masked", state)
+    if not is_dense(state):
+        dense = to_form("masked", state)
         print(bsj.summarize(dense.params, dense.opt_state))
     return {"step": step, "test_accuracy": accuracy}
 

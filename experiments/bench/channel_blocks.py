@@ -31,8 +31,8 @@ from blocksparse_jax.tree import conv_kernels, path_name
 from experiments.bench.environment import commit, device, versions
 from experiments.models import create
 from experiments.models.spaces import channel_spaces
-from experiments.train import Run
 from experiments.training.config import TrainConfig
+from experiments.training.run import Run
 
 RESULTS = Path(__file__).parents[1] / "results"
 CLUSTERS = 8  # of filters and of channels, in the clustered scores

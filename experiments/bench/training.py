@@ -30,8 +30,8 @@ from experiments.bench.gpu import clock as gpu_clock
 from experiments.bench.gpu import training as gpu_training
 from experiments.bench.timing import clocked, in_turn, median_iqr
 from experiments.training.config import TrainConfig, resolve
+from experiments.training.length import Length
 from experiments.training.loop import Trainer, stepper
-from experiments.training.methods import Length
 
 RESULTS = Path(__file__).parents[1] / "results"
 PATIENCE = 10.0  # seconds: a step that takes longer is timed once

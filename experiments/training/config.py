@@ -1,59 +1,22 @@
-"""What a run is: the frozen `TrainConfig`, one preset per data set, and the checks that name a
-typo's nearest option.
-"""
+"""What a run is: the frozen `TrainConfig` and the checks that name a typo's nearest option."""
 
 import dataclasses
-from typing import Any, get_args
+from typing import Annotated
+
+import tyro
 
 import blocksparse_jax as bsj
-from blocksparse_jax import _checks, scores
+from blocksparse_jax import _checks
 from experiments.data.specs import SPECS
 from experiments.models import names as model_names
-from experiments.training.methods import BUDGETS, METHODS
+from experiments.training.methods import Options
+from experiments.training.presets import PRESETS
+from experiments.training.registry import METHODS, method
 
 EXECUTIONS = ("masked", "sparse", "packed")
 PRECISIONS = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "adam")
 LR_SCHEDULES = ("step", "cosine", "constant")
-
-_CIFAR = {
-    "epochs": 160,
-    "batch_size": 128,
-    "lr": 0.1,
-    "lr_schedule": "step",
-    "weight_decay": 5e-4,
-    "label_smoothing": 0.0,
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    "digits": {
-        "epochs": 20,
-        "batch_size": 64,
-        "lr": 0.1,
-        "lr_schedule": "cosine",
-        "weight_decay": 5e-4,
-        "label_smoothing": 0.0,
-    },
-    "mnist": {
-        "epochs": 5,
-        "batch_size": 128,
-        "lr": 0.1,
-        "lr_schedule": "cosine",
-        "weight_decay": 5e-4,
-        "label_smoothing": 0.0,
-    },
-    "cifar10": _CIFAR,  # Ma et al., CPAL 2024; lr / 10 at epochs 80 and 120
-    "cifar100": _CIFAR,
-    "tiny_imagenet": _CIFAR | {"epochs": 100},
-    "imagenet2012": {
-        "epochs": 90,
-        "batch_size": 256,
-        "lr": 0.1,
-        "lr_schedule": "cosine",
-        "weight_decay": 1e-4,
-        "label_smoothing": 0.1,
-        "stem": "imagenet",
-    },
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +27,9 @@ class TrainConfig:
       dataset: digits, mnist, cifar10, cifar100, tiny_imagenet, imagenet2012.
       model: cnn, resnet20, resnet32, resnet56, vgg19, resnet18, resnet34, resnet50, resnet50_v1_5,
         mobilenet_v1.
-      method: dense, hrbp, hrbp-dynamic, subp, sr-ste, ste, rigl, random, random-channel, gradual.
-      sparsity: fraction of the sparse layers' weights that is removed; None is what the method
-        fixes (dense 0, sr-ste and ste 1 - n/m), else 0.9.
+      method: `--method list` prints all of them, `--method NAME --help` shows one's own options.
+      sparsity: fraction of the sparse layers' weights that is removed; None is what the method's
+        pattern fixes (dense 0, sr-ste and ste 1 - n/m), else 0.9.
       epochs: passes over the training set.
       seed: of the initial weights, the masks and the data order.
       out: run folder; None is runs/DATASET-MODEL-METHOD-SEED.
@@ -85,24 +48,11 @@ class TrainConfig:
       momentum: of sgd.
       weight_decay: not applied to 1-D parameters.
       label_smoothing: mass spread over all classes.
-      group_size: filters in a group (hrbp).
-      block_density: fraction of the taps that a group keeps (hrbp); 1 keeps whole kernels.
-      channel_block: input channels come in aligned runs of this many (hrbp).
-      channel_order: reorder the channels once, before training, so that these runs lose little
-        (hrbp with magnitude scores).
-      budget: how the layers share the density: uniform, erk or er (hrbp, hrbp-dynamic, rigl,
-        random, gradual); None is the method's own, erk for rigl and uniform for the others.
-      scores: magnitude, gradient or random, of hrbp's first masks.
-      update_every: steps between mask updates; None is an epoch for subp, and for the others 100 or
-        an epoch if that is shorter.
-      drop_fraction: of the kept weights, at the first update (rigl, hrbp-dynamic).
-      n: kept weights of every m (sr-ste, ste).
-      m: consecutive weights along the input axis (sr-ste, ste).
-      block: filters in a 1xN block (subp).
-      criterion: l1, l2 or bpar (subp).
       log_every: steps between two rows of metrics.jsonl.
       checkpoint_every: steps between two checkpoints, besides the one at each epoch's end; None is
         only there.
+      options: the method's own, e.g. `methods.Subp(block=32)`; None is its defaults. On the command
+        line `--METHOD.OPTION`: `--method subp --subp.block 32`.
     """
 
     dataset: str = "digits"
@@ -125,20 +75,9 @@ class TrainConfig:
     momentum: float = 0.9
     weight_decay: float | None = None
     label_smoothing: float | None = None
-    group_size: int = 32
-    block_density: float = 1 / 3
-    channel_block: int = 1
-    channel_order: bool = False
-    budget: str | None = None
-    scores: str = "magnitude"
-    update_every: int | None = None
-    drop_fraction: float = 0.3
-    n: int = 2
-    m: int = 4
-    block: int = 16
-    criterion: str = "l1"
     log_every: int = 50
     checkpoint_every: int | None = None
+    options: Annotated[Options | None, tyro.conf.Suppress] = None
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -148,7 +87,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
       config: as a user wrote it.
 
     Returns:
-      The complete config; `update_every` and `checkpoint_every` may stay None.
+      The complete config; only `checkpoint_every` may stay None.
 
     Raises:
       ValueError: names the field, the value, what was expected and, for a typo, the nearest option.
@@ -161,106 +100,76 @@ def resolve(config: TrainConfig) -> TrainConfig:
       ...
       ValueError: method: expected one of 'dense', 'hrbp', ..., got 'hrpb'; did you mean 'hrbp'?
     """
-    for name, options in (
-        ("dataset", SPECS),
-        ("model", model_names()),
-        ("method", METHODS),
-        ("precision", PRECISIONS),
-    ):
-        _checks.choice(name, getattr(config, name), options)
+    _checks.choice("dataset", config.dataset, SPECS)
+    _checks.choice("model", config.model, model_names())
+    options = _options(config)
+    options.check()
+    pattern = options.kept_sets()
+    has_layout = pattern is not None and pattern.has_layout
     preset = {"stem": "cifar"} | PRESETS[config.dataset]
-    preset = {k: v for k, v in preset.items() if getattr(config, k) is None}
-    method = METHODS[config.method]
     config = dataclasses.replace(
         config,
-        **preset,
+        **{name: value for name, value in preset.items() if getattr(config, name) is None},
         out=config.out or f"runs/{config.dataset}-{config.model}-{config.method}-{config.seed}",
-        execution=config.execution or ("packed" if method.has_layout else "masked"),
-        sparsity=_sparsity(config),
-        budget=_budget(config),
+        execution=config.execution or ("packed" if has_layout else "masked"),
+        sparsity=_sparsity(config, options),
+        options=options,
     )
-    choices = {"execution": EXECUTIONS, "optimizer": OPTIMIZERS, "lr_schedule": LR_SCHEDULES}
-    choices |= {"scores": get_args(scores.Kind), "criterion": get_args(scores.Criterion)}
-    for name, options in choices.items():
-        _checks.choice(name, getattr(config, name), options)
-    if config.execution != "masked" and not method.has_layout:
-        names = ", ".join(name for name, m in METHODS.items() if m.has_layout)
+    _checks.choice("execution", config.execution, EXECUTIONS)
+    _checks.choice("precision", config.precision, PRECISIONS)
+    _checks.choice("optimizer", config.optimizer, OPTIMIZERS)
+    _checks.choice("lr_schedule", config.lr_schedule, LR_SCHEDULES)
+    if config.execution != "masked" and not has_layout:
         raise ValueError(
-            f"execution: the masks of {config.method!r} have no block layout, so "
-            f"{config.execution!r} cannot run them; "
-            f"use --execution masked, or a method that has one: {names}"
+            f"execution: {config.execution!r} needs masks with a block layout, and "
+            f"{pattern.noun if pattern else 'dense weights'} ({config.method}) have none; use "
+            f"--execution masked, or a method that has one: {', '.join(_with_layout())}"
         )
     if config.implementation is not None:
         available = bsj.available_implementations()
         if reason := available[_checks.choice("implementation", config.implementation, available)]:
             raise ValueError(f"implementation: {config.implementation!r} cannot run here: {reason}")
-    if config.channel_order and not (
-        config.method.startswith("hrbp")
-        and config.channel_block > 1
-        and config.scores == "magnitude"
-    ):
-        got = f"--method {config.method} --channel-block {config.channel_block} --scores {config.scores}"
-        raise ValueError(
-            f"channel_order: it serves hrbp's runs by magnitude, expected --channel-block 8 or the "
-            f"like, got {got}"
-        )
     for name in ("label_smoothing", "momentum"):
         _checks.fraction(name, getattr(config, name))
-    for name in ("block_density", "drop_fraction"):
-        _checks.fraction(name, getattr(config, name), high_open=False)
-    for name in ("lr", "width", "block_density"):
-        _positive(name, getattr(config, name))
-    _positive("weight_decay", config.weight_decay, or_zero=True)
-    for name in (
-        "epochs",
-        "batch_size",
-        "group_size",
-        "channel_block",
-        "n",
-        "m",
-        "block",
-        "log_every",
-    ):
+    for name in ("lr", "width"):
+        _checks.number(name, getattr(config, name), low_open=True)
+    _checks.number("weight_decay", config.weight_decay)
+    for name in ("epochs", "batch_size", "log_every"):
         _checks.positive_int(name, getattr(config, name))
-    for name in ("update_every", "checkpoint_every"):
-        if getattr(config, name) is not None:
-            _checks.positive_int(name, getattr(config, name))
+    if config.checkpoint_every is not None:
+        _checks.positive_int("checkpoint_every", config.checkpoint_every)
     return config
 
 
-def _sparsity(config: TrainConfig) -> float:
-    """What the method fixes, else what was asked for, else 0.9."""
-    fixed = METHODS[config.method].sparsity
-    if fixed is None:
+def _options(config: TrainConfig) -> Options:
+    """The method's options; ValueError where they are another method's."""
+    default = method(config.method).options
+    if config.options is None:
+        return default
+    if type(config.options) is not type(default):
+        raise ValueError(
+            f"options: expected {type(default).__name__}(...) for the method {config.method!r}, "
+            f"got {config.options!r}"
+        )
+    return config.options
+
+
+def _sparsity(config: TrainConfig, options: Options) -> float:
+    """What the pattern fixes, else what was asked for, else 0.9."""
+    pattern = options.kept_sets()
+    density = pattern.density if pattern else 1.0
+    if density is None:
         return _checks.fraction("sparsity", 0.9 if config.sparsity is None else config.sparsity)
-    if config.sparsity not in (None, fixed(config)):
-        flags = (
-            "; leave --sparsity out"
-            if config.method == "dense"
-            else f" (--n {config.n} --m {config.m}); set these two instead"
-        )
+    if config.sparsity not in (None, 1 - density):
+        why = f" ({pattern})" if pattern else ""
         raise ValueError(
-            f"sparsity: {config.method} has {fixed(config):g}{flags}, got {config.sparsity!r}"
+            f"sparsity: {config.method} has {1 - density:g}{why}; leave --sparsity out, got "
+            f"{config.sparsity!r}"
         )
-    return fixed(config)
+    return 1 - density
 
 
-def _budget(config: TrainConfig) -> str:
-    """What was asked for, else the method's own; ValueError where the method takes no other."""
-    known = METHODS[config.method].budgets
-    if config.budget is None:
-        return known[0]
-    if _checks.choice("budget", config.budget, BUDGETS) not in known:
-        raise ValueError(
-            f"budget: {config.method} prunes all layers alike ({known[0]!r}); leave --budget out, "
-            f"got {config.budget!r}"
-        )
-    return config.budget
-
-
-def _positive(name: str, value: Any, or_zero: bool = False) -> None:
-    """ValueError unless the value is a finite number above 0 (or 0)."""
-    if not (0 < value < float("inf") or (or_zero and value == 0)):
-        raise ValueError(
-            f"{name}: expected a number {'of at least' if or_zero else 'above'} 0, got {value!r}"
-        )
+def _with_layout() -> list[str]:
+    """The methods whose masks have a block layout by default."""
+    patterns = {name: entry.options.kept_sets() for name, entry in METHODS.items()}
+    return [name for name, pattern in patterns.items() if pattern and pattern.has_layout]

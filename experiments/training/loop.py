@@ -1,12 +1,10 @@
-"""One training step for every method and execution: `Trainer` holds the jitted steps and moves a
-state between its forms.
+"""One training step for every method and execution.
 
-A state is in one of three forms: masked (dense conv on masked weights), sparse (block-sparse conv,
-dense parameters) or packed (block-sparse conv, packed parameters and optimizer state). Where the
-method needs the gradient of the pruned weights, the packed execution is in another form: sparse at
-the mask updates of a dynamic method, masked in the soft phase of SUBP, whose kept count changes at
-every update (the sparse execution runs that phase in the block-sparse conv and compiles a step for
-every count).
+`Trainer` holds the jitted steps and asks the method's published spec what each step needs. Where a
+step needs the gradient of the pruned weights, the packed execution is in another form: sparse at
+the mask updates of a dynamic method, masked while a method still changes how many weights it keeps
+(SUBP, gradual), since every count would compile a block-sparse step of its own. The sparse
+execution runs that phase in the block-sparse conv all the same.
 """
 
 import copy
@@ -22,29 +20,12 @@ from jaxtyping import Array, Float, Int
 
 import blocksparse_jax as bsj
 from experiments import models
-from experiments.models.spaces import with_channel_orders
 from experiments.training.config import TrainConfig
-from experiments.training.methods import METHODS, Length, Recipe, optimizer
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class State:
-    """What training changes.
-
-    Attributes:
-      params: dense kernels HWIO, or packed values in the packed form.
-      batch_stats: BatchNorm statistics.
-      opt_state: the optimizer's, with the masks.
-      layouts: a layout for each parameter; {} in the masked form.
-      form: masked, sparse or packed (static).
-    """
-
-    params: Any
-    batch_stats: Any
-    opt_state: Any
-    layouts: Any
-    form: str = dataclasses.field(metadata={"static": True})
+from experiments.training.execution import State, copied, to_form
+from experiments.training.length import Length
+from experiments.training.methods import Setup
+from experiments.training.optimizer import optimizer
+from experiments.training.registry import METHODS
 
 
 class Metrics(NamedTuple):
@@ -67,12 +48,11 @@ class Trainer:
 
     Attributes:
       config: as given.
-      recipe: of the config's method.
-
-    Reference: the forms are those of the run's `--execution`.
+      length: of the run.
+      spec: what the method publishes, after `init`; None when training dense.
     """
 
-    recipe: Recipe
+    spec: bsj.Spec | None = None
 
     def __init__(
         self,
@@ -84,7 +64,7 @@ class Trainer:
     ):
         self.config = config
         self._image_shape = image_shape
-        self._length = length
+        self.length = length
         self._model = functools.partial(
             models.create,
             config.model,
@@ -97,32 +77,40 @@ class Trainer:
         self._step = jax.jit(self._train_step, static_argnames="dense_gradient", donate_argnums=0)
         self._correct = jax.jit(self._count_correct)
 
-    def init(self) -> State:
+    def init(self, batch: tuple[Array, Array] | None = None) -> State:
         """The state before the first step, in that step's form.
+
+        Args:
+          batch: images and labels, for methods that look at data before training (SNIP).
 
         Returns:
           Initial parameters (pruned, for hard methods), statistics, optimizer state and layouts.
+
+        Raises:
+          ValueError: the method refuses its options, the network or a missing batch.
         """
-        variables = _init(self.model("masked"), jax.random.key(self.config.seed), self._image_shape)
+        config, key = self.config, jax.random.key(self.config.seed)
+        assert config.options is not None
+        assert config.sparsity is not None
+        variables = _init(self.model("masked"), key, self._image_shape)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
-        if self.config.channel_order:
-            sizes = {
-                name: getattr(self.config, name)
-                for name in ("channel_block", "group_size", "block_density", "budget")
-            }
-            params, batch_stats = with_channel_orders(
-                params, batch_stats, self.config.sparsity, **sizes
-            )
-        self.recipe = METHODS[self.config.method].build(self.config, self._length, params)
-        self._tx = optimizer(self.config, self.recipe, self._length)
+        params, batch_stats = config.options.prepare(params, batch_stats, config.sparsity)
+
+        def loss_fn(params: Any, batch: tuple[Array, Array]) -> Array:
+            variables = {"params": params, "batch_stats": batch_stats}
+            return self._loss(self.model("masked"), variables, *batch)[0]
+
+        method_key = jax.random.fold_in(key, 1)
+        setup = Setup(config.sparsity, method_key, self.length, params, loss_fn, batch)
+        method = METHODS[config.method].build(config.options, setup)
+        self._tx = optimizer(config, method, self.length)
         opt_state = self._tx.init(params)
-        if self.recipe.transform is not None and self.recipe.hard:
+        self.spec = None if method is None else bsj.get_spec(opt_state)
+        if self.spec is not None and not self.spec.straight_through:
             params = bsj.apply_masks(params, bsj.get_masks(opt_state))
-        dense = jax.tree.map(
-            lambda leaf: leaf.copy(), (params, batch_stats, opt_state)
-        )  # no shared buffers: steps donate them
-        state = State(*dense, layouts={}, form="masked")
-        return self.to(self.form(0), state)
+        # no shared buffers: steps donate them
+        params, batch_stats, opt_state = copied((params, batch_stats, opt_state))
+        return to_form(self.form(0), State(params, batch_stats, opt_state, {}, "masked"))
 
     def model(self, form: str, dense_gradient: bool = False) -> Any:
         """The linen model of a form.
@@ -150,9 +138,21 @@ class Trainer:
         Returns:
           masked, sparse or packed.
         """
-        if self.config.execution != "packed" or not self.recipe.dense_gradient(step):
+        if self.config.execution != "packed" or self.spec is None:
             return str(self.config.execution)
-        return "masked" if self.recipe.resizes else "sparse"
+        if self.spec.resizes and step <= self._last_change:
+            return "masked"
+        return "sparse" if self.spec.dense_gradient(step) else "packed"
+
+    def changes_masks(self, step: int) -> bool:
+        """Whether a step's update changes masks; never where they follow the weights (SR-STE)."""
+        return self.spec is not None and self.spec.rule is None and self.spec.changes(step)
+
+    @functools.cached_property
+    def _last_change(self) -> int:
+        assert self.spec is not None
+        steps = range(self.length.total - 1, -1, -1)
+        return next((step for step in steps if self.spec.changes(step)), -1)
 
     def with_execution(self, execution: str) -> "Trainer":
         """The same training in another execution; what is compiled is shared.
@@ -161,33 +161,11 @@ class Trainer:
           execution: masked, sparse or packed.
 
         Returns:
-          A trainer for states of this one, moved to the other's forms by `to`.
+          A trainer for states of this one, moved to the other's forms by `to_form`.
         """
         other = copy.copy(self)
         other.config = dataclasses.replace(self.config, execution=execution)
         return other
-
-    def to(self, form: str, state: State) -> State:
-        """Converts a state to a form, exactly.
-
-        Args:
-          form: masked, sparse or packed.
-          state: in any form.
-
-        Returns:
-          The same training state in that form.
-        """
-        params, opt_state = state.params, state.opt_state
-        if state.form == "packed":
-            params, opt_state = _unpack(params, opt_state, state.layouts)
-        if form == "masked":
-            return State(params, state.batch_stats, opt_state, {}, form)
-        layouts = jax.tree.map(
-            lambda leaf: leaf.copy(), bsj.get_layouts(opt_state)
-        )  # a copy: the step donates the state, not the layouts
-        if form == "packed":
-            params, opt_state = _pack(params, opt_state, layouts)
-        return State(params, state.batch_stats, opt_state, layouts, form)
 
     def step(
         self, state: State, step: int, images: Float[Array, "n h w c"], labels: Int[Array, "n"]
@@ -203,21 +181,15 @@ class Trainer:
         Returns:
           The state in the form of the next step, and the batch's metrics.
         """
-        dense_gradient, layouts = (
-            state.form == "sparse" and bool(self.recipe.dense_gradient(step)),
-            state.layouts,
-        )
+        needs_dense = self.spec is not None and self.spec.dense_gradient(step)
+        layouts, without = state.layouts, dataclasses.replace(state, layouts={})
         state, metrics = self._step(
-            dataclasses.replace(state, layouts={}),
-            layouts,
-            images,
-            labels,
-            dense_gradient=dense_gradient,
+            without, layouts, images, labels, dense_gradient=state.form == "sparse" and needs_dense
         )
         state = dataclasses.replace(state, layouts=layouts)
         form = self.form(step + 1)
-        if form != state.form or (form != "masked" and self.recipe.changes(step)):
-            state = self.to(form, state)
+        if form != state.form or (form != "masked" and self.changes_masks(step)):
+            state = to_form(form, state)
         return state, metrics
 
     def _train_step(
@@ -225,31 +197,31 @@ class Trainer:
     ) -> tuple[State, Metrics]:
         model = self.model(state.form, dense_gradient)
 
-        def loss_fn(params):
+        def loss_fn(params: Any) -> tuple[Array, Any]:
             variables = self._variables(dataclasses.replace(state, params=params), layouts)
-            logits, changed = model.apply(variables, images, train=True, mutable=["batch_stats"])
-            targets = optax.smooth_labels(
-                jax.nn.one_hot(labels, logits.shape[-1]), self.config.label_smoothing
-            )
-            loss = optax.softmax_cross_entropy(logits.astype(jnp.float32), targets).mean()
-            return loss, (changed.get("batch_stats", {}), jnp.sum(logits.argmax(-1) == labels))
+            return self._loss(model, variables, images, labels)
 
-        (loss, (batch_stats, correct)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params
-        )
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (batch_stats, correct)), grads = grad_fn(state.params)
         updates, opt_state = self._tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return State(params, batch_stats, opt_state, {}, state.form), Metrics(loss, correct)
 
+    def _loss(
+        self, model: Any, variables: Any, images: Array, labels: Array
+    ) -> tuple[Array, tuple[Any, Array]]:
+        logits, changed = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        classes = jax.nn.one_hot(labels, logits.shape[-1])
+        targets = optax.smooth_labels(classes, self.config.label_smoothing)
+        loss = optax.softmax_cross_entropy(logits.astype(jnp.float32), targets).mean()
+        return loss, (changed.get("batch_stats", {}), jnp.sum(logits.argmax(-1) == labels))
+
     def _variables(self, state: State, layouts: Any) -> dict[str, Any]:
-        """The model's variables; weights are masked where the convolution does not pick the kept
-        ones itself.
-        """
-        masked = state.form == "masked" and self.recipe.transform is not None
+        """The model's variables, with masked weights unless the convolution picks the kept ones."""
+        masked = state.form == "masked" and self.spec is not None
         params = bsj.masked(state.params, state.opt_state) if masked else state.params
-        return {"params": params, "batch_stats": state.batch_stats} | (
-            {"layouts": layouts} if layouts else {}
-        )
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        return variables | ({"layouts": layouts} if layouts else {})
 
     def evaluate(self, state: State, batches: Iterable[tuple[Array, Array, Array]]) -> float:
         """The accuracy over batches of (images, labels, weight), weight 0 marking padding.
@@ -268,47 +240,9 @@ class Trainer:
     def _count_correct(
         self, state: State, images: Array, labels: Array, weight: Array
     ) -> tuple[Array, Array]:
-        logits = self.model(state.form).apply(
-            self._variables(state, state.layouts), images, train=False
-        )
+        variables = self._variables(state, state.layouts)
+        logits = self.model(state.form).apply(variables, images, train=False)
         return jnp.sum((logits.argmax(-1) == labels) * weight), jnp.sum(weight)
-
-    def masks(self, state: State) -> Any:
-        """The masks of a state in any form: bool trees of the dense parameters, scalar True where
-        dense.
-
-        Args:
-          state: in any form.
-
-        Returns:
-          A tree of bool arrays, which outlives the state.
-        """
-        if self.recipe.transform is None:
-            return jax.tree.map(lambda leaf: jnp.asarray(True), state.params)
-        if state.form != "packed":
-            return jax.tree.map(lambda leaf: leaf.copy(), bsj.get_masks(state.opt_state))
-
-        def mask(layout):
-            return (
-                bsj.layout_to_mask(layout)
-                if isinstance(layout, bsj.BlockLayout)
-                else jnp.asarray(True)
-            )
-
-        return jax.tree.map(mask, state.layouts, is_leaf=bsj.is_layout)
-
-    def layouts(self, state: State) -> Any:
-        """The layouts of a state in any form.
-
-        Args:
-          state: in any form.
-
-        Returns:
-          A tree of layouts; {} when training dense.
-        """
-        if self.recipe.transform is None or state.layouts:
-            return state.layouts
-        return bsj.get_layouts(state.opt_state)
 
 
 def stepper(
@@ -326,9 +260,9 @@ def stepper(
     Returns:
       A function without arguments that returns the new state and the metrics.
     """
-    box = [jax.tree.map(lambda leaf: leaf.copy(), state)]
+    box = [copied(state)]
 
-    def call():
+    def call() -> Any:
         box[0], metrics = trainer.step(box[0], step, images, labels)
         return box[0], metrics
 
@@ -340,15 +274,3 @@ def stepper(
 )  # runs once: compiling counts
 def _init(model: Any, key: Array, image_shape: tuple[int, ...]) -> Any:
     return model.init(key, jnp.zeros((1, *image_shape), jnp.float32), train=False)
-
-
-@jax.jit
-def _pack(params: Any, opt_state: Any, layouts: Any) -> tuple[Any, Any]:
-    return bsj.pack_tree(
-        params, opt_state, layouts, drop_pruned=True
-    )  # soft SUBP's too: they play no part once its pattern is final
-
-
-@jax.jit
-def _unpack(values: Any, opt_state: Any, layouts: Any) -> tuple[Any, Any]:
-    return bsj.unpack_tree(values, opt_state, layouts)

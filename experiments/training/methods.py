@@ -1,269 +1,343 @@
-"""The registry of training methods: a name, whether its pattern has a block layout, and how to
-build its optax transformation.
+"""The options of each training method, and the arguments of its function that they become.
 
-A new method is one entry of `METHODS`: a function from the config, the length of the run and the
-initial parameters to a `Recipe`.
+An options class holds what `--METHOD.OPTION` sets. It says which pattern they mean and what the
+library's function is called with; when masks change is the library's business (`get_spec`).
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import optax
 
 import blocksparse_jax as bsj
-from blocksparse_jax import tree
-from blocksparse_jax.schedules import periodic
-
-if TYPE_CHECKING:
-    from experiments.training.config import TrainConfig
-
-
-class Length(NamedTuple):
-    """How long a run is, in training steps."""
-
-    steps_per_epoch: int
-    total: int
+from blocksparse_jax import _checks, patterns
+from blocksparse_jax.patterns import Pattern
+from experiments.models.spaces import with_channel_orders
+from experiments.training.length import Length
+from experiments.training.patterns import named
 
 
-def never(step: int) -> bool:
-    """No step is one: the schedule of masks that stay."""
-    return False
-
-
-class Recipe(NamedTuple):
-    """What a method gives to the training loop.
+class Setup(NamedTuple):
+    """What a run gives to its method.
 
     Attributes:
-      transform: the pruning transformation, first in the chain; None trains dense.
-      changes: step -> whether that step's update changes the masks.
-      dense_gradient: step -> whether that step needs the gradient of the pruned weights too.
-      hard: pruned weights are exactly zero (False: straight-through methods keep them).
-      resizes: the updates change how many weights are kept, so that each would compile a
-        block-sparse step of its own.
+      sparsity: fraction of the sparse layers' weights that is removed.
+      key: JAX random key of the method.
+      length: of the run.
+      params: the initial parameters.
+      loss_fn: (params, batch) -> loss of the dense network.
+      batch: of the training set, (images, labels); None where there is none.
     """
 
-    transform: optax.GradientTransformation | None
-    changes: Callable[[int], bool] = never
-    dense_gradient: Callable[[int], bool] = never
-    hard: bool = True
-    resizes: bool = False
+    sparsity: float
+    key: jax.Array
+    length: Length
+    params: Any
+    loss_fn: Callable[[Any, Any], jax.Array] | None = None
+    batch: Any = None
+
+    def every(self, update_every: int | None) -> int:
+        """Steps between updates: as asked, else 100, or an epoch if that is shorter."""
+        if update_every is None:
+            return min(100, self.length.steps_per_epoch)
+        return _checks.positive_int("update_every", update_every)
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
-    """One entry of the registry.
+class Options:
+    """No options, no pattern: dense training, and the base of all others."""
+
+    def kept_sets(self) -> Pattern | None:
+        """The pattern; None trains dense."""
+        return None
+
+    def check(self) -> None:
+        """ValueError where options exclude each other; the library checks each one's value."""
+
+    def arguments(self, setup: Setup) -> dict[str, Any]:
+        """What the method's function is called with."""
+        return {}
+
+    def prepare(self, params: Any, batch_stats: Any, sparsity: float) -> tuple[Any, Any]:
+        """The network that training starts from, made of the initial one."""
+        return params, batch_stats
+
+
+@dataclasses.dataclass(frozen=True)
+class Hrbp(Options):
+    """HRBP with masks that stay.
 
     Attributes:
-      build: (config, length, params) -> Recipe.
-      has_layout: its masks fit a `BlockLayout`, so that the sparse and packed executions can run
-        it.
-      budgets: the budgets that it takes, its own default first.
-      sparsity: config -> the sparsity that the method itself fixes; None where `--sparsity` sets
-        it.
+      group_size: filters in a group.
+      block_density: fraction of the taps that a group keeps; 1 keeps whole kernels.
+      channel_block: input channels come in aligned runs of this many.
+      channel_order: reorder the channels once, before training, so that these runs lose little;
+        with magnitude scores.
+      budget: how the layers share the density: uniform, erk, er or global.
+      scores: magnitude, gradient or random, of the first masks.
     """
 
-    build: Callable[["TrainConfig", Length, Any], Recipe]
-    has_layout: bool = False
-    budgets: tuple[str, ...] = ("uniform",)
-    sparsity: Callable[["TrainConfig"], float] | None = None
+    group_size: int = 32
+    block_density: float = 1 / 3
+    channel_block: int = 1
+    channel_order: bool = False
+    budget: str = "uniform"
+    scores: str = "magnitude"
 
-
-def _key(config: "TrainConfig") -> jax.Array:
-    return jax.random.fold_in(jax.random.key(config.seed), 1)
-
-
-def _every(config: "TrainConfig", length: Length) -> int:
-    return config.update_every or min(100, length.steps_per_epoch)
-
-
-def _dense(config: "TrainConfig", length: Length, params: Any) -> Recipe:
-    return Recipe(None)
-
-
-def _hrbp(
-    config: "TrainConfig", length: Length, params: Any, update: Callable | None = None
-) -> Recipe:
-    transform = bsj.hrbp_prune(
-        config.sparsity,
-        group_size=config.group_size,
-        block_density=config.block_density,
-        channel_block=config.channel_block,
-        budget=config.budget,
-        scores=config.scores,
-        update=update,
-        drop_fraction=config.drop_fraction,
-        key=_key(config),
-    )
-    first = 0 if config.scores == "gradient" else -1
-
-    def moves(step: int) -> bool:
-        return step == first or (update is not None and bool(update(step)))
-
-    return Recipe(transform, changes=moves, dense_gradient=moves)
-
-
-def _hrbp_dynamic(config: "TrainConfig", length: Length, params: Any) -> Recipe:
-    return _hrbp(
-        config,
-        length,
-        params,
-        periodic(_every(config, length), until=max(1, int(0.75 * length.total))),
-    )
-
-
-def _subp(config: "TrainConfig", length: Length, params: Any) -> Recipe:
-    """The paper's epochs 10 to 180 of 250 (the 250 is ours), as whole update periods, its epochs."""
-    every = min(config.update_every or length.steps_per_epoch, max(1, length.total // 3))
-    start, end = (round(length.total * epoch / 250 / every) * every for epoch in (10, 180))
-    end = max(end, start + every)
-    transform = bsj.subp(
-        config.sparsity,
-        block=config.block,
-        criterion=config.criterion,
-        start=start,
-        end=end,
-        update_every=every,
-        key=_key(config),
-    )
-    return Recipe(
-        transform,
-        changes=lambda step: start <= step <= end and step % every == 0,
-        dense_gradient=lambda step: (
-            step <= end
-        ),  # soft until the pattern is final; from then on the pruned weights play no part
-        hard=False,
-        resizes=True,
-    )
-
-
-def _n_of_m(config: "TrainConfig") -> float:
-    """The sparsity of N:M."""
-    if config.n > config.m:
-        raise ValueError(f"n: expected at most m={config.m}, got {config.n}")
-    return 1 - config.n / config.m
-
-
-def _check_m(config: "TrainConfig", params: Any) -> None:
-    """ValueError unless m divides the input channels of every sparse layer."""
-    channels = {name: leaf.shape[2] for name, leaf in tree.choose(None, params).items()}
-    for name, cin in channels.items():
-        if cin % config.m:
-            most = math.gcd(*channels.values())
+    def check(self) -> None:
+        """A reordering serves runs of channels."""
+        if self.channel_order and (self.channel_block == 1 or self.scores != "magnitude"):
             raise ValueError(
-                f"m: {config.m} does not divide the {cin} input channels of {name}; take one that "
-                f"divides {most}"
+                "channel_order: it serves runs of channels by magnitude, expected channel_block=8 "
+                f"or the like and scores='magnitude', got channel_block={self.channel_block} and "
+                f"scores={self.scores!r}"
             )
 
+    def kept_sets(self) -> Pattern:
+        """The pattern."""
+        return patterns.block(self.group_size, self.block_density, self.channel_block)
 
-def _sr_ste(config: "TrainConfig", length: Length, params: Any) -> Recipe:
-    _check_m(config, params)
-    return Recipe(bsj.sr_ste(config.n, config.m), hard=False)
+    def arguments(self, setup: Setup) -> dict[str, Any]:
+        """What the method's function is called with."""
+        options = dataclasses.asdict(self)
+        del options["channel_order"]
+        return options | {"sparsity": setup.sparsity, "key": setup.key}
 
-
-def _ste(config: "TrainConfig", length: Length, params: Any) -> Recipe:
-    _check_m(config, params)
-    return Recipe(bsj.ste(config.n, config.m), hard=False)
-
-
-def _rigl(config: "TrainConfig", length: Length, params: Any) -> Recipe:
-    every, until = _every(config, length), max(1, int(0.75 * length.total))
-    transform = bsj.rigl(
-        config.sparsity,
-        update_every=every,
-        until=until,
-        drop_fraction=config.drop_fraction,
-        budget=config.budget,
-        key=_key(config),
-    )
-    return Recipe(transform, changes=periodic(every, until=until))
+    def prepare(self, params: Any, batch_stats: Any, sparsity: float) -> tuple[Any, Any]:
+        """Similar channels side by side, where asked for."""
+        if not self.channel_order:
+            return params, batch_stats
+        names = ("channel_block", "group_size", "block_density", "budget")
+        sizes = {name: getattr(self, name) for name in names}
+        return with_channel_orders(params, batch_stats, sparsity, **sizes)
 
 
-def _gradual(config: "TrainConfig", length: Length, params: Any) -> Recipe:
-    every, end = _every(config, length), max(1, length.total // 2)
-    transform = bsj.gradual_magnitude(
-        config.sparsity, start=0, end=end, update_every=every, budget=config.budget
-    )
-    return Recipe(
-        transform, changes=lambda step: step <= end and (step % every == 0 or step == end)
-    )
+@dataclasses.dataclass(frozen=True)
+class HrbpDynamic(Hrbp):
+    """HRBP whose channels move until 3/4 of training.
 
-
-def _random(config: "TrainConfig", length: Length, params: Any) -> Recipe:
-    return Recipe(
-        bsj.fixed_masks(
-            bsj.random_masks(_key(config), params, config.sparsity, budget=config.budget)
-        )
-    )
-
-
-def _random_channel(config: "TrainConfig", length: Length, params: Any) -> Recipe:
-    layouts = bsj.random_channel_layouts(_key(config), params, config.sparsity)
-    return Recipe(bsj.fixed_masks(layouts=layouts))
-
-
-BUDGETS = ("uniform", "erk", "er")
-
-METHODS: dict[str, Method] = {
-    "dense": Method(_dense, sparsity=lambda config: 0.0),
-    "hrbp": Method(_hrbp, has_layout=True, budgets=BUDGETS),
-    "hrbp-dynamic": Method(_hrbp_dynamic, has_layout=True, budgets=BUDGETS),
-    "subp": Method(_subp, has_layout=True),
-    "sr-ste": Method(_sr_ste, sparsity=_n_of_m),
-    "ste": Method(_ste, sparsity=_n_of_m),
-    "rigl": Method(_rigl, budgets=("erk", "uniform", "er")),
-    "random": Method(_random, budgets=BUDGETS),
-    "random-channel": Method(_random_channel, has_layout=True),
-    "gradual": Method(_gradual, budgets=BUDGETS),
-}
-
-
-def learning_rate(config: "TrainConfig", length: Length) -> optax.Schedule:
-    """The learning rate of each step: step (a tenth after 1/2 and 3/4 of the run), cosine or
-    constant.
-
-    Args:
-      config: a resolved config.
-      length: of the run.
-
-    Returns:
-      An optax schedule, step -> learning rate.
-
-    Reference: the steps of Ma et al., "HRBP", CPAL 2024 (80 and 120 of 160 epochs).
+    Attributes:
+      update_every: steps between mask updates; None is 100, or an epoch if that is shorter.
+      drop_fraction: of the kept channels, at the first update.
     """
-    if config.lr_schedule == "step":
-        return optax.piecewise_constant_schedule(
-            config.lr, {length.total // 2: 0.1, length.total * 3 // 4: 0.1}
-        )
-    if config.lr_schedule == "cosine":
-        return optax.cosine_decay_schedule(config.lr, length.total)
-    return optax.constant_schedule(config.lr)
+
+    update_every: int | None = None
+    drop_fraction: float = 0.3
+
+    def arguments(self, setup: Setup) -> dict[str, Any]:
+        """What the method's function is called with."""
+        options = super().arguments(setup)
+        return options | {"schedule": _first_three_quarters(setup, options.pop("update_every"))}
 
 
-def optimizer(
-    config: "TrainConfig", recipe: Recipe, length: Length
-) -> optax.GradientTransformation:
-    """`keep_zeros(chain(method, weight decay, sgd or adam))`; without a method just the last two.
+@dataclasses.dataclass(frozen=True)
+class Subp(Options):
+    """SUBP, soft from 4% to 72% of training: the paper's epochs 10 to 180, of 250.
 
-    Args:
-      config: a resolved config.
-      recipe: the method's.
-      length: of the run.
-
-    Returns:
-      An optax transformation for dense and for packed parameters.
+    Attributes:
+      block: filters in a 1xN block.
+      criterion: l1, l2 or bpar.
+      curve: cubic, linear, cos or exp, of the progress from dense to the final sparsity.
+      soft: pruned weights are trained too, until the pattern is final.
+      version: 2 scores masked weights, 1 all of them.
+      update_every: steps between mask updates; None is an epoch.
     """
-    rate = learning_rate(config, length)
-    base = (
-        optax.sgd(rate, momentum=config.momentum or None)
-        if config.optimizer == "sgd"
-        else optax.adam(rate)
-    )
-    decay = optax.add_decayed_weights(
-        config.weight_decay, mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
-    )
-    if recipe.transform is None:
-        return optax.chain(decay, base)
-    return bsj.keep_zeros(optax.chain(recipe.transform, decay, base))
+
+    block: int = 16
+    criterion: str = "l1"
+    curve: str = "cubic"
+    soft: bool = True
+    version: int = 2
+    update_every: int | None = None
+
+    def kept_sets(self) -> Pattern:
+        """The pattern."""
+        return patterns.one_by_n(self.block)
+
+    def arguments(self, setup: Setup) -> dict[str, Any]:
+        """What the method's function is called with."""
+        options = dataclasses.asdict(self)
+        every, total = options.pop("update_every"), setup.length.total
+        every = setup.length.steps_per_epoch if every is None else setup.every(every)
+        every = min(every, max(1, total // 3))
+        start, end = (round(total * epoch / 250 / every) * every for epoch in (10, 180))
+        schedule = bsj.between(start, max(end, start + every), every=every)
+        return options | {"sparsity": setup.sparsity, "schedule": schedule, "key": setup.key}
+
+
+@dataclasses.dataclass(frozen=True)
+class NOfM(Options):
+    """N:M sparsity.
+
+    Attributes:
+      n: kept weights of every m.
+      m: consecutive weights along the input axis.
+    """
+
+    n: int = 2
+    m: int = 4
+
+    def kept_sets(self) -> Pattern:
+        """The pattern."""
+        return patterns.n_of_m(self.n, self.m)
+
+    def arguments(self, setup: Setup) -> dict[str, Any]:
+        """What the method's function is called with."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class SrSte(NOfM):
+    """N:M sparsity with decay of the pruned weights.
+
+    Attributes:
+      decay: pull of pruned weights towards zero.
+    """
+
+    decay: float = 2e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Dynamic(Options):
+    """Single weights that move until 3/4 of training.
+
+    Attributes:
+      update_every: steps between mask updates; None is 100, or an epoch if that is shorter.
+      drop_fraction: of the kept weights, at the first update.
+      budget: how the layers share the density: uniform, erk or er.
+    """
+
+    update_every: int | None = None
+    drop_fraction: float = 0.3
+    budget: str = "erk"
+
+    def kept_sets(self) -> Pattern:
+        """The pattern."""
+        return patterns.unstructured()
+
+    def arguments(self, setup: Setup) -> dict[str, Any]:
+        """What the method's function is called with."""
+        return {
+            "sparsity": setup.sparsity,
+            "schedule": _first_three_quarters(setup, self.update_every),
+            "drop_fraction": self.drop_fraction,
+            "budget": self.budget,
+            "key": setup.key,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyPattern(Options):
+    """Masks of any pattern.
+
+    Attributes:
+      pattern: unstructured, kernel, window, channel, n_of_m, one_by_n or block, with its arguments
+        behind colons: one_by_n:16, block:32, n_of_m:2:4.
+      budget: how the layers share the density: uniform, erk, er or global.
+    """
+
+    pattern: str = "unstructured"
+    budget: str = "uniform"
+
+    def kept_sets(self) -> Pattern:
+        """The pattern."""
+        return named(self.pattern)
+
+    def arguments(self, setup: Setup) -> dict[str, Any]:
+        """What the method's function is called with."""
+        sparsity = None if self.kept_sets().density else setup.sparsity
+        return {"sparsity": sparsity, "pattern": self.kept_sets(), "budget": self.budget}
+
+
+@dataclasses.dataclass(frozen=True)
+class Snip(AnyPattern):
+    """Masks of any pattern, by the sensitivity of one batch's loss."""
+
+    def arguments(self, setup: Setup) -> dict[str, Any]:
+        """What the method's function is called with."""
+        if setup.loss_fn is None or setup.batch is None:
+            raise ValueError("batch: snip scores weights by the loss of one batch, got none")
+        scores = bsj.snip(setup.loss_fn, setup.params, setup.batch)
+        return super().arguments(setup) | {"scores": scores, "name": "snip"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradual(AnyPattern):
+    """Masks of any pattern that grow sparser until half of training.
+
+    Attributes:
+      update_every: steps between mask updates; None is 100, or an epoch if that is shorter.
+    """
+
+    update_every: int | None = None
+
+    def arguments(self, setup: Setup) -> dict[str, Any]:
+        """What the method's function is called with."""
+        end, every = max(1, setup.length.total // 2), setup.every(self.update_every)
+        return super().arguments(setup) | {"schedule": bsj.between(0, end, every=every)}
+
+
+@dataclasses.dataclass(frozen=True)
+class DropAndGrow(AnyPattern):
+    """Sets of any pattern that move until 3/4 of training.
+
+    Attributes:
+      drop: magnitude, gradient, momentum or random: scores of what stays.
+      grow: likewise, of what is grown.
+      update_every: steps between mask updates; None is 100, or an epoch if that is shorter.
+      drop_fraction: of the kept sets, at the first update.
+    """
+
+    drop: str = "magnitude"
+    grow: str = "gradient"
+    update_every: int | None = None
+    drop_fraction: float = 0.3
+
+    def arguments(self, setup: Setup) -> dict[str, Any]:
+        """What the method's function is called with."""
+        return super().arguments(setup) | {
+            "drop": self.drop,
+            "grow": self.grow,
+            "fraction": self.drop_fraction,
+            "schedule": _first_three_quarters(setup, self.update_every),
+            "key": setup.key,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomWeights(Options):
+    """Single weights drawn at random.
+
+    Attributes:
+      budget: how the layers share the density: uniform, erk or er.
+    """
+
+    budget: str = "uniform"
+
+    def kept_sets(self) -> Pattern:
+        """The pattern."""
+        return patterns.unstructured()
+
+    def arguments(self, setup: Setup) -> dict[str, Any]:
+        """What the method's function is called with."""
+        masks = bsj.random_masks(setup.key, setup.params, setup.sparsity, budget=self.budget)
+        return {"masks": masks}
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomChannels(Options):
+    """Input channels drawn at random."""
+
+    def kept_sets(self) -> Pattern:
+        """The pattern."""
+        return patterns.channel("input")
+
+    def arguments(self, setup: Setup) -> dict[str, Any]:
+        """What the method's function is called with."""
+        return {"layouts": bsj.random_channel_layouts(setup.key, setup.params, setup.sparsity)}
+
+
+def _first_three_quarters(setup: Setup, update_every: int | None) -> bsj.schedules.Every:
+    """RigL's schedule: masks move until 3/4 of training."""
+    return bsj.every(setup.every(update_every), until=max(1, int(0.75 * setup.length.total)))

@@ -1,5 +1,6 @@
-"""One run's folder: config.json, metrics.jsonl, result.json and Orbax checkpoints, written so that
-a stop loses nothing.
+"""One run's folder: config.json, metrics.jsonl, result.json and Orbax checkpoints.
+
+All are written so that a stop loses nothing.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from experiments.training.config import TrainConfig
+from experiments.training.registry import METHODS
 
 _PLACE = (
     "out",
@@ -83,26 +85,35 @@ class RunFolder:
         Raises:
           ValueError: config.json is missing, garbled or of another version.
         """
-        stored = _read_json(self.path / "config.json", "start the run again with another --out")
-        fields = {field.name for field in dataclasses.fields(TrainConfig)}
-        if not isinstance(stored, dict) or set(stored) != fields:
-            odd = (
-                sorted(fields.symmetric_difference(stored))
-                if isinstance(stored, dict)
-                else [type(stored).__name__]
-            )
+        path = self.path / "config.json"
+        stored = _read_json(path, "start the run again with another --out")
+        if not isinstance(stored, dict):
             raise ValueError(
-                f"{self.path / 'config.json'}: other fields than a run of this version has "
-                f"({', '.join(odd)}); choose another --out"
+                f"{path}: expected a map of fields, got {type(stored).__name__}; choose another "
+                "--out"
             )
-        return TrainConfig(**stored)
+        options = stored.get("options")
+        if stored.get("method") not in METHODS or not isinstance(options, dict):
+            raise ValueError(
+                f"{path}: other fields than a run of this version has (method "
+                f"{stored.get('method')!r} with options {options!r}); choose another --out"
+            )
+        kind = type(METHODS[stored["method"]].options)
+        for made, given in ((TrainConfig, stored), (kind, options)):
+            fields = {field.name for field in dataclasses.fields(made)}
+            if odd := sorted(fields.symmetric_difference(given)):
+                raise ValueError(
+                    f"{path}: other fields than a run of this version has ({', '.join(odd)}); "
+                    "choose another --out"
+                )
+        return TrainConfig(**stored | {"options": kind(**options)})
 
     def _check_same_run(self, config: TrainConfig) -> None:
-        stored, given = dataclasses.asdict(self.config()), dataclasses.asdict(config)
+        stored, given = _flat(self.config()), _flat(config)
         other = [
-            f"{name} {stored[name]!r} -> {given[name]!r}"
-            for name in stored
-            if name not in _PLACE and stored[name] != given[name]
+            f"{name} {stored.get(name)!r} -> {given.get(name)!r}"
+            for name in stored | given
+            if name not in _PLACE and stored.get(name) != given.get(name)
         ]
         if other:
             raise ValueError(
@@ -279,7 +290,10 @@ class RunFolder:
             ) from error
 
     def _without(self, step: int) -> str:
-        return f"delete the folder {step} to go on from the checkpoint before it, or from the start when there is none"
+        return (
+            f"delete the folder {step} to go on from the checkpoint before it, or from the start "
+            "when there is none"
+        )
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Writes result.json.
@@ -300,6 +314,13 @@ class RunFolder:
         """
         path = self.path / "result.json"
         return _read_json(path, "delete it and run again with --resume") if path.exists() else None
+
+
+def _flat(config: TrainConfig) -> dict[str, Any]:
+    """The fields of a config, the method's options under the names of their flags."""
+    fields = dataclasses.asdict(config)
+    options = fields.pop("options") or {}
+    return fields | {f"{config.method}.{name}": value for name, value in options.items()}
 
 
 def _to_host(leaf: Any) -> np.ndarray:

@@ -16,7 +16,9 @@ import blocksparse_jax as bsj
 from experiments import compare
 from experiments.reporting import tables
 from experiments.training.config import TrainConfig, resolve
-from experiments.training.methods import METHODS, Length
+from experiments.training.length import Length
+from experiments.training.methods import Setup
+from experiments.training.registry import METHODS
 from experiments.training.run_folder import RunFolder
 
 
@@ -28,12 +30,14 @@ def test_subp_prunes_in_steps_and_is_tested_when_it_has_settled():
     config = resolve(
         TrainConfig(method="subp", epochs=main_job.epochs, **compare._options(main_job, "subp"))
     )
-    recipe = METHODS["subp"].build(config, length, None)
-    steps = [step for step in range(length.total) if recipe.changes(step)]
-    assert all(step % length.steps_per_epoch == 0 for step in steps)
+    setup = Setup(config.sparsity, jax.random.key(0), length, None)
+    transform = METHODS["subp"].build(config.options, setup)
     params = {"w": jnp.ones((1, 1, 100, 16))}
-    state, densities = recipe.transform.init(params), []
-    update = jax.jit(recipe.transform.update)
+    state, densities = transform.init(params), []
+    spec = bsj.get_spec(state)
+    steps = [step for step in range(length.total) if spec.changes(step)]
+    assert all(step % length.steps_per_epoch == 0 for step in steps)
+    update = jax.jit(transform.update)
     for step in range(steps[-1] + 1):
         _, state = update(params, state, params)
         if step in steps:

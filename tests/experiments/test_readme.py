@@ -11,7 +11,7 @@ import pytest
 import blocksparse_jax as bsj
 from experiments.models import names
 from experiments.reporting import tables
-from experiments.training.methods import METHODS
+from experiments.training.registry import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()

@@ -9,26 +9,19 @@ import sys
 import jax
 import numpy as np
 import pytest
+from small_runs import small_options
 
-import blocksparse_jax as bsj
-from experiments import evaluate, train
+from experiments import evaluate
 from experiments.reporting import plots
-from experiments.train import Run, cli
+from experiments.train import cli
+from experiments.training import methods, progress
 from experiments.training.config import TrainConfig, resolve
-from experiments.training.methods import METHODS, Length
+from experiments.training.execution import layouts_of, masks_of
+from experiments.training.run import Run
 from experiments.training.run_folder import RunFolder
 
 TINY = TrainConfig(
-    model="cnn",
-    width=0.25,
-    sparsity=0.8,
-    group_size=16,
-    block=16,
-    batch_size=128,
-    epochs=3,
-    update_every=5,
-    log_every=4,
-    lr=0.05,
+    model="cnn", width=0.25, sparsity=0.8, batch_size=128, epochs=3, log_every=4, lr=0.05
 )
 PER_EPOCH = 11
 TIMES = ("step_ms_median", "step_ms_iqr")
@@ -48,16 +41,21 @@ RESULT = {
 }
 
 
-def config(tmp_path, **options):
-    return dataclasses.replace(TINY, **({"out": str(tmp_path / "run")} | options))
+def config(tmp_path, method="hrbp", options=None, **fields):
+    own = small_options(method, **(options or {}))
+    fields = {"out": str(tmp_path / "run"), "method": method, "options": own} | fields
+    return dataclasses.replace(TINY, **fields)
 
 
 def flags(settings):
-    given = []
-    for field, value in dataclasses.asdict(settings).items():
+    given, fields = [], dataclasses.asdict(settings)
+    own = {f"{settings.method}.{name}": value for name, value in fields.pop("options").items()}
+    for field, value in (fields | own).items():
         name = field.replace("_", "-")
         if isinstance(value, bool):
-            given.append(f"--{name}" if value else f"--no-{name}")
+            group, _, flag = name.rpartition(".")
+            no = f"{group}.no-{flag}" if group else f"no-{flag}"
+            given.append(f"--{name}" if value else f"--{no}")
         elif value is not None:
             given += [f"--{name}", str(value)]
     return given
@@ -87,7 +85,10 @@ def finished(tmp_path_factory):
 
 
 def test_the_command_of_the_readme(tmp_path):
-    command = "-m experiments.train --dataset digits --model cnn --method hrbp --sparsity 0.9 --epochs 1 --seed 0 --width 0.25 --out"
+    command = (
+        "-m experiments.train --dataset digits --model cnn --method hrbp --sparsity 0.9 --epochs 1 "
+        "--seed 0 --width 0.25 --out"
+    )
     cached = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}  # of conftest
     done = subprocess.run(
         [sys.executable, *command.split(), str(tmp_path / "a")],
@@ -111,11 +112,8 @@ def test_run_folder(finished):
     folder = run.folder.path
     assert set(result) >= RESULT
     assert json.loads((folder / "result.json").read_text()) == result
-    assert (
-        TrainConfig(**json.loads((folder / "config.json").read_text()))
-        == run.config
-        == resolve(settings)
-    )
+    assert run.folder.config() == run.config == resolve(settings)
+    assert json.loads((folder / "config.json").read_text())["options"]["group_size"] == 16
     assert result["density"] == pytest.approx(0.2, abs=0.001)
     assert result["test_accuracy"] > 0.3
     assert (
@@ -135,7 +133,7 @@ def test_run_folder(finished):
 
 def test_block_structure_draws_each_sparse_layer(finished):
     _, run, _ = finished
-    masks, layouts = run.trainer.masks(run.state), run.trainer.layouts(run.state)
+    masks, layouts = masks_of(run.state), layouts_of(run.state)
     drawn = [ax for ax in plots.block_structure(masks, layouts).axes if ax.images]
     assert [ax.get_title().split("\n")[0] for ax in drawn] == [
         "conv1/kernel",
@@ -231,7 +229,7 @@ def test_resume_gives_the_same_bits(finished, tmp_path):
 
 def test_resume_after_crashes_gives_the_same_bits(tmp_path, monkeypatch):
     """SUBP crashes in its soft phase, and again after it, packed."""
-    options = {"method": "subp", "update_every": PER_EPOCH}
+    options = {"method": "subp", "options": {"update_every": PER_EPOCH}}
     run = Run(config(tmp_path, out=str(tmp_path / "whole"), **options))
     run.train()
     settings = config(tmp_path, checkpoint_every=7, **options)
@@ -263,14 +261,18 @@ def test_resume_after_crashes_gives_the_same_bits(tmp_path, monkeypatch):
         ("execution", "paked", "packed"),
         ("precision", "bfloat", "bfloat16"),
         ("optimizer", "sdg", "sgd"),
-        ("budget", "erkk", "erk"),
-        ("scores", "magnitud", "magnitude"),
-        ("criterion", "l11", "l1"),
+        ("hrbp.budget", "erkk", "erk"),
+        ("hrbp.scores", "magnitud", "magnitude"),
+        ("subp.criterion", "l11", "l1"),
+        ("gradual.pattern", "kernels", "kernel"),
+        ("drop-and-grow.grow", "randm", "random"),
     ],
 )
 def test_a_typo_names_the_nearest_option(tmp_path, capsys, flag, value, nearest):
-    text = error_of(capsys, [f"--{flag}", value, "--out", str(tmp_path / "run")])
-    assert f"{flag}: " in text
+    method, _, name = flag.rpartition(".")
+    chosen = ["--method", method] if method else []
+    text = error_of(capsys, [*chosen, f"--{flag}", value, "--out", str(tmp_path / "run")])
+    assert f"{name}: " in text
     assert value in text
     assert f"did you mean '{nearest}" in text
     assert not (tmp_path / "run").exists()
@@ -280,20 +282,36 @@ def test_a_typo_names_the_nearest_option(tmp_path, capsys, flag, value, nearest)
     ("arguments", "words"),
     [
         (["--sparsity", "1.0"], "sparsity: expected a number in [0.0, 1.0)"),
-        (["--group-size", "0"], "group_size: expected an integer of at least 1"),
+        (["--hrbp.group-size", "0"], "group_size: expected an integer of at least 1"),
         (["--method", "rigl", "--execution", "packed"], "hrbp, hrbp-dynamic, subp, random-channel"),
         (["--dataset", "cifar10"], "python -m experiments.prepare_data --dataset cifar10"),
         (["--batch-size", "4096"], "batch_size: "),
         (["--implementation", "cuda"], "expected one of 'xla', 'cpu', 'dense'"),
         (["--implementation", "mosaic_gpu"], "cannot run here"),
         (
-            ["--method", "sr-ste", "--m", "5"],
-            "m: 5 does not divide the 64 input channels of conv1/kernel; take one that divides 64",
+            ["--method", "sr-ste", "--sr-ste.m", "5"],
+            "params['conv1/kernel']: m: 5 does not divide the input axis of length 64",
         ),
-        (["--method", "ste", "--n", "5"], "n: expected at most m=4, got 5"),
+        (["--method", "ste", "--ste.n", "5"], "n: expected at most m=4, got 5"),
         (
             ["--method", "sr-ste", "--sparsity", "0.9"],
-            "sparsity: sr-ste has 0.5 (--n 2 --m 4); set these two instead, got 0.9",
+            "sparsity: sr-ste has 0.5 (NOfM(n=2, m=4, axis='input')); leave --sparsity out",
+        ),
+        (
+            ["--method", "rigl", "--subp.block", "32"],
+            "--subp.block: an option of subp, and the method is rigl; add --method subp",
+        ),
+        (
+            ["--hrbp.channel-order"],
+            "channel_order: it serves runs of channels by magnitude, expected channel_block=8",
+        ),
+        (
+            ["--method", "gradual", "--gradual.pattern", "unstructured:3"],
+            "pattern: 'unstructured' does not take the arguments of 'unstructured:3'",
+        ),
+        (
+            ["--method", "rigl", "--rigl.update-every", "0"],
+            "update_every: expected an integer of at least 1",
         ),
         (
             ["--method", "dense", "--sparsity", "0.9"],
@@ -301,19 +319,18 @@ def test_a_typo_names_the_nearest_option(tmp_path, capsys, flag, value, nearest)
         ),
         (["--stem", "imagenet"], "stem: "),
         (
-            ["--method", "rigl", "--budget", "nonsense"],
-            "budget: expected one of 'uniform', 'erk', 'er', got 'nonsense'",
-        ),
-        (
-            ["--method", "subp", "--budget", "erk"],
-            "budget: subp prunes all layers alike ('uniform'); leave --budget out, got 'erk'",
+            ["--method", "rigl", "--rigl.budget", "nonsense"],
+            "budget: expected one of 'uniform', 'erk', 'er', 'global', got 'nonsense'",
         ),
         (["--lr", "-1"], "lr: expected a number above 0, got -1.0"),
         (["--width", "0"], "width: expected a number above 0, got 0.0"),
         (["--weight-decay", "-0.1"], "weight_decay: expected a number of at least 0"),
         (["--momentum", "1"], "momentum: expected a number in [0.0, 1.0)"),
-        (["--drop-fraction", "1.5"], "drop_fraction: expected a number in [0.0, 1.0]"),
-        (["--block-density", "0"], "block_density: expected a number above 0"),
+        (
+            ["--method", "rigl", "--rigl.drop-fraction", "1.5"],
+            "drop_fraction: expected a number in [0.0, 1.0]",
+        ),
+        (["--hrbp.block-density", "0"], "block_density: expected"),
         (["--resume"], "does not exist, so there is no run to go on with; leave --resume out"),
     ],
 )
@@ -348,17 +365,23 @@ def stopped(finished, tmp_path):
 
 def test_resume_with_another_config_names_the_fields(stopped, capsys):
     settings, _ = stopped
-    text = error_of(
-        capsys, [*flags(dataclasses.replace(settings, sparsity=0.5, seed=3)), "--resume"]
-    )
+    options = dataclasses.replace(settings.options, group_size=8)
+    other = dataclasses.replace(settings, sparsity=0.5, seed=3, options=options)
+    text = error_of(capsys, [*flags(other), "--resume"])
     assert "seed 0 -> 3" in text
+    assert "hrbp-dynamic.group_size 16 -> 8" in text
     assert "sparsity 0.8 -> 0.5" in text
     assert "epochs" not in text
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("{", "not JSON"), ("[]", "other fields"), ('{"dataset": "digits"}', "other fields")],
+    [
+        ("{", "not JSON"),
+        ("[]", "expected a map of fields, got list"),
+        ('{"dataset": "digits"}', "other fields"),
+        ('{"method": "rigl", "options": {"depth": 3}}', "other fields"),
+    ],
 )
 def test_a_garbled_config_is_named(stopped, capsys, text, words):
     settings, folder = stopped
@@ -403,15 +426,15 @@ def test_evaluate_of_no_run(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
-    settings = config(tmp_path, method="dense", sparsity=None, lr=1e30, epochs=1)
+    settings = config(tmp_path, "dense", sparsity=None, lr=1e30, epochs=1)
     text = error_of(capsys, flags(settings), code=1)
     assert "the loss is " in text
     assert "lower --lr (1e+30)" in text
 
 
 def test_without_a_terminal_a_slow_run_says_how_far_it_is(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "_QUIET", -1)
-    out = output_of(capsys, flags(config(tmp_path, method="random-channel", epochs=1)))
+    monkeypatch.setattr(progress, "_QUIET", -1)
+    out = output_of(capsys, flags(config(tmp_path, "random-channel", epochs=1)))
     assert "random-channel step 4/11: loss " in out
     assert (
         "\nrandom-channel: sparse layers keep 0.19" in out
@@ -424,33 +447,32 @@ def test_the_methods_that_fix_their_sparsity_store_it():
         0.5,
         0.9,
     ]
-    assert resolve(TrainConfig(method="ste", n=1)).sparsity == 0.75
+    one_of_four = TrainConfig(method="ste", options=methods.NOfM(n=1))
+    assert resolve(one_of_four).sparsity == 0.75
+    with pytest.raises(ValueError, match="options: expected Subp"):
+        resolve(TrainConfig(method="subp", options=methods.NOfM()))
 
 
-UNIFORM = ("dense", "subp", "sr-ste", "ste", "random-channel")
+def test_help_shows_the_options_of_the_chosen_method_only(capsys):
+    with pytest.raises(SystemExit):
+        cli(["--method", "subp", "--help"])
+    text = capsys.readouterr().out
+    assert "--subp.block" in text
+    assert "--lr" in text
+    assert "group-size" not in text
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_config_names_the_budget_that_is_used(method):
-    """`None` is the method's own; a run of an older version has stored "uniform" for all of them."""
-    settings = TrainConfig(method=method)
-    assert resolve(settings).budget == ("erk" if method == "rigl" else "uniform")
-    assert resolve(dataclasses.replace(settings, budget="uniform")).budget == "uniform"
-    assert METHODS[method].budgets == ("uniform",) or method not in UNIFORM
-
-
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in UNIFORM])
-def test_the_budget_reaches_the_method(method, params):
-    """The layers' densities after pruning are those of the budget that config.json names."""
-    spread = {}
-    for budget in ("uniform", "erk"):
-        settings = resolve(dataclasses.replace(TINY, method=method, budget=budget))
-        transform = METHODS[method].build(settings, Length(4, 8), params).transform
-        state = transform.init(params)
-        for _ in range(5 if method == "gradual" else 0):  # which starts dense
-            _, state = transform.update(params, state, params)
-        masks = bsj.get_masks(state)
-        densities = [float(masks[name]["kernel"].mean()) for name in ("conv1", "conv2")]
-        spread[budget] = abs(densities[0] - densities[1])
-    assert spread["uniform"] < 0.1
-    assert spread["erk"] > 0.3
+def test_a_run_says_how_many_pruned_weights_are_not_zero(tmp_path, capsys):
+    """Nothing keeps them zero when a user's optimizer moves them after the method's chain."""
+    run = Run(config(tmp_path, "rigl", epochs=1))
+    for name in ("conv1", "conv2"):
+        run.state.params[name]["kernel"] += 1
+    run._train_step(*next(iter(run.data.train_batches(0, 128, 0))))
+    assert run._nonzero_pruned() == 0  # keep_zeros has set them back
+    for name in ("conv1", "conv2"):
+        run.state.params[name]["kernel"] += 1
+    masks = masks_of(run.state)
+    pruned = sum(int((~masks[name]["kernel"]).sum()) for name in ("conv1", "conv2"))
+    assert run._nonzero_pruned() == pruned > 0
+    assert f"{pruned} pruned weights are not zero" in run._log_epoch(0)
+    assert run.folder.metrics()[-1]["nonzero_pruned"] == pruned

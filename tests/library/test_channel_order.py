@@ -30,8 +30,9 @@ from experiments.models import create, names
 from experiments.models.spaces import channel_spaces
 from experiments.reporting import tables
 from experiments.training.config import TrainConfig, resolve
+from experiments.training.length import Length
 from experiments.training.loop import Trainer
-from experiments.training.methods import Length
+from experiments.training.methods import Hrbp
 
 # shape, group_size, kept, kept_taps, channel_block
 CASES = [((1, 1, 8, 8), 4, 4, 1, 2), ((3, 3, 16, 16), 8, 8, 3, 4)]
@@ -343,9 +344,8 @@ def test_hrbp_keeps_more_of_a_folded_network():
 
 def test_a_run_orders_its_channels_before_training():
     def start(**options):
-        config = resolve(
-            TrainConfig(model="cnn", execution="sparse", sparsity=0.9, channel_block=16, **options)
-        )
+        hrbp = Hrbp(channel_block=16, **options)
+        config = resolve(TrainConfig(model="cnn", execution="sparse", sparsity=0.9, options=hrbp))
         return Trainer(config, (8, 8, 1), 10, Length(4, 8)).init()
 
     plain, ordered = start(), start(channel_order=True)
@@ -359,9 +359,9 @@ def test_a_run_orders_its_channels_before_training():
         for layout in jax.tree.leaves(ordered.layouts, is_leaf=bsj.is_layout)
         if layout != bsj.Dense()
     } == {16}
-    for wrong in ({"method": "rigl"}, {"channel_block": 1}, {"scores": "random"}):
-        with pytest.raises(ValueError, match="channel_order: it serves hrbp's runs"):
-            resolve(TrainConfig(**{"channel_block": 8, "channel_order": True} | wrong))
+    for wrong in ({"channel_block": 1}, {"scores": "random"}):
+        with pytest.raises(ValueError, match="channel_order: it serves runs of channels"):
+            Hrbp(**{"channel_block": 8, "channel_order": True} | wrong)
 
 
 def test_a_user_network_of_nnx_folds_by_its_own_names():

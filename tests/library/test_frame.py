@@ -32,7 +32,9 @@ def test_the_contract_runs_as_written():
     scores = jax.tree.map(jnp.abs, params)
     masks = bsj.masks_from_scores(scores, 0.9, pattern=P.unstructured(), budget="global")
     assert int(masks["conv"].sum()) == round(0.1 * masks["conv"].size)
-    assert float(bsj.masks_from_scores(scores, 0.9, pattern=P.kernel())["conv"].mean()) == 410 / 4096
+    assert (
+        float(bsj.masks_from_scores(scores, 0.9, pattern=P.kernel())["conv"].mean()) == 410 / 4096
+    )
     for pattern, density in ((P.one_by_n(16), 6 / 64), (P.channel("output"), 6 / 64)):
         with pytest.warns(UserWarning, match="sparsity: density 0.1000 cannot be reached"):
             masks = bsj.masks_from_scores(scores, 0.9, pattern=pattern)

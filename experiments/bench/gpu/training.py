@@ -34,8 +34,10 @@ from experiments.bench.gpu.journal import Journal, TimeUp, exit_status, fingerpr
 from experiments.bench.timing import median_iqr
 from experiments.reporting import gpu_tables
 from experiments.training.config import TrainConfig, resolve
+from experiments.training.execution import masks_of, to_form
+from experiments.training.length import Length
 from experiments.training.loop import Trainer, stepper
-from experiments.training.methods import Length
+from experiments.training.methods import Hrbp
 
 RESULTS = Path(__file__).parents[2] / "results"
 STEP = 1  # its number: no mask update falls on it
@@ -298,8 +300,9 @@ def _measure(
         width=network.width,
         batch_size=network.batch_size,
         implementation=implementation,
-        group_size=config.group_size,
-        channel_block=config.channel_block,
+        options=None
+        if dense
+        else Hrbp(group_size=config.group_size, channel_block=config.channel_block),
     )
     trainer = Trainer(
         resolve(train),
@@ -314,9 +317,7 @@ def _measure(
     found: dict[str, Any] = {"loss": float(metrics.loss)}
     if not dense:
         own = gpu_steps.sketch(
-            trainer.to("masked", state).params,
-            trainer.to("masked", after).params,
-            trainer.masks(state),
+            to_form("masked", state).params, to_form("masked", after).params, masks_of(state)
         )
         found |= compare(own)
     del state, after

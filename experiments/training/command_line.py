@@ -1,0 +1,92 @@
+"""The command line of `experiments.train`: the run's flags and the chosen method's own."""
+
+import argparse
+import dataclasses
+from typing import Annotated, Any
+
+import tyro
+
+from experiments.training.config import TrainConfig, resolve
+from experiments.training.methods import Options
+from experiments.training.registry import METHODS, method
+from experiments.training.run_folder import RunFolder
+
+_PROGRAM = "python -m experiments.train"
+
+
+def parse(args: list[str]) -> tuple[TrainConfig, bool]:
+    """What to train.
+
+    With `--resume` the run's own config stands for the flags that are not given.
+
+    Args:
+      args: of the process, without its name.
+
+    Returns:
+      The resolved config, and whether to resume.
+
+    Raises:
+      ValueError: a wrong value; the message names the field.
+      SystemExit: an unknown flag, or `--help`.
+    """
+    config, resume = _parse(args, TrainConfig())
+    if resume:
+        folder = RunFolder(config.out or str(resolve(config).out))
+        if (folder.path / "config.json").exists():
+            stored = dataclasses.replace(folder.config(), out=str(folder.path))
+            config, resume = _parse(args, stored)
+    return resolve(config), resume
+
+
+def method_of(args: list[str]) -> str | None:
+    """The value of `--method`; None where it is not given."""
+    return _scan(args).method
+
+
+def _scan(args: list[str]) -> argparse.Namespace:
+    """What decides which flags there are, before they are parsed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method")
+    parser.add_argument("--out")
+    parser.add_argument("--resume", action="store_true")
+    return parser.parse_known_args(args)[0]
+
+
+def _parse(args: list[str], default: TrainConfig) -> tuple[TrainConfig, bool]:
+    name = method_of(args) or default.method
+    options = method(name).options
+    if default.options is not None and name == default.method:
+        options = default.options
+    _refuse_other_methods(args, name)
+    given: Any = tyro.cli(_arguments(name, options, default), args=args, prog=_PROGRAM)
+    config = dataclasses.replace(given.config, options=getattr(given, "options", options))
+    return config, given.resume
+
+
+def _arguments(name: str, options: Options, default: TrainConfig) -> type:
+    """The flags: those of the run without a prefix, those of the method behind its name."""
+    config = Annotated[TrainConfig, tyro.conf.arg(name="")]
+    fields: list[tuple[str, Any, Any]] = [("config", config, dataclasses.field(default=default))]
+    if dataclasses.fields(options):
+        own = Annotated[type(options), tyro.conf.arg(name=name)]
+        fields.append(("options", own, dataclasses.field(default=options)))
+    fields.append(("resume", bool, False))
+    made = dataclasses.make_dataclass("Arguments", fields, frozen=True)
+    made.__doc__ = """Trains one network with one method; `--method list` prints all methods.
+
+    Attributes:
+      resume: go on with the run in --out, from its last checkpoint and with its config; flags that
+        are given must agree with it.
+    """
+    return made
+
+
+def _refuse_other_methods(args: list[str], name: str) -> None:
+    """ValueError where a flag is another method's."""
+    for flag in args:
+        other = flag.removeprefix("--").partition(".")[0].replace("_", "-")
+        if flag.startswith("--") and "." in flag and other in METHODS and other != name:
+            raise ValueError(
+                f"{flag.partition('=')[0]}: an option of {other}, and the method is {name}; add "
+                f"--method {other}, or leave the option out"
+            )

@@ -1,0 +1,111 @@
+"""The three forms of a training state, and the exact way from one to another.
+
+masked: dense conv on masked weights. sparse: block-sparse conv, dense parameters. packed:
+block-sparse conv, packed parameters and optimizer state.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import blocksparse_jax as bsj
+from blocksparse_jax.state import is_sparse_state
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What training changes.
+
+    Attributes:
+      params: dense kernels HWIO, or packed values in the packed form.
+      batch_stats: BatchNorm statistics.
+      opt_state: the optimizer's, with the masks.
+      layouts: a layout for each parameter; {} in the masked form.
+      form: masked, sparse or packed (static).
+    """
+
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    layouts: Any
+    form: str = dataclasses.field(metadata={"static": True})
+
+
+def to_form(form: str, state: State) -> State:
+    """Converts a state to a form, exactly.
+
+    Args:
+      form: masked, sparse or packed.
+      state: in any form.
+
+    Returns:
+      The same training state in that form.
+    """
+    params, opt_state = state.params, state.opt_state
+    if state.form == "packed":
+        params, opt_state = _unpack(params, opt_state, state.layouts)
+    if form == "masked":
+        return State(params, state.batch_stats, opt_state, {}, form)
+    layouts = copied(bsj.get_layouts(opt_state))  # the step donates the state, not the layouts
+    if form == "packed":
+        params, opt_state = _pack(params, opt_state, layouts)
+    return State(params, state.batch_stats, opt_state, layouts, form)
+
+
+def masks_of(state: State) -> Any:
+    """The masks of a state in any form.
+
+    Args:
+      state: in any form.
+
+    Returns:
+      A tree of bool arrays in the dense parameters' shapes, the scalar True where dense; it
+      outlives the state.
+    """
+    if is_dense(state):
+        return jax.tree.map(lambda leaf: jnp.asarray(True), state.params)
+    if state.form != "packed":
+        return copied(bsj.get_masks(state.opt_state))
+
+    def mask(layout: Any) -> jax.Array:
+        sparse = isinstance(layout, bsj.BlockLayout)
+        return bsj.layout_to_mask(layout) if sparse else jnp.asarray(True)
+
+    return jax.tree.map(mask, state.layouts, is_leaf=bsj.is_layout)
+
+
+def layouts_of(state: State) -> Any:
+    """The layouts of a state in any form.
+
+    Args:
+      state: in any form.
+
+    Returns:
+      A tree of layouts; {} when training dense.
+    """
+    return state.layouts if is_dense(state) or state.layouts else bsj.get_layouts(state.opt_state)
+
+
+def is_dense(state: State) -> bool:
+    """Whether no method prunes the network."""
+    nodes = jax.tree.leaves(state.opt_state, is_leaf=is_sparse_state)
+    return not any(is_sparse_state(node) for node in nodes)
+
+
+def copied(tree: Any) -> Any:
+    """The same tree in buffers of its own, since steps donate theirs."""
+    return jax.tree.map(lambda leaf: leaf.copy(), tree)
+
+
+@jax.jit
+def _pack(params: Any, opt_state: Any, layouts: Any) -> tuple[Any, Any]:
+    # drops the pruned weights of soft SUBP too: they play no part once its pattern is final
+    return bsj.pack_tree(params, opt_state, layouts, drop_pruned=True)
+
+
+@jax.jit
+def _unpack(values: Any, opt_state: Any, layouts: Any) -> tuple[Any, Any]:
+    return bsj.unpack_tree(values, opt_state, layouts)

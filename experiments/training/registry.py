@@ -1,0 +1,136 @@
+"""The registry of training methods: a name, the library's function and the method's options.
+
+A new method is one line of `METHODS`; its table rows are read off what it publishes.
+"""
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import blocksparse_jax as bsj
+from blocksparse_jax import _checks
+from experiments.training import methods
+from experiments.training.length import Length
+from experiments.training.methods import Options, Setup
+
+_SAMPLE = Length(steps_per_epoch=100, total=1000)
+_COLUMNS = ("function", "pattern", "masks change", "needs", "execution", "reference")
+CAPTION = f"Steps are those of a run of {_SAMPLE.total}, {_SAMPLE.steps_per_epoch} in an epoch."
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One entry of the registry.
+
+    Attributes:
+      options: its options with their defaults.
+      function: makes its transformation from `options.arguments`; None trains dense.
+      source: the function whose docstring names the paper; None is `function`.
+      needs_batch: it looks at a batch of the training set before training.
+    """
+
+    options: Options
+    function: Callable[..., optax.GradientTransformation] | None = None
+    source: Callable[..., Any] | None = None
+    needs_batch: bool = False
+
+    def build(self, options: Options, setup: Setup) -> optax.GradientTransformation | None:
+        """The transformation, first in the chain; None trains dense."""
+        return None if self.function is None else self.function(**options.arguments(setup))
+
+
+METHODS: dict[str, Method] = {
+    "dense": Method(methods.Options()),
+    "hrbp": Method(methods.Hrbp(), bsj.hrbp_prune),
+    "hrbp-dynamic": Method(methods.HrbpDynamic(), bsj.hrbp_prune),
+    "subp": Method(methods.Subp(), bsj.subp),
+    "sr-ste": Method(methods.SrSte(), bsj.sr_ste),
+    "ste": Method(methods.NOfM(), bsj.ste),
+    "rigl": Method(methods.Dynamic(), bsj.rigl),
+    "set": Method(methods.Dynamic(budget="er"), bsj.set_),
+    "snfs": Method(methods.Dynamic(), bsj.snfs),
+    "drop-and-grow": Method(methods.DropAndGrow(budget="erk"), bsj.drop_and_grow),
+    "magnitude": Method(methods.AnyPattern(), bsj.magnitude),
+    "snip": Method(methods.Snip(budget="global"), bsj.one_shot, bsj.snip, needs_batch=True),
+    "gradual": Method(methods.Gradual(), bsj.gradual),
+    "random": Method(methods.RandomWeights(), bsj.fixed_masks, bsj.random_masks),
+    "random-channel": Method(methods.RandomChannels(), bsj.fixed_masks, bsj.random_channel_layouts),
+}
+
+
+def method(name: str) -> Method:
+    """The entry of a name; ValueError, with the nearest name, where there is none."""
+    return METHODS[_checks.choice("method", name, METHODS)]
+
+
+def rows() -> list[dict[str, str]]:
+    """What is known of every method, read off its docstring and off the spec that it publishes.
+
+    Returns:
+      A row for each method: its name, the library's function, the pattern, when masks change in the
+      run that `CAPTION` describes, what it needs beside the masked gradient, the execution, and the
+      paper.
+    """
+    return [{"method": name} | _row(entry) for name, entry in METHODS.items()]
+
+
+def _row(entry: Method) -> dict[str, str]:
+    pattern = entry.options.kept_sets()
+    source = entry.source or entry.function
+    if pattern is None or source is None:
+        return dict(zip(_COLUMNS, ("—", "—", "—", "—", "dense", "—"), strict=True))
+    params = {"kernel": jax.random.normal(jax.random.key(0), (3, 3, 64, 64))}
+    setup = Setup(0.9, jax.random.key(0), _SAMPLE, params, _sample_loss, batch=1.0)
+    transform = entry.build(entry.options, setup)
+    assert transform is not None
+    spec = bsj.get_spec(transform.init(params))
+    changes = [step for step in range(_SAMPLE.total) if spec.changes(step)]
+    dense = [step for step in range(_SAMPLE.total) if spec.dense_gradient(step)]
+    needs = ["a batch before training"] if entry.needs_batch else []
+    if dense:
+        steps = "at these steps" if dense == changes else _steps(dense)
+        needs.append(f"dense gradient {steps}")
+    return dict(
+        zip(
+            _COLUMNS,
+            (
+                source.__name__,
+                pattern.noun,
+                _steps(changes),
+                ", ".join(needs) or "—",
+                "packed (has a layout)" if pattern.has_layout else "masked (no layout)",
+                _reference(source),
+            ),
+            strict=True,
+        )
+    )
+
+
+def _sample_loss(params: Any, scale: Any) -> jax.Array:
+    return scale * jnp.square(params["kernel"]).sum()
+
+
+def _steps(steps: list[int]) -> str:
+    """Steps of the sample run in words."""
+    if not steps:
+        return "never"
+    if len(steps) == _SAMPLE.total:
+        return "every step"
+    if len(steps) == 1:
+        return f"step {steps[0]}"
+    every = steps[1] - steps[0]
+    often = "every step" if every == 1 else f"every {every} steps"
+    return f"{often}, {steps[0]} to {steps[-1]}"
+
+
+def _reference(source: Callable[..., Any]) -> str:
+    """Authors, venue and year of the first paper that a docstring names, without its title."""
+    text = " ".join((inspect.getdoc(source) or "").partition("Reference:")[2].split())
+    paper = re.match(r".*?\b(19|20)\d\d\b", text)
+    return re.sub(r'"[^"]*",? ', "", paper.group()) if paper else text

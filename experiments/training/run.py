@@ -1,0 +1,259 @@
+"""One training run from its config to its result: data, steps, rows of metrics, checkpoints."""
+
+import math
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+import blocksparse_jax as bsj
+from experiments.bench.environment import commit, device, versions
+from experiments.bench.timing import StepTimer, median_iqr
+from experiments.data.resident import load
+from experiments.models.flops import conv_positions
+from experiments.reporting import plots
+from experiments.training.config import TrainConfig, resolve
+from experiments.training.execution import State, layouts_of, masks_of, to_form
+from experiments.training.length import Length
+from experiments.training.loop import Metrics, Trainer
+from experiments.training.optimizer import learning_rate
+from experiments.training.progress import Progress
+from experiments.training.registry import METHODS
+from experiments.training.run_folder import RunFolder
+
+
+class Sums(NamedTuple):
+    """Sums over the steps of a logging window or an epoch."""
+
+    loss: float = 0.0
+    correct: int = 0
+    steps: int = 0
+
+
+class Run:
+    """One training run.
+
+    Everything that can be wrong is found when it is made; `train` then does the work.
+
+    Args:
+      config: what to train; fields left at None take their preset.
+      resume: go on with the run in the folder.
+
+    Attributes:
+      config: the resolved config.
+      folder: the run folder.
+      trainer: the steps.
+      state: of the training, after `step` steps.
+      step: steps done.
+      seconds: of training, up to the last checkpoint, those before each resume included.
+
+    Raises:
+      ValueError: a field, the folder or a checkpoint is wrong; the message says which and what to
+        do.
+      FileNotFoundError: the data set is not prepared; the message holds the command.
+    """
+
+    def __init__(self, config: TrainConfig, resume: bool = False):
+        self.config = config = resolve(config)
+        self.folder = RunFolder.open(config, resume)
+        self.data = load(config.dataset, config.data_dir)
+        self.trainer = trainer_for(config, self.data)
+        self.length = self.trainer.length
+        self.state: State = self.trainer.init(first_batch(config, self.data))
+        self.step, self.seconds, self._since = 0, 0.0, time.perf_counter()
+        self._masks = masks_of(self.state)  # at the last epoch's end, for the SAD
+        self._window, self._epoch = Sums(), Sums()
+        self._pending: list[Metrics] = []
+        self._timer = StepTimer()
+        last = self.folder.latest() if resume else None
+        if last is not None:
+            self._restore(last)
+        self.folder.start(config)
+        self.folder.rewind(self.step)
+
+    def _restore(self, step: int) -> None:
+        meta = self.folder.meta(step)
+        like = to_form(meta["form"], self.state), self._masks
+        self.state, self._masks = self.folder.restore(step, like)
+        self.step, self._window, self._epoch = step, Sums(*meta["window"]), Sums(*meta["epoch"])
+        self.seconds = meta["seconds"]
+
+    def _save(self) -> None:
+        self._fetch()
+        now = time.perf_counter()
+        self.seconds, self._since = self.seconds + now - self._since, now
+        meta = {
+            "form": self.state.form,
+            "window": self._window,
+            "epoch": self._epoch,
+            "seconds": self.seconds,
+        }
+        self.folder.save(self.step, (self.state, self._masks), meta)
+
+    def train(self, stop_after: int | None = None) -> dict[str, Any] | None:
+        """Trains to the end, or for some steps.
+
+        Args:
+          stop_after: write a checkpoint and return after this many steps of the run; None trains to
+            the end.
+
+        Returns:
+          The result, as in result.json; None when it stopped before the end.
+
+        Raises:
+          FloatingPointError: the loss is not finite.
+        """
+        if self.step == self.length.total and (done := self.folder.result()) is not None:
+            return done
+        self._since = time.perf_counter()
+        with Progress(self.config.method, self.length.total, self.step) as progress:
+            while self.step < self.length.total:
+                if self._train_epoch(progress, stop_after):
+                    return None
+        return self._finish()
+
+    def _train_epoch(self, progress: Progress, stop_after: int | None) -> bool:
+        """The rest of an epoch; True where it stopped before its end."""
+        epoch, done = divmod(self.step, self.length.steps_per_epoch)
+        batch_size, seed = self.config.batch_size, self.config.seed
+        for images, labels in self.data.train_batches(epoch, batch_size, seed, start_step=done):
+            self._train_step(images, labels)
+            if self.step % self.config.log_every == 0:
+                progress.step(self.step, self._log_window(epoch))
+            ends = self.step % self.length.steps_per_epoch == 0
+            if ends:
+                progress.epoch(self.step, self._log_epoch(epoch))
+            every = self.config.checkpoint_every
+            if self.step == stop_after or ends or (every and self.step % every == 0):
+                self._save()
+            if self.step == stop_after:
+                return True
+        return False
+
+    def _train_step(self, images: Any, labels: Any) -> None:
+        step, state, trainer = self.step, self.state, self.trainer
+        changes = trainer.changes_masks(step) or trainer.form(step + 1) != state.form
+        program = state.form, tuple(leaf.shape for leaf in jax.tree.leaves(state.layouts))
+        self.state, metrics = self._timer.time(
+            "topology" if changes else state.form,
+            program,
+            lambda: trainer.step(state, step, images, labels),
+        )
+        self._pending.append(metrics)
+        self.step += 1
+
+    def _fetch(self) -> None:
+        """Brings the metrics of the steps since the last call from the device, all at once."""
+        for loss, correct in jax.device_get(self._pending):
+            self._window, self._epoch = (
+                Sums(s.loss + float(loss), s.correct + int(correct), s.steps + 1)
+                for s in (self._window, self._epoch)
+            )
+        self._pending.clear()
+        if not math.isfinite(self._epoch.loss):
+            raise FloatingPointError(
+                f"the loss is {self._epoch.loss} at step {self.step}; lower --lr "
+                f"({self.config.lr:g})"
+            )
+
+    def _log_window(self, epoch: int) -> float:
+        """Writes the row of a logging window; its loss."""
+        self._fetch()
+        means = self._means(self._window)
+        row = {"kind": "train", "step": self.step, "epoch": epoch} | means | {"lr": self._lr()}
+        self.folder.append(row)
+        self._window = Sums()
+        return means["loss"]
+
+    def _log_epoch(self, epoch: int) -> str:
+        """Writes the row of an epoch; its line on the console."""
+        self._fetch()
+        masks = masks_of(self.state)
+        median, iqr = median_iqr(self._timer.milliseconds(self.state.form))
+        batches = self.data.test_batches(self.config.batch_size)
+        row = {
+            "kind": "epoch",
+            "step": self.step,
+            "epoch": epoch,
+            **self._means(self._epoch),
+            "test_accuracy": self.trainer.evaluate(self.state, batches),
+            "lr": self._lr(),
+            "density": float(bsj.metrics.density(masks)),
+            "nonzero_pruned": self._nonzero_pruned(),
+            "sad": float(bsj.sad(masks, self._masks).total),
+            "step_ms_median": median,
+            "step_ms_iqr": iqr,
+        }
+        self._masks, self._epoch = masks, Sums()
+        self.folder.append(row)
+        warning = f", {n} pruned weights are not zero" if (n := row["nonzero_pruned"]) else ""
+        return (
+            f"epoch {epoch + 1}/{self.config.epochs}: loss {row['loss']:.3f}, test "
+            f"{row['test_accuracy']:.2%}{warning}"
+        )
+
+    def _nonzero_pruned(self) -> int:
+        if self.trainer.spec is None:
+            return 0
+        return int(bsj.nonzero_pruned(self.state.params, self.state.opt_state))
+
+    def _means(self, sums: Sums) -> dict[str, float]:
+        return {
+            "loss": sums.loss / sums.steps,
+            "train_accuracy": sums.correct / (sums.steps * self.config.batch_size),
+        }
+
+    def _lr(self) -> float:
+        return float(learning_rate(self.config, self.length)(self.step - 1))
+
+    def _finish(self) -> dict[str, Any]:
+        """Draws the pictures and writes the result."""
+        masks = masks_of(self.state)
+        dense = to_form("masked", self.state)
+        variables = {"params": dense.params, "batch_stats": dense.batch_stats}
+        positions = conv_positions(self.trainer.model("masked"), variables, self.data.image_shape)
+        rows = self.folder.metrics()
+        last = [row for row in rows if row["kind"] == "epoch"][-1]
+        median, iqr = median_iqr(self._timer.milliseconds(self.state.form))
+        names = ("method", "dataset", "model", "width", "seed", "sparsity")
+        result = {name: getattr(self.config, name) for name in names} | {
+            "density": last["density"],
+            "nonzero_pruned": last["nonzero_pruned"],
+            "test_accuracy": last["test_accuracy"],
+            "train_loss": last["loss"],
+            "kept_flops_fraction": bsj.metrics.kept_flops(masks, dense.params, positions),
+            "step_ms_median": median if median is not None else last["step_ms_median"],
+            "step_ms_iqr": iqr if iqr is not None else last["step_ms_iqr"],
+            "topology_step_ms_median": median_iqr(self._timer.milliseconds("topology"))[0],
+            "epochs": self.config.epochs,
+            "steps": self.step,
+            "batch_size": self.config.batch_size,
+            "execution": self.config.execution,
+            "precision": self.config.precision,
+            "train_seconds": round(self.seconds, 1),
+            "device": device(),
+            "versions": versions(),
+            "commit": commit(),
+        }
+        title = f"{self.config.method}: {self.config.model} on {self.config.dataset}"
+        plots.learning_curves(rows, self.folder.path / "learning_curves.png", title)
+        plots.block_structure(
+            masks, layouts_of(self.state), self.folder.path / "block_structure.png", title
+        )
+        self.folder.write_result(result)
+        return result
+
+
+def trainer_for(config: TrainConfig, data: Any) -> Trainer:
+    """The trainer of a resolved config on a loaded data set."""
+    per_epoch = data.steps_per_epoch(config.batch_size)
+    assert config.epochs is not None
+    length = Length(per_epoch, per_epoch * config.epochs)
+    return Trainer(config, data.image_shape, data.num_classes, length)
+
+
+def first_batch(config: TrainConfig, data: Any) -> tuple[Any, Any] | None:
+    """The first batch of a run, for methods that look at data before training; None for others."""
+    if not METHODS[config.method].needs_batch:
+        return None
+    return next(iter(data.train_batches(0, config.batch_size, config.seed)))

@@ -1,0 +1,180 @@
+"""The registry of methods: each entry trains, publishes what its options promise, and is the only
+place under `experiments/` that knows a method; when masks change is read from the spec.
+"""
+
+import ast
+import dataclasses
+import inspect
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from small_runs import small_options
+
+import blocksparse_jax as bsj
+from experiments.training import registry
+from experiments.training.config import TrainConfig, resolve
+from experiments.training.length import Length
+from experiments.training.loop import Trainer
+from experiments.training.methods import Setup
+from experiments.training.registry import METHODS
+
+SPARSE = [name for name in METHODS if name != "dense"]
+LENGTH = Length(steps_per_epoch=8, total=24)
+
+
+def loss_fn(params, batch):
+    return sum(jnp.sum(jnp.sin(leaf * batch)) for leaf in jax.tree.leaves(params))
+
+
+def built(method, params, **changes):
+    setup = Setup(0.75, jax.random.key(0), LENGTH, params, loss_fn, jnp.float32(1.3))
+    return METHODS[method].build(small_options(method, **changes), setup)
+
+
+@pytest.mark.parametrize("method", SPARSE)
+def test_masks_change_at_the_steps_that_the_spec_names(method, params):
+    """Driven for a whole run with the full gradient: masks stay at every other step."""
+    tx = bsj.sparse(built(method, params, update_every=4), optax.sgd(0.5))
+    state = tx.init(params)
+    spec = bsj.get_spec(state)
+    update, key = jax.jit(tx.update), jax.random.key(1)
+    moved = []
+    for step in range(LENGTH.total):
+        before = bsj.get_masks(state)
+        key, noise_key = jax.random.split(key)
+        noise = optax.tree_utils.tree_random_like(noise_key, params)
+        updates, state = update(noise, state, params)
+        params = optax.apply_updates(params, updates)
+        changed = jax.tree.map(lambda a, b: bool((a != b).any()), before, bsj.get_masks(state))
+        if any(jax.tree.leaves(changed)):
+            moved.append(step)
+    allowed = [step for step in range(LENGTH.total) if spec.changes(step)]
+    assert set(moved) <= set(allowed)
+    assert bool(moved) == bool(allowed)
+
+
+@pytest.mark.parametrize("method", SPARSE)
+def test_an_entry_publishes_the_layout_and_the_density_of_its_pattern(method, params):
+    pattern = METHODS[method].options.kept_sets()
+    spec = bsj.get_spec(built(method, params).init(params))
+    assert spec.has_layout == pattern.has_layout
+    assert spec.density == pytest.approx(pattern.density or 0.25, abs=0.02)
+
+
+@pytest.mark.parametrize("method", SPARSE)
+def test_the_default_budget_is_that_of_the_function(method):
+    """The options name it, so that config.json does."""
+    entry = METHODS[method]
+    source = entry.source or entry.function
+    own = inspect.signature(source).parameters.get("budget")
+    if own is not None:
+        assert entry.options.budget == own.default
+
+
+@pytest.mark.parametrize(
+    "method", [name for name in SPARSE if hasattr(METHODS[name].options, "budget")]
+)
+def test_the_budget_reaches_the_method(method, params):
+    """The layers' densities after pruning are those of the budget that config.json names."""
+    spread = {}
+    for budget in ("uniform", "erk"):
+        transform = built(method, params, budget=budget, update_every=1)
+        state = transform.init(params)
+        for _ in range(13 if method == "gradual" else 0):  # which starts dense
+            _, state = transform.update(params, state, params)
+        masks = bsj.get_masks(state)
+        densities = [float(masks[name]["kernel"].mean()) for name in ("conv1", "conv2")]
+        spread[budget] = abs(densities[0] - densities[1])
+    assert spread["uniform"] < 0.1
+    assert spread["erk"] > 0.15
+
+
+def test_the_table_has_a_row_for_every_method():
+    rows = {row["method"]: row for row in registry.rows()}
+    assert list(rows) == list(METHODS)
+    assert rows["rigl"]["masks change"] == "every 100 steps, 100 to 700"
+    assert rows["rigl"]["needs"] == "dense gradient at these steps"
+    assert rows["rigl"]["reference"] == "Evci et al., ICML 2020"
+    assert rows["set"]["needs"] == "—"
+    assert rows["snip"]["needs"] == "a batch before training"
+    assert rows["hrbp"]["masks change"] == "never"
+    assert rows["sr-ste"]["masks change"] == "every step"
+    assert rows["subp"]["execution"] == "packed (has a layout)"
+    for method in SPARSE:
+        assert hasattr(bsj, rows[method]["function"])
+        assert any(character.isdigit() for character in rows[method]["reference"]), method
+
+
+def test_snip_needs_a_batch(params):
+    setup = Setup(0.75, jax.random.key(0), LENGTH, params)
+    with pytest.raises(ValueError, match="batch: snip scores weights by the loss of one batch"):
+        METHODS["snip"].build(METHODS["snip"].options, setup)
+
+
+def test_options_that_share_an_option_say_the_same_of_it():
+    """Every option has a line in its class's docstring or in that of a base."""
+    for entry in METHODS.values():
+        kinds = type(entry.options).__mro__
+        documented = " ".join(inspect.getdoc(kind) or "" for kind in kinds)
+        for field in dataclasses.fields(entry.options):
+            assert f"{field.name}: " in documented, (type(entry.options), field.name)
+
+
+def _schedule_code(tree):
+    """Nodes that decide at which steps something happens: `step % n`, `step <= end`, in functions
+    that also name an option of a method's schedule.
+    """
+    names = {"update_every", "until", "drop_fraction"}
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef | ast.Lambda):
+            continue
+        inside = list(ast.walk(function))
+        used = {n.id for n in inside if isinstance(n, ast.Name)}
+        used |= {n.attr for n in inside if isinstance(n, ast.Attribute)}
+        steps = {"step", "count"} & used
+        compares = any(isinstance(n, ast.Compare | ast.Mod) for n in inside)
+        if steps and compares and names & used:
+            yield function
+
+
+def test_experiments_compute_no_schedule_of_a_method():
+    """When masks change is the library's business: `get_spec(state)`."""
+    root = Path(registry.__file__).parents[1]
+    for path in root.rglob("*.py"):
+        found = list(_schedule_code(ast.parse(path.read_text())))
+        assert not found, f"{path}, line {found[0].lineno}: read bsj.get_spec(state) instead"
+    guilty = "def moves(step):\n  return step % config.update_every == 0"
+    assert list(_schedule_code(ast.parse(guilty)))
+
+
+class Scripted:
+    """A schedule that no options could describe."""
+
+    def __call__(self, count):
+        return (count == 3) | (count == 5)
+
+    def __eq__(self, other):
+        return isinstance(other, Scripted)
+
+    def __hash__(self):
+        return 0
+
+
+def test_the_trainer_follows_the_spec_alone(monkeypatch):
+    """A method with a schedule of its own: the forms of the packed execution follow it."""
+    entry = dataclasses.replace(
+        METHODS["hrbp-dynamic"],
+        function=lambda **arguments: bsj.hrbp_prune(**arguments | {"schedule": Scripted()}),
+    )
+    monkeypatch.setitem(METHODS, "hrbp-dynamic", entry)
+    config = TrainConfig(method="hrbp-dynamic", width=0.25, options=small_options("hrbp-dynamic"))
+    trainer = Trainer(resolve(config), (8, 8, 1), 10, LENGTH)
+    trainer.init()
+    forms = [trainer.form(step) for step in range(8)]
+    assert [step for step, form in enumerate(forms) if form == "sparse"] == [3, 5]
+    assert [step for step in range(8) if trainer.changes_masks(step)] == [3, 5]
+    np.testing.assert_equal(set(forms), {"sparse", "packed"})
