@@ -71,7 +71,7 @@ def set_counts(densities: Mapping[str, float], units: Mapping[str, Units]) -> di
       Layer name -> kept sets of each row.
 
     Example:
-      >>> set_counts({"a": 0.3}, {"a": Units(rows=4, sets=9, weights=1)})
+      >>> set_counts({"a": 1 / 3}, {"a": Units(rows=4, sets=9, weights=1)})
       {'a': 3}
     """
     step = {name: unit.rows * unit.weights for name, unit in units.items()}

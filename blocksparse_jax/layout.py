@@ -35,7 +35,8 @@ class BlockLayout:
       channel_block: channels come in aligned runs of this many (static).
 
     Example:
-      >>> layout = BlockLayout(jnp.array([[0, 2], [1, 3]]), jnp.array([[0], [2]]), jnp.array([[4], [0]]), shape=(3, 3, 4, 4))
+      >>> filters, channels, taps = ([[0, 2], [1, 3]], [[0], [2]], [[4], [0]])
+      >>> layout = BlockLayout(*map(jnp.array, (filters, channels, taps)), shape=(3, 3, 4, 4))
       >>> layout.packed_shape, layout.density
       ((2, 1, 1, 2), 0.027777777777777776)
 
@@ -105,7 +106,7 @@ class ConsecutiveGroups:
 class FilterGroups:
     """The layout of a leaf in groups of any filters whose kept counts change in training.
 
-    As `ConsecutiveGroups`, for groups that a search has found: HRBP's blocks while a gradual
+    As `ConsecutiveGroups`, for groups that a search chose: HRBP's blocks while a gradual
     method prunes them.
 
     Attributes:
@@ -179,8 +180,10 @@ def channel_layout(
 
 
 def validate(layout: BlockLayout) -> BlockLayout:
-    """Checks a layout's arrays: a partition of the filters, sorted distinct channels and taps in
-    range, aligned runs.
+    """Checks a layout's arrays.
+
+    They are a partition of the filters, ascending distinct channels and taps in range, aligned
+    runs.
 
     Args:
       layout: a concrete layout (call outside of jit).
@@ -254,7 +257,8 @@ def layout_to_mask(layout: BlockLayout) -> Bool[Array, "kh kw cin cout"]:
       bool `[kh, kw, cin, cout]`, True = kept.
 
     Example:
-      >>> layout = BlockLayout(jnp.array([[0, 2], [1, 3]]), jnp.array([[0], [2]]), jnp.array([[0], [0]]), shape=(1, 1, 4, 4))
+      >>> filters, channels, taps = ([[0, 2], [1, 3]], [[0], [2]], [[0], [0]])
+      >>> layout = BlockLayout(*map(jnp.array, (filters, channels, taps)), shape=(1, 1, 4, 4))
       >>> layout_to_mask(layout)[0, 0].astype(int).tolist()
       [[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]
     """
@@ -266,8 +270,7 @@ def layout_to_mask(layout: BlockLayout) -> Bool[Array, "kh kw cin cout"]:
 def block_index(
     layout: BlockLayout,
 ) -> tuple[Int[Array, "g 1 t 1"], Int[Array, "g k 1 1"], Int[Array, "g 1 1 s"]]:
-    """Index arrays into a kernel reshaped to `[kh * kw, cin, cout]` that broadcast to the packed
-    shape.
+    """Index arrays into a kernel `[kh * kw, cin, cout]` that broadcast to the packed shape.
 
     Args:
       layout: a layout.
@@ -349,9 +352,7 @@ def mask_to_layout(
 
 
 def _equal_filters(flat: np.ndarray) -> np.ndarray:
-    """Filters with equal masks, as groups of one size: the greatest common divisor of the classes'
-    sizes.
-    """
+    """Filters with equal masks, in groups of one size: the gcd of the sizes of all classes."""
     _, classes, sizes = np.unique(
         np.packbits(flat.reshape(-1, flat.shape[-1]), axis=0),
         axis=1,

@@ -12,8 +12,7 @@ from blocksparse_jax.state import hard_masks
 
 
 class Sad(NamedTuple):
-    """Sparse architecture divergence between two trees of masks: the fraction of the mask bits that
-    differ.
+    """Sparse architecture divergence: the fraction of the bits that differ between two masks.
 
     Attributes:
       total: over all masks together, float32 in [0, 1].

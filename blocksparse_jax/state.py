@@ -63,7 +63,7 @@ def sparse_states(state: PyTree) -> list[SparseState]:
       ValueError: there is none.
 
     Example:
-      >>> sparse_states(optax.sgd(0.1).init({"w": jnp.ones(2)}))
+      >>> sparse_states(optax.sgd(0.1).init({"w": jnp.ones(2)}))  # doctest: +ELLIPSIS
       Traceback (most recent call last):
       ...
       ValueError: state: expected the state of a chain that holds a sparse method ...

@@ -135,13 +135,13 @@ def summarize(params: PyTree, state: PyTree) -> Summary:
     Example:
       >>> import blocksparse_jax as bsj
       >>> params = {"conv": jnp.ones((3, 3, 64, 48)), "bias": jnp.ones(48)}
-      >>> state = bsj.hrbp_prune(0.9, group_size=32).init(params)
+      >>> state = bsj.hrbp_prune(0.9, group_size=16).init(params)
       >>> print(bsj.summarize(bsj.apply_masks(params, bsj.get_masks(state)), state))
       layer  shape      weights   kept  density  pattern
-      --------------------------------------------------------------------------------------------------
+      ---------------------------------------------------------------------------------------
       bias   48              48     48   1.0000  dense
-      conv   3x3x64x48   27,648  2,736   0.0990  2 groups of 24 filters (asked 32), 19 channels x 3 taps
-      --------------------------------------------------------------------------------------------------
+      conv   3x3x64x48   27,648  2,736   0.0990  3 groups of 16 filters, 19 channels x 3 taps
+      ---------------------------------------------------------------------------------------
       hrbp: sparse layers keep 0.0990 (target 0.1000), all parameters 0.1005
     """
     masks = tree.match("state", get_masks(state), params)

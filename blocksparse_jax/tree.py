@@ -150,14 +150,12 @@ def match(
             raise ValueError(
                 f"{name}: expected the tree structure of params; was it made from another model?"
             ) from error
-    owners = [_nearest(leaf, nodes) for leaf in names]
+    nearest = [_nearest(leaf, nodes) for leaf in names]
     hidden = {
         path_name(path) for path, _ in jax.tree.leaves_with_path(params, is_leaf=is_leaf)
     }  # multi_transform marks what it hides
-    missing, extra = (
-        [n for n, owner in zip(names, owners) if owner is None],
-        sorted(set(nodes) - set(owners) - hidden),
-    )
+    missing = [leaf for leaf, node in zip(names, nearest) if node is None]
+    extra = sorted(set(nodes) - set(nearest) - hidden)
     if missing or extra:
         differences = [
             f"{what} {some[0]!r}"
@@ -168,7 +166,7 @@ def match(
             f"{name}: expected the tree structure of params, but {' and '.join(differences)}; was "
             f"it made from another model?"
         )
-    return [nodes[owner] for owner in owners if owner is not None]
+    return [nodes[node] for node in nearest if node is not None]
 
 
 def _nearest(name: str, nodes: Mapping[str, Any]) -> str | None:
@@ -190,7 +188,7 @@ def map_state(
     *rest: PyTree,
     is_leaf: Callable[[Any], bool],
 ) -> PyTree:
-    """Maps over the leaves of an optimizer state, telling which parameter each one belongs to.
+    """Maps over the leaves of an optimizer state, with the parameter that each one belongs to.
 
     A state leaf belongs to a parameter when its key path ends with the parameter's: moments, traces
     and accumulators of any transformation do, whatever wraps it (chain, inject_hyperparams,
@@ -214,21 +212,18 @@ def map_state(
       >>> map_state(lambda name, leaf: name, params, state, is_leaf=lambda x: False).trace
       {'w': 'w'}
     """
-    owners: Mapping[tuple[Any, ...], str] = {
+    parameters: Mapping[tuple[Any, ...], str] = {
         _plain(path): path_name(path) for path, _ in jax.tree.leaves_with_path(params)
     }
-    lengths = sorted({len(path) for path in owners}, reverse=True)
+    lengths = sorted({len(path) for path in parameters}, reverse=True)
+
+    def parameter_of(path: tuple[Any, ...]) -> str | None:
+        tails = (path[len(path) - n :] for n in lengths)
+        return next((parameters[tail] for tail in tails if tail in parameters), None)
 
     def call(path: tuple[Any, ...], leaf: Any, *others: Any) -> Any:
-        path = _plain(path)
-        owner = (
-            None
-            if is_leaf(leaf)
-            else next(
-                (owners[tail] for n in lengths if (tail := path[len(path) - n :]) in owners), None
-            )
-        )
-        return function(owner, leaf, *others)
+        name = None if is_leaf(leaf) else parameter_of(_plain(path))
+        return function(name, leaf, *others)
 
     return jax.tree.map_with_path(call, state, *rest, is_leaf=is_leaf)
 

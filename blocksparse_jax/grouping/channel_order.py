@@ -1,5 +1,4 @@
-"""Orders of channels: with similar channels side by side, groups that keep aligned runs lose little
-against single-channel lists.
+"""Orders of channels: similar channels side by side, so that aligned runs of them lose little.
 
 One order of the channels that some conv kernels read; `channel_spaces` finds them for a whole
 network and folds them into its parameters. The search runs on the host, in NumPy: run once and full
@@ -19,25 +18,18 @@ from blocksparse_jax.grouping.search import hrbp_groups, kept_score
 from blocksparse_jax.layout import BlockLayout
 
 _ROUNDS = 12  # of ordering and grouping
-_HOT, _COLD, _STEPS, _SWEEPS = (
-    1.0,
-    0.02,
-    12,
-    4,
-)  # annealing: temperatures in standard deviations of a row's run sums
-_PAIR_SWEEPS, _PAIR_WORK = (
-    16,
-    2**27,
-)  # exchanges with the choice of runs free, up to this much work (rows * cin^2 each)
+_HOT, _COLD = 1.0, 0.02  # temperatures of annealing, in standard deviations of a row's run sums
+_STEPS, _SWEEPS = 12, 4  # of annealing, and of exchanges at each of its temperatures
+_PAIR_SWEEPS = 16  # of exchanges that let each row choose its runs anew
+_PAIR_WORK = 2**27  # they take at most this much work (rows * cin^2 each)
 _GAIN = 1e-6  # relative gains below this are noise
 
 _Rows = Float[np.ndarray, "rows cin"]
-_Owner = Int[np.ndarray, " cin"]  # the run of each channel
+_Runs = Int[np.ndarray, " cin"]  # the run of each channel
 
 
 class Consumer(NamedTuple):
-    """A conv kernel that reads a channel space, and what its groups will keep; the sizes are as in
-    `hrbp_groups`.
+    """A conv kernel that reads a channel space, and the sizes of its groups (`hrbp_groups`).
 
     Attributes:
       scores: `[kh, kw, cin, cout]`, higher = keep, none negative; NaN counts as 0.
@@ -55,8 +47,12 @@ class Consumer(NamedTuple):
 
 
 class RunRatio(NamedTuple):
-    """Kept score with aligned runs over `single`, that with single-channel lists of the same
-    length: in the order, and as channels were.
+    """Kept score with aligned runs, relative to single-channel lists of the same length.
+
+    Attributes:
+      ordered: with the channels in the order.
+      unordered: with the channels as they were.
+      single: the score of the single-channel lists.
     """
 
     ordered: float
@@ -65,18 +61,18 @@ class RunRatio(NamedTuple):
 
 
 def channel_order(consumers: Sequence[Consumer], *, channel_block: int) -> Int[np.ndarray, " cin"]:
-    """An order of the channels of one space in which groups that keep aligned runs keep a large
-    score, summed over all consumers.
+    """An order of the channels of one space in which aligned runs keep a large score.
 
-    Co-clustering: starting from the groups that `hrbp_groups` makes with single channels, it
-    alternates (a) every group says how much score `v[g, c]` each channel would keep for it (its
-    filters and taps fixed), and the channels are dealt to runs of `channel_block` so that the best
-    runs of all groups hold as much as possible; (b) `hrbp_groups` groups anew, with runs. In (a)
-    membership is annealed: with `R[g, r]` the sum of run r for group g, `m[g, r] = sigmoid((R[g, r]
+    The score is summed over all consumers. Co-clustering: starting from the groups that
+    `hrbp_groups` makes with single channels, it alternates (a) every group says how much score
+    `v[g, c]` each channel would keep for it (its filters and taps fixed), and the channels are
+    dealt to runs of `channel_block` so that the best runs of all groups hold as much as possible;
+    (b) `hrbp_groups` groups anew, with runs. In (a) membership is annealed: with `R[g, r]` the sum
+    of run r for group g, `m[g, r] = sigmoid((R[g, r]
     - threshold[g]) / temperature)` and `B[c, r] = sum_g m[g, r] v[g, c]`, channels are exchanged
     between runs while that raises `sum_c B[c, run(c)]`; then the temperature falls, at last to a
     hard top-k, and pairs are exchanged with the top-k chosen anew. The best order as valued by
-    `hrbp_groups`, the given one included, wins, so the result is never below that of no ordering.
+    `hrbp_groups`, the present one included, wins, so the result is never below that of no ordering.
     Deterministic.
 
     Args:
@@ -92,10 +88,11 @@ def channel_order(consumers: Sequence[Consumer], *, channel_block: int) -> Int[n
 
     Example:
       >>> scores = jnp.array([9., 1., 9., 1.]).reshape(1, 1, 4, 1)
-      >>> channel_order([Consumer(scores, group_size=1, kept=2, kept_taps=1)], channel_block=2).tolist()
+      >>> consumer = Consumer(scores, group_size=1, kept=2, kept_taps=1)
+      >>> channel_order([consumer], channel_block=2).tolist()
       [0, 2, 1, 3]
 
-    Reference: the channel permutation before runs is left open by Ma et al., "HRBP", CPAL 2024.
+    Reference: Ma et al., "HRBP", CPAL 2024, which leaves the permutation of channels open.
     """
     tables = _tables(consumers)
     cin = tables[0].shape[2]
@@ -109,14 +106,14 @@ def channel_order(consumers: Sequence[Consumer], *, channel_block: int) -> Int[n
         [np.full(len(lay.filters), c.kept // channel_block) for lay, c in zip(layouts, consumers)]
     )
     layouts, _ = _group(tables, consumers, order, 1)
-    owner, seen = order // channel_block, set[bytes]()
+    run_of, visited = order // channel_block, set[bytes]()
     for _ in range(_ROUNDS):
         rows = np.concatenate([_values(table, layout) for table, layout in zip(tables, layouts)])
-        owner = _anneal(rows, owner, kept_runs)
-        order = _in_order(owner, channel_block)
-        if order.tobytes() in seen:
+        run_of = _anneal(rows, run_of, kept_runs)
+        order = _in_order(run_of, channel_block)
+        if order.tobytes() in visited:
             break
-        seen.add(order.tobytes())
+        visited.add(order.tobytes())
         layouts, total = _group(tables, consumers, order, channel_block)
         if total > most + _GAIN * abs(most):
             best, most = order, total
@@ -138,18 +135,17 @@ def run_ratio(
       1.0 where no score is kept at all.
 
     Example:
-      >>> consumers = [Consumer(jnp.array([9., 1., 9., 1.]).reshape(1, 1, 4, 1), group_size=1, kept=2, kept_taps=1)]
-      >>> run_ratio(consumers, np.array([0, 2, 1, 3]), channel_block=2)
+      >>> scores = jnp.array([9., 1., 9., 1.]).reshape(1, 1, 4, 1)
+      >>> consumer = Consumer(scores, group_size=1, kept=2, kept_taps=1)
+      >>> run_ratio([consumer], np.array([0, 2, 1, 3]), channel_block=2)
       RunRatio(ordered=1.0, unordered=0.5555555555555556, single=18.0)
     """
     tables = _tables(consumers)
-    order, given = (
-        _checks.permutation("order", order, tables[0].shape[2]),
-        np.arange(tables[0].shape[2]),
-    )
+    cin = tables[0].shape[2]
+    order, unchanged = _checks.permutation("order", order, cin), np.arange(cin)
     single, ordered, unordered = (
         _group(tables, consumers, o, b)[1]
-        for o, b in ((given, 1), (order, channel_block), (given, channel_block))
+        for o, b in ((unchanged, 1), (order, channel_block), (unchanged, channel_block))
     )
     return (
         RunRatio(ordered / single, unordered / single, single)
@@ -204,9 +200,9 @@ def _values(table: np.ndarray, layout: BlockLayout) -> _Rows:
     return np.stack([block.sum((0, 2), dtype=np.float64) for block in blocks])
 
 
-def _sums(rows: _Rows, owner: _Owner) -> Float[np.ndarray, "rows runs"]:
-    runs = np.bincount(owner)
-    return rows[:, np.argsort(owner, kind="stable")].reshape(len(rows), len(runs), -1).sum(2)
+def _sums(rows: _Rows, run_of: _Runs) -> Float[np.ndarray, "rows runs"]:
+    runs = np.bincount(run_of)
+    return rows[:, np.argsort(run_of, kind="stable")].reshape(len(rows), len(runs), -1).sum(2)
 
 
 def _hot(
@@ -231,91 +227,91 @@ def _threshold(
     return np.take_along_axis(-np.sort(-sums, axis=1), place, axis=1).mean(1, keepdims=True)
 
 
-def _kept(rows: _Rows, owner: _Owner, kept_runs: np.ndarray) -> float:
-    sums = _sums(rows, owner)
+def _kept(rows: _Rows, run_of: _Runs, kept_runs: np.ndarray) -> float:
+    sums = _sums(rows, run_of)
     return float((sums * _hot(sums, kept_runs)).sum())
 
 
-def _anneal(rows: _Rows, owner: _Owner, kept_runs: np.ndarray) -> _Owner:
-    """Deals channels to runs, from soft memberships of the runs in the rows to hard ones; then on
-    until nothing gains.
-    """
+def _anneal(rows: _Rows, run_of: _Runs, kept_runs: np.ndarray) -> _Runs:
+    """Deals channels to runs, from soft memberships to hard ones, until nothing gains."""
     for temperature in np.geomspace(_HOT, _COLD, _STEPS):
-        sums = _sums(rows, owner)
+        sums = _sums(rows, run_of)
         scale = temperature * np.maximum(
             sums.std(1, keepdims=True), 1e-6 * np.abs(sums).max() + 1e-30
         )
         soft = (1 + np.tanh((sums - _threshold(sums, kept_runs)) / (2 * scale))) / 2
-        owner = _exchange(rows.T @ soft, owner, _SWEEPS)
-    kept = _kept(rows, owner, kept_runs)
+        run_of = _exchange(rows.T @ soft, run_of, _SWEEPS)
+    kept = _kept(rows, run_of, kept_runs)
     while True:
-        better = _exchange(rows.T @ _hot(_sums(rows, owner), kept_runs), owner, _SWEEPS)
+        better = _exchange(rows.T @ _hot(_sums(rows, run_of), kept_runs), run_of, _SWEEPS)
         value = _kept(rows, better, kept_runs)
         if value <= kept + _GAIN * abs(kept):
-            return _concentrate(rows, owner, kept_runs)
-        owner, kept = better, value
+            return _concentrate(rows, run_of, kept_runs)
+        run_of, kept = better, value
 
 
-def _exchange(benefit: Float[np.ndarray, "cin runs"], owner: _Owner, sweeps: int) -> _Owner:
-    """Exchanges channels between runs where that raises the sum of `benefit[c, owner[c]]`; a sweep
-    moves a channel once at most.
+def _exchange(benefit: Float[np.ndarray, "cin runs"], run_of: _Runs, sweeps: int) -> _Runs:
+    """Exchanges channels between runs where that raises the sum of `benefit[c, run_of[c]]`.
+
+    A sweep moves a channel once at most.
     """
     channels, runs = benefit.shape
-    owner, every, noise = owner.copy(), np.arange(channels), _GAIN * np.abs(benefit).max()
+    run_of, every, noise = run_of.copy(), np.arange(channels), _GAIN * np.abs(benefit).max()
     for _ in range(sweeps):
-        gain = benefit - benefit[every, owner][:, None]
-        members = np.argsort(owner, kind="stable").reshape(runs, -1)
-        inside = gain[members]  # [own, member, to]
+        gain = benefit - benefit[every, run_of][:, None]
+        members = np.argsort(run_of, kind="stable").reshape(runs, -1)
+        inside = gain[members]  # [from, member, to]
         offer, first = (
             inside.max(1),
             np.take_along_axis(members, inside.argmax(1), axis=1),
-        )  # [own, to]: who goes first, and its gain
+        )  # [from, to]: the gain of who goes first, and who it is
         total = (
-            gain + offer[:, owner].T
+            gain + offer[:, run_of].T
         )  # [channel, to]: this one goes there, the first of them comes here
-        total[every, owner] = 0
+        total[every, run_of] = 0
         to, best, free = total.argmax(1), total.max(1), np.ones(channels, bool)
         for channel in np.argsort(-best, kind="stable"):
             if best[channel] <= noise:
                 break
-            other = first[to[channel], owner[channel]] if free[channel] else channel
+            other = first[to[channel], run_of[channel]] if free[channel] else channel
             if free[channel] and free[other]:
                 free[channel] = free[other] = False
-                owner[channel], owner[other] = owner[other], owner[channel]
+                run_of[channel], run_of[other] = run_of[other], run_of[channel]
         if free.all():
             break
-    return owner
+    return run_of
 
 
-def _concentrate(rows: _Rows, owner: _Owner, kept_runs: np.ndarray) -> _Owner:
-    """Exchanges pairs of channels, each row free to choose its runs anew: a run counts by how far
-    its sum is above the row's threshold.
+def _concentrate(rows: _Rows, run_of: _Runs, kept_runs: np.ndarray) -> _Runs:
+    """Exchanges pairs of channels while each row may choose its runs anew.
+
+    A run counts by how far its sum is above the row's threshold.
     """
-    kept = _kept(rows, owner, kept_runs)
+    kept = _kept(rows, run_of, kept_runs)
     for _ in range(min(_PAIR_SWEEPS, _PAIR_WORK // (rows.size * rows.shape[1]))):
-        sums = _sums(rows, owner)
-        above = (sums - _threshold(sums, kept_runs))[:, owner]
+        sums = _sums(rows, run_of)
+        above = (sums - _threshold(sums, kept_runs))[:, run_of]
         gain = np.zeros((rows.shape[1],) * 2)
         for here, value in zip(above, rows):  # the run of channel c, with channel d for c
             gain += np.maximum((here - value)[:, None] + value, 0) - np.maximum(here, 0)[:, None]
-        gain = np.where(owner[:, None] == owner, 0, gain + gain.T)
+        gain = np.where(run_of[:, None] == run_of, 0, gain + gain.T)
         other, best = gain.argmax(1), gain.max(1)
-        moved, free = owner.copy(), np.ones(sums.shape[1], bool)
+        moved, free = run_of.copy(), np.ones(sums.shape[1], bool)
         for channel in np.argsort(-best, kind="stable"):
             pair = [channel, other[channel]]
             if (
-                best[channel] > _GAIN * kept and free[owner[pair]].all()
+                best[channel] > _GAIN * kept and free[run_of[pair]].all()
             ):  # one exchange in a run: then gains add up
-                free[owner[pair]] = False
-                moved[pair] = owner[pair[::-1]]
+                free[run_of[pair]] = False
+                moved[pair] = run_of[pair[::-1]]
         value = _kept(rows, moved, kept_runs)
         if value <= kept + _GAIN * abs(kept):
             break
-        owner, kept = moved, value
-    return owner
+        run_of, kept = moved, value
+    return run_of
 
 
-def _in_order(owner: _Owner, block: int) -> Int[np.ndarray, " cin"]:
+def _in_order(run_of: _Runs, block: int) -> Int[np.ndarray, " cin"]:
     """The channels run by run, ascending in each, the runs by first channel."""
-    runs = np.argsort(owner, kind="stable").reshape(-1, block)
+    runs = np.argsort(run_of, kind="stable").reshape(-1, block)
     return runs[np.argsort(runs[:, 0])].reshape(-1)

@@ -1,7 +1,7 @@
-"""Orders of channels for whole networks: found before training, folded into the parameters, so that
-nothing is permuted while it trains.
+"""Orders of channels for whole networks, folded into the parameters before training.
 
-A channel space is all axes of a network that count the same channels: `{space: [(leaf name, axis),
+Nothing is permuted while the network trains. A channel space is all axes of a network that count
+the same channels: `{space: [(leaf name, axis),
 ...]}`. An order of them changes the parameters, not the function. Use: `orders =
 channel_orders(params, spaces, 0.9, channel_block=8)`, `fold_channel_orders(spaces, orders, params,
 batch_stats)`, then train what comes back with `hrbp_prune(0.9, channel_block=8)`.
@@ -35,8 +35,7 @@ def space_consumers(
     scores: scores_.Kind | PyTree = "magnitude",
     where: tree.Where | None = None,
 ) -> dict[str, dict[str, Consumer]]:
-    """The sparse conv kernels that read each channel space, with the counts that `hrbp_prune` would
-    give them.
+    """The sparse conv kernels that read each channel space, with the counts of `hrbp_prune`.
 
     Args:
       params: any pytree of arrays.
@@ -54,8 +53,8 @@ def space_consumers(
 
     Example:
       >>> params = {"a": jnp.ones((3, 3, 3, 64)), "b": jnp.ones((3, 3, 64, 64))}
-      >>> found = space_consumers(params, {"s": [("a", 3), ("b", 2)]}, 0.9, channel_block=8)
-      >>> [(name, consumer.kept, consumer.kept_taps) for name, consumer in found["s"].items()]
+      >>> spaces = space_consumers(params, {"s": [("a", 3), ("b", 2)]}, 0.9, channel_block=8)
+      >>> [(name, consumer.kept, consumer.kept_taps) for name, consumer in spaces["s"].items()]
       [('b', 56, 1)]
     """
     if isinstance(scores, str) and scores != "magnitude":
@@ -74,7 +73,7 @@ def space_consumers(
     }
     densities = budgets.layer_densities(budget, shapes, sparsity)
     counts = block_counts(shapes, densities, block_density=block_density, channel_blocks=runs)
-    made = scores_.make(scores, chosen, None, jax.random.key(0))
+    by_name = scores_.make(scores, chosen, None, jax.random.key(0))
     size = {
         name: _checks.divisor(shape[3], _checks.positive_int("group_size", group_size))
         for name, shape in shapes.items()
@@ -84,7 +83,7 @@ def space_consumers(
         for space, entries in spaces.items()
     }
     return {
-        space: {name: Consumer(made[name], size[name], *counts[name]) for name in names}
+        space: {name: Consumer(by_name[name], size[name], *counts[name]) for name in names}
         for space, names in read.items()
         if names
     }
@@ -108,26 +107,27 @@ def channel_orders(
       left out.
 
     Example:
-      >>> params, spaces = {"a": jnp.ones((3, 3, 3, 64)), "b": jnp.ones((3, 3, 64, 64))}, {"s": [("a", 3), ("b", 2)]}
+      >>> params = {"a": jnp.ones((3, 3, 3, 64)), "b": jnp.ones((3, 3, 64, 64))}
+      >>> spaces = {"s": [("a", 3), ("b", 2)]}
       >>> orders = channel_orders(params, spaces, 0.9, channel_block=8)
-      >>> (params,) = fold_channel_orders(spaces, orders, params)  # and train these with hrbp_prune(0.9, channel_block=8)
+      >>> (params,) = fold_channel_orders(spaces, orders, params)
+      >>> # and train these with hrbp_prune(0.9, channel_block=8)
     """
-    found = space_consumers(params, spaces, sparsity, channel_block=channel_block, **options)
+    consumers = space_consumers(params, spaces, sparsity, channel_block=channel_block, **options)
     blocks = {
         space: _checks.divisor(next(iter(named.values())).scores.shape[2], channel_block)
-        for space, named in found.items()
+        for space, named in consumers.items()
     }
     return {
         space: channel_order(list(named.values()), channel_block=blocks[space])
-        for space, named in found.items()
+        for space, named in consumers.items()
     }
 
 
 def fold_channel_orders(
     spaces: Spaces, orders: Mapping[str, Int[np.ndarray, " cin"]], *trees: PyTree
 ) -> tuple[PyTree, ...]:
-    """Reorders the channels of a network's parameters, so that it computes the same function with
-    its channels in another order.
+    """Reorders the channels of a network's parameters; the function stays the same.
 
     A space is `{"hidden": [("conv1/kernel", 3), ("norm1/scale", 0), ("norm1/bias", 0),
     ("norm1/mean", 0), ("norm1/var", 0), ("conv2/kernel", 2)]}`: every axis of every leaf that
@@ -157,9 +157,12 @@ def fold_channel_orders(
 
     Example:
       >>> params = {"a": jnp.array([[1., 2.]]), "b": jnp.array([[3.], [4.]])}
-      >>> (folded,) = fold_channel_orders({"s": [("a", 1), ("b", 0)]}, {"s": np.array([1, 0])}, params)
-      >>> folded["a"].tolist(), folded["b"].tolist(), (params["a"] @ params["b"] == folded["a"] @ folded["b"]).item()
-      ([[2.0, 1.0]], [[4.0], [3.0]], True)
+      >>> spaces, orders = {"s": [("a", 1), ("b", 0)]}, {"s": np.array([1, 0])}
+      >>> (folded,) = fold_channel_orders(spaces, orders, params)
+      >>> folded["a"].tolist(), folded["b"].tolist()
+      ([[2.0, 1.0]], [[4.0], [3.0]])
+      >>> (params["a"] @ params["b"]).item() == (folded["a"] @ folded["b"]).item()
+      True
 
     Reference: Pool and Yu, "Channel permutations for N:M sparsity", NeurIPS 2021, fold theirs
     likewise.
@@ -190,7 +193,7 @@ def _checked(spaces: Spaces, trees: Sequence[PyTree], missing_ok: bool = False) 
         for one in trees
         for path, leaf in jax.tree.leaves_with_path(one)
     }
-    sizes, owners = dict[str, int](), dict[tuple[str, int], str]()
+    sizes, space_of = dict[str, int](), dict[tuple[str, int], str]()
     for space, entries in spaces.items():
         for name, axis in entries:
             if name not in shapes and missing_ok:
@@ -210,7 +213,7 @@ def _checked(spaces: Spaces, trees: Sequence[PyTree], missing_ok: bool = False) 
                     f"spaces[{space!r}]: axis {axis} of {name!r} {shape} has {shape[axis]} "
                     f"channels, expected {sizes[space]}"
                 )
-            other = owners.setdefault((name, axis % len(shape)), space)
+            other = space_of.setdefault((name, axis % len(shape)), space)
             if other != space:
                 raise ValueError(
                     f"spaces[{space!r}]: axis {axis} of {name!r} is in {other!r} too; make them "

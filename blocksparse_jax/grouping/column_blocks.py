@@ -1,5 +1,4 @@
-"""Blocks of arbitrary columns of the forward matrix (Rumi et al., DSB): the baselines of HRBP, and
-the fill that tells them apart.
+"""Blocks of arbitrary columns (Rumi et al., DSB), the baselines of HRBP, and their fill.
 
 A convolution runs as `Y = W X` with `W` of shape `[cout, cin * kh * kw]`, and its input gradient as
 `dX = W' dY` with `W'` of shape `[cin, cout * kh * kw]`. A block of rows and arbitrary columns of
@@ -27,7 +26,8 @@ class ColumnBlocks:
         kw + y * kw + x`.
 
     Example:
-      >>> ColumnBlocks((1, 1, 3, 4), ((np.array([0, 2]), np.array([1])),)).mask()[0, 0].astype(int).tolist()
+      >>> blocks = ((np.array([0, 2]), np.array([1])),)
+      >>> ColumnBlocks((1, 1, 3, 4), blocks).mask()[0, 0].astype(int).tolist()
       [[0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
 
     Reference: the blocks of Rumi et al., "Accelerating sparse CNN inference on GPUs with
@@ -75,13 +75,14 @@ def rumi_groups(
     Example:
       >>> mask = np.zeros((1, 1, 4, 32), bool)
       >>> mask[0, 0, 1, ::2] = mask[0, 0, 2, 1::2] = True
-      >>> [(rows[:3].tolist(), columns.tolist()) for rows, columns in rumi_groups(mask, max_rows=16).blocks]
+      >>> blocks = rumi_groups(mask, max_rows=16).blocks
+      >>> [(rows[:3].tolist(), columns.tolist()) for rows, columns in blocks]
       [([0, 2, 4], [1]), ([1, 3, 5], [2])]
 
     Reference: Rumi et al., "Accelerating sparse CNN inference on GPUs with performance-aware weight
-    pruning", 2020, in the variant of its public re-implementation. Ours: complete-linkage clusters
-    by Jaccard distance, as few as fit `max_rows`, instead of a hypergraph partition; `remaining`
-    read as above.
+    pruning", 2020, in the variant of its public re-implementation. Our choice: complete-linkage
+    clusters by Jaccard distance, as few as fit `max_rows`, instead of a hypergraph partition;
+    `remaining` read as above.
     """
     kept = _checks.concrete("mask", mask)
     shape = _checks.kernel_shape("mask.shape", kept.shape)
@@ -132,11 +133,13 @@ def dsb_groups(
 
     Example:
       >>> blocks = dsb_groups(np.arange(64.0).reshape(1, 1, 8, 8), sparsity=0.75, block=4)
-      >>> [(rows.tolist(), columns.tolist()) for rows, columns in blocks.blocks], float(blocks.mask().mean())
-      ([([4, 5, 6, 7], [4, 5, 6, 7])], 0.25)
+      >>> [(rows.tolist(), columns.tolist()) for rows, columns in blocks.blocks]
+      [([4, 5, 6, 7], [4, 5, 6, 7])]
+      >>> float(blocks.mask().mean())
+      0.25
 
-    Reference: "Shuffled block sparsity" (DSB), 2022. Ours: groups of exactly `block` are cut from
-    the order in which the complete-linkage tree lists the rows; ties go to the lower index.
+    Reference: "Shuffled block sparsity" (DSB), 2022. Our choice: groups of exactly `block` are cut
+    from the order in which the complete-linkage tree lists the rows; ties go to the lower index.
     """
     dense = _checks.concrete("weights", weights)
     shape = _checks.kernel_shape("weights.shape", dense.shape)
@@ -176,8 +179,9 @@ def block_fill(blocks: ColumnBlocks | BlockLayout) -> tuple[float, float]:
       ValueError: there are no blocks.
 
     Example:
-      >>> layout = BlockLayout(np.array([[0, 2], [1, 3]]), np.array([[0], [2]]), np.array([[4], [0]]), shape=(3, 3, 4, 4))
-      >>> block_fill(layout)
+      >>> filters, channels, taps = ([[0, 2], [1, 3]], [[0], [2]], [[4], [0]])
+      >>> arrays = map(np.array, (filters, channels, taps))
+      >>> block_fill(BlockLayout(*arrays, shape=(3, 3, 4, 4)))
       (1.0, 1.0)
       >>> block_fill(ColumnBlocks((3, 3, 4, 4), ((np.array([0, 2]), np.array([4, 18])),)))
       (1.0, 0.5)
@@ -223,11 +227,11 @@ def _forward(kernel: np.ndarray) -> np.ndarray:
 
 
 def _complete_linkage(distance: np.ndarray, clusters: int) -> list[np.ndarray]:
-    """Merges the closest pair of clusters (by their farthest members; the lower index wins a tie)
-    until `clusters` are left.
+    """Merges the closest pair of clusters until `clusters` remain.
 
-    Each cluster lists its members in the order of its tree; clusters come by the place of their
-    tree's first leaf.
+    Clusters are as far apart as their farthest members; the lower index wins a tie. Each cluster
+    lists its members in the order of its tree; clusters come by the place of their tree's first
+    leaf.
     """
     if len(distance) <= clusters:
         return [np.array([i]) for i in range(len(distance))]

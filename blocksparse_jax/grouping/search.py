@@ -1,6 +1,4 @@
-"""Grouping: scores of a conv kernel -> balanced groups of filters, with the input channels and the
-taps that each group keeps.
-"""
+"""Grouping: scores of a conv kernel -> balanced groups of filters, their channels and taps."""
 
 import functools
 import math
@@ -18,9 +16,9 @@ from blocksparse_jax.layout import BlockLayout, block_index
 _MAX_ROUNDS = 100  # of exchanges, from one start
 _GAIN = 3e-6  # relative gains below this are float32 noise
 _RANDOM_WORK = 2**22  # random starts share this much work (cout * table size each)
-_BISECTED = (
-    2**15
-)  # from this many values on, the largest are found by bisection: 10 times as fast as top_k on a CPU, slower to compile
+# From this many values on, bisection finds the largest: 10 times as fast as top_k on a CPU, slower
+# to compile.
+_BISECTED = 2**15
 _EXACT_WORK = 2**18  # exchanges are valued exactly up to this much work (cout^2 * runs)
 
 _Table = Float[Array, "cout taps runs"]
@@ -40,8 +38,8 @@ def hrbp_groups(
     Maximises `sum_g sum_{t in taps_g} sum_{c in channels_g} sum_{f in filters_g} scores[t, c, f]`
     over all balanced groups by alternation: (a) every group keeps its best channels given its taps
     and its best taps given its channels; (b) filters are exchanged between groups. With `B[f, g]`
-    the score that filter `f` would keep in group `g` and `D[f, g] = B[f, g] - B[f, own(f)]`,
-    exchanging `f` and `h` gains `D[f, own(h)] + D[h, own(f)]`; each pair of groups matches its
+    the score that filter `f` would keep in group `g` and `D[f, g] = B[f, g] - B[f, group(f)]`,
+    exchanging `f` and `h` gains `D[f, group(h)] + D[h, group(f)]`; each pair of groups matches its
     filters by rank of `D`, every filter picks its best match, and picks that are mutual and gain
     are exchanged at once (they are disjoint, so their gains add up exactly). Small layers then go
     on with exchanges valued with the channels chosen anew. Every step raises the score, so the
@@ -73,8 +71,8 @@ def hrbp_groups(
       ([[0, 2], [1, 3]], [[0], [1]], 36.0)
 
     Reference: Ma et al., "HRBP: Hardware-friendly Regrouping towards Block-based Pruning for Sparse
-    CNN Training", CPAL 2024; balanced groups, the objective and the algorithm are ours (the paper
-    leaves them open).
+    CNN Training", CPAL 2024, which leaves the algorithm open; balanced groups and the objective
+    above are our choice.
     """
     shape = _sizes(scores.shape, group_size, kept, kept_taps, channel_block)
     if filters is not None and filters.shape != (shape[3] // group_size, group_size):
@@ -118,7 +116,8 @@ def random_groups(
       ValueError: a size is out of range or does not divide.
 
     Example:
-      >>> random_groups(jax.random.key(0), (3, 3, 16, 32), group_size=8, kept=4, kept_taps=3).packed_shape
+      >>> shape, sizes = (3, 3, 16, 32), {"group_size": 8, "kept": 4, "kept_taps": 3}
+      >>> random_groups(jax.random.key(0), shape, **sizes).packed_shape
       (4, 4, 3, 8)
 
     Reference: the random mask initialization of Ma et al., "HRBP", CPAL 2024.
@@ -148,8 +147,9 @@ def kept_score(scores: Float[Array, "kh kw cin cout"], layout: BlockLayout) -> F
       ValueError: the shapes differ.
 
     Example:
-      >>> layout = random_groups(jax.random.key(0), (3, 3, 16, 32), group_size=8, kept=4, kept_taps=3)
-      >>> float(kept_score(jnp.ones((3, 3, 16, 32)), layout)) == 4 * 4 * 3 * 8
+      >>> shape, sizes = (3, 3, 16, 32), {"group_size": 8, "kept": 4, "kept_taps": 3}
+      >>> layout = random_groups(jax.random.key(0), shape, **sizes)
+      >>> float(kept_score(jnp.ones(shape), layout)) == 4 * 4 * 3 * 8
       True
     """
     if scores.shape != layout.shape:
@@ -225,7 +225,7 @@ class _Counts(NamedTuple):
 
 
 def _search(table: _Table, counts: _Counts) -> list[Array]:
-    """The best groups found from all starts, with their runs and taps."""
+    """The best groups from all starts, with their runs and taps."""
     cout, positions, channels = table.shape
     in_order, rng = np.arange(cout), np.random.default_rng(0)
     random = [rng.permutation(cout) for _ in range(min(_RANDOM_WORK // (cout * table.size), 64))]
@@ -257,7 +257,10 @@ def _search(table: _Table, counts: _Counts) -> list[Array]:
 def _climb(
     table: _Table, order: Array, taps: Array, counts: _Counts, exact: bool
 ) -> tuple[Array, Array]:
-    """Alternates choice and exchange until nothing moves; `order` lists the filters group by group."""
+    """Alternates choice and exchange until nothing moves.
+
+    `order` lists the filters group by group.
+    """
     here = jnp.arange(len(order))
 
     def climb(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -280,23 +283,23 @@ def _climb(
 def _exchange(
     table: _Table, order: Array, runs: Array, taps: Array, counts: _Counts
 ) -> Int[Array, " cout"]:
-    """The exchanges that gain with channels and taps fixed, as a permutation of places in `order`."""
+    """The exchanges that gain with channels and taps fixed: a permutation of places in `order`."""
     group, member = jnp.arange(len(taps)), jnp.arange(counts.group_size)
     score = jnp.einsum(
         "gtr,ftr->gf", taps[:, :, None] * runs[:, None, :], table, precision="highest"
     )[:, order]
-    score = score.reshape(len(group), len(group), -1).swapaxes(0, 1)  # [own, to, member]
-    own = score[group, group][:, None]
-    loss = own + _GAIN * jnp.abs(own) - score
-    mine, other = loss[..., :, None], loss[..., None, :]
-    rank = ((other < mine) | ((other == mine) & (member < member[:, None]))).sum(
+    score = score.reshape(len(group), len(group), -1).swapaxes(0, 1)  # [from, to, member]
+    now = score[group, group][:, None]
+    loss = now + _GAIN * jnp.abs(now) - score
+    this, other = loss[..., :, None], loss[..., None, :]
+    rank = ((other < this) | ((other == this) & (member < member[:, None]))).sum(
         -1, dtype=jnp.int32
     )
     back = rank.swapaxes(0, 1)
     loss += jnp.where(
         rank[..., :, None] == back[..., None, :], loss.swapaxes(0, 1)[..., None, :], 0
     ).sum(-1)
-    best = jnp.argmin(loss, axis=1)  # [own, member]: the group to go to
+    best = jnp.argmin(loss, axis=1)  # [from, member]: the group to go to
     match = (
         jnp.take_along_axis(rank, best[:, None], axis=1)[:, 0, :, None]
         == back[group[:, None], best]
@@ -311,30 +314,31 @@ def _exchange(
 def _exchange_exact(
     table: _Table, order: Array, taps: Array, values: Array, counts: _Counts
 ) -> Int[Array, " cout"]:
-    """The best exchange of every pair of groups that picks each other, the channels chosen anew;
-    quadratic in the filters.
+    """The best exchange of every two groups that pick each other, their channels chosen anew.
+
+    Quadratic in the filters.
     """
     cout, here = len(order), jnp.arange(len(order))
-    own = here // counts.group_size
-    given = jnp.einsum(
+    group = here // counts.group_size
+    added = jnp.einsum(
         "ftr,gt->gfr", table[order], taps, precision="highest"
     )  # [group, place, run]
     apart = (
-        given.reshape(len(taps), len(taps), counts.group_size, -1).sum(2)[own, own]
-        - given[own, here]
+        added.reshape(len(taps), len(taps), counts.group_size, -1).sum(2)[group, group]
+        - added[group, here]
     )
-    exchanged = jax.lax.top_k(apart[:, None] + given[own], counts.runs)[0].sum(
+    exchanged = jax.lax.top_k(apart[:, None] + added[group], counts.runs)[0].sum(
         -1
-    )  # [place, other]: own group, with other for place
-    gain = exchanged - (values + _GAIN * jnp.abs(values))[own][:, None]
-    gain = jnp.where(own[:, None] == own, 0, gain + gain.T).reshape(len(taps), -1)
+    )  # [place, other]: the group of place, with other for it
+    gain = exchanged - (values + _GAIN * jnp.abs(values))[group][:, None]
+    gain = jnp.where(group[:, None] == group, 0, gain + gain.T).reshape(len(taps), -1)
     best = gain.max(1, keepdims=True)
     code = (jnp.minimum(here[:, None], here) * cout + jnp.maximum(here[:, None], here)).reshape(
         gain.shape
     )
     pair = jnp.where(gain == best, code, cout * cout).min(1)
     first, second = pair // cout, pair % cout
-    agreed = (best[:, 0] > 0) & (pair[own[first]] == pair[own[second]])
+    agreed = (best[:, 0] > 0) & (pair[group[first]] == pair[group[second]])
     first, second = (jnp.where(agreed, place, cout) for place in (first, second))
     return here.at[first].set(second, mode="drop").at[second].set(first, mode="drop")
 
@@ -342,8 +346,9 @@ def _exchange_exact(
 def _choose(
     sums: Float[Array, "groups taps runs"], taps: Array, counts: _Counts, thorough: bool
 ) -> tuple[Array, Array, Array]:
-    """Each group's runs and taps (multi-hot) and kept score, alternating from `taps` and, thorough,
-    from all taps and from each.
+    """Each group's runs and taps (multi-hot) and kept score.
+
+    Alternates from `taps` and, thorough, from all taps and from each.
     """
     groups, positions, _ = sums.shape
     if positions == counts.taps:
@@ -370,9 +375,7 @@ def _choose(
 
 
 def _cosine_order(table: _Table, group_size: int) -> Int[Array, " cout"]:
-    """Greedy groups: the strongest free filter takes the free filters whose scores are most similar
-    to its own.
-    """
+    """Greedy groups: the strongest free filter takes the free filters most similar to it."""
     rows = table.reshape(len(table), -1)
     strength = rows.sum(1)
     unit = rows / jnp.maximum(jnp.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
@@ -436,9 +439,7 @@ def _layout(
 
 
 def _ascending(filters: Int[Array, "groups group_size"], *others: Array) -> list[Array]:
-    """Filters ascending in each group and groups by first filter; the others' rows follow their
-    groups.
-    """
+    """Filters ascending in each group, groups by first filter; other arrays follow their groups."""
     filters = jnp.sort(filters, axis=1)
     groups = jnp.argsort(filters[:, 0])
     return [array[groups] for array in (filters, *others)]

@@ -186,8 +186,8 @@ def _above_threshold(
     sizes = [len(leaf) for leaf in sets.values()]
     target = density * sum(size * weight for size, weight in zip(sizes, weights))
     if len(set(weights)) == 1:
-        wanted = target / weights[0]
-        count = round(wanted) if isinstance(wanted, float) else jnp.round(wanted)
+        sets_kept = target / weights[0]
+        count = round(sets_kept) if isinstance(sets_kept, float) else jnp.round(sets_kept)
         chosen = ranks(scores) < count
     else:
         order = jnp.argsort(scores, stable=True, descending=True)

@@ -152,12 +152,9 @@ class Block(Pattern):
 
         by_group = kept_taps[:, :, None] & kept_runs[:, None, :]  # [groups, taps, runs]
         by_group = jnp.repeat(by_group, run, axis=2).transpose(1, 2, 0)
-        owner = (
-            jnp.zeros(cout, jnp.int32)
-            .at[layout.filters]
-            .set(jnp.arange(len(layout.filters), dtype=jnp.int32)[:, None])
-        )
-        return by_group[:, :, owner].reshape(mask.shape)
+        groups = jnp.arange(len(layout.filters), dtype=jnp.int32)
+        group_of = jnp.zeros(cout, jnp.int32).at[layout.filters].set(groups[:, None])
+        return by_group[:, :, group_of].reshape(mask.shape)
 
 
 def _choose(

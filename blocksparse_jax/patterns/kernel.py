@@ -1,6 +1,7 @@
 """Kernel slices: the kh x kw weights of one (filter, input channel)."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import jax.numpy as jnp
@@ -12,7 +13,11 @@ from blocksparse_jax.layout import Layout
 from blocksparse_jax.patterns._base import Pattern, Shape
 
 Reduce = Literal["sum", "mean", "max"]
-REDUCTIONS = {"sum": jnp.sum, "mean": jnp.mean, "max": jnp.max}
+REDUCTIONS: dict[Reduce, Callable[..., Array]] = {
+    "sum": jnp.sum,
+    "mean": jnp.mean,
+    "max": jnp.max,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,4 +67,4 @@ def kernel(reduce: Reduce = "sum") -> Kernel:
     Reference: Gamboa et al., "Campfire", 2020 (CK pruning); Mao et al., "Exploring the granularity
     of sparsity", 2017.
     """
-    return Kernel(_checks.choice("reduce", reduce, tuple(REDUCTIONS)))
+    return Kernel(_checks.choice("reduce", reduce, REDUCTIONS))

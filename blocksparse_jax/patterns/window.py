@@ -43,6 +43,7 @@ def window() -> Window:
       A pattern for conv kernels `[kh, kw, cin, cout]`, without a layout: it runs masked-dense.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from blocksparse_jax import masks_from_scores
       >>> scores = {"conv": jnp.arange(576.0).reshape(3, 3, 8, 8)}
       >>> masks = masks_from_scores(scores, 2 / 3, pattern=window())

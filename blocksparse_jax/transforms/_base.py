@@ -46,7 +46,7 @@ class Step(NamedTuple):
       extra: the extra arguments of `tx.update(..., **extra)`, e.g. `value` or `loss`.
     """
 
-    count: Array
+    count: Array  # type: ignore[assignment]  # int32[], like optax's; tuple.count or not
     extra: Mapping[str, Any]
 
 

@@ -67,8 +67,8 @@ def one_shot(
 
     def draw_first(chosen: dict[str, Array]) -> dict[str, Kept]:
         kind: Any = "magnitude" if by_gradient else scores
-        made = scores_.make(kind, chosen, None, random_key)
-        return draw(pattern, made, removed, budget)
+        by_name = scores_.make(kind, chosen, None, random_key)
+        return draw(pattern, by_name, removed, budget)
 
     def redraw(step: Step, leaves: Leaves) -> dict[str, Kept]:
         grads = {name: scores_.magnitude(leaf.grad) for name, leaf in leaves.items()}

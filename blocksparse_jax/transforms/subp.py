@@ -194,8 +194,9 @@ def soft_blocks(
 ) -> Bool[Array, "groups cin"]:
     """Removes the lowest blocks of each group and regrows some of them by importance sampling.
 
-    `floor(P * C)` blocks go, `floor((P - P * rho) * C)` of those come back. Sampling without replacement is the top-k of `x / tau` plus Gumbel noise, which has the same
-    distribution as drawing one by one.
+    `floor(P * C)` blocks go, `floor((P - P * rho) * C)` of those come back. Sampling without
+    replacement is the top-k of `x / tau` plus Gumbel noise, which has the same distribution as
+    drawing one by one.
 
     Args:
       key: JAX random key.

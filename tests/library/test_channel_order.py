@@ -361,7 +361,7 @@ def test_a_run_orders_its_channels_before_training():
     } == {16}
     for wrong in ({"channel_block": 1}, {"scores": "random"}):
         with pytest.raises(ValueError, match="channel_order: it serves runs of channels"):
-            Hrbp(**{"channel_block": 8, "channel_order": True} | wrong)
+            Hrbp(**{"channel_block": 8, "channel_order": True} | wrong).check()
 
 
 def test_a_user_network_of_nnx_folds_by_its_own_names():
