@@ -36,7 +36,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 pipe, sys.stdout = os.fdopen(os.dup(1), "wb"), sys.stderr
 import ml_dtypes, numpy as np, triton.language as tl
 from triton.runtime import interpreter
-from pallas_kernels.block_sparse_conv import triton_kernels as kernels
+from pallas_kernels.block_sparse_conv.triton import kernels
 
 class Tensor:
     types = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16, "int32": tl.int32}
