@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from jax import lax
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -37,14 +36,14 @@ from experiments.bench.gpu import kernels as bench_gpu
 from experiments.bench.summary import summary
 from experiments.bench.timing import clocked, in_turn, median_iqr
 from experiments.bench.torch_process import POLICIES, TorchProcess
-from experiments.models.taps import prefers_taps, tap_conv
 from pallas_kernels.block_sparse_conv import (
     ConvSpec,
     available_implementations,
     choose_implementation,
+    xla,
 )
-from pallas_kernels.block_sparse_conv.xla import kernels as xla
-from pallas_kernels.block_sparse_conv.xla import tiles
+from pallas_kernels.block_sparse_conv import cpu_times as tiles
+from pallas_kernels.dense_conv import choose_formulation, dense_conv
 
 RESULTS = Path(__file__).parents[1] / "results"
 TOLERANCE = 1e-5  # relative to the largest value
@@ -236,7 +235,7 @@ def _measure(
         )
     fast = (
         "dense taps NHWC"
-        if prefers_taps(kernel.shape, spec.out_height * spec.out_width)
+        if choose_formulation(kernel.shape, spec.out_height * spec.out_width, "NHWC") == "taps"
         else "dense NHWC"
     )
     nhwc = images["NHWC"]
@@ -313,11 +312,14 @@ def _serves(spec: ConvSpec, name: str, *operands: jax.Array) -> bool:
 
 
 def _dense(spec: ConvSpec, name: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    layout = DENSE[name]
-    if "taps" in name:
-        return tap_conv(x, kernel, strides=spec.strides, padding=spec.padding, data_format=layout)
-    return lax.conv_general_dilated(
-        x, kernel, spec.strides, spec.padding, dimension_numbers=(layout, "HWIO", layout)
+    formulation = "taps" if "taps" in name else "xla"
+    return dense_conv(
+        x,
+        kernel,
+        strides=spec.strides,
+        padding=spec.padding,
+        data_format=DENSE[name],
+        formulation=formulation,
     )
 
 

@@ -22,10 +22,8 @@ from experiments.bench import measure, shapes
 from experiments.bench.gpu import clock as gpu_clock
 from experiments.bench.gpu import tune as tune_gpu
 from experiments.bench.gpu.journal import exit_status
-from pallas_kernels.block_sparse_conv import ConvSpec
-from pallas_kernels.block_sparse_conv.cpu import launch as cpu
-from pallas_kernels.block_sparse_conv.xla import kernels as xla
-from pallas_kernels.block_sparse_conv.xla import tiles
+from pallas_kernels.block_sparse_conv import ConvSpec, cpu, xla
+from pallas_kernels.block_sparse_conv import cpu_times as tiles
 
 
 @dataclasses.dataclass(frozen=True)

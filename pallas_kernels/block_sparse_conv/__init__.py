@@ -1,17 +1,23 @@
 """The block-sparse convolution in (C, H, W, N): one function, several implementations."""
 
-from pallas_kernels.block_sparse_conv.api import (
+from pallas_kernels.block_sparse_conv.api import block_sparse_conv
+from pallas_kernels.block_sparse_conv.choice import (
+    IMPLEMENTATIONS,
+    Choice,
     available_implementations,
-    block_sparse_conv,
     choose_implementation,
 )
 from pallas_kernels.block_sparse_conv.epilogue import apply_epilogue, check_epilogue
-from pallas_kernels.block_sparse_conv.spec import Choice, ConvSpec, Implementation
+from pallas_kernels.block_sparse_conv.index import Index
+from pallas_kernels.block_sparse_conv.spec import PASSES, ConvSpec, Implementation
 
 __all__ = [
+    "IMPLEMENTATIONS",
+    "PASSES",
     "Choice",
     "ConvSpec",
     "Implementation",
+    "Index",
     "apply_epilogue",
     "available_implementations",
     "block_sparse_conv",

@@ -1,12 +1,24 @@
-"""What follows a convolution's sums, as XLA does it: `relu(scale * y + bias + residual)`, as far as
-each is given.
-"""
+"""The epilogue `relu(scale * y + bias + residual)` of a convolution, as XLA's operations."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+
+class Epilogue(NamedTuple):
+    """The arrays of an epilogue; each may be None.
+
+    Attributes:
+      scale, bias: float32 `[cout]`.
+      residual: in the shape of the output.
+    """
+
+    scale: jax.Array | None = None
+    bias: jax.Array | None = None
+    residual: jax.Array | None = None
 
 
 def apply_epilogue(
@@ -23,9 +35,9 @@ def apply_epilogue(
     Args:
       y: the output.
       scale, bias: one number for each channel.
-      residual: as y.
+      residual: in the shape of y.
       relu: whether negative numbers become 0.
-      channel_axis: of y.
+      channel_axis: the axis of the channels in y.
 
     Returns:
       `relu(scale * y + bias + residual)` in the dtype of `y`, computed in float32.
@@ -34,13 +46,14 @@ def apply_epilogue(
       >>> apply_epilogue(jnp.full((2, 1, 1, 1), 3.0), scale=jnp.array([1.0, -1.0]), bias=jnp.array([0.5, 1.0]), relu=True).ravel().tolist()
       [3.5, 0.0]
     """
-    out = y if scale is None and bias is None and residual is None else y.astype(jnp.float32)
-    along = [1, 1, 1, 1]
-    along[channel_axis] = -1
+    is_empty = scale is None and bias is None and residual is None
+    out = y if is_empty else y.astype(jnp.float32)
+    per_channel = [1, 1, 1, 1]
+    per_channel[channel_axis] = -1
     if scale is not None:
-        out *= scale.reshape(along)
+        out *= scale.reshape(per_channel)
     if bias is not None:
-        out += bias.reshape(along)
+        out += bias.reshape(per_channel)
     if residual is not None:
         out += residual
     return (jax.nn.relu(out) if relu else out).astype(y.dtype)
@@ -53,11 +66,11 @@ def check_epilogue(
 
     Args:
       shape: of the output.
-      cout: its channels.
+      cout: channels of the output.
       scale, bias, residual: as in `apply_epilogue`.
 
     Raises:
-      ValueError: one does not fit; the message names it.
+      ValueError: one of them does not fit; the message names it.
 
     Example:
       >>> check_epilogue((8, 4, 4, 2), 8, jnp.ones(8), None, None)

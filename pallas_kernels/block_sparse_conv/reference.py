@@ -1,62 +1,81 @@
-"""The dense implementation: scatter the packed values into a dense conv kernel and run XLA's
-convolution in (C, H, W, N).
+"""The implementation "dense", with which every other one is compared.
+
+It scatters the packed values into a dense conv kernel and runs XLA's convolution in (C, H, W, N).
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from pallas_kernels.block_sparse_conv.index import Index
 from pallas_kernels.block_sparse_conv.spec import ConvSpec, Implementation
-
-CHWN = ("CHWN", "HWIO", "CHWN")
-
-
-def _index(
-    filters: jax.Array, channels: jax.Array, taps: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return taps[:, None, :, None], channels[:, :, None, None], filters[:, None, None, :]
+from pallas_kernels.dense_conv import dense_conv
 
 
-def _kernel(spec: ConvSpec, values: jax.Array, *index: jax.Array) -> jax.Array:
+def _dense_kernel(spec: ConvSpec, values: jax.Array, index: Index) -> jax.Array:
     """The dense conv kernel `[kh, kw, cin, cout]` of the packed values."""
-    kernel = jnp.zeros((spec.kernel[0] * spec.kernel[1], spec.cin, spec.cout), values.dtype)
-    kernel = kernel.at[_index(*index)].set(values, mode="promise_in_bounds", unique_indices=True)
-    return kernel.reshape(*spec.kernel, spec.cin, spec.cout)
+    kernel = jnp.zeros((math.prod(spec.kernel), spec.cin, spec.cout), values.dtype)
+    kernel = kernel.at[index.positions()].set(values, mode="promise_in_bounds", unique_indices=True)
+    return kernel.reshape(spec.kernel_shape)
 
 
 def _convolve(spec: ConvSpec, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return lax.conv_general_dilated(
+    return dense_conv(
         x,
         kernel,
-        spec.strides,
-        spec.padding,
-        rhs_dilation=spec.dilation,
-        dimension_numbers=CHWN,
+        strides=spec.strides,
+        padding=spec.padding,
+        dilation=spec.dilation,
+        data_format="CHWN",
         precision=spec.precision,
+        formulation="xla",
     )
 
 
-def _forward(spec: ConvSpec, x, values, filters, channels, taps):
-    return _convolve(spec, x, _kernel(spec, values, filters, channels, taps))
+def _forward(
+    spec: ConvSpec,
+    x: jax.Array,
+    values: jax.Array,
+    filters: jax.Array,
+    channels: jax.Array,
+    taps: jax.Array,
+) -> jax.Array:
+    return _convolve(spec, x, _dense_kernel(spec, values, Index(filters, channels, taps)))
 
 
-def _input_gradient(spec: ConvSpec, dy, values, filters, channels, taps):
-    kernel = _kernel(spec, values, filters, channels, taps)
-    return jax.vjp(lambda x: _convolve(spec, x, kernel), jnp.zeros_like(dy, shape=spec.in_shape))[
-        1
-    ](dy)[0]
+def _input_gradient(
+    spec: ConvSpec,
+    dy: jax.Array,
+    values: jax.Array,
+    filters: jax.Array,
+    channels: jax.Array,
+    taps: jax.Array,
+) -> jax.Array:
+    kernel = _dense_kernel(spec, values, Index(filters, channels, taps))
+    x = jnp.zeros_like(dy, shape=spec.in_shape)
+    _, pullback = jax.vjp(lambda x: _convolve(spec, x, kernel), x)
+    return pullback(dy)[0]
 
 
-def _weight_gradient(spec: ConvSpec, x, dy, filters, channels, taps):
-    kernel = jnp.zeros_like(x, shape=(*spec.kernel, spec.cin, spec.cout))
-    (gradient,) = jax.vjp(lambda kernel: _convolve(spec, x, kernel), kernel)[1](dy)
-    return (
-        gradient.reshape(-1, spec.cin, spec.cout)
-        .at[_index(filters, channels, taps)]
-        .get(mode="promise_in_bounds", unique_indices=True)
-    )
+def _weight_gradient(
+    spec: ConvSpec,
+    x: jax.Array,
+    dy: jax.Array,
+    filters: jax.Array,
+    channels: jax.Array,
+    taps: jax.Array,
+) -> jax.Array:
+    kernel = jnp.zeros_like(x, shape=spec.kernel_shape)
+    _, pullback = jax.vjp(lambda kernel: _convolve(spec, x, kernel), kernel)
+    gradient = pullback(dy)[0].reshape(-1, spec.cin, spec.cout)
+    positions = Index(filters, channels, taps).positions()
+    return gradient.at[positions].get(mode="promise_in_bounds", unique_indices=True)
 
 
-IMPLEMENTATION = Implementation(
-    "dense", lambda spec: None, _forward, _input_gradient, _weight_gradient
-)
+def _supports(spec: ConvSpec) -> str | None:
+    """It runs every convolution."""
+    return None
+
+
+IMPLEMENTATION = Implementation("dense", _supports, _forward, _input_gradient, _weight_gradient)

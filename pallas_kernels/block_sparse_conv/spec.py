@@ -1,6 +1,4 @@
-"""What a block-sparse convolution is (ConvSpec: static sizes) and what serves it (Implementation:
-three passes).
-"""
+"""What a block-sparse convolution is (`ConvSpec`) and what runs it (`Implementation`)."""
 
 import dataclasses
 import math
@@ -10,6 +8,11 @@ from typing import Any
 import jax
 
 Pair = tuple[int, int]
+Shape = tuple[int, int, int, int]
+
+PASSES = ("forward", "input_gradient", "weight_gradient")
+"""The three passes of a convolution: the fields of an `Implementation` that run them."""
+NO_PADDING = ((0, 0), (0, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +26,9 @@ class ConvSpec:
       kernel: `(kh, kw)`.
       cout: output channels, `groups * group_size`.
       groups, kept, kept_taps, group_size: the shape of the packed values.
-      strides, dilation: `(y, x)`.
-      padding: `((top, bottom), (left, right))`.
+      strides: step in pixels `(y, x)`.
+      padding: zeros around the image in pixels `((top, bottom), (left, right))`.
+      dilation: distance between taps in pixels `(y, x)`.
       dtype: name of the activations' dtype.
       channel_block: channels come in aligned runs of this many.
       precision: as in `jax.lax.dot_general`.
@@ -33,7 +37,8 @@ class ConvSpec:
       relu: whether the forward pass ends in `max(y, 0)`.
 
     Example:
-      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4, kept_taps=3, group_size=4)
+      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4,
+      ...                 kept_taps=3, group_size=4)
       >>> spec.out_height, spec.density
       (3, 0.16666666666666666)
     """
@@ -49,7 +54,7 @@ class ConvSpec:
     kept_taps: int
     group_size: int
     strides: Pair = (1, 1)
-    padding: tuple[Pair, Pair] = ((0, 0), (0, 0))
+    padding: tuple[Pair, Pair] = NO_PADDING
     dilation: Pair = (1, 1)
     dtype: str = "float32"
     channel_block: int = 1
@@ -73,24 +78,62 @@ class ConvSpec:
         return (self.width + sum(self.padding[1]) - self.reach[1] - 1) // self.strides[1] + 1
 
     @property
-    def in_shape(self) -> tuple[int, int, int, int]:
+    def in_size(self) -> Pair:
+        """Height and width of the input in pixels."""
+        return self.height, self.width
+
+    @property
+    def out_size(self) -> Pair:
+        """Height and width of the output in pixels."""
+        return self.out_height, self.out_width
+
+    @property
+    def in_shape(self) -> Shape:
         """Shape of the input `(cin, h, w, n)`."""
         return self.cin, self.height, self.width, self.batch
 
     @property
-    def out_shape(self) -> tuple[int, int, int, int]:
+    def out_shape(self) -> Shape:
         """Shape of the output `(cout, ho, wo, n)`."""
         return self.cout, self.out_height, self.out_width, self.batch
 
     @property
-    def packed_shape(self) -> tuple[int, int, int, int]:
+    def kernel_shape(self) -> Shape:
+        """Shape of the dense conv kernel `(kh, kw, cin, cout)`."""
+        return *self.kernel, self.cin, self.cout
+
+    @property
+    def packed_shape(self) -> Shape:
         """Shape of the packed values `(groups, kept, kept_taps, group_size)`."""
         return self.groups, self.kept, self.kept_taps, self.group_size
 
     @property
     def density(self) -> float:
         """Fraction of the conv kernel's weights that are kept."""
-        return math.prod(self.packed_shape) / (math.prod(self.kernel) * self.cin * self.cout)
+        return math.prod(self.packed_shape) / math.prod(self.kernel_shape)
+
+    def pointwise(self) -> "ConvSpec | None":
+        """The same 1x1 convolution on just the pixels that it reads: without strides and padding.
+
+        Returns:
+          Its static sizes; None for larger kernels, and where all pixels are read already.
+
+        Example:
+          >>> spec = ConvSpec(cin=8, height=5, width=5, batch=3, kernel=(1, 1), cout=8, groups=2, kept=4,
+          ...                 kept_taps=1, group_size=4, strides=(2, 2))
+          >>> spec.pointwise().in_shape
+          (8, 3, 3, 3)
+        """
+        if self.kernel != (1, 1):
+            return None
+        plain = dataclasses.replace(
+            self,
+            height=self.out_height,
+            width=self.out_width,
+            strides=(1, 1),
+            padding=NO_PADDING,
+        )
+        return plain if plain != self else None
 
 
 Pass = Callable[..., jax.Array]
@@ -102,14 +145,14 @@ class Implementation:
 
     Attributes:
       name: what the caller writes.
-      supports: `spec -> None`, or the reason why it cannot serve that spec on this machine.
-      forward: `(spec, x, values, filters, channels, taps) -> y`; one that fuses takes `scale`,
+      supports: `spec -> None`, or the reason why it cannot run that spec on this machine.
+      forward: `(spec, x, values, filters, channels, taps) -> y`; where `fused`, it takes `scale`,
         `bias` and `residual` after them.
       input_gradient: `(spec, dy, values, filters, channels, taps) -> dx`.
       weight_gradient: `(spec, x, dy, filters, channels, taps) -> dvalues`, float32.
       fused: whether `forward` takes `scale`, `bias` (float32 `[cout]`) and `residual` (as y), each
-        may be None, and honours `spec.relu`: `y = relu(scale * conv + bias + residual)` in one pass
-        over memory; where not, XLA appends them.
+        of which may be None, and honours `spec.relu`: `y = relu(scale * conv + bias + residual)` in
+        one pass over memory. Where it is False, XLA's operations follow the forward pass.
     """
 
     name: str
@@ -118,18 +161,3 @@ class Implementation:
     input_gradient: Pass
     weight_gradient: Pass
     fused: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """What `implementation=None` picks for a spec, and why.
-
-    Attributes:
-      implementation: its name, for the spec as it is.
-      reason: one line.
-      details: the formulation that runs, `{"forward": ..., "forward + gradients": ...}`.
-    """
-
-    implementation: str
-    reason: str
-    details: dict[str, str]

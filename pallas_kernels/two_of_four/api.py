@@ -4,7 +4,7 @@ the derivative.
 
 import functools
 import math
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.two_of_four import cusparselt
+from pallas_kernels.varying import vary_alike
 
 IMPLEMENTATIONS = ("cusparselt", "dense")
 
@@ -85,7 +86,7 @@ def two_of_four_matmul(
 
     Raises:
       ValueError: an argument does not fit the others; the message names it.
-      NotImplementedError: cuSPARSELt was named and cannot serve; the message says why.
+      NotImplementedError: cuSPARSELt was named and cannot run this product; the message says why.
 
     Example:
       >>> weights = jnp.array([[1.0], [0.0], [2.0], [0.0]])
@@ -95,56 +96,54 @@ def two_of_four_matmul(
     Reference: Zhou et al., "Learning N:M fine-grained structured sparse neural networks from
     scratch", ICLR 2021, equation 4.
     """
+    _check(weights, x, channel_major, implementation)
+    k, m = weights.shape
+    other_axes = x.shape[1:] if channel_major else x.shape[:-1]
+    n = math.prod(other_axes)
+    dtype = jnp.dtype(x.dtype).name
+    if implementation == "cusparselt":
+        if reason := cusparselt.unavailable() or cusparselt.limits(k, m, n, dtype):
+            raise NotImplementedError(f"implementation='cusparselt': {reason}")
+    elif implementation is None:
+        implementation, _ = choose(k, m, n, dtype)
+    matrix = x.reshape((k, n) if channel_major else (n, k))
+    weights, matrix = vary_alike((weights, matrix))
+    y = _matmul(implementation, channel_major, weights, matrix)
+    return y.reshape((m, *other_axes) if channel_major else (*other_axes, m))
+
+
+def _check(
+    weights: jax.Array, x: jax.Array, channel_major: bool, implementation: str | None
+) -> None:
+    """ValueError unless the arguments fit each other."""
     if weights.ndim != 2 or not jnp.issubdtype(weights.dtype, jnp.floating):
         raise ValueError(
             f"weights: expected floats [k, m], got {weights.dtype}{list(weights.shape)}"
         )
-    k, m = weights.shape
-    if (
-        x.ndim < 1
-        or not jnp.issubdtype(x.dtype, jnp.floating)
-        or x.shape[0 if channel_major else -1] != k
-    ):
-        wanted = "[k, ...]" if channel_major else "[..., k]"
+    k = weights.shape[0]
+    channel_axis = 0 if channel_major else -1
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    if x.ndim < 1 or not is_float or x.shape[channel_axis] != k:
+        expected = "[k, ...]" if channel_major else "[..., k]"
         raise ValueError(
-            f"x: expected floats {wanted} with k = {k} as in weights, got {x.dtype}{list(x.shape)}"
+            f"x: expected floats {expected} with k = {k} as in weights, got "
+            f"{x.dtype}{list(x.shape)}"
         )
     if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(
-            f"implementation: expected None or one of {', '.join(map(repr, IMPLEMENTATIONS))}, got "
-            f"{implementation!r}"
-        )
-    rest = x.shape[1:] if channel_major else x.shape[:-1]
-    sizes = k, m, math.prod(rest), jnp.dtype(x.dtype).name
-    if implementation == "cusparselt" and (
-        reason := cusparselt.unavailable() or cusparselt.limits(*sizes)
-    ):
-        raise NotImplementedError(f"implementation='cusparselt': {reason}")
-    flat = (
-        x.reshape((k, -1) if channel_major else (-1, k))
-        if x.size
-        else x.reshape((k, 0) if channel_major else (0, k))
-    )
-    y = _matmul(implementation or choose(*sizes)[0], channel_major, *_vary_alike(weights, flat))
-    return y.reshape((m, *rest) if channel_major else (*rest, m))
+        names = ", ".join(map(repr, IMPLEMENTATIONS))
+        raise ValueError(f"implementation: expected None or one of {names}, got {implementation!r}")
 
 
-def _vary_alike(*operands: jax.Array) -> list[jax.Array]:
-    """Inside shard_map: marks each operand as varying over the mesh axes that any varies over, so
-    that its gradient is summed over them.
+class Residuals(NamedTuple):
+    """What the backward pass needs.
+
+    Attributes:
+      weights: in their own dtype.
+      x: the activations as a matrix.
     """
-    union = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
-    missing = [tuple(union - jax.typeof(a).manual_axis_type.varying) for a in operands]
-    return [
-        lax.pcast(a, axes, to="varying") if axes else a
-        for a, axes in zip(operands, missing, strict=True)
-    ]
 
-
-def _contract(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    """Sums over an axis of each, in float32 or wider."""
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    return lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=wide)
+    weights: jax.Array
+    x: jax.Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -154,25 +153,33 @@ def _matmul(
     weights = weights.astype(x.dtype)
     if implementation == "cusparselt":
         return cusparselt.product(weights, x, channel_major=channel_major)
-    return (
-        _contract(weights, x, (0, 0)) if channel_major else _contract(x, weights, (1, 0))
-    ).astype(x.dtype)
+    y = _contract(weights, x, (0, 0)) if channel_major else _contract(x, weights, (1, 0))
+    return y.astype(x.dtype)
 
 
-def _matmul_fwd(implementation: str, channel_major: bool, weights: jax.Array, x: jax.Array) -> Any:
-    return _matmul(implementation, channel_major, weights, x), (weights, x)
+def _matmul_fwd(
+    implementation: str, channel_major: bool, weights: jax.Array, x: jax.Array
+) -> tuple[jax.Array, Residuals]:
+    return _matmul(implementation, channel_major, weights, x), Residuals(weights, x)
 
 
 def _matmul_bwd(
-    implementation: str, channel_major: bool, saved: Any, dy: jax.Array
+    implementation: str, channel_major: bool, residuals: Residuals, dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    weights, x = saved
-    low = weights.astype(x.dtype)
+    weights, x = residuals
+    rounded = weights.astype(x.dtype)
     if channel_major:
-        dx, dweights = _contract(low, dy, (1, 0)), _contract(x, dy, (1, 1))
+        dx, dweights = _contract(rounded, dy, (1, 0)), _contract(x, dy, (1, 1))
     else:
-        dx, dweights = _contract(dy, low, (1, 1)), _contract(x, dy, (0, 0))
+        dx, dweights = _contract(dy, rounded, (1, 1)), _contract(x, dy, (0, 0))
     return dweights.astype(weights.dtype), dx.astype(x.dtype)
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+def _contract(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """Sums over an axis of each, in float32 or wider."""
+    dtype = jnp.promote_types(a.dtype, jnp.float32)
+    contracted = (((axes[0],), (axes[1],)), ((), ()))
+    return lax.dot_general(a, b, contracted, preferred_element_type=dtype)

@@ -1,8 +1,8 @@
 """`python -m pallas_kernels.two_of_four.build`: compiles the handler that calls cuSPARSELt.
 
-It takes a C++17 compiler and two headers: cusparseLt.h (`pip install nvidia-cusparselt-cu13`;
-PyTorch's CUDA wheels bring it) and those of CUDA's runtime (`pip install nvidia-cuda-runtime`, or
-an installed CUDA toolkit). It links nothing: cuSPARSELt is opened at run time.
+It takes a C++17 compiler, cuSPARSELt's header (`pip install nvidia-cusparselt-cu13`; PyTorch's CUDA
+wheels bring it) and those of CUDA's runtime (`pip install nvidia-cuda-runtime`, or an installed CUDA
+toolkit). It links nothing: cuSPARSELt is opened at run time.
 """
 
 import argparse
@@ -11,7 +11,13 @@ from pathlib import Path
 
 from pallas_kernels.two_of_four import handler
 
-if __name__ == "__main__":
+
+def main() -> int:
+    """Compiles the handler and prints its path.
+
+    Returns:
+      The exit status.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m pallas_kernels.two_of_four.build",
         description="Compiles the handler of cuSPARSELt.",
@@ -27,4 +33,9 @@ if __name__ == "__main__":
         print(handler.build(folders=parser.parse_args().include))
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

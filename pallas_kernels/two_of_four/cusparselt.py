@@ -1,5 +1,6 @@
-"""cuSPARSELt through `jax.ffi`: finds the library, loads the handler of cusparselt.cc and calls it.
-Importing this opens nothing.
+"""cuWEIGHT_MULTIPLELt through `jax.ffi`: finds the library, loads the handler of cusparselt.cc and calls it.
+
+Importing this module opens no library.
 """
 
 import ctypes
@@ -8,25 +9,29 @@ import os
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.two_of_four import handler
+from pallas_kernels.varying import result_type
 
 TARGET = "TwoOfFourMatmul"
-VARIABLE = "CUSPARSELT_LIBRARY"  # path of libcusparseLt.so.0, where it is not found by itself
+VARIABLE = "CUSPARSELT_LIBRARY"
+"""Environment variable with the path of cuWEIGHT_MULTIPLELt, where the loader does not find it."""
 FILE = "libcusparseLt.so.0"
-OLDEST = 80  # compute capability of Ampere, times ten
+OLDEST_CAPABILITY = 80
+"""Ampere's compute capability, times ten."""
 DTYPES = ("bfloat16", "float16")
-SPARSE, DENSE = (
-    16,
-    8,
-)  # the sizes of 16-bit matrices are multiples of these: of the weights, of the activations
+WEIGHT_MULTIPLE = 16
+"""Both sizes of the weights, in 16 bits, are multiples of this."""
+COLUMN_MULTIPLE = 8
+"""The columns of the activations, in 16 bits, are a multiple of this."""
 
 
 def library() -> str:
-    """Where cuSPARSELt is: what `$CUSPARSELT_LIBRARY` names, else in NVIDIA's wheels, else wherever
-    the loader finds it.
+    """Where cuWEIGHT_MULTIPLELt is.
+
+    That is what `$CUSPARSELT_LIBRARY` names, else a file in NVIDIA's wheels, else wherever the
+    loader finds it.
 
     Returns:
       A path or a bare name for the loader.
@@ -35,17 +40,17 @@ def library() -> str:
       >>> library().endswith(".so.0") or VARIABLE in os.environ
       True
     """
-    if wanted := os.environ.get(VARIABLE):
-        return wanted
+    if path := os.environ.get(VARIABLE):
+        return path
     wheels = (folder / "lib" / FILE for folder in handler.nvidia_folders())
     return str(next(filter(Path.is_file, wheels), FILE))
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """Loads the handler's library; opens neither cuSPARSELt nor a device.
+    """Loads the handler's library; opens neither cuWEIGHT_MULTIPLELt nor a device.
 
     Args:
-      path: what `handler.build` made.
+      path: of the library that `handler.build` made.
 
     Returns:
       The library.
@@ -53,15 +58,16 @@ def load(path: Path) -> ctypes.CDLL:
     Raises:
       OSError: it does not load.
     """
-    found = ctypes.CDLL(str(path))
-    found.TwoOfFourOpen.argtypes, found.TwoOfFourOpen.restype = [ctypes.c_char_p], ctypes.c_char_p
-    found.TwoOfFourVersion.restype = ctypes.c_char_p
-    sizes, flags, arrays = [ctypes.c_int64] * 3, [ctypes.c_bool] * 3, [ctypes.c_void_p] * 3
-    found.TwoOfFourRun.argtypes, found.TwoOfFourRun.restype = (
-        [*sizes, *flags, *arrays],
-        ctypes.c_char_p,
-    )
-    return found
+    library = ctypes.CDLL(str(path))
+    library.TwoOfFourOpen.argtypes = [ctypes.c_char_p]
+    library.TwoOfFourOpen.restype = ctypes.c_char_p
+    library.TwoOfFourVersion.restype = ctypes.c_char_p
+    sizes = [ctypes.c_int64] * 3
+    flags = [ctypes.c_bool] * 3
+    arrays = [ctypes.c_void_p] * 3
+    library.TwoOfFourRun.argtypes = [*sizes, *flags, *arrays]
+    library.TwoOfFourRun.restype = ctypes.c_char_p
+    return library
 
 
 def register(loaded: ctypes.CDLL) -> None:
@@ -74,11 +80,11 @@ def register(loaded: ctypes.CDLL) -> None:
 
 
 def unavailable() -> str | None:
-    """Why the products cannot run on sparse tensor cores here: None where they can. The first call
-    on a GPU opens cuSPARSELt.
+    """Why the products cannot run on sparse tensor cores here. The first call on a GPU opens
+    cuWEIGHT_MULTIPLELt.
 
     Returns:
-      None, or the reason.
+      None where they can, else the reason.
 
     Example:
       >>> unavailable() is None or len(unavailable()) > 0
@@ -89,7 +95,7 @@ def unavailable() -> str | None:
 
 
 def version() -> str | None:
-    """The version of cuSPARSELt.
+    """The version of cuWEIGHT_MULTIPLELt.
 
     Returns:
       As in "0.10.0"; None where the products cannot run.
@@ -100,13 +106,16 @@ def version() -> str | None:
 
 @functools.cache
 def _opened() -> ctypes.CDLL | str:
-    """The handler, registered, with cuSPARSELt open; or the reason why not."""
+    """The handler, registered, with cuWEIGHT_MULTIPLELt open; or the reason why not."""
     device = jax.devices()[0]
     capability = str(getattr(device, "compute_capability", "")).replace(".", "")
     if device.platform != "gpu" or not capability.isdigit():
         return f"runs on NVIDIA GPUs, and JAX's default device here is {device.platform!r}"
-    if int(capability) < OLDEST:
-        return f"takes a GPU of compute capability 8.0 (Ampere) or newer, and this one ({device.device_kind}) has {device.compute_capability}"
+    if int(capability) < OLDEST_CAPABILITY:
+        return (
+            f"takes a GPU of compute capability 8.0 (Ampere) or newer, and this one "
+            f"({device.device_kind}) has {device.compute_capability}"
+        )
     if not handler.LIBRARY.is_file():
         return "the handler is not built: python -m pallas_kernels.two_of_four.build"
     try:
@@ -114,13 +123,16 @@ def _opened() -> ctypes.CDLL | str:
     except (OSError, AttributeError) as error:
         return f"the handler does not load ({error}); python -m pallas_kernels.two_of_four.build"
     if reason := loaded.TwoOfFourOpen(library().encode()).decode():
-        return f"cuSPARSELt does not open ({reason}); pip install nvidia-cusparselt-cu13, or name its file in ${VARIABLE}"
+        return (
+            f"cuWEIGHT_MULTIPLELt does not open ({reason}); pip install nvidia-cusparselt-cu13, or name its "
+            f"file in ${VARIABLE}"
+        )
     register(loaded)
     return loaded
 
 
 def limits(k: int, m: int, n: int, dtype: str) -> str | None:
-    """Why cuSPARSELt cannot serve a product on any GPU.
+    """Why cuWEIGHT_MULTIPLELt cannot run a product on any GPU.
 
     Args:
       k: inputs, the contracted axis.
@@ -137,10 +149,10 @@ def limits(k: int, m: int, n: int, dtype: str) -> str | None:
     """
     if dtype not in DTYPES:
         return f"computes in {' and '.join(DTYPES)}, not in {dtype}"
-    if k % SPARSE or m % SPARSE or not k or not m:
-        return f"takes weights whose sizes are multiples of {SPARSE}, got [{k}, {m}]"
-    if n % DENSE or not n:
-        return f"takes a multiple of {DENSE} columns of activations, got {n}"
+    if k % WEIGHT_MULTIPLE or m % WEIGHT_MULTIPLE or not k or not m:
+        return f"takes weights whose sizes are multiples of {WEIGHT_MULTIPLE}, got [{k}, {m}]"
+    if n % COLUMN_MULTIPLE or not n:
+        return f"takes a multiple of {COLUMN_MULTIPLE} columns of activations, got {n}"
     return None
 
 
@@ -151,22 +163,19 @@ def product(
     channel_major: bool,
     search: bool = False,
 ) -> Float[Array, "c d"]:
-    """The call of the handler: compresses the weights and multiplies.
+    """Calls the handler: it compresses the weights and multiplies.
 
     Args:
       weights: `[k, m]`, at most two of each four along k other than 0.
       x: `[k, n]` where the channels come first, else `[n, k]`.
-      channel_major: whether they do.
+      channel_major: whether the channels come first.
       search: time all algorithms at the first call of a shape and keep the fastest; else the
         library's first choice.
 
     Returns:
       `[m, n]` or `[n, m]`.
     """
-    m, n = weights.shape[1], x.shape[1 if channel_major else 0]
-    like = jax.typeof(x)  # inside shard_map: the result varies over the mesh as x does
-    out = like.update(
-        shape=(m, n) if channel_major else (n, m), dtype=jnp.dtype(x.dtype), weak_type=False
-    )
-    call = jax.ffi.ffi_call(TARGET, out, vmap_method="sequential")
+    m = weights.shape[1]
+    shape = (m, x.shape[1]) if channel_major else (x.shape[0], m)
+    call = jax.ffi.ffi_call(TARGET, result_type(x, shape, x.dtype), vmap_method="sequential")
     return call(weights, x, channel_major=channel_major, search=search)

@@ -1,6 +1,4 @@
-"""Compiles the handler of cusparselt.cc: where the headers are, the command, the library that it
-makes.
-"""
+"""Compiles the handler of cusparselt.cc: finds the headers and the compiler, and runs it."""
 
 import importlib.util
 import os
@@ -13,6 +11,8 @@ import jax
 
 SOURCE = Path(__file__).with_name("cusparselt.cc")
 LIBRARY = Path(__file__).with_name("libtwo_of_four.so")
+HEADERS = {"cusparseLt.h": "nvidia-cusparselt-cu13", "driver_types.h": "nvidia-cuda-runtime"}
+"""The headers that the compiler needs, and the packages that bring them."""
 
 
 def nvidia_folders() -> list[Path]:
@@ -26,11 +26,12 @@ def nvidia_folders() -> list[Path]:
       True
     """
     spec = importlib.util.find_spec("nvidia")
-    places = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+    if spec is None:
+        return []
     return [
         folder
-        for place in places
-        for folder in sorted(place.iterdir())
+        for packages in map(Path, spec.submodule_search_locations or [])
+        for folder in sorted(packages.iterdir())
         if folder.is_dir() and {"include", "lib"} & set(os.listdir(folder))
     ]
 
@@ -39,7 +40,7 @@ def headers(folders: Iterable[Path] = ()) -> list[Path] | str:
     """The folders of the headers, or what is missing.
 
     Args:
-      folders: to look into before NVIDIA's wheels and the installed toolkit.
+      folders: searched before NVIDIA's wheels and the installed toolkit.
 
     Returns:
       Folders for the compiler, or a reason.
@@ -49,24 +50,21 @@ def headers(folders: Iterable[Path] = ()) -> list[Path] | str:
       True
     """
     toolkits = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    if compiler := shutil.which("nvcc"):
-        toolkits.append(str(Path(compiler).resolve().parents[1]))
+    if nvcc := shutil.which("nvcc"):
+        toolkits.append(str(Path(nvcc).resolve().parents[1]))
     toolkits.append("/usr/local/cuda")
-    places = [
+    candidates = [
         *map(Path, folders),
         *(folder / "include" for folder in nvidia_folders()),
-        *(Path(kit) / "include" for kit in toolkits),
+        *(Path(toolkit) / "include" for toolkit in toolkits),
     ]
-    found = []
-    for name, package in (
-        ("cusparseLt.h", "nvidia-cusparselt-cu13"),
-        ("driver_types.h", "nvidia-cuda-runtime"),
-    ):
-        place = next((place for place in places if (place / name).is_file()), None)
-        if place is None:
-            return f"{name} is not here; pip install {package}, or name its folder with --include"
-        found.append(place)
-    return list(dict.fromkeys(found))
+    with_headers = []
+    for header, package in HEADERS.items():
+        having = [folder for folder in candidates if (folder / header).is_file()]
+        if not having:
+            return f"{header} is not here; pip install {package}, or name its folder with --include"
+        with_headers.append(having[0])
+    return list(dict.fromkeys(with_headers))
 
 
 def compiler() -> str | None:
@@ -79,22 +77,20 @@ def compiler() -> str | None:
 
 
 def missing(folders: Iterable[Path] = ()) -> str | None:
-    """Why the handler cannot be built here: None where it can.
+    """Why the handler cannot be built here.
 
     Args:
       folders: as in `headers`.
 
     Returns:
-      None, or the reason.
+      None where it can, else the reason.
     """
-    found = headers(folders)
-    if isinstance(found, str):
-        return found
-    return (
-        None
-        if compiler()
-        else "no C++ compiler is here (c++, g++ or clang++, or the one that $CXX names)"
-    )
+    include = headers(folders)
+    if isinstance(include, str):
+        return include
+    if compiler() is None:
+        return "no C++ compiler is here (c++, g++ or clang++, or the one that $CXX names)"
+    return None
 
 
 def command(source: Path, out: Path, folders: Iterable[Path] = ()) -> list[str]:
@@ -106,7 +102,7 @@ def command(source: Path, out: Path, folders: Iterable[Path] = ()) -> list[str]:
       folders: as in `headers`.
 
     Returns:
-      Words of the command.
+      The words of the command.
 
     Raises:
       RuntimeError: something is missing; the message says what.
@@ -114,20 +110,10 @@ def command(source: Path, out: Path, folders: Iterable[Path] = ()) -> list[str]:
     folders = list(folders)
     if reason := missing(folders):
         raise RuntimeError(reason)
-    includes = [
-        word
-        for folder in (Path(jax.ffi.include_dir()), *headers(folders))
-        for word in ("-isystem", str(folder))
-    ]
-    flags = [
-        "-std=c++17",
-        "-O2",
-        "-Wall",
-        "-Wextra",
-        "-shared",
-        "-fPIC",
-        "-fvisibility-inlines-hidden",
-    ]
+    flags = "-std=c++17 -O2 -Wall -Wextra -shared -fPIC -fvisibility-inlines-hidden".split()
+    includes = []
+    for folder in (jax.ffi.include_dir(), *headers(folders)):
+        includes += ["-isystem", str(folder)]
     return [str(compiler()), *flags, *includes, str(source), "-o", str(out), "-ldl"]
 
 

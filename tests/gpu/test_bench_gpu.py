@@ -24,11 +24,14 @@ from experiments.bench.gpu import tune as tune_gpu
 from experiments.bench.gpu.journal import Journal
 from experiments.bench.gpu.kernels import GpuConfig
 from experiments.reporting import gpu_tables, tables
-from pallas_kernels.block_sparse_conv import apply_epilogue
-from pallas_kernels.block_sparse_conv import devices as gpu_name
-from pallas_kernels.block_sparse_conv.mosaic_gpu import tiles as mosaic_gpu_tiles
-from pallas_kernels.block_sparse_conv.triton import tiles as triton_tiles
-from pallas_kernels.block_sparse_conv.xla import kernels as xla
+from pallas_kernels.block_sparse_conv import (
+    apply_epilogue,
+    mosaic_gpu,
+    triton,
+    tuned_tables,
+    xla,
+)
+from pallas_kernels.block_sparse_conv.triton import calls, products
 
 ROOT = Path(__file__).resolve().parents[2]
 WRONG = dataclasses.replace(
@@ -133,16 +136,14 @@ def test_a_fused_epilogue_is_checked(shape):
 
 @pytest.mark.slow
 def test_the_checks_force_every_own_way_of_the_triton_kernels(monkeypatch):
-    from pallas_kernels.block_sparse_conv.triton import launch as triton
-
     launches = []
 
     def run(launch, *operands):
         launches.append(launch)
         return jnp.zeros(launch.out.shape, launch.out.dtype)
 
-    monkeypatch.setattr(triton, "_run", run)
-    record = dataclasses.replace(triton.IMPLEMENTATION, supports=triton._unfit)
+    monkeypatch.setattr(calls, "run", run)
+    record = dataclasses.replace(triton.IMPLEMENTATION, supports=triton.limits)
     every = list(gpu_check.units(False, "triton"))
     assert {unit.variant for unit in every} == {"", "transposed", "scatter", "wide"}
     assert len({(unit.name, unit.kind) for unit in every}) == len(every)
@@ -164,16 +165,13 @@ def test_the_checks_force_every_own_way_of_the_triton_kernels(monkeypatch):
 
 
 def test_every_shape_that_is_checked_is_served_by_a_kernel():
-    from pallas_kernels.block_sparse_conv.mosaic_gpu import launch as mosaic_gpu
-    from pallas_kernels.block_sparse_conv.triton import launch as triton
-
     every = list(gpu_check.units(False, "triton"))
     assert {unit.kind for unit in every} == set(gpu_check.KINDS)
     assert {unit.spec.batch % 8 for unit in every} > {0}
     assert {unit.spec.channel_block for unit in every} == {1, 8, 16, 32}
     assert (2, 2) in {unit.spec.dilation for unit in every}
     for unit in every:
-        assert triton._unfit(unit.spec) is None, unit.name
+        assert triton.limits(unit.spec) is None, unit.name
         served = unit.kind in ("bf16", "fp16") and unit.spec.channel_block % 8 == 0
         assert (mosaic_gpu.limits(unit.spec) is None) is served, unit.name
 
@@ -411,15 +409,12 @@ def test_few_tiles_are_timed_and_all_ways_are_among_them(name):
             assert len(set(tiles)) == len(tiles) <= gpu_tiles.MOST
             assert tiles[0] == which.default(spec, pass_name)
             if name == "triton" and pass_name == "input_gradient":
-                assert {tile.method for tile in tiles} == set(triton_tiles.methods(spec))
+                assert {tile.method for tile in tiles} == set(products.methods(spec))
 
 
 @pytest.mark.parametrize("name", ["mosaic_gpu", "triton"])
 def test_the_kernels_read_the_tables_that_the_tuner_writes(name, tmp_path, monkeypatch):
-    which, own = (
-        gpu_tiles.tunable(name),
-        {"mosaic_gpu": mosaic_gpu_tiles, "triton": triton_tiles}[name],
-    )
+    which = gpu_tiles.tunable(name)
     spec = gpu_shapes.case_spec(gpu_shapes.cases("vgg19 256@8 n128")[0], sparsity=0.9)
     found = []
     for pass_name in gpu_tiles.PASSES:
@@ -435,14 +430,14 @@ def test_the_kernels_read_the_tables_that_the_tuner_writes(name, tmp_path, monke
                 "default_milliseconds": 2.0,
             }
         )
-    for module in (gpu_clock, own):
+    for module in (gpu_clock, tuned_tables):
         monkeypatch.setattr(module, "this_gpu", lambda: "h200")
-    monkeypatch.setattr(gpu_name, "FOLDER", tmp_path)
+    monkeypatch.setattr(tuned_tables, "FOLDER", tmp_path)
     path = tune_gpu.write_table(which, found, tune_gpu.Config(folder=tmp_path))
     assert path == tmp_path / f"tuned_{name}_h200.json"
-    own._tuned.cache_clear()
+    tuned_tables.read.cache_clear()
     try:
         for pass_name, result in zip(gpu_tiles.PASSES, found):
             assert dataclasses.asdict(which.default(spec, pass_name)) == result["best"]
     finally:
-        own._tuned.cache_clear()
+        tuned_tables.read.cache_clear()

@@ -19,8 +19,7 @@ from experiments.bench.gpu import shapes as gpu_shapes
 from experiments.bench.gpu import steps as gpu_steps
 from experiments.bench.gpu import training as gpu_training
 from experiments.bench.gpu.journal import STOPPED, Journal
-from pallas_kernels.block_sparse_conv import api
-from pallas_kernels.block_sparse_conv.xla import kernels as xla
+from pallas_kernels.block_sparse_conv import choice, xla
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -76,7 +75,7 @@ def test_a_step_with_a_wrong_gradient_is_not_timed(dry, tmp_path, monkeypatch):
     wrong = dataclasses.replace(
         xla.IMPLEMENTATION, weight_gradient=lambda *a: -xla.IMPLEMENTATION.weight_gradient(*a)
     )
-    monkeypatch.setitem(api.IMPLEMENTATIONS, "xla", wrong)
+    monkeypatch.setitem(choice.IMPLEMENTATIONS, "xla", wrong)
     monkeypatch.setattr(gpu_steps, "check_layer", lambda *_: True)
     config = dataclasses.replace(dry[0], journal=tmp_path / "s.jsonl", out=tmp_path / "r.json")
     config.journal.write_text(
@@ -107,7 +106,7 @@ def test_a_layer_that_is_refused_goes_to_the_next_implementation(monkeypatch):
     refuses = dataclasses.replace(
         xla.IMPLEMENTATION, supports=lambda spec: "one group only" if spec.groups > 1 else None
     )
-    monkeypatch.setitem(api.IMPLEMENTATIONS, "xla", refuses)
+    monkeypatch.setitem(choice.IMPLEMENTATIONS, "xla", refuses)
     served = gpu_steps.Fallback("xla")
     with served.registered() as name:
         for groups in (1, 2):
@@ -120,7 +119,7 @@ def test_a_layer_that_is_refused_goes_to_the_next_implementation(monkeypatch):
             np.testing.assert_allclose(ours, plain, atol=1e-3)
     assert served.layers() == {"xla": 1, "dense": 1}
     assert list(served.refused.values()) == ["dense: one group only"]
-    assert name not in api.available_implementations()
+    assert name not in choice.available_implementations()
 
 
 @pytest.mark.slow

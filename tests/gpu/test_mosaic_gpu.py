@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from experiments.bench import shapes
-from pallas_kernels.block_sparse_conv import ConvSpec, block_sparse_conv
-from pallas_kernels.block_sparse_conv.mosaic_gpu import kernels, tiles
+from pallas_kernels.block_sparse_conv import PASSES, ConvSpec, block_sparse_conv, xla
+from pallas_kernels.block_sparse_conv.mosaic_gpu import gather_outer, kernels, lists, pipeline
 from pallas_kernels.block_sparse_conv.mosaic_gpu import launch as mosaic_gpu
-from pallas_kernels.block_sparse_conv.mosaic_gpu.tiles import PASSES, Tile, candidate_tiles
-from pallas_kernels.block_sparse_conv.xla import kernels as xla
+from pallas_kernels.block_sparse_conv.mosaic_gpu.geometry import Gather, entry
+from pallas_kernels.block_sparse_conv.mosaic_gpu.tiles import Tile, candidate_tiles
 
 BASE = ConvSpec(
     cin=32,
@@ -41,7 +41,8 @@ BASE = ConvSpec(
     channel_block=8,
 )
 models_stores = pytest.mark.skipif(
-    kernels.FLIPS, reason="the interpreter of jax 0.10 stores in order and waits for nothing"
+    gather_outer.INTERPRETER_COPIES_TRANSPOSED,
+    reason="the interpreter of jax 0.10 stores in order and waits for nothing",
 )
 
 
@@ -64,7 +65,7 @@ def operands(spec: ConvSpec, seed: int = 0):
     return x, dy, values, filters, channels, taps
 
 
-def gathered(rows: tiles.Rows, words: np.ndarray, source: np.ndarray) -> np.ndarray:
+def gathered(rows: Gather, words: np.ndarray, source: np.ndarray) -> np.ndarray:
     """The definition of a list: `[entries * run, pixels of a phase, images]`, zeros where there is
     nothing to read.
     """
@@ -79,7 +80,7 @@ def gathered(rows: tiles.Rows, words: np.ndarray, source: np.ndarray) -> np.ndar
         )
         for y in range(height):
             for x in range(width):
-                at = y * rows.step[0] + offset_y, x * rows.step[1] + offset_x
+                at = y * rows.read_stride[0] + offset_y, x * rows.read_stride[1] + offset_x
                 if (
                     0 <= at[0] < rows.source[0]
                     and 0 <= at[1] < rows.source[1]
@@ -96,8 +97,8 @@ def plain_product(
     lists,
     weights,
     source,
-    places,
     out_rows,
+    out_channels,
     *,
     scale=None,
     bias=None,
@@ -114,28 +115,30 @@ def plain_product(
         np.asarray(weights, np.float32),
         np.asarray(source, np.float32),
     )
-    places = (
-        np.split(np.arange(out_rows), range(tile.rows, out_rows, tile.rows))
-        if places is None
-        else np.asarray(places)
+    out_rows = (
+        np.split(np.arange(out_channels), range(tile.rows, out_channels, tile.rows))
+        if out_rows is None
+        else np.asarray(out_rows)
     )
-    out = np.full((out_rows, *rows.output, rows.images), np.nan, np.float32)
+    out = np.full((out_channels, *rows.output, rows.images), np.nan, np.float32)
     for this in range(len(weights)):
         phase, block = divmod(this, blocks)
         x = gathered(rows, lists[this, : counts[this] * tile.depth // rows.run], source)
-        y = np.tensordot(weights[this, :, : len(x)], x, 1)[: len(places[block])]
+        y = np.tensordot(weights[this, :, : len(x)], x, 1)[: len(out_rows[block])]
         for vector, apply in ((scale, np.multiply), (bias, np.add)):
             y = (
                 y
                 if vector is None
                 else apply(y, np.asarray(vector)[block, : len(y), None, None, None])
             )
-        first = divmod(phase, rows.spread[1])
-        window = out[places[block], first[0] :: rows.spread[0], first[1] :: rows.spread[1]]
-        out[places[block], first[0] :: rows.spread[0], first[1] :: rows.spread[1]] = y[
-            :, : window.shape[1], : window.shape[2]
+        first = divmod(phase, rows.write_stride[1])
+        window = out[
+            out_rows[block], first[0] :: rows.write_stride[0], first[1] :: rows.write_stride[1]
         ]
-    out = out.reshape(out_rows, -1)
+        out[out_rows[block], first[0] :: rows.write_stride[0], first[1] :: rows.write_stride[1]] = (
+            y[:, : window.shape[1], : window.shape[2]]
+        )
+    out = out.reshape(out_channels, -1)
     out = out if residual is None else out + np.asarray(residual, np.float32)
     return jnp.asarray(np.maximum(out, 0) if relu else out, dtype)
 
@@ -252,17 +255,17 @@ def test_only_pairs_that_reach_a_block_of_channels_are_walked():
     channels = jnp.arange(8)[None] + jnp.array([0, 8, 64, 72])[:, None]
     taps = jnp.array([[0], [1], [0], [1]])
     values = jnp.ones(spec.packed_shape, jnp.bfloat16)
-    build = jax.jit(functools.partial(mosaic_gpu._gradient_lists, spec, Tile(64, 64, 64), 16))
-    counts, lists, weights = build(values, channels, taps)
+    build = jax.jit(functools.partial(lists.gradient_lists, spec, Tile(64, 64, 64), 16))
+    counts, entries, weights = build(values, channels, taps)
     # Padding (1, 0) above, (0, 2) left: tap 0 reaches odd rows and even columns of the input, tap 1
     # odd rows and odd columns.
     np.testing.assert_array_equal(counts.reshape(2, 2, 2), [[[0, 0], [0, 0]], [[1, 1], [1, 1]]])
-    np.testing.assert_array_equal((lists[4:] & 0xFFFF)[:, :2], [[0, 4], [2, 4], [1, 4], [3, 4]])
+    np.testing.assert_array_equal((entries[4:] & 0xFFFF)[:, :2], [[0, 4], [2, 4], [1, 4], [3, 4]])
     np.testing.assert_array_equal((weights != 0).sum((1, 2)), [0, 0, 0, 0, 96, 96, 96, 96])
 
 
 def product_operands(
-    rows: tiles.Rows,
+    rows: Gather,
     tile: Tile,
     blocks: int,
     group: int,
@@ -275,9 +278,7 @@ def product_operands(
     lists = max(stages) * tile.depth // rows.run
     shape = (blocks * rows.phases, lists)
     ranges = (0, channels // rows.run + 1), (-2, 3), (-2, 3)
-    words = tiles.entry(
-        *(jnp.asarray(rng.integers(low, high, shape), jnp.int32) for low, high in ranges)
-    )
+    words = entry(*(jnp.asarray(rng.integers(low, high, shape), jnp.int32) for low, high in ranges))
     weights = jnp.asarray(
         rng.standard_normal((shape[0], tile.rows, lists * rows.run)), jnp.bfloat16
     )
@@ -287,7 +288,7 @@ def product_operands(
 
 
 def test_the_product_kernel_in_the_interpreter_with_everything_at_the_end(interpreted):
-    rows = tiles.Rows(8, (3, 1), (2, 3), (2, 1), (1, 1), 64)
+    rows = Gather(8, (3, 1), (2, 3), (2, 1), (1, 1), 64)
     tile = Tile(64, 128, 64, depth=64, stages=2)
     given_ = product_operands(rows, tile, 2, 3, 16, [2, 1])
     rng = np.random.default_rng(1)
@@ -299,7 +300,7 @@ def test_the_product_kernel_in_the_interpreter_with_everything_at_the_end(interp
             kernels.gather_product,
             rows,
             tile,
-            out_rows=6,
+            out_channels=6,
             processors=2,
             interpret=interpreter(),
             **end,
@@ -311,7 +312,7 @@ def test_the_product_kernel_in_the_interpreter_with_everything_at_the_end(interp
 
 
 def test_the_product_kernel_in_the_interpreter_with_phases_and_lists_of_any_length(interpreted):
-    rows = tiles.Rows(16, (2, 2), (3, 2), (1, 1), (2, 1), 64)
+    rows = Gather(16, (2, 2), (3, 2), (1, 1), (2, 1), 64)
     tile = Tile(64, 64, 64, depth=64, stages=3, consumers=1)
     given_ = (*product_operands(rows, tile, 2, 64, 32, [2, 0, 1, 2])[:-1], None)
     run = jax.jit(
@@ -319,8 +320,8 @@ def test_the_product_kernel_in_the_interpreter_with_phases_and_lists_of_any_leng
             kernels.gather_product,
             rows,
             tile,
-            places=None,
-            out_rows=128,
+            out_rows=None,
+            out_channels=128,
             processors=1,
             interpret=interpreter(),
         )
@@ -329,7 +330,7 @@ def test_the_product_kernel_in_the_interpreter_with_phases_and_lists_of_any_leng
 
 
 def test_the_outer_kernel_in_the_interpreter(interpreted):
-    rows = tiles.Rows(32, (2, 3), (1, 3), (2, 1), (1, 1), 64)
+    rows = Gather(32, (2, 3), (1, 3), (2, 1), (1, 1), 64)
     tile = Tile(64, 128, 64, depth=64, stages=2, splits=2)  # 3 steps: shares of 2 and 1
     _, words, _, source, _ = product_operands(
         rows, dataclasses.replace(tile, depth=128), 1, 8, 64, [1]
@@ -344,15 +345,15 @@ def test_the_outer_kernel_in_the_interpreter(interpreted):
 
 def tiny_product():
     """One block of threads writes two tiles, one after the other through the same staging memory."""
-    rows = tiles.Rows(64, (1, 1), (1, 1), (1, 1), (1, 1), 64)
+    rows = Gather(64, (1, 1), (1, 1), (1, 1), (1, 1), 64)
     tile = Tile(64, 64, 64, depth=64, stages=2, consumers=1)
     given_ = product_operands(rows, tile, 2, 64, 64, [1, 1])[:-1]
     run = functools.partial(
         kernels.gather_product,
         rows,
         tile,
-        places=None,
-        out_rows=128,
+        out_rows=None,
+        out_channels=128,
         processors=1,
         interpret=interpreter(),
     )
@@ -363,7 +364,7 @@ def tiny_product():
     "step", ["barrier_wait", pytest.param("wait_smem_to_gmem", marks=models_stores)]
 )
 def test_the_interpreter_sees_a_missing_wait(step, monkeypatch):
-    monkeypatch.setattr(kernels.plgpu, step, lambda *_, **__: None)
+    monkeypatch.setattr(pipeline.plgpu, step, lambda *_, **__: None)
     with (
         pytest.raises(
             (AssertionError, RuntimeError, jax.errors.JaxRuntimeError), match=r"race|RACE"
@@ -374,7 +375,7 @@ def test_the_interpreter_sees_a_missing_wait(step, monkeypatch):
 
 
 def test_the_interpreter_sees_missing_copies(interpreted, monkeypatch):
-    monkeypatch.setattr(kernels.plgpu, "copy_smem_to_gmem", lambda *_, **__: None)
+    monkeypatch.setattr(pipeline.plgpu, "copy_smem_to_gmem", lambda *_, **__: None)
     assert np.isnan(np.asarray(tiny_product(), np.float32)).all()
 
 

@@ -2,24 +2,18 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import pytest
-from described_gpu import compile_for_h200, missing, needs
+from described_gpu import compile_for_h200, missing, needs, spec_of
 
 from experiments.bench import shapes
-from pallas_kernels.block_sparse_conv import ConvSpec
-from pallas_kernels.block_sparse_conv import devices as gpu_name
+from pallas_kernels.block_sparse_conv import PASSES, ConvSpec, tuned_tables
 from pallas_kernels.block_sparse_conv.mosaic_gpu import launch as mosaic_gpu
 from pallas_kernels.block_sparse_conv.mosaic_gpu import tiles
-from pallas_kernels.block_sparse_conv.mosaic_gpu.tiles import (
-    PASSES,
-    Tile,
-    candidate_tiles,
-    choose_tile,
-)
+from pallas_kernels.block_sparse_conv.mosaic_gpu.geometry import pixels
+from pallas_kernels.block_sparse_conv.mosaic_gpu.tiles import Tile, candidate_tiles, choose_tile
 
 needs_plugin = needs(missing())
 RUNS = {
@@ -55,11 +49,11 @@ def layer(
 
 def check_tile(spec: ConvSpec, name: str, tile: Tile) -> None:
     """The tile fits, and divides what it must."""
-    assert tiles.shared_memory(tile, name) <= tiles.SHARED_MEMORY
+    assert tiles.shared_memory(tile, name) <= tiles.most_shared_memory()
     assert tile.rows * tile.columns <= tile.consumers * 64 * 256, (
         "more than 128 registers of sums in a thread"
     )
-    assert tiles.pixels(spec, name).images % tile.images == 0
+    assert pixels(spec, name).images % tile.images == 0
     assert tile.columns % tile.images == 0 or name == "weight_gradient"
     assert name == "input_gradient" or tile.rows >= spec.group_size
     assert tile.stages >= 2
@@ -100,7 +94,7 @@ def compiled(
     used = f"{report.registers} registers, {report.spills} bytes of spills, {tiles.shared_memory(tile, name)} bytes shared"
     record(
         "compiled",
-        f"mosaic_gpu sm_90a {spec.dtype} {tiles.key(spec, name)}{' fused' * fused}: {tile}: {used}",
+        f"mosaic_gpu sm_90a {spec.dtype} {tuned_tables.key(spec, name)}{' fused' * fused}: {tile}: {used}",
     )
     assert report.kernels == 1
     assert (report.stack, report.spills) == (0, 0)
@@ -136,55 +130,28 @@ def test_main_tiles_compile_fully_for_an_h200(case, record_property):
     compiled(dataclasses.replace(spec, relu=fused), name, record_property, fused=fused)
 
 
-def spec_of(key: str) -> tuple[ConvSpec, str]:
-    """The inverse of `tiles.key`."""
-    name, shape, kernel, padding, packed, _, block = key.split()
-    (cin, height, width, batch), padding, packed = (
-        [int(n) for n in word.split("x")] for word in (shape, padding, packed)
-    )
-    kernel, strides, dilation = (
-        tuple(int(n) for n in word.split("x")) for word in kernel.split("/")
-    )
-    groups, kept, kept_taps, group_size = packed
-    spec = ConvSpec(
-        cin=cin,
-        height=height,
-        width=width,
-        batch=batch,
-        kernel=kernel,
-        cout=groups * group_size,
-        groups=groups,
-        kept=kept,
-        kept_taps=kept_taps,
-        group_size=group_size,
-        strides=strides,
-        padding=(tuple(padding[:2]), tuple(padding[2:])),
-        dilation=dilation,
-        dtype="bfloat16",
-        channel_block=int(block),
-    )
-    assert tiles.key(spec, name) == key
-    return spec, name
-
-
 def check_tables(record) -> int:
     """Compiles all that the tuned tables name; how many tiles that is."""
     count = 0
-    for path in gpu_name.FOLDER.glob("tuned_mosaic_gpu_*.json"):
-        tiles._tuned.cache_clear()
-        for key, tile in tiles._tuned(path.stem.removeprefix("tuned_mosaic_gpu_")).items():
+    for path in tuned_tables.FOLDER.glob("tuned_mosaic_gpu_*.json"):
+        tuned_tables.read.cache_clear()
+        gpu = path.stem.removeprefix("tuned_mosaic_gpu_")
+        for key, fields in tuned_tables.read("mosaic_gpu", gpu).items():
             spec, name = spec_of(key)
+            tile = Tile(**fields)
+            assert tuned_tables.key(spec, name) == key
             check_tile(spec, name, tile)
             compiled(spec, name, record, tile, fused=name == "forward")
             count += 1
-    tiles._tuned.cache_clear()
+    tuned_tables.read.cache_clear()
     return count
 
 
 def write_table(folder, spec: ConvSpec, name: str, tile: Tile) -> None:
-    (folder / "tuned_mosaic_gpu_h200.json").write_text(
-        json.dumps({"entries": {tiles.key(spec, name): dataclasses.asdict(tile)}})
-    )
+    fields = {tuned_tables.key(spec, name): dataclasses.asdict(tile)}
+    path = tuned_tables.path("mosaic_gpu", "h200", folder)
+    path.unlink(missing_ok=True)
+    tuned_tables.write(path, fields, {}, {})
 
 
 @needs_plugin
@@ -194,7 +161,7 @@ def test_every_tuned_tile_compiles(record_property):
 
 @needs_plugin
 def test_a_tuned_tile_that_does_not_compile_is_found(tmp_path, monkeypatch, record_property):
-    monkeypatch.setattr(gpu_name, "FOLDER", tmp_path)
+    monkeypatch.setattr(tuned_tables, "FOLDER", tmp_path)
     assert check_tables(record_property) == 0
     spec, name, _ = MAIN["input gradient, stride"]
     write_table(tmp_path, spec, name, choose_tile(spec, name))
@@ -208,14 +175,14 @@ def test_a_tuned_tile_that_does_not_compile_is_found(tmp_path, monkeypatch, reco
 def test_a_tuned_tile_is_used_on_the_gpu_that_it_was_tuned_on(tmp_path, monkeypatch):
     spec, best = layer("vgg19 256@8", 0.9, 128), Tile(64, 64, 64, stages=2, consumers=1)
     write_table(tmp_path, spec, "forward", best)
-    monkeypatch.setattr(gpu_name, "FOLDER", tmp_path)
-    tiles._tuned.cache_clear()
+    monkeypatch.setattr(tuned_tables, "FOLDER", tmp_path)
+    tuned_tables.read.cache_clear()
     assert choose_tile(spec, "forward") != best
-    monkeypatch.setattr(tiles, "this_gpu", lambda: "h200")
+    monkeypatch.setattr(tuned_tables, "this_gpu", lambda: "h200")
     assert choose_tile(spec, "forward") == best
     for change in ({"padding": ((0, 0), (0, 0))}, {"dilation": (1, 2)}, {"batch": 256}):
         assert choose_tile(dataclasses.replace(spec, **change), "forward") != best
-    tiles._tuned.cache_clear()
+    tuned_tables.read.cache_clear()
 
 
 @needs_plugin

@@ -16,10 +16,9 @@ import pytest
 from described_gpu import needs
 
 from experiments.bench import shapes
-from pallas_kernels.block_sparse_conv import ConvSpec
+from pallas_kernels.block_sparse_conv import ConvSpec, triton
 from pallas_kernels.block_sparse_conv import reference as dense
-from pallas_kernels.block_sparse_conv.triton import launch as ours
-from pallas_kernels.block_sparse_conv.triton import tiles
+from pallas_kernels.block_sparse_conv.triton import calls, products
 from pallas_kernels.block_sparse_conv.triton.limits import Tile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,8 +91,8 @@ while True:
 _WORKER: list[subprocess.Popen] = []
 
 
-def interpret(launch: ours.Launch, *operands):
-    """Stands in for `triton._run`: the kernel in Triton's interpreter."""
+def interpret(launch: calls.Launch, *operands):
+    """Stands in for `calls.run`: the kernel in Triton's interpreter."""
 
     def call(*arrays):
         if not _WORKER:
@@ -129,7 +128,7 @@ def interpret(launch: ours.Launch, *operands):
 @pytest.fixture(autouse=True, scope="module")
 def _interpreter():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ours, "_run", interpret)
+        patch.setattr(calls, "run", interpret)
         yield
     while _WORKER:
         worker = _WORKER.pop()
@@ -137,7 +136,7 @@ def _interpreter():
         worker.communicate()
 
 
-TRITON = dataclasses.replace(ours.IMPLEMENTATION, supports=ours._unfit)  # any machine will do
+TRITON = dataclasses.replace(triton.IMPLEMENTATION, supports=triton.limits)  # any machine will do
 BASE = ConvSpec(
     cin=24,
     height=4,
@@ -189,17 +188,17 @@ def check(spec, seed=0, tolerance=1e-5, **tile):
         dense.IMPLEMENTATION.input_gradient,
         dense.IMPLEMENTATION.weight_gradient,
     )
-    y = jax.jit(lambda *a: ours._forward(spec, *a, tile=tile.get("forward")))(x, values, *index)
+    y = jax.jit(lambda *a: TRITON.forward(spec, *a, tile=tile.get("forward")))(x, values, *index)
     assert_close(y, forward(exact, single[0], single[2], *index).astype(x.dtype), tolerance)
-    dvalues = jax.jit(lambda *a: ours._weight_gradient(spec, *a, tile=tile.get("weight_gradient")))(
-        x, dy, *index
-    )
+    dvalues = jax.jit(
+        lambda *a: TRITON.weight_gradient(spec, *a, tile=tile.get("weight_gradient"))
+    )(x, dy, *index)
     assert_close(dvalues, weights(exact, *single[:2], *index), tolerance)
     dx = backward(exact, *single[1:], *index).astype(x.dtype)
-    for method in (None,) if "input_gradient" in tile else tiles.methods(spec):
+    for method in (None,) if "input_gradient" in tile else products.methods(spec):
         chosen = {"method": method} if method else {"tile": tile["input_gradient"]}
         assert_close(
-            jax.jit(lambda *a, chosen=chosen: ours._input_gradient(spec, *a, **chosen))(
+            jax.jit(lambda *a, chosen=chosen: TRITON.input_gradient(spec, *a, **chosen))(
                 dy, values, *index
             ),
             dx,
@@ -243,7 +242,7 @@ def test_half_precision_accumulates_in_single(dtype):
     check(dataclasses.replace(BLOCKS, dtype=dtype), tolerance=1e-2)
     spec = dataclasses.replace(BASE, cin=300, kept=290, kept_taps=9, height=3, width=3, dtype=dtype)
     x, _, values, *index = operands(spec)
-    y = ours._forward(spec, jnp.ones_like(x), jnp.ones_like(values), *index)
+    y = TRITON.forward(spec, jnp.ones_like(x), jnp.ones_like(values), *index)
     assert (y == jnp.asarray(290 * 9, dtype)).all(), "a sum of 2610 ones stalls in half precision"
 
 
@@ -292,8 +291,10 @@ def test_tiles_that_cut_rows_depth_and_positions(first, monkeypatch):
     """Several tiles of rows, a ragged last one, splits that do not divide; with 64-bit offsets, as
     for more than 2^31 values.
     """
-    plain = ours._constants
-    monkeypatch.setattr(ours, "_constants", lambda *a: plain(*a) | {"wide": first})
+    constants = calls.geometry_constants
+    monkeypatch.setattr(
+        calls, "geometry_constants", lambda *a, **k: constants(*a, **k) | {"wide": first}
+    )
     for method in ("scatter", "transposed"):
         product = Tile(16, 16, 32, positions_first=first, method=method)
         check(
@@ -329,9 +330,9 @@ def test_the_epilogue_is_fused(spec, dtype):
         wanted = sums * given["scale"][:, None, None, None] if "scale" in given else sums
         wanted = wanted + given["bias"][:, None, None, None] if "bias" in given else wanted
         wanted = wanted + given["residual"].astype(jnp.float32) if "residual" in given else wanted
-        y = jax.jit(lambda given: ours._forward(spec, x, values, *index, **given))(given)
+        y = jax.jit(lambda given: TRITON.forward(spec, x, values, *index, **given))(given)
         assert_close(y, jnp.maximum(wanted, 0).astype(dtype), 1e-5 if dtype == "float32" else 1e-2)
-    y = ours._forward(spec, x, values, *index, None, None, residual.at[3, 2, 1, 0].set(jnp.nan))
+    y = TRITON.forward(spec, x, values, *index, None, None, residual.at[3, 2, 1, 0].set(jnp.nan))
     assert np.argwhere(np.isnan(np.asarray(y, np.float32))).tolist() == [[3, 2, 1, 0]]
 
 
@@ -340,8 +341,8 @@ def test_what_is_not_kept_is_not_touched():
     spec = dataclasses.replace(SAME, groups=1, cout=16)
     x, dy, values, *index = operands(spec)
     x = x.at[np.setdiff1d(np.arange(spec.cin), index[1][0])].set(jnp.inf)
-    assert jnp.isfinite(ours._forward(spec, x, values, *index)).all()
-    assert jnp.isfinite(ours._weight_gradient(spec, x, dy, *index)).all()
+    assert jnp.isfinite(TRITON.forward(spec, x, values, *index)).all()
+    assert jnp.isfinite(TRITON.weight_gradient(spec, x, dy, *index)).all()
 
 
 @needs_triton

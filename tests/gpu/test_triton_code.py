@@ -5,7 +5,6 @@ choice of tiles: no GPU needed.
 import dataclasses
 import importlib.util
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -16,14 +15,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from described_gpu import needs
+from described_gpu import needs, spec_of
 
 from experiments.bench import shapes
-from pallas_kernels.block_sparse_conv import ConvSpec
-from pallas_kernels.block_sparse_conv import devices as gpu_name
-from pallas_kernels.block_sparse_conv.triton import kernels, limits, tiles
-from pallas_kernels.block_sparse_conv.triton import launch as ours
+from pallas_kernels.block_sparse_conv import PASSES, triton, tuned_tables
+from pallas_kernels.block_sparse_conv.triton import calls, kernels, limits, products, tiles
 from pallas_kernels.block_sparse_conv.triton.limits import Tile
+from pallas_kernels.block_sparse_conv.triton.normal_form import normal
+from pallas_kernels.devices import shared_memory
 
 MISSING = [
     name
@@ -63,9 +62,10 @@ def launches(spec, name, capability=90, fused=False, **private):
     if fused:
         spec, index = dataclasses.replace(spec, relu=True), [*index, numbers, numbers, dy]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ours, "_run", record)
-        patch.setattr(ours, "_capability", lambda: capability)
-        jax.eval_shape(lambda *a: getattr(ours, f"_{name}")(spec, *a, **private), *given, *index)
+        patch.setattr(calls, "run", record)
+        patch.setattr(calls, "capability", lambda: capability)
+        run = getattr(triton.IMPLEMENTATION, name)
+        jax.eval_shape(lambda *a: run(spec, *a, **private), *given, *index)
     return found
 
 
@@ -144,16 +144,16 @@ def check_code(record, spec, name, capability=90, fused=False, around_loops=Fals
         measured, sass = machine_code(launch, dtypes, capability)
         record(
             "compiled",
-            f"triton sm_{capability} {tiles.key(spec, name)}{' fused' * fused}: {launch.tile}: "
+            f"triton sm_{capability} {tiles.tuned_key(spec, name)}{' fused' * fused}: {launch.tile}: "
             f"{measured}",
         )
-        tile, plain = launch.tile, tiles.normal(spec)
+        tile, plain = launch.tile, normal(spec)
         assert measured["in loops" if around_loops else "spilled"] == 0
         assert measured["shared"] <= min(
-            limits.SHARED_KIB[capability] * 1024, limits.shared_bytes(tile, name, plain) + 1024
+            shared_memory(capability), limits.shared_bytes(tile, name, plain) + 1024
         )
         steps = (
-            -(-tiles.product(plain, name, tile.method).depth // tile.depth)
+            -(-products.product(plain, name, tile.method).depth // tile.depth)
             if name != "weight_gradient"
             else 8
         )
@@ -180,9 +180,9 @@ def check_code(record, spec, name, capability=90, fused=False, around_loops=Fals
             "ieee": "FFMA",
         }[plain.precision]
         assert re.search(wanted, sass)
-        products = set(re.findall(r"\bHG?MMA\S*", sass))
-        assert all(re.search(r"\.F32(\.|$)", product) for product in products), (
-            f"sums in single precision: {products}"
+        instructions = set(re.findall(r"\bHG?MMA\S*", sass))
+        assert all(re.search(r"\.F32(\.|$)", one) for one in instructions), (
+            f"sums in single precision: {instructions}"
         )
         if launch.zeroed:
             assert re.search(r"REDG?\.E\.ADD\.F32" + ("x4" if capability == 90 else ""), sass)
@@ -254,7 +254,7 @@ def test_the_main_tiles_compile_without_spills_to_tensor_cores_and_16_byte_copie
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("name", tiles.PASSES)
+@pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("sparsity", [0.8, 0.9, 0.95])
 def test_the_chosen_tiles_of_every_layer_compile(sparsity, name, record_property):
     for layer, batch in SHAPES:
@@ -269,7 +269,7 @@ def test_the_chosen_tiles_of_every_layer_compile(sparsity, name, record_property
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("name", tiles.PASSES)
+@pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize(
     ("dtype", "precision"), [("bfloat16", None), ("float32", None), ("float32", "high")]
 )
@@ -312,7 +312,7 @@ def test_the_rules_tiles_compile(capability, dtype, precision, name, record_prop
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("name", tiles.PASSES)
+@pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("group_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("capability", [90, 80])
@@ -331,54 +331,29 @@ def test_every_candidate_compiles(capability, group_size, dtype, name, record_pr
 CAPABILITY = {"a100": 80}  # others in tables: 90
 
 
-def spec_of(key):
-    """The inverse of `tiles.key`."""
-    name, geometry, packed, block, dtype, arithmetic = key.split()
-    cin, height, width, batch, *rest = (int(n) for n in geometry.split("x"))
-    kernel, (cout, *steps) = tuple(rest[:2]), rest[2:]
-    groups, kept, kept_taps, group_size = (int(n) for n in packed.split("x"))
-    spec = ConvSpec(
-        cin=cin,
-        height=height,
-        width=width,
-        batch=batch,
-        kernel=kernel,
-        cout=cout,
-        groups=groups,
-        kept=kept,
-        kept_taps=kept_taps,
-        group_size=group_size,
-        strides=tuple(steps[:2]),
-        dilation=tuple(steps[2:4]),
-        padding=(tuple(steps[4:6]), tuple(steps[6:8])),
-        dtype=dtype,
-        channel_block=int(block),
-        precision={"half": None, "ieee": "highest", "tf32": "high"}[arithmetic],
-    )
-    assert tiles.key(spec, name) == key
-    return spec, name
-
-
 def check_tables(record):
     """Compiles all that the tuned tables name; how many tiles that is."""
     count = 0
-    for path in gpu_name.FOLDER.glob("tuned_triton_*.json"):
+    for path in tuned_tables.FOLDER.glob("tuned_triton_*.json"):
         gpu = path.stem.removeprefix("tuned_triton_")
-        tiles._tuned.cache_clear()
-        for key, tile in tiles._tuned(gpu).items():
+        tuned_tables.read.cache_clear()
+        for key, fields in tuned_tables.read("triton", gpu).items():
             spec, name = spec_of(key)
+            tile = Tile(**fields)
+            assert tiles.tuned_key(spec, name) == key
             capability = CAPABILITY.get(gpu, 90)
-            assert tile.method == "dense" or limits.fits(tile, name, tiles.normal(spec), capability)
+            assert tile.method == "dense" or limits.fits(tile, name, normal(spec), capability)
             check_code(record, spec, name, capability, tile=tile)
             count += 1
-    tiles._tuned.cache_clear()
+    tuned_tables.read.cache_clear()
     return count
 
 
 def write_table(folder, spec, name, tile, gpu="h200"):
-    (folder / f"tuned_triton_{gpu}.json").write_text(
-        json.dumps({"tiles": {tiles.key(spec, name): dataclasses.asdict(tile)}})
-    )
+    fields = {tiles.tuned_key(spec, name): dataclasses.asdict(tile)}
+    path = tuned_tables.path("triton", gpu, folder)
+    path.unlink(missing_ok=True)
+    tuned_tables.write(path, fields, {}, {})
 
 
 @needs_triton
@@ -388,7 +363,7 @@ def test_every_tuned_tile_compiles(record_property):
 
 @needs_triton
 def test_a_tuned_tile_that_does_not_compile_is_found(tmp_path, monkeypatch, record_property):
-    monkeypatch.setattr(gpu_name, "FOLDER", tmp_path)
+    monkeypatch.setattr(tuned_tables, "FOLDER", tmp_path)
     assert check_tables(record_property) == 0
     strided = layer_spec(shapes.OTHERS[-1], dtype="float32", precision="high", run=16)
     for spec, name in ((MAIN, "forward"), (strided, "weight_gradient")):
@@ -407,13 +382,13 @@ def test_a_tuned_tile_that_does_not_compile_is_found(tmp_path, monkeypatch, reco
 
 @needs_jax_triton
 def test_a_training_step_lowers_to_three_kernels_for_cuda():
-    triton = dataclasses.replace(ours.IMPLEMENTATION, supports=ours._unfit)
+    record = dataclasses.replace(triton.IMPLEMENTATION, supports=triton.limits)
     spec = layer_spec(shapes.VGG19[4], group_size=64, run=32)
     assert tiles.choose_tile(spec, "input_gradient").method == "transposed"
     x, dy, values, *index = map(jax.typeof, shapes.random_operands(spec))
 
     def step(x, values, dy, *index):
-        y, pullback = jax.vjp(lambda x, v: shapes.convolve(spec, triton, x, v, *index), x, values)
+        y, pullback = jax.vjp(lambda x, v: shapes.convolve(spec, record, x, v, *index), x, values)
         return y, *pullback(dy)
 
     text = jax.jit(step).trace(x, values, dy, *index).lower(lowering_platforms=("cuda",)).as_text()
@@ -430,15 +405,12 @@ def test_tiles_fit(capability, dtype):
         for group_size in (8, 24, 32, 64, 128):
             if layer.cout % group_size == 0:
                 spec = layer_spec(layer, batch, group_size=group_size, run=16, dtype=dtype)
-                plain = tiles.normal(spec)
-                for name in tiles.PASSES:
+                plain = normal(spec)
+                for name in PASSES:
                     candidates = tiles.candidate_tiles(spec, name, capability)
                     assert candidates
                     for tile in (*candidates, tiles.choose_tile(spec, name, capability)):
-                        assert (
-                            limits.shared_bytes(tile, name, plain)
-                            < 1024 * limits.SHARED_KIB[capability]
-                        )
+                        assert limits.shared_bytes(tile, name, plain) < shared_memory(capability)
                         assert (
                             tile.method == "dense"
                             or min(tile.rows, tile.positions, tile.depth) >= 16
@@ -450,20 +422,20 @@ def test_a_tuned_tile_is_used_on_the_gpu_that_it_was_tuned_on(tmp_path, monkeypa
     spec = layer_spec(shapes.VGG19[4])
     tuned = Tile(32, 64, 32, stages=5, positions_first=True)
     write_table(tmp_path, spec, "forward", tuned)
-    monkeypatch.setattr(gpu_name, "FOLDER", tmp_path)
-    tiles._tuned.cache_clear()
+    monkeypatch.setattr(tuned_tables, "FOLDER", tmp_path)
+    tuned_tables.read.cache_clear()
     assert tiles.choose_tile(spec, "forward") != tuned
-    monkeypatch.setattr(tiles, "this_gpu", lambda: "h200")
+    monkeypatch.setattr(tuned_tables, "this_gpu", lambda: "h200")
     assert tiles.choose_tile(spec, "forward") == tuned
     assert tiles.choose_tile(layer_spec(shapes.VGG19[5]), "forward") != tuned
     assert (
         tiles.choose_tile(dataclasses.replace(spec, gradients=True, relu=True), "forward") == tuned
     )
     strided = layer_spec(shapes.OTHERS[-1])
-    assert tiles.key(strided, "input_gradient") == tiles.key(
-        tiles.pointwise(strided), "input_gradient"
+    assert tiles.tuned_key(strided, "input_gradient") == tiles.tuned_key(
+        strided.pointwise(), "input_gradient"
     )
-    tiles._tuned.cache_clear()
+    tuned_tables.read.cache_clear()
 
 
 def test_the_input_gradient_goes_the_cheapest_way_that_serves():
@@ -483,13 +455,13 @@ def test_the_input_gradient_goes_the_cheapest_way_that_serves():
 
 def test_what_cannot_be_served_says_why():
     spec = layer_spec(shapes.VGG19[4])
-    assert "runs on NVIDIA GPUs" in ours.unavailable()
-    assert ours.IMPLEMENTATION.supports(spec) == ours.unavailable()
-    assert ours._unfit(spec) is None
+    assert "runs on NVIDIA GPUs" in triton.unavailable()
+    assert triton.IMPLEMENTATION.supports(spec) == triton.unavailable()
+    assert triton.limits(spec) is None
     for change, reason in (
         ({"kernel": (17, 1)}, "up to 16 pixels"),
         ({"cin": 1 << 24}, "channels"),
         ({"dtype": "float64"}, "not in float64"),
         ({"height": 1 << 13, "width": 1 << 13}, "31 bits"),
     ):
-        assert reason in ours._unfit(dataclasses.replace(spec, **change))
+        assert reason in triton.limits(dataclasses.replace(spec, **change))

@@ -15,27 +15,27 @@ from test_kernels import BASE, specs
 
 from experiments.bench import kernels as bench_kernels
 from experiments.bench import measure, shapes, tune
-from pallas_kernels.block_sparse_conv import choose_implementation
-from pallas_kernels.block_sparse_conv.cpu import launch as cpu
-from pallas_kernels.block_sparse_conv.xla import kernels as xla
+from pallas_kernels.block_sparse_conv import choice, choose_implementation, cpu, cpu_times, xla
 from pallas_kernels.block_sparse_conv.xla import tiles
 
 
 def test_the_choice_loses_at_most_a_tenth_at_the_tuned_shapes_and_can_be_told():
-    cases, entries = tune.cases(), json.loads(tiles.TABLE.read_text())["entries"]
+    cases, entries = tune.cases(), json.loads(cpu_times.TABLE.read_text())["entries"]
     assert {entry["name"] for entry in entries} == set(cases)
     for entry in entries:
         spec, times = cases[entry["name"]], entry["milliseconds"]
-        assert entry["features"] == tiles.features(spec)
-        for mode, gradients in tiles.MODES.items():
+        assert entry["features"] == cpu_times.features(spec)
+        for mode, gradients in cpu_times.MODES.items():
             chosen = tiles.choose(dataclasses.replace(spec, gradients=gradients), "cpu")
-            formulations = {name: ms for name, ms in times[mode].items() if name != tiles.NATIVE}
+            formulations = {
+                name: ms for name, ms in times[mode].items() if name != cpu_times.NATIVE
+            }
             assert times[mode][chosen] <= 1.1 * min(formulations.values()), (entry["name"], mode)
     half = dataclasses.replace(BASE, dtype="float16")  # not among the native kernels' dtypes
-    choice = choose_implementation(half)
-    assert choice.implementation == "xla"
-    assert choice.details["forward"] == tiles.choose(half)
-    assert choice.details["forward + gradients"] == tiles.choose(
+    picked = choose_implementation(half)
+    assert picked.implementation == "xla"
+    assert picked.details["forward"] == tiles.choose(half)
+    assert picked.details["forward + gradients"] == tiles.choose(
         dataclasses.replace(half, gradients=True)
     )
 
@@ -44,9 +44,9 @@ def test_the_choice_loses_at_most_a_tenth_at_the_tuned_shapes_and_can_be_told():
 @pytest.mark.parametrize("wins", ["forward", "forward + gradients"])
 def test_each_mode_runs_what_was_faster_there(monkeypatch, wins):
     monkeypatch.setattr(
-        tiles, "native_gain", lambda spec: 2.0 if spec.gradients == tiles.MODES[wins] else 0.5
+        choice, "native_gain", lambda spec: 2.0 if spec.gradients == cpu_times.MODES[wins] else 0.5
     )
-    loses = next(mode for mode in tiles.MODES if mode != wins)
+    loses = next(mode for mode in cpu_times.MODES if mode != wins)
     x, dy, values, *index = shapes.random_operands(BASE)
     run = functools.partial(shapes.convolve, BASE, None)
     programs = {
@@ -57,12 +57,12 @@ def test_each_mode_runs_what_was_faster_there(monkeypatch, wins):
         mode: "ffi_call" in str(jax.make_jaxpr(program)()) for mode, program in programs.items()
     }
     assert native == {wins: True, loses: False}
-    for mode, gradients in tiles.MODES.items():
-        choice = choose_implementation(dataclasses.replace(BASE, gradients=gradients))
-        assert choice.implementation == ("cpu" if mode == wins else "xla")
-        assert (choice.details[wins], choice.details[loses]) == (
+    for mode, gradients in cpu_times.MODES.items():
+        picked = choose_implementation(dataclasses.replace(BASE, gradients=gradients))
+        assert picked.implementation == ("cpu" if mode == wins else "xla")
+        assert (picked.details[wins], picked.details[loses]) == (
             cpu.instructions(BASE),
-            tiles.choose(dataclasses.replace(BASE, gradients=tiles.MODES[loses])),
+            tiles.choose(dataclasses.replace(BASE, gradients=cpu_times.MODES[loses])),
         )
 
 
@@ -76,9 +76,9 @@ def test_something_supported_is_chosen_for_any_shape(spec, backend):
 
 def test_tuning_rewrites_one_entry_and_keeps_the_others(tmp_path):
     table = tmp_path / "table.json"
-    table.write_text(tiles.TABLE.read_text())
+    table.write_text(cpu_times.TABLE.read_text())
     tune.main(tune.Config(seconds=0.0, only="digits 16-32@8 80%", table=table))
-    before, after = (json.loads(path.read_text()) for path in (tiles.TABLE, table))
+    before, after = (json.loads(path.read_text()) for path in (cpu_times.TABLE, table))
     changed = [
         a["name"] for a, b in zip(after["entries"], before["entries"], strict=True) if a != b
     ]
@@ -107,7 +107,7 @@ def test_the_benchmark_checks_times_and_writes(tmp_path, capsys):
     config = bench_kernels.KernelConfig(quick=True, layers="resnet32x2 128@8", out=str(out))
     report = bench_kernels.main(config)
     assert json.loads(out.read_text()) == json.loads(json.dumps(report))
-    assert [row["mode"] for row in report["rows"]] == list(tiles.MODES)
+    assert [row["mode"] for row in report["rows"]] == list(cpu_times.MODES)
     wanted = {"shape", "density", "tile", "device", "versions", "commit", "regret", "ms"}
     assert all(wanted <= set(row) for row in report["rows"])
     assert "resnet32x2 128@8" in capsys.readouterr().out

@@ -21,13 +21,14 @@ from jax import lax
 
 from experiments.bench import shapes
 from pallas_kernels.block_sparse_conv import (
+    PASSES,
     ConvSpec,
     Implementation,
     available_implementations,
     block_sparse_conv,
+    cpu,
+    xla,
 )
-from pallas_kernels.block_sparse_conv.cpu import launch as cpu
-from pallas_kernels.block_sparse_conv.xla import kernels as xla
 
 NAMES = [name for name, reason in available_implementations().items() if reason is None]
 
@@ -38,20 +39,17 @@ def forced(variant: str) -> Implementation:
     def in_it(run):
         def call(*operands, **options):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setenv(cpu.VARIABLE, variant)
+                patch.setenv(cpu.kernels.VARIABLE, variant)
                 return run(*operands, **options)
 
         return call
 
-    passes = {
-        name: in_it(getattr(cpu.IMPLEMENTATION, name))
-        for name in ("forward", "input_gradient", "weight_gradient")
-    }
+    passes = {name: in_it(getattr(cpu.IMPLEMENTATION, name)) for name in PASSES}
     return dataclasses.replace(cpu.IMPLEMENTATION, **passes)
 
 
 VARIANTS = {
-    f"cpu:{variant}": forced(variant) for variant in cpu.variants()[1:] if "cpu" in NAMES
+    f"cpu:{variant}": forced(variant) for variant in cpu.kernels.variants()[1:] if "cpu" in NAMES
 }  # "cpu" is the first
 IMPLEMENTATIONS = (
     {name: name for name in NAMES}
@@ -396,7 +394,7 @@ def test_each_pass_does_only_the_kept_work(name):
         ({"padding": "SAME"}, "padding: expected"),
         ({"padding": ((1, -1), (0, 0))}, r"padding\[0\]: expected two integers of at least 0"),
         ({"channel_block": 3}, "channel_block: 3 must divide kept=4"),
-        ({"implementation": "xls"}, "implementation: expected .* did you mean 'xla'"),
+        ({"implementation": "xls"}, "implementation: expected .*'xla', 'cpu'.*got 'xls'"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
@@ -427,12 +425,12 @@ def test_the_seam_takes_any_implementation():
         return run
 
     mine = Implementation(
-        "mine", lambda spec: "no batches of 3" if spec.batch == 3 else None, *map(spy, xla.PASSES)
+        "mine", lambda spec: "no batches of 3" if spec.batch == 3 else None, *map(spy, PASSES)
     )
     x, dy, values, *index = shapes.random_operands(dataclasses.replace(BASE, batch=2))
     run = functools.partial(block_sparse_conv, kernel_shape=(3, 3, 9, 8), implementation=mine)
     jax.jit(lambda x, v, dy: jax.vjp(lambda x, v: run(x, v, *index), x, v)[1](dy))(x, values, dy)
-    assert sorted(calls) == sorted(xla.PASSES)
+    assert sorted(calls) == sorted(PASSES)
     x, _, values, *index = shapes.random_operands(BASE)
     with pytest.raises(NotImplementedError, match="'mine': no batches of 3"):
         run(x, values, *index)

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from experiments.bench import shapes
-from pallas_kernels.block_sparse_conv import ConvSpec, choose_implementation
-from pallas_kernels.block_sparse_conv.cpu import launch as cpu
+from pallas_kernels.block_sparse_conv import ConvSpec, choose_implementation, cpu
+from pallas_kernels.block_sparse_conv.cpu import kernels as native
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -63,7 +63,7 @@ def test_many_random_convolutions_agree_with_numpy():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("variant", cpu.variants())
+@pytest.mark.parametrize("variant", native.variants())
 @pytest.mark.parametrize("group_size", [1, 7, 64])
 @pytest.mark.parametrize(("kept", "cin"), [(1, 1), (1, 9), (100, 120)])
 def test_odd_groups_in_every_variant(variant, dtype, group_size, kept, cin):
@@ -78,12 +78,12 @@ def test_odd_groups_in_every_variant(variant, dtype, group_size, kept, cin):
         dtype=dtype,
     )
     error, where = fuzz_native.disagreement(spec, np.random.default_rng(0), 0, variant)
-    os.environ.pop(cpu.VARIABLE)
+    os.environ.pop(native.VARIABLE)
     assert error <= fuzz_native.TOLERANCE[dtype], where
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("variant", cpu.variants())
+@pytest.mark.parametrize("variant", native.variants())
 @pytest.mark.parametrize(
     ("batch", "kernel", "strides", "padding"),
     [
@@ -110,12 +110,12 @@ def test_strided_sources_that_many_groups_share(variant, dtype, batch, kernel, s
         SPEC, batch=batch, kernel=kernel, strides=strides, padding=around, dtype=dtype, **sizes
     )
     error, where = fuzz_native.disagreement(spec, np.random.default_rng(0), 0, variant)
-    os.environ.pop(cpu.VARIABLE)
+    os.environ.pop(native.VARIABLE)
     assert error <= fuzz_native.TOLERANCE[dtype], where
 
 
 def test_an_unknown_variant_is_refused(monkeypatch):
-    monkeypatch.setenv(cpu.VARIABLE, "avx1024")
+    monkeypatch.setenv(native.VARIABLE, "avx1024")
     x, _, values, *index = shapes.random_operands(SPEC)
     with pytest.raises(
         ValueError, match=r"BLOCKSPARSE_JAX_CPU_VARIANT: expected one of .*portable.*'avx1024'"
@@ -134,8 +134,8 @@ def test_half_precision_of_the_other_kind_is_refused():
 def test_the_choice_names_the_variant():
     spec = shapes.layer_spec(shapes.VGG19[4], sparsity=0.9, batch=128)
     for dtype, variant in (
-        ("float32", cpu.variants()[0].removesuffix("_bf16")),
-        ("bfloat16", cpu.variants()[0]),
+        ("float32", native.variants()[0].removesuffix("_bf16")),
+        ("bfloat16", native.variants()[0]),
     ):
         choice = choose_implementation(dataclasses.replace(spec, dtype=dtype))
         assert choice.implementation == "cpu"
@@ -264,7 +264,7 @@ def test_malformed_buffers_are_refused_by_the_handlers(what):
         jax.block_until_ready(bad(x, values, *index))
 
 
-@pytest.mark.parametrize("variant", cpu.variants())
+@pytest.mark.parametrize("variant", native.variants())
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize(
     ("strides", "groups", "group_size"),
@@ -273,7 +273,7 @@ def test_malformed_buffers_are_refused_by_the_handlers(what):
 def test_a_weight_that_is_not_finite_meets_the_zeros_around_the_image_as_in_dense(
     monkeypatch, variant, bad, strides, groups, group_size
 ):
-    monkeypatch.setenv(cpu.VARIABLE, variant)
+    monkeypatch.setenv(native.VARIABLE, variant)
     sizes = {"groups": groups, "group_size": group_size, "cout": groups * group_size}
     spec = dataclasses.replace(SPEC, **sizes, kernel=(3, 3), strides=strides)
     x, dy, values, *index = shapes.random_operands(spec)
@@ -290,8 +290,8 @@ def test_a_weight_that_is_not_finite_meets_the_zeros_around_the_image_as_in_dens
 
 
 def test_a_library_of_a_newer_interface_is_a_reason_and_not_a_crash(monkeypatch):
-    monkeypatch.setattr(cpu, "_interface", lambda: 1)
-    reason = cpu._library.__wrapped__()
+    monkeypatch.setattr(native, "ffi_minor_version", lambda: 1)
+    reason = native.library.__wrapped__()
     assert "built for a newer jaxlib (interface 0." in reason
 
 
@@ -398,7 +398,7 @@ def test_without_the_library_the_reason_is_told():
     script = (
         "import pallas_kernels; pallas_kernels.__path__[:] = [p for p in pallas_kernels.__path__ "
         "if 'site-packages' not in p]\n"
-        "from pallas_kernels.block_sparse_conv.cpu import launch as cpu; cpu.LIBRARY = "
+        "from pallas_kernels.block_sparse_conv.cpu import kernels; kernels.LIBRARY = "
         "'absent.so'\n"
         "import blocksparse_jax as bsj, jax.numpy as jnp\n"
         "print(bsj.available_implementations()['cpu'])\n"

@@ -19,6 +19,8 @@ import jax
 import pytest
 from jax.experimental import topologies
 
+from pallas_kernels.block_sparse_conv import ConvSpec
+
 H200 = """gpu_device_info {
   threads_per_block_limit: 1024
   threads_per_warp: 32
@@ -154,6 +156,39 @@ def _show_read(callbacks, key, transforms, given) -> None:
         memory.clocks[thread].inc(memory.thread_to_vc_position(thread))
         clock = memory.clocks[thread].copy()
     races.check_read(thread, clock.async_smem_clock, key, memory.access(key, transforms), where)
+
+
+def spec_of(key: str) -> tuple[ConvSpec, str]:
+    """The inverse of `tuned_tables.key`: a convolution that has this key, and the pass."""
+    name, *words, _, block, arithmetic = key.split()
+    shape, kernel, padding, packed = words
+    cin, height, width, batch = _numbers(shape)
+    kernel_size, strides, dilation = map(_numbers, kernel.split("/"))
+    top, bottom, left, right = _numbers(padding)
+    groups, kept, kept_taps, group_size = _numbers(packed)
+    spec = ConvSpec(
+        cin=cin,
+        height=height,
+        width=width,
+        batch=batch,
+        kernel=kernel_size,
+        cout=groups * group_size,
+        groups=groups,
+        kept=kept,
+        kept_taps=kept_taps,
+        group_size=group_size,
+        strides=strides,
+        dilation=dilation,
+        padding=((top, bottom), (left, right)),
+        dtype="bfloat16" if arithmetic == "half" else "float32",
+        channel_block=int(block),
+        precision={"half": None, "ieee": "highest", "tf32": "high"}[arithmetic],
+    )
+    return spec, name
+
+
+def _numbers(word: str) -> tuple[int, ...]:
+    return tuple(map(int, word.split("x")))
 
 
 def needs(reason: str | None) -> pytest.MarkDecorator:

@@ -18,8 +18,8 @@ import numpy as np
 
 import pallas_kernels
 from experiments.bench import shapes
-from pallas_kernels.block_sparse_conv import ConvSpec
-from pallas_kernels.block_sparse_conv.cpu import launch as cpu
+from pallas_kernels.block_sparse_conv import ConvSpec, cpu
+from pallas_kernels.block_sparse_conv.cpu import kernels as native
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
@@ -114,7 +114,7 @@ def disagreement(
     spec: ConvSpec, rng: np.random.Generator, seed: int, variant: str
 ) -> tuple[float, str]:
     """The largest error relative to the largest value, over the four results, and where."""
-    os.environ[cpu.VARIABLE] = variant
+    os.environ[native.VARIABLE] = variant
     x, dy, values, *index = shapes.random_operands(spec, seed)
     epilogue = random_epilogue(rng, spec)
     relu = epilogue.pop("relu")
@@ -146,12 +146,16 @@ def disagreement(
 
 def main(cases: int, seed: int = 0) -> None:
     """Tries the cases, and stops at the first that disagrees."""
-    before, start, worst = os.environ.get(cpu.VARIABLE), time.time(), dict.fromkeys(TOLERANCE, 0.0)
+    before, start, worst = (
+        os.environ.get(native.VARIABLE),
+        time.time(),
+        dict.fromkeys(TOLERANCE, 0.0),
+    )
     tried = collections.Counter()
     try:
         for case in range(cases):
             rng = np.random.default_rng([seed, case])
-            spec, variant = random_spec(rng), str(rng.choice(cpu.variants()))
+            spec, variant = random_spec(rng), str(rng.choice(native.variants()))
             error, where = disagreement(spec, rng, case, variant)
             if not error <= TOLERANCE[spec.dtype]:
                 raise AssertionError(
@@ -162,8 +166,8 @@ def main(cases: int, seed: int = 0) -> None:
             if case % 100 == 99:
                 jax.clear_caches()
     finally:
-        os.environ.pop(cpu.VARIABLE) if before is None else os.environ.update(
-            {cpu.VARIABLE: before}
+        os.environ.pop(native.VARIABLE) if before is None else os.environ.update(
+            {native.VARIABLE: before}
         )
     print(
         f"{cases} cases agree in {time.time() - start:.0f} s; largest errors {worst}; {dict(tried)}"

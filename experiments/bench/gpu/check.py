@@ -15,8 +15,7 @@ import numpy as np
 
 from experiments.bench import shapes
 from experiments.bench.gpu import shapes as gpu_shapes
-from pallas_kernels.block_sparse_conv import ConvSpec, Implementation
-from pallas_kernels.block_sparse_conv.xla import kernels as xla
+from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, xla
 
 KINDS = {  # dtype and precision
     "bf16": ("bfloat16", None),
@@ -135,7 +134,7 @@ def implementations() -> dict[str, Implementation | str]:
     found: dict[str, Implementation | str] = {}
     for name in ("mosaic_gpu", "triton"):
         try:
-            module = importlib.import_module(f"pallas_kernels.block_sparse_conv.{name}.launch")
+            module = importlib.import_module(f"pallas_kernels.block_sparse_conv.{name}")
             found[name] = module.unavailable() or module.IMPLEMENTATION
         except ImportError as error:
             found[name] = f"does not import: {error}"
@@ -205,11 +204,13 @@ def variant(implementation: Implementation, name: str) -> Implementation:
 
 
 def _wide(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    triton = importlib.import_module("pallas_kernels.block_sparse_conv.triton.launch")
-    constants = triton._constants
+    calls = importlib.import_module("pallas_kernels.block_sparse_conv.triton.calls")
+    constants = calls.geometry_constants
 
     def wide(*operands: Any) -> jax.Array:
-        with mock.patch.object(triton, "_constants", lambda *a: constants(*a) | {"wide": True}):
+        with mock.patch.object(
+            calls, "geometry_constants", lambda *a, **k: constants(*a, **k) | {"wide": True}
+        ):
             return run(*operands)
 
     return wide

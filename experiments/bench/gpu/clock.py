@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.block_sparse_conv.devices import this_gpu
+from pallas_kernels.devices import this_gpu
 
 L2 = 60 << 20  # bytes, of an H200
 MOST_SETS = 4

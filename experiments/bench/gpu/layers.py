@@ -26,15 +26,13 @@ from experiments.bench.gpu import tiles as gpu_tiles
 from experiments.bench.gpu import tune as tune_gpu
 from experiments.bench.gpu.check import KINDS, LARGEST, LIMITS, WEIGHT_GRADIENT, reference
 from experiments.bench.gpu.journal import fingerprint
-from pallas_kernels.block_sparse_conv import ConvSpec, Implementation
-from pallas_kernels.block_sparse_conv.xla import kernels as xla
+from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, xla
 
 CHOSEN, MASKED = "chosen", "masked dense"
 DENSE = {"dense NHWC": "NHWC", "dense NCHW": "NCHW"}
 PASSES = ("forward", "input gradient", "weight gradient")
 TOGETHER = "forward + gradients"
 FROM_CHWN = {"NHWC": (3, 1, 2, 0), "NCHW": (3, 0, 1, 2)}
-SHARED = ("spec", "api", "epilogue", "reference", "xla/kernels", "xla/tiles")
 
 
 def sources(name: str, spec: ConvSpec | None = None) -> str:
@@ -56,7 +54,7 @@ def sources(name: str, spec: ConvSpec | None = None) -> str:
 def _files(name: str) -> str:
     folder = Path(xla.__file__).parents[1]
     return fingerprint(
-        [folder / f"{part}.py" for part in SHARED] + list((folder / name).glob("*.py"))
+        [path for part in (".", "xla", name) for path in sorted((folder / part).glob("*.py"))]
     )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from experiments.bench import shapes
 from experiments.bench.gpu import layers as gpu_layers
 from experiments.bench.gpu import shapes as gpu_shapes
-from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, api, apply_epilogue
+from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, apply_epilogue, choice
 
 SKETCH = 128  # numbers that stand for the update of a parameter
 LEAST = {
@@ -43,14 +43,14 @@ class Fallback:
 
     Example:
       >>> with Fallback("xla").registered() as name:
-      ...     api.available_implementations()[name] is None
+      ...     choice.available_implementations()[name] is None
       True
     """
 
     def __init__(self, name: str):
         self.name = f"{name} or what serves"
         self._records = [
-            api.IMPLEMENTATIONS[one] for one in dict.fromkeys((name, "triton", "dense"))
+            choice.IMPLEMENTATIONS[one] for one in dict.fromkeys((name, "triton", "dense"))
         ]
         self._served: dict[str, str] = {}
         self.specs: dict[ConvSpec, Implementation] = {}
@@ -63,7 +63,7 @@ class Fallback:
     @contextlib.contextmanager
     def registered(self) -> Iterator[str]:
         """Inside, `implementation=` takes the name that this gives."""
-        api.IMPLEMENTATIONS[self.name] = Implementation(
+        choice.IMPLEMENTATIONS[self.name] = Implementation(
             self.name,
             lambda spec: None,
             self._forward,
@@ -74,7 +74,7 @@ class Fallback:
         try:
             yield self.name
         finally:
-            del api.IMPLEMENTATIONS[self.name]
+            del choice.IMPLEMENTATIONS[self.name]
 
     def _record(self, spec: ConvSpec) -> Implementation:
         layer = f"{spec.cin}-{spec.cout}@{spec.height} {spec.kernel[0]}x{spec.kernel[1]}/{spec.strides[0]} {spec.packed_shape}"

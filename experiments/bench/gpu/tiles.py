@@ -13,8 +13,7 @@ from typing import Any
 import jax
 
 from experiments.bench.gpu.journal import fingerprint
-from pallas_kernels.block_sparse_conv import ConvSpec, Implementation
-from pallas_kernels.block_sparse_conv.xla import kernels as xla
+from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, tuned_tables, xla
 from pallas_kernels.block_sparse_conv.xla import tiles
 
 FOLDER = Path(xla.__file__).parents[1]
@@ -28,7 +27,6 @@ class Tunable:
 
     Attributes:
       name: of the implementation.
-      entries: the table's key in its JSON file.
       implementation: the record.
       candidates: (spec, pass) -> tiles, dataclasses; the default need not be among them.
       default: (spec, pass) -> the tile that runs if nothing else is tuned.
@@ -38,7 +36,6 @@ class Tunable:
     """
 
     name: str
-    entries: str
     implementation: Implementation
     candidates: Callable[[ConvSpec, str], list[Any]]
     default: Callable[[ConvSpec, str], Any]
@@ -72,14 +69,13 @@ def tunable(name: str) -> Tunable:
       ValueError: it has no tiles.
 
     Example:
-      >>> tunable("xla").entries
-      'tiles'
+      >>> tunable("xla").name
+      'xla'
     """
     if name == "xla":
         every = xla.FORMULATIONS
         return Tunable(
             name,
-            "tiles",
             xla.IMPLEMENTATION,
             lambda spec, _: [
                 Formulation(other)
@@ -103,14 +99,15 @@ def tunable(name: str) -> Tunable:
         build = lambda pass_name, tile: module.implementation(tiles={pass_name: tile})  # noqa: E731
         return Tunable(
             name,
-            "entries",
             module.IMPLEMENTATION,
             own.candidate_tiles,
             own.choose_tile,
             lambda *_: [],
             build,
-            own.key,
+            tuned_tables.key,
         )
+
+    from pallas_kernels.block_sparse_conv.triton.products import methods
 
     def with_tile(pass_name: str, tile: Any) -> Implementation:
         run = functools.partial(getattr(module.IMPLEMENTATION, pass_name), tile=tile)
@@ -122,11 +119,11 @@ def tunable(name: str) -> Tunable:
     )
 
     def rules(spec: ConvSpec, pass_name: str) -> list[Any]:
-        ways = own.methods(spec) if pass_name == "input_gradient" else ()
+        ways = methods(spec) if pass_name == "input_gradient" else ()
         return [default(spec, pass_name, method=way) for way in ways]
 
     return Tunable(
-        name, "tiles", module.IMPLEMENTATION, candidates, default, rules, with_tile, own.key
+        name, module.IMPLEMENTATION, candidates, default, rules, with_tile, own.tuned_key
     )
 
 

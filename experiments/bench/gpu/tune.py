@@ -11,7 +11,6 @@ is a unit of its own: one that hangs or loses the device is left out when the pa
 import concurrent.futures
 import dataclasses
 import functools
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -26,8 +25,8 @@ from experiments.bench.gpu import clock as gpu_clock
 from experiments.bench.gpu import shapes as gpu_shapes
 from experiments.bench.gpu.journal import Journal, TimeUp
 from experiments.bench.gpu.tiles import PASSES, Tunable, few, tunable
-from pallas_kernels.block_sparse_conv import ConvSpec, Implementation
-from pallas_kernels.block_sparse_conv.devices import FOLDER, table
+from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, tuned_tables
+from pallas_kernels.block_sparse_conv.tuned_tables import FOLDER
 
 AGREE = {
     "bfloat16": 1e-2,
@@ -283,14 +282,10 @@ def write_table(which: Tunable, found: list[dict[str, Any]], config: Config) -> 
     """
     if not found or (config.quick and config.folder == FOLDER):
         return None
-    path = config.folder / table(which.name, gpu_clock.gpu()).name
-    old = json.loads(path.read_text()) if path.exists() else {}
-    best = old.get(which.entries, {}) | {result["key"]: result["best"] for result in found}
-    times = old.get("milliseconds", {}) | {
+    path = tuned_tables.path(which.name, gpu_clock.gpu(), config.folder)
+    tiles = {result["key"]: result["best"] for result in found}
+    times = {
         result["key"]: [result["milliseconds"], result["default_milliseconds"]] for result in found
     }
-    head = {"environment": measure.environment(), "milliseconds": times}
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(tile)}" for key, tile in best.items())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{json.dumps(head)[:-1]},\n"{which.entries}": {{\n{lines}\n}}}}\n')
+    tuned_tables.write(path, tiles, times, measure.environment())
     return path

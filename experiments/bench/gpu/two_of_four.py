@@ -203,7 +203,7 @@ def cases(config: Config) -> list[bound.Product]:
         else bound.products(config.batch)
     )
     found = [
-        dataclasses.replace(p, m=-(-p.m // cusparselt.SPARSE) * cusparselt.SPARSE)
+        dataclasses.replace(p, m=-(-p.m // cusparselt.WEIGHT_MULTIPLE) * cusparselt.WEIGHT_MULTIPLE)
         for p in every
         if config.layers in p.name
     ]

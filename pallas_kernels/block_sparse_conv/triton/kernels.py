@@ -1,12 +1,15 @@
-"""The two Triton kernels: a product with gathered rows (forward, input gradient), and its weight
+"""The two Triton kernels: a product with gathered rows (forward, input gradient), and the weight
 gradient.
 
 Activations are (C, H, W, N). A *row* is what one (channel, tap) contributes: the values of a
 channel at the positions shifted by the tap, N contiguous images at each. A list names the rows to
-contract over, one int32 each, `channel << 8 | tap_y << 4 | tap_x`, or -1 for nothing; so the lists
-decide what is convolved, and both directions are one kernel: forward gathers x by (kept channel,
-tap), the input gradient gathers dy by (filter, tap). All sizes are compile-time constants: only
-then does Triton know that a row's length is a multiple of 16 bytes and copy 16 bytes at a time.
+contract over. Its *entries* are one int32 each, `channel << 8 | tap_y << 4 | tap_x`, or -1 for
+nothing. So the lists decide what is convolved, and one kernel runs in both directions: forward
+gathers x by (kept channel, tap), the input gradient gathers dy by (filter, tap). A *member* is a
+row of a group's result: a filter in the forward pass, a channel in the input gradient.
+
+All sizes are compile-time constants: only then does Triton know that a row's length is a multiple
+of 16 bytes, and copies 16 bytes at a time.
 """
 
 import types
@@ -14,13 +17,12 @@ import types
 try:
     import triton
     import triton.language as tl
-except ImportError:  # the module still imports; `triton.unavailable()` says what is missing
-    triton, tl = (
-        types.SimpleNamespace(jit=lambda kernel: kernel),
-        types.SimpleNamespace(constexpr=None),
-    )
+except ImportError:  # this module still imports; `launch.unavailable()` says what is missing
+    triton = types.SimpleNamespace(jit=lambda kernel: kernel)
+    tl = types.SimpleNamespace(constexpr=None)
 
-TAP_BITS = 4  # of each tap coordinate in an entry
+TAP_BITS = 4
+"""Bits of each coordinate of a tap in an entry; the kernels below have 4, 8 and 15 written out."""
 MAX_KERNEL = 1 << TAP_BITS
 MAX_CHANNELS = 1 << (31 - 2 * TAP_BITS)
 
@@ -33,7 +35,7 @@ def _corner(
     padding: tl.constexpr,
     backward: tl.constexpr,
 ):
-    """Where the tap (0, 0) of an output position lies in the source (backward: times the strides)."""
+    """Where the tap (0, 0) of an output pixel reads the source (backward: times the strides)."""
     y, x = position // out_width, position % out_width
     if backward:
         return y + padding[0], x + padding[1]
@@ -56,11 +58,10 @@ def _positions(
     tile lies in one pixel.
     """
     if images % block == 0:
-        each: tl.constexpr = images // block
-        top, left = _corner(tile // each, out_width, strides, padding, backward)
-        image = (
-            tile % each * block + lane
-        )  # written as a product: Triton must see that it is a multiple of the block
+        tiles_of_pixel: tl.constexpr = images // block
+        top, left = _corner(tile // tiles_of_pixel, out_width, strides, padding, backward)
+        # Written as a product: Triton must see that the first image is a multiple of the block.
+        image = tile % tiles_of_pixel * block + lane
     else:
         flat = tile * block + lane
         top, left = _corner((flat // images)[None, :], out_width, strides, padding, backward)
@@ -84,11 +85,10 @@ def _gather(
     ragged: tl.constexpr,
     wide: tl.constexpr,
 ):
-    """Values `[rows, positions]`: of the entries `[rows, 1]` at the corners `[1, positions]` (or
-    one for all) and images `[1, positions]`.
+    """Values `[rows, positions]` of entries `[rows, 1]` at corners and images `[1, positions]`.
 
-    `border`: a tap may fall outside the image; `ragged`: an entry may be -1; `inside`: which
-    positions exist, or None.
+    The corner may be one number for all positions. `border`: a tap may fall outside the image.
+    `ragged`: an entry may be -1. `inside`: which positions exist; None: all.
     """
     height: tl.constexpr = size[0]
     width: tl.constexpr = size[1]
@@ -159,28 +159,29 @@ def gather_product(
     block_depth: tl.constexpr,
     positions_first: tl.constexpr,
 ):
-    """`out[rows[g]] = weights[g]^T gathered(entries[g])` for each group g: one program makes
-    `block_rows x block_positions` of it.
+    """`out[rows[g]] = weights[g]^T gathered(entries[g])` for each group g.
+
+    One program computes `block_rows x block_positions` of it.
 
     Args:
       source: activations `[channels, *size]`, `size = (height, width, images)`.
-      entries: int32 rows to contract over, `[groups, depth_padded]`; as a table, of all groups one
-        after the other and `block_depth` more.
+      entries: int32 rows to contract over, `[groups, depth_padded]`. With `table` those of all
+        groups one after the other, and `block_depth` more.
       weights: element (group, k, m) is at `group * weight_strides[0] + k * weight_strides[1] + m *
         weight_strides[2]`.
-      bounds: as a table, int32 `[groups + 1]`: where each group's entries (and weights) begin,
-        multiples of `block_depth`.
-      rows: int32 `[groups, tiles * block_rows]`: where each group's results go in `out`; -1:
+      bounds: read with `table`: int32 `[groups + 1]`, where each group's entries (and weights)
+        begin, multiples of `block_depth`.
+      rows: int32 `[groups, tiles * block_rows]`, where each group's results go in `out`; -1:
         nowhere.
-      scale, bias: float32 by row of `out`, multiplied and added; `with_scale`, `with_bias`.
-      residual: as `out`, added; `with_residual`.
+      scale, bias: float32 by row of `out`; read with `with_scale` and `with_bias`.
+      residual: in the shape of `out`; read with `with_residual`.
       out: `[channels, *out_size]`; with `scatter` float32 zeros, to which the results are added.
     """
     tiles: tl.constexpr = (members + block_rows - 1) // block_rows
     images: tl.constexpr = out_size[2]
     positions: tl.constexpr = out_size[0] * out_size[1] * images
     program = tl.program_id(0)
-    # Neighbouring programs share their positions: the rows that several groups gather are then
+    # Neighbouring programs work on the same positions: the rows that several groups gather are then
     # still in the L2 cache.
     group, part = program % (groups * tiles) // tiles, program % tiles
     tile = program // (groups * tiles)
@@ -206,22 +207,21 @@ def gather_product(
         entries += group * depth_padded
         steps = depth_padded // block_depth
         weights += group * weight_strides[0]
-    # The weights are loaded as the product takes them: Triton copies a transposed operand in small
-    # pieces on Ampere.
-    deep = k[:, None] if positions_first else k[None, :]
-    wide_member = member[None, :] if positions_first else member[:, None]
-    weights += deep * weight_strides[1] + wide_member * weight_strides[2]
+    # The weights are loaded in the orientation of the product: Triton copies a transposed operand in
+    # small pieces on Ampere.
+    k_of_weight = k[:, None] if positions_first else k[None, :]
+    member_of_weight = member[None, :] if positions_first else member[:, None]
+    weights += k_of_weight * weight_strides[1] + member_of_weight * weight_strides[2]
     weight_mask = None
     if members % block_rows != 0:
-        weight_mask = wide_member < members
+        weight_mask = member_of_weight < members
 
     total = tl.zeros(
         (block_positions, block_rows) if positions_first else (block_rows, block_positions),
         tl.float32,
     )
-    entry = tl.load(
-        entries + k
-    )  # always loaded one step early: else each step waits for two loads in a row
+    # Entries are always loaded one step early: else each step would wait for two loads in a row.
+    entry = tl.load(entries + k)
     for step in range(0, steps):
         gathered = _gather(
             source,
@@ -240,12 +240,15 @@ def gather_product(
         )
         mask = weight_mask
         if not table and depth % block_depth != 0:
-            inside_depth = step * block_depth + deep < depth
+            inside_depth = step * block_depth + k_of_weight < depth
             mask = inside_depth if mask is None else mask & inside_depth
-        at = weights + step * (block_depth * weight_strides[1])
-        weight = tl.load(at) if mask is None else tl.load(at, mask=mask, other=0.0)
-        ahead = step + 1 if table else tl.minimum(step + 1, steps - 1)
-        entry = tl.load(entries + ahead * block_depth + k)
+        weight_block = weights + step * (block_depth * weight_strides[1])
+        if mask is None:
+            weight = tl.load(weight_block)
+        else:
+            weight = tl.load(weight_block, mask=mask, other=0.0)
+        next_step = step + 1 if table else tl.minimum(step + 1, steps - 1)
+        entry = tl.load(entries + next_step * block_depth + k)
         if positions_first:
             total = tl.dot(tl.trans(gathered), weight, total, input_precision=precision)
         else:
@@ -268,7 +271,7 @@ def gather_product(
         if with_residual:
             total += tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
         if relu:
-            total = tl.where(total < 0, 0.0, total)  # keeps a NaN
+            total = tl.where(total < 0, 0.0, total)  # keeps NaN, which tl.maximum would not
         tl.store(out + offset, total.to(out.dtype.element_ty), mask=mask)
 
 
@@ -302,23 +305,23 @@ def weight_gradient(
 
     Args:
       source: activations `[channels, *size]`.
-      entries: int32 rows `[groups, depth_padded]`, -1: nothing.
-      rows: int32 `[groups, tiles * block_rows]`: each group's channels of the gradient; -1:
+      entries: int32 rows `[groups, depth_padded]`; -1: nothing.
+      rows: int32 `[groups, tiles * block_rows]`, each group's channels of the gradient; -1:
         nothing.
       gradient: `[channels, *out_size]`.
       out: float32 `[splits, groups, depth, members]`.
     """
     tiles: tl.constexpr = (members + block_rows - 1) // block_rows
-    deep_tiles: tl.constexpr = depth_padded // block_depth
+    depth_tiles: tl.constexpr = depth_padded // block_depth
     images: tl.constexpr = out_size[2]
     positions: tl.constexpr = out_size[0] * out_size[1] * images
     steps: tl.constexpr = (positions + block_positions - 1) // block_positions
     share: tl.constexpr = (steps + splits - 1) // splits
     program = tl.program_id(0)
-    part, deep = program % tiles, program // tiles % deep_tiles
-    group = program // (tiles * deep_tiles) % groups
-    split = program // (tiles * deep_tiles * groups)
-    k = deep * block_depth + tl.arange(0, block_depth)
+    part, depth_tile = program % tiles, program // tiles % depth_tiles
+    group = program // (tiles * depth_tiles) % groups
+    split = program // (tiles * depth_tiles * groups)
+    k = depth_tile * block_depth + tl.arange(0, block_depth)
     member = part * block_rows + tl.arange(0, block_rows)
     lane = tl.arange(0, block_positions)
     entry = tl.load(entries + group * depth_padded + k)[:, None]
@@ -352,8 +355,12 @@ def weight_gradient(
         mask = inside
         if members % block_rows != 0:
             mask = row >= 0 if mask is None else mask & (row >= 0)
-        at = gradient + row_offset + (place + lane)[None, :]
-        other = tl.load(at) if mask is None else tl.load(at, mask=mask, other=0.0)
-        total = tl.dot(gathered, tl.trans(other), total, input_precision=precision)
-    at = out + (split * groups + group) * (depth * members) + k[:, None] * members + member[None, :]
-    tl.store(at, total, mask=(k < depth)[:, None] & (member < members)[None, :])
+        gradient_block = gradient + row_offset + (place + lane)[None, :]
+        if mask is None:
+            gradient_rows = tl.load(gradient_block)
+        else:
+            gradient_rows = tl.load(gradient_block, mask=mask, other=0.0)
+        total = tl.dot(gathered, tl.trans(gradient_rows), total, input_precision=precision)
+    out += (split * groups + group) * (depth * members)
+    out_block = out + k[:, None] * members + member[None, :]
+    tl.store(out_block, total, mask=(k < depth)[:, None] & (member < members)[None, :])

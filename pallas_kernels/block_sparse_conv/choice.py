@@ -1,0 +1,121 @@
+"""All implementations, and which one runs where the caller names none."""
+
+import dataclasses
+import types
+
+from pallas_kernels.block_sparse_conv import cpu, cpu_times, mosaic_gpu, reference, triton, xla
+from pallas_kernels.block_sparse_conv.cpu.tiles import native_gain
+from pallas_kernels.block_sparse_conv.spec import ConvSpec, Implementation
+from pallas_kernels.block_sparse_conv.xla.tiles import choose
+
+BACKENDS: tuple[types.ModuleType, ...] = (xla, cpu, reference, triton, mosaic_gpu)
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    backend.IMPLEMENTATION.name: backend.IMPLEMENTATION for backend in BACKENDS
+}
+GPU_KERNELS = ("mosaic_gpu", "triton")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What `implementation=None` picks for a spec, and why.
+
+    Attributes:
+      implementation: its name, for the spec as it is.
+      reason: one line.
+      details: the formulation that runs, `{"forward": ..., "forward + gradients": ...}`.
+    """
+
+    implementation: str
+    reason: str
+    details: dict[str, str]
+
+
+def available_implementations() -> dict[str, str | None]:
+    """The implementations by name: None for one that can be used, else the reason why not.
+
+    Returns:
+      `{name: None | reason}`.
+
+    Example:
+      >>> available_implementations()["xla"] is None
+      True
+    """
+    reasons: dict[str, str | None] = dict.fromkeys(IMPLEMENTATIONS)
+    for backend in BACKENDS:
+        if hasattr(backend, "unavailable"):
+            reasons[backend.IMPLEMENTATION.name] = backend.unavailable()
+    return reasons
+
+
+def choose_implementation(spec: ConvSpec) -> Choice:
+    """What `implementation=None` picks for a convolution, and why: one choice where no gradients
+    follow, one where they do.
+
+    Args:
+      spec: the static sizes, and whether the gradients follow.
+
+    Returns:
+      The name, the reason, and the formulation that runs without and with gradients.
+
+    Example:
+      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4,
+      ...                 kept_taps=3, group_size=4)
+      >>> choose_implementation(spec).implementation in ("cpu", "xla")
+      True
+    """
+    by_mode = {
+        mode: dataclasses.replace(spec, gradients=gradients)
+        for mode, gradients in cpu_times.MODES.items()
+    }
+    details = {mode: choose(one) for mode, one in by_mode.items()}
+    gpu_kernels = [name for name in GPU_KERNELS if IMPLEMENTATIONS[name].supports(spec) is None]
+    if gpu_kernels:
+        names = " or ".join(map(repr, gpu_kernels))
+        reason = f"the GPU kernels are not measured yet; they run by name: {names}"
+        return Choice("xla", reason, details)
+    if absent := cpu.IMPLEMENTATION.supports(spec):
+        reason = f"the one that does just the kept work here; 'cpu': {absent}"
+        return Choice("xla", reason, details)
+    for mode, one in by_mode.items():
+        if native_gain(one) >= 1:
+            details[mode] = cpu.instructions(spec)
+    gain = native_gain(spec)
+    if gain < 1:
+        reason = f"1/{1 / gain:.2f} the time of the native kernels at the tuned shapes nearby"
+        return Choice("xla", reason, details)
+    reason = f"the native kernels: {gain:.1f}x as fast as XLA at the tuned shapes nearby"
+    return Choice("cpu", reason, details)
+
+
+def resolve(spec: ConvSpec, implementation: str | Implementation | None) -> Implementation:
+    """The record of an implementation that runs a convolution.
+
+    Args:
+      spec: the static sizes.
+      implementation: a name, a record, or None to choose.
+
+    Returns:
+      The record.
+
+    Raises:
+      ValueError: there is no implementation of that name.
+      NotImplementedError: it cannot run this convolution; the message says why.
+
+    Example:
+      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4,
+      ...                 kept_taps=3, group_size=4)
+      >>> resolve(spec, "xla").name
+      'xla'
+    """
+    if implementation is None:
+        implementation = choose_implementation(spec).implementation
+    if isinstance(implementation, Implementation):
+        record = implementation
+    elif implementation in IMPLEMENTATIONS:
+        record = IMPLEMENTATIONS[implementation]
+    else:
+        names = ", ".join(map(repr, IMPLEMENTATIONS))
+        raise ValueError(f"implementation: expected None or one of {names}, got {implementation!r}")
+    if reason := record.supports(spec):
+        raise NotImplementedError(f"implementation={record.name!r}: {reason}")
+    return record

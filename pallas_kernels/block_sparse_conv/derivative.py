@@ -1,0 +1,146 @@
+"""The convolution with its derivatives: the gradients do only the kept work too."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.block_sparse_conv import xla
+from pallas_kernels.block_sparse_conv.epilogue import Epilogue, apply_epilogue
+from pallas_kernels.block_sparse_conv.index import Index
+from pallas_kernels.block_sparse_conv.spec import ConvSpec, Implementation
+
+
+class Operands(NamedTuple):
+    """The arrays of a convolution.
+
+    Attributes:
+      x: activations `[cin, h, w, n]`.
+      values: packed weights `[groups, kept, kept_taps, group_size]`.
+      index: which weights they are.
+      epilogue: scale, bias and residual, each may be None.
+    """
+
+    x: Any
+    values: Any
+    index: Index
+    epilogue: Epilogue
+
+
+class Residuals(NamedTuple):
+    """What the backward pass needs.
+
+    Attributes:
+      operands: of the forward pass.
+      y: the output where a ReLU ends the forward pass, else None.
+    """
+
+    operands: Operands
+    y: jax.Array | None
+
+
+class ByMode(NamedTuple):
+    """The implementations of one convolution.
+
+    Attributes:
+      forward: runs the forward pass where no gradients follow.
+      training: runs all three passes where they do.
+    """
+
+    forward: Implementation
+    training: Implementation
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def convolve(spec: ConvSpec, implementations: ByMode, operands: Operands) -> jax.Array:
+    """Convolves, by the implementation that is chosen for calls with or without gradients.
+
+    Args:
+      spec: the static sizes.
+      implementations: what runs.
+      operands: the arrays.
+
+    Returns:
+      `y [cout, ho, wo, n]`.
+    """
+    return _forward(spec, implementations.forward, operands)
+
+
+def _convolve_fwd(
+    spec: ConvSpec, implementations: ByMode, operands: Operands
+) -> tuple[jax.Array, Residuals]:
+    training = dataclasses.replace(spec, gradients=True)
+    y = _forward(training, implementations.training, operands)
+    return y, Residuals(operands, y if spec.relu else None)
+
+
+def _convolve_bwd(
+    spec: ConvSpec, implementations: ByMode, residuals: Residuals, dy: jax.Array
+) -> tuple[Operands]:
+    """The gradients of all operands.
+
+    With `d` the gradient before the ReLU and V that of the values at scale 1, the scale's gradient
+    is `sum_k values V` and the values' gradient is `scale V`.
+    """
+    spec = dataclasses.replace(spec, gradients=True)
+    implementation = implementations.training
+    (x, values, index, epilogue), y = residuals
+    d = jnp.where(y > 0, dy, 0) if y is not None else dy
+    scale_of_group = None
+    scaled_values = values
+    if epilogue.scale is not None:
+        scale_of_group = epilogue.scale[index.filters][:, None, None, :]
+        scaled_values = values * scale_of_group
+    dx = _run_pass("input_gradient", spec, implementation, d, scaled_values.astype(x.dtype), *index)
+    dvalues = _run_pass("weight_gradient", spec, implementation, x, d, *index)
+    dscale = dbias = dresidual = None
+    if scale_of_group is not None:
+        per_filter = (dvalues * values.astype(x.dtype)).sum((1, 2))
+        dscale = jnp.zeros_like(epilogue.scale).at[index.filters].set(per_filter)
+        dvalues *= scale_of_group
+    if epilogue.bias is not None:
+        dbias = d.sum((1, 2, 3), dtype=jnp.float32)
+    if epilogue.residual is not None:
+        dresidual = d
+    no_gradient = Index(None, None, None)
+    epilogue_gradient = Epilogue(dscale, dbias, dresidual)
+    return (Operands(dx, dvalues.astype(values.dtype), no_gradient, epilogue_gradient),)
+
+
+convolve.defvjp(_convolve_fwd, _convolve_bwd)
+
+
+def _forward(spec: ConvSpec, implementation: Implementation, operands: Operands) -> jax.Array:
+    x, values, index, epilogue = operands
+    arrays = (x, values.astype(x.dtype), *index)
+    if implementation.fused:
+        return _run_pass("forward", spec, implementation, *arrays, *epilogue)
+    y = _run_pass("forward", spec, implementation, *arrays)
+    return apply_epilogue(y, *epilogue, spec.relu)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _run_pass(
+    name: str, spec: ConvSpec, implementation: Implementation, *operands: jax.Array | None
+) -> jax.Array:
+    """One pass, whose own derivative is that of XLA's formulation.
+
+    Native kernels and GPU kernels have no derivative; second derivatives use this one.
+    """
+    return getattr(implementation, name)(spec, *operands)
+
+
+@_run_pass.defjvp
+def _run_pass_jvp(
+    name: str, spec: ConvSpec, implementation: Implementation, primals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
+    def xla_pass(*operands: Any) -> jax.Array:
+        if name != "forward" or not implementation.fused:
+            return getattr(xla.IMPLEMENTATION, name)(spec, *operands)
+        arrays, epilogue = operands[:5], operands[5:]
+        return apply_epilogue(xla.IMPLEMENTATION.forward(spec, *arrays), *epilogue, spec.relu)
+
+    _, tangent = jax.jvp(xla_pass, primals, tangents)
+    return _run_pass(name, spec, implementation, *primals), tangent
