@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from blocksparse_jax import _checks
+from pallas_kernels.block_sparse_conv.index import Index
 
 
 @jax.tree_util.register_dataclass
@@ -284,11 +285,7 @@ def block_index(
       >>> [i.shape for i in block_index(layout)]
       [(1, 1, 1, 1), (1, 2, 1, 1), (1, 1, 1, 4)]
     """
-    return (
-        layout.taps[:, None, :, None],
-        layout.channels[:, :, None, None],
-        layout.filters[:, None, None, :],
-    )
+    return Index(layout.filters, layout.channels, layout.taps).positions()
 
 
 def mask_to_layout(

@@ -1,6 +1,4 @@
-"""`BlockSparseConv` for Flax nnx: `nnx.Conv` whose kernel may be block-sparse; the layout is a
-variable of the module.
-"""
+"""`BlockSparseConv` for Flax nnx: `nnx.Conv` whose kernel may be block-sparse."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -11,19 +9,26 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from blocksparse_jax._layer_forward import (
+    CallArguments,
+    LayerPadding,
+    channel_axis,
+    convolve,
+    pair,
+)
 from blocksparse_jax.layout import BlockLayout, Dense, is_layout
-from blocksparse_jax.linen import Padding, channel_axis, convolve, pair
 from blocksparse_jax.tree import path_name
 
-_KERNEL_INIT, _BIAS_INIT = (
-    nnx.initializers.lecun_normal(),
-    nnx.initializers.zeros_init(),
-)  # those of nnx.Conv
+# The initializers of nnx.Conv.
+_KERNEL_INIT = nnx.initializers.lecun_normal()
+_BIAS_INIT = nnx.initializers.zeros_init()
 
 
 class Layouts(nnx.Variable):
-    """The variable type that holds a layer's layout: `nnx.state(model, Layouts)` has the index
-    arrays, `nnx.Param` has none of them.
+    """The variable type that holds a layer's layout.
+
+    `nnx.state(model, Layouts)` has the index arrays, `nnx.state(model, nnx.Param)` has none of
+    them.
 
     Example:
       >>> isinstance(BlockSparseConv(4, 8, 3, rngs=nnx.Rngs(0)).layout, Layouts)
@@ -32,12 +37,14 @@ class Layouts(nnx.Variable):
 
 
 class BlockSparseConv(nnx.Module):
-    """A 2-D convolution with `nnx.Conv`'s parameters and defaults, which does only the kept work
-    where it has a layout.
+    """A 2-D convolution that does only the kept work where it has a layout.
 
-    `y = x * kernel + bias`. The layout sits in `self.layout`, a `Layouts` variable that starts as
-    `Dense()`; `set_layouts` fills a whole model. Where it is a `BlockLayout`, `self.kernel` may
-    hold the dense kernel or the packed values.
+    It has `nnx.Conv`'s parameters and defaults. `y = activation(scale * (x * kernel + bias) + shift
+    + residual)`, where `scale`, `shift`, `residual` and `activation` are arguments of the call.
+
+    The layout is in `self.layout`, a `Layouts` variable that starts as `Dense()`; `set_layouts`
+    sets those of a whole model. Where it is a `BlockLayout`, `self.kernel` may hold the dense
+    kernel or the packed values.
 
     Args:
       in_features: input channels.
@@ -80,7 +87,7 @@ class BlockSparseConv(nnx.Module):
         kernel_size: int | Sequence[int],
         strides: int | Sequence[int] | None = 1,
         *,
-        padding: Padding = "SAME",
+        padding: LayerPadding = "SAME",
         kernel_dilation: int | Sequence[int] | None = 1,
         feature_group_count: int = 1,
         use_bias: bool = True,
@@ -94,26 +101,27 @@ class BlockSparseConv(nnx.Module):
         kernel_gradient: str = "masked",
         rngs: nnx.Rngs,
     ):
-        channel_axis(data_format)
+        channel_axis(data_format)  # refuses an unknown format
         self.kernel_shape = (
             *pair("kernel_size", kernel_size),
             in_features // feature_group_count,
             out_features,
         )
         self.kernel = nnx.Param(kernel_init(rngs.params(), self.kernel_shape, param_dtype))
-        self.bias = (
-            nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype))
-            if use_bias
-            else nnx.data(None)
-        )
+        if use_bias:
+            self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype))
+        else:
+            self.bias = nnx.data(None)
         self.layout = Layouts(Dense())
-        self.strides, self.padding, self.kernel_dilation = strides, padding, kernel_dilation
-        self.feature_group_count, self.dtype, self.precision = feature_group_count, dtype, precision
-        self.data_format, self.implementation, self.kernel_gradient = (
-            data_format,
-            implementation,
-            kernel_gradient,
-        )
+        self.strides = strides
+        self.padding = padding
+        self.kernel_dilation = kernel_dilation
+        self.feature_group_count = feature_group_count
+        self.dtype = dtype
+        self.precision = precision
+        self.data_format = data_format
+        self.implementation = implementation
+        self.kernel_gradient = kernel_gradient
 
     def __call__(
         self,
@@ -139,9 +147,9 @@ class BlockSparseConv(nnx.Module):
         Returns:
           Activations in the same format with `out_features` channels.
         """
-        layout = self.layout.get_value() if layout is None else layout
+        if layout is None:
+            layout = self.layout.get_value()
         bias = None if self.bias is None else self.bias[...]
-        shape = self.kernel_shape
         return convolve(
             self,
             type(self).__name__,
@@ -149,31 +157,27 @@ class BlockSparseConv(nnx.Module):
             self.kernel[...],
             bias,
             layout,
-            shape,
-            scale=scale,
-            shift=shift,
-            residual=residual,
-            activation=activation,
+            self.kernel_shape,
+            CallArguments(scale, shift, residual, activation),
         )
 
 
 class Optimizer(nnx.Optimizer):
     """`nnx.Optimizer` for transformations whose state holds layouts.
 
-    The original writes its state back leaf by leaf and leaves a dict where a `BlockLayout` was;
-    this one keeps each layout whole, so `get_layouts(optimizer.opt_state)` works after any number
-    of updates, and the first update does not change the state's structure.
+    `nnx.Optimizer` writes its state back leaf by leaf, and leaves a dict where a `BlockLayout` was.
+    This class keeps each layout whole: `get_layouts(optimizer.opt_state)` works after any number of
+    updates, and the first update does not change the state's structure.
 
     Example:
       >>> import blocksparse_jax as bsj
       >>> model = nnx.List([BlockSparseConv(16, 32, 3, rngs=nnx.Rngs(0))])
-      >>> tx = bsj.keep_zeros(optax.chain(bsj.hrbp_prune(0.5, group_size=16, block_density=1), optax.sgd(0.1)))
+      >>> method = bsj.hrbp_prune(0.5, group_size=16, block_density=1)
+      >>> tx = bsj.sparse(method, optax.sgd(0.1))
       >>> optimizer = Optimizer(model, tx, wrt=nnx.Param)
       >>> set_layouts(model, bsj.get_layouts(optimizer.opt_state))
       >>> model[0].layout.get_value().packed_shape
       (2, 8, 9, 16)
-
-    Reference: over `flax.nnx.Optimizer`.
     """
 
     def update(self, model: Any, grads: Any, /, **kwargs: Any) -> Any:
@@ -187,14 +191,15 @@ class Optimizer(nnx.Optimizer):
         Returns:
           The updates, with the structure of the parameters.
         """
-        trees = nnx.state(model, self.wrt), nnx.state(grads, self.wrt), self.opt_state, kwargs
-        params, gradients, state, extra = (nnx.as_pure(tree) for tree in trees)
-        updates, new = self.tx.update(gradients, state, params, **extra)
+        params = nnx.as_pure(nnx.state(model, self.wrt))
+        gradients = nnx.as_pure(nnx.state(grads, self.wrt))
+        state = nnx.as_pure(self.opt_state)
+        updates, new_state = self.tx.update(gradients, state, params, **nnx.as_pure(kwargs))
         nnx.update(model, optax.apply_updates(params, updates))
         jax.tree.map(
-            lambda old, value: old.set_value(value),
+            lambda variable, value: variable.set_value(value),
             self.opt_state,
-            new,
+            new_state,
             is_leaf=lambda node: isinstance(node, nnx.Variable),
         )
         self.step[...] += 1
@@ -202,8 +207,9 @@ class Optimizer(nnx.Optimizer):
 
 
 def set_layouts(model: nnx.Module, layouts: Any) -> None:
-    """Places a tree of layouts into a model's `BlockSparseConv` modules, in place; those that the
-    tree does not name become dense.
+    """Sets the layouts of a model's `BlockSparseConv` modules, in place.
+
+    Modules that the tree does not name become dense.
 
     Args:
       model: any nnx module.
@@ -217,19 +223,19 @@ def set_layouts(model: nnx.Module, layouts: Any) -> None:
     Example:
       >>> from blocksparse_jax.layout import mask_to_layout
       >>> model = nnx.List([BlockSparseConv(4, 8, 3, rngs=nnx.Rngs(0))])
-      >>> set_layouts(model, {0: {"kernel": mask_to_layout(jnp.ones((3, 3, 4, 8), bool)), "bias": Dense()}})
+      >>> layout = mask_to_layout(jnp.ones((3, 3, 4, 8), bool))
+      >>> set_layouts(model, {0: {"kernel": layout, "bias": Dense()}})
       >>> model[0].layout.get_value().packed_shape
       (1, 4, 9, 8)
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(layouts, is_leaf=is_layout)
-    found = {path_name(path): layout for path, layout in leaves if not isinstance(layout, Dense)}
-    modules = [
-        (path, module)
+    by_name = {path_name(path): layout for path, layout in leaves if not isinstance(layout, Dense)}
+    convs = {
+        "/".join(map(str, (*path, "kernel"))): module
         for path, module in nnx.iter_modules(model)
         if isinstance(module, BlockSparseConv)
-    ]
-    convs = {"/".join(map(str, (*path, "kernel"))): module for path, module in modules}
-    for name, layout in found.items():
+    }
+    for name, layout in by_name.items():
         if not isinstance(layout, BlockLayout):
             raise ValueError(
                 f"layouts: at {name} expected a BlockLayout or Dense(), got "
@@ -246,4 +252,4 @@ def set_layouts(model: nnx.Module, layouts: Any) -> None:
                 f"{convs[name].kernel_shape}"
             )
     for name, module in convs.items():
-        module.layout.set_value(found.get(name, Dense()))
+        module.layout.set_value(by_name.get(name, Dense()))

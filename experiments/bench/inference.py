@@ -38,6 +38,7 @@ from experiments.bench.environment import commit, device, versions
 from experiments.bench.timing import clocked, in_turn, median_iqr
 from experiments.bench.torch_process import POLICIES, TorchProcess
 from experiments.models.flops import conv_positions
+from pallas_kernels.dense_conv import taps_up_to
 
 RESULTS = Path(__file__).parents[1] / "results"
 TOLERANCE = 1e-3  # of the logits, relative to the largest
@@ -227,7 +228,7 @@ def _bench(
         form: _network(create(data_format=form, implementation=config.implementation))
         for form in ("NHWC", "CHWN")
     }
-    network["NHWC, taps"] = _network(create(data_format="NHWC", tap_pixels=64))
+    network["NHWC, taps"] = taps_up_to(64)(_network(create(data_format="NHWC")))
     rows = []
     for batch in config.batches:
         images = jnp.asarray(np.random.default_rng(0).standard_normal((batch, *size)), jnp.float32)

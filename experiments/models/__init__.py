@@ -12,17 +12,16 @@ A stem runs as one matrix product in CHWN where it has at most twice as many row
 ResNets up to 73 channels, run as XLA's convolution, which copies the stem's output.
 """
 
-import difflib
 from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 
+from blocksparse_jax import _checks
 from experiments.models.cnn import CNN
 from experiments.models.layers import Parts
 from experiments.models.mobilenet import MobileNetV1
 from experiments.models.resnet import CIFAR_DEPTHS, IMAGENET_BLOCKS, ResNet
-from experiments.models.taps import PIXELS
 from experiments.models.vgg import VGG19
 
 __all__ = ["create", "names"]
@@ -51,7 +50,6 @@ def create(
     dtype: Any = jnp.float32,
     implementation: str | None = None,
     kernel_gradient: str = "masked",
-    tap_pixels: int = PIXELS,
 ) -> nn.Module:
     """A network by name.
 
@@ -65,8 +63,6 @@ def create(
       dtype: of the computation; params stay float32.
       implementation: of the block-sparse convs, as in `blocksparse_jax.conv`.
       kernel_gradient: `"masked"` or `"dense"`, as in `blocksparse_jax.conv`.
-      tap_pixels: dense convs of many channels with at most so many output pixels run as a matrix
-        product per tap, on a CPU.
 
     Returns:
       A linen module: `model.init(key, images)`, `model.apply(variables, images, train=True,
@@ -81,15 +77,15 @@ def create(
 
     Reference: the networks of Ma et al., "HRBP", CPAL 2024 and Xiang et al., "SUBP", NeurIPS 2023.
     """
-    _choice("name", name, names())
-    _choice("stem", stem, ("cifar", "imagenet"))
-    _choice("data_format", data_format, ("CHWN", "NHWC"))
+    _checks.choice("name", name, names())
+    _checks.choice("stem", stem, ("cifar", "imagenet"))
+    _checks.choice("data_format", data_format, ("CHWN", "NHWC"))
     if stem == "imagenet" and name not in (*IMAGENET_BLOCKS, "mobilenet_v1"):
         raise ValueError(
             f"stem: {name!r} has only the 'cifar' stem, got 'imagenet'; use resnet18/34/50, "
             f"resnet50_v1_5 or mobilenet_v1"
         )
-    parts = Parts(data_format, dtype, implementation, kernel_gradient, tap_pixels)
+    parts = Parts(data_format, dtype, implementation, kernel_gradient)
     if name == "cnn":
         return CNN(num_classes, width, parts)
     if name == "vgg19":
@@ -100,12 +96,3 @@ def create(
         return ResNet(num_classes, (CIFAR_DEPTHS[name],) * 3, (16, 32, 64), width, parts=parts)
     blocks, kind = IMAGENET_BLOCKS[name]
     return ResNet(num_classes, blocks, (64, 128, 256, 512), width, stem, parts=parts, **kind)
-
-
-def _choice(name: str, value: str, options: tuple[str, ...]) -> None:
-    if value not in options:
-        near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}{hint}"
-        )

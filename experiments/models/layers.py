@@ -1,5 +1,6 @@
-"""What the zoo's networks share: convs and norms with common settings, pools and depthwise convs
-that work in NHWC and CHWN alike.
+"""What the zoo's networks share: convs and norms with common settings, pools, depthwise convs.
+
+All of it works in NHWC and CHWN alike.
 """
 
 import dataclasses
@@ -12,26 +13,24 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
 
-from experiments.models.taps import PIXELS, Conv
+from blocksparse_jax.linen import BlockSparseConv
 
 HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-HE_DEPTHWISE = nn.initializers.variance_scaling(
-    2.0, "fan_in", "normal"
-)  # fan_out would count all filters, each tap feeds one
+HE_DEPTHWISE = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+"""Of depthwise kernels: their fan_out would count all filters, though each tap feeds only one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The settings that every conv and norm of one network shares; makes them inside a
-    `@nn.compact` call.
+    """The settings that every conv and norm of one network shares.
+
+    Its methods make the convs and norms; call them inside a `@nn.compact` method.
 
     Attributes:
       data_format: activation layout between stem and pool, `"CHWN"` or `"NHWC"`.
       dtype: of the computation (params and statistics stay float32).
       implementation: of the block-sparse convs, as in `blocksparse_jax.conv`.
       kernel_gradient: `"masked"` or `"dense"`, as in `blocksparse_jax.conv`.
-      tap_pixels: dense convs of many channels with at most so many output pixels run as a matrix
-        product per tap, on a CPU.
 
     Example:
       >>> Parts().conv(64, 3, name="conv").padding
@@ -42,18 +41,18 @@ class Parts:
     dtype: Any = jnp.float32
     implementation: str | None = None
     kernel_gradient: str = "masked"
-    tap_pixels: int = PIXELS
 
     @property
     def channel_axis(self) -> int:
         """The axis of the channels."""
         return 0 if self.data_format == "CHWN" else -1
 
-    def conv(self, features: int, size: int, strides: int = 1, *, name: str) -> Conv:
-        """A `size x size` conv without bias, padded by `size // 2` on each side as in the published
-        (PyTorch) networks.
+    def conv(self, features: int, size: int, strides: int = 1, *, name: str) -> BlockSparseConv:
+        """A `size x size` conv without bias.
+
+        It is padded by `size // 2` on each side, as in the published (PyTorch) networks.
         """
-        return Conv(
+        return BlockSparseConv(
             features,
             (size, size),
             strides,
@@ -64,14 +63,11 @@ class Parts:
             data_format=self.data_format,
             implementation=self.implementation,
             kernel_gradient=self.kernel_gradient,
-            tap_pixels=self.tap_pixels,
             name=name,
         )
 
     def norm(self, train: bool, *, name: str) -> "Norm":
-        """Batch normalisation over all axes but the channels: momentum 0.9, epsilon 1e-5, float32
-        statistics.
-        """
+        """Batch normalisation over all axes but the channels, with float32 statistics."""
         return Norm(
             not train,
             momentum=0.9,
@@ -94,20 +90,20 @@ class Parts:
         residual: Float[Array, "a ho wo b"] | None = None,
         relu: bool = True,
     ) -> Float[Array, "a ho wo b"]:
-        """Conv, batch norm, shortcut and ReLU; at inference all in the conv, which a sparse kernel
-        does in one pass over memory.
+        """Conv, batch norm, shortcut and ReLU.
+
+        At inference they are arguments of the conv, which a sparse kernel applies in one pass over
+        memory.
         """
-        conv, norm = (
-            self.conv(features, size, strides, name=name),
-            self.norm(train, name=norm_name or f"{name}_norm"),
-        )
+        conv = self.conv(features, size, strides, name=name)
+        norm = self.norm(train, name=norm_name or f"{name}_norm")
         if not train:
             scale, shift = norm(None, channels=features)
-            return conv(
-                x, scale=scale, shift=shift, residual=residual, activation="relu" if relu else None
-            )
+            activation = "relu" if relu else None
+            return conv(x, scale=scale, shift=shift, residual=residual, activation=activation)
         y = norm(conv(x))
-        y = y if residual is None else y + residual
+        if residual is not None:
+            y += residual
         return nn.relu(y) if relu else y
 
     def classifier(self, x: Float[Array, "a h w b"], num_classes: int) -> Float[Array, "n classes"]:
@@ -123,14 +119,14 @@ class Parts:
 
 
 class Norm(nn.BatchNorm):
-    """`nn.BatchNorm`, which can also tell the line `scale * x + shift` that it is at inference.
+    """`nn.BatchNorm` that can also return what it is at inference: `scale * x + shift`.
 
     Reference: Ioffe & Szegedy, "Batch normalization", ICML 2015, algorithm 2.
     """
 
     @nn.compact
     def __call__(self, x: Float[Array, "a h w b"] | None, channels: int | None = None) -> Any:
-        """Normalises `x`; or, given only the number of channels, returns `(scale, shift)`, float32."""
+        """Normalises `x`; with only a number of channels, returns `(scale, shift)` in float32."""
         if channels is None:
             return super().__call__(x)
         mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32).value
@@ -144,9 +140,9 @@ class Norm(nn.BatchNorm):
 class DepthwiseConv(nn.Module):
     """A dense depthwise conv: the sum over the taps of shifted images times one weight per channel.
 
-    `y[c] = sum_t kernel[t, c] shift_t(x[c])`, fused elementwise work in either format. On a CPU,
-    forward and backward run 4-12 times faster than XLA's grouped convolution (measured: 64 channels
-    at 32x32 and 128 at 16x16 with stride 2).
+    `y[c] = sum_t kernel[t, c] shift_t(x[c])`, in float32: elementwise work that XLA fuses in either
+    format. On a CPU, forward and backward run 4-12 times faster than XLA's grouped convolution
+    (measured: 64 channels at 32x32 and 128 at 16x16 with stride 2).
 
     Attributes:
       size: the kernel is `[size, size, 1, c]`, padded by `size // 2`.
@@ -165,24 +161,25 @@ class DepthwiseConv(nn.Module):
         """Convolves activations in the network's format."""
         size, axis = self.size, self.parts.channel_axis
         kernel = self.param("kernel", HE_DEPTHWISE, (size, size, 1, x.shape[axis]))
-        shape = (-1, 1, 1, 1) if axis == 0 else (-1,)
+        per_channel = (-1, 1, 1, 1) if axis == 0 else (-1,)
         rows = _windows(_pad(x, size // 2, 0.0), 1, size, self.strides)
         shifted = [window for row in rows for window in _windows(row, 2, size, self.strides)]
+        weights = kernel.reshape(size * size, -1)
         products = [
-            window * weight.reshape(shape)
-            for window, weight in zip(shifted, kernel.reshape(size * size, -1))
-        ]  # float32
+            window * weight.reshape(per_channel)
+            for window, weight in zip(shifted, weights, strict=True)
+        ]
         return functools.reduce(jnp.add, products).astype(x.dtype)
 
 
 def max_pool(
     x: Float[Array, "a h w b"], size: int, strides: int, padding: int = 0
 ) -> Float[Array, "a ho wo b"]:
-    """Maximum over windows of the image axes 1 and 2, in NHWC and CHWN alike: shifted slices, rows
-    first, then columns.
+    """Maximum over windows of the image axes 1 and 2, in NHWC and CHWN alike.
 
-    On a CPU, forward and backward run 3-5 times faster than `reduce_window` and its scatter. Equal
-    maxima share the gradient equally.
+    It compares shifted slices, along the rows first, then along the columns. On a CPU, forward and
+    backward run 3-5 times faster than `reduce_window` and its scatter. Equal maxima share the
+    gradient equally.
 
     Args:
       x: activations, the image on axes 1 and 2.

@@ -15,7 +15,7 @@ from jax import lax
 
 import blocksparse_jax as bsj
 from blocksparse_jax.tree import conv_kernels, path_name
-from experiments.models import create, names, taps
+from experiments.models import create, names
 from experiments.models.layers import DepthwiseConv, Parts, max_pool
 
 # options -> parameters: torchvision's for 1000 classes; the CIFAR ResNets of GraSP (1x1 conv and
@@ -410,7 +410,7 @@ def test_at_inference_the_norms_are_lines_in_the_convs(name):
 
     def separate(next_call, args, kwargs, context):
         """Calls the conv and the norm one after the other."""
-        if not isinstance(context.module, taps.Conv) or kwargs.get("scale") is None:
+        if not isinstance(context.module, bsj.linen.BlockSparseConv) or kwargs.get("scale") is None:
             return next_call(*args, **kwargs)
         stats, params = variables["batch_stats"], variables["params"]
         *scope, conv = context.module.path

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Left to right; modules on one line do not import each other.
 ORDER = [
     {"_checks"},
-    {"tree"},
+    {"tree", "geometry"},
     {"selection", "scores", "budgets", "schedules"},
     {"counts"},
     {"layout"},
@@ -24,20 +24,23 @@ ORDER = [
     {"patterns.channel", "patterns.block"},
     {"masks"},
     {"spec"},
-    {"state"},
+    {"state", "serialization"},
     {"packing"},
     {"transforms._base"},
     {"transforms.keep_zeros", "transforms.static", "transforms.one_shot", "transforms.gradual"}
     | {"transforms.drop_and_grow", "transforms.straight_through", "transforms.subp"},
     {"transforms.rigl", "transforms.set", "transforms.snfs", "transforms.hrbp"},
+    {"kernel_gradient"},
     {"conv"},
+    {"_layer_forward"},
     {"linen"},
     {"nnx"},
     {"metrics"},
     {"summary"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-FLAX_ONLY_IN = {"linen", "nnx"}
+FLAX_ONLY_IN = {"linen", "nnx", "_layer_forward", "serialization"}
+KERNELS_ONLY_IN = {"layout", "kernel_gradient", "conv", "_layer_forward"}
 
 
 def imports(path: Path) -> set[str]:
@@ -79,10 +82,14 @@ def test_a_module_imports_only_from_its_left(name):
         assert not any(u.split(".")[0] == "flax" for u in used), (
             f"{name} imports flax; only {sorted(FLAX_ONLY_IN)} may"
         )
-    if name != "conv":
+    if name not in KERNELS_ONLY_IN:
         assert not any(u.split(".")[0] == "pallas_kernels" for u in used), (
-            f"{name} imports a kernel; only conv may"
+            f"{name} imports a kernel; only {sorted(KERNELS_ONLY_IN)} may"
         )
+    if name == "layout":
+        kernels = {u for u in used if u.split(".")[0] == "pallas_kernels"}
+        index = "pallas_kernels.block_sparse_conv.index"
+        assert kernels == {index, f"{index}.Index"}, "layout imports the index helper alone"
 
 
 def test_kernels_know_no_pruning():
