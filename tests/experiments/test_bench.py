@@ -123,11 +123,13 @@ def test_the_baseline_is_the_fastest_dense_convolution(kernels):
 
 def test_a_wrong_dense_baseline_fails_loudly(monkeypatch):
     monkeypatch.setattr(bench_kernels.shapes, "VGG19", ())
-    monkeypatch.setattr(
-        bench_kernels,
-        "tap_conv",
-        lambda *operands, **options: 1.001 * tap_conv(*operands, **options),
-    )
+    right = bench_kernels.dense_conv
+
+    def wrong(*operands, **options):
+        factor = 1.001 if options["formulation"] == "taps" else 1
+        return factor * right(*operands, **options)
+
+    monkeypatch.setattr(bench_kernels, "dense_conv", wrong)
     with pytest.raises(AssertionError, match="dense taps NHWC: the output differs from dense NHWC"):
         bench_kernels.main(TINY)
 
