@@ -1,5 +1,6 @@
-"""Checks of arguments, shared by all modules: a ValueError names the argument, the value, what was
-expected and the fix.
+"""Checks of arguments, shared by all modules.
+
+Each raises a ValueError that names the argument, the value, what was expected and the fix.
 """
 
 import difflib
@@ -36,28 +37,26 @@ def kernel_shape(name: str, shape: Sequence[int]) -> tuple[int, int, int, int]:
 def positive_int(name: str, value: Any) -> int:
     """The value as an int; ValueError unless it is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        static = (
-            f' (static: inject_hyperparams(..., static_args=("{name}",)))'
-            if isinstance(value, jax.Array)
-            else ""
-        )
-        raise ValueError(f"{name}: expected an integer of at least 1{static}, got {value!r}")
+        hint = _static_hint(name, value)
+        raise ValueError(f"{name}: expected an integer of at least 1{hint}, got {value!r}")
     return int(value)
 
 
+def _static_hint(name: str, value: Any) -> str:
+    """How to pass an argument of a wrapped transformation that must not become an array."""
+    if not isinstance(value, jax.Array):
+        return ""
+    return f' (static: inject_hyperparams(..., static_args=("{name}",)))'
+
+
 def step(name: str, value: Any, *, start: int | None = None) -> int:
-    """The value as an int; ValueError unless it is a training step: an integer of at least 0, and
-    after step `start` if that is given.
+    """The value as an int; ValueError unless it is a training step.
+
+    A step is an integer of at least 0, and after step `start` if that is given.
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
-        static = (
-            f' (static: inject_hyperparams(..., static_args=("{name}",)))'
-            if isinstance(value, jax.Array)
-            else ""
-        )
-        raise ValueError(
-            f"{name}: expected a step, an integer of at least 0{static}, got {value!r}"
-        )
+        hint = _static_hint(name, value)
+        raise ValueError(f"{name}: expected a step, an integer of at least 0{hint}, got {value!r}")
     if start is not None and value <= start:
         raise ValueError(f"{name}: expected a step after start={start}, got {value}")
     return int(value)
@@ -74,29 +73,28 @@ def pair(name: str, value: Any) -> tuple[int, int]:
 
 
 def number(name: str, value: Any, *, low: float = 0.0, low_open: bool = False) -> float:
-    """The value as a float; ValueError unless it is a finite number of at least (or above) `low`."""
+    """The value as a float; ValueError unless it is finite and at least (or above) `low`."""
     result = _float(value)
     if not (low <= result < float("inf")) or (low_open and result == low):
-        raise ValueError(
-            f"{name}: expected a number {'above' if low_open else 'of at least'} {low:g}, got "
-            f"{value!r}"
-        )
+        bound = "above" if low_open else "of at least"
+        raise ValueError(f"{name}: expected a number {bound} {low:g}, got {value!r}")
     return result
 
 
 def random_key(name: str, key: Any) -> jax.Array:
-    """The key, `jax.random.key(0)` for None; ValueError unless it is one JAX random key, new-style
-    or raw.
+    """The key, `jax.random.key(0)` for None; ValueError unless it is one JAX random key.
+
+    The key may be new-style or raw.
     """
     if key is None:
         return jax.random.key(0)
-    dtype, ndim = getattr(key, "dtype", None), getattr(key, "ndim", None)
-    raw = (ndim, dtype) == (1, np.uint32)
-    if dtype is None or not (raw or (ndim == 0 and jnp.issubdtype(dtype, jax.dtypes.prng_key))):
-        got = repr(key) if dtype is None else f"{dtype}{list(key.shape)}"
-        raise ValueError(
-            f"{name}: expected one JAX random key such as jax.random.key(0), got {got}"
-        )
+    expected = f"{name}: expected one JAX random key such as jax.random.key(0), got"
+    if not hasattr(key, "dtype"):
+        raise ValueError(f"{expected} {key!r}")
+    is_raw = key.ndim == 1 and key.dtype == np.uint32
+    is_typed = key.ndim == 0 and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not (is_raw or is_typed):
+        raise ValueError(f"{expected} {key.dtype}{list(key.shape)}")
     return key
 
 
@@ -113,8 +111,9 @@ def data_format(value: Any) -> Literal["NHWC", "CHWN"]:
 def fraction(
     name: str, value: Any, *, low: float = 0.0, high: float = 1.0, high_open: bool = True
 ) -> float:
-    """The value as a float; ValueError unless it is a concrete number in [low, high) (or [low,
-    high]).
+    """The value as a float; ValueError unless it is a concrete number from `low` to `high`.
+
+    `high` itself is allowed unless `high_open`.
     """
     if isinstance(value, jax.core.Tracer):
         raise ValueError(
@@ -123,16 +122,17 @@ def fraction(
         )
     result = _float(value)
     if not (low <= result < high or (result == high and not high_open)):
-        raise ValueError(
-            f"{name}: expected a number in [{low}, {high}{')' if high_open else ']'}, got {value!r}"
-        )
+        interval = f"[{low}, {high})" if high_open else f"[{low}, {high}]"
+        raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
     return result
 
 
 def _float(value: Any) -> float:
-    """The value as a float, NaN where it is no number: a str and a bool are none."""
+    """The value as a float; NaN where it is no number, as a str or a bool."""
+    if isinstance(value, str | bytes | bool | np.bool_):
+        return float("nan")
     try:
-        return float("nan") if isinstance(value, str | bytes | bool | np.bool_) else float(value)
+        return float(value)
     except (TypeError, ValueError):
         return float("nan")
 
@@ -142,11 +142,10 @@ def choice(name: str, value: Any, options: Iterable[T]) -> T:
     options = tuple(options)
     if value in options:
         return value
-    near = difflib.get_close_matches(str(value), options, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(
-        f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}{hint}"
-    )
+    nearest = difflib.get_close_matches(str(value), options, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    names = ", ".join(map(repr, options))
+    raise ValueError(f"{name}: expected one of {names}, got {value!r}{hint}")
 
 
 def divisor(n: int, most: int) -> int:
@@ -157,13 +156,9 @@ def divisor(n: int, most: int) -> int:
 def permutation(name: str, value: Any, size: int | None) -> np.ndarray:
     """The value on the host; ValueError unless it is a permutation of `range(size)`."""
     array = concrete(name, value)
-    if (
-        size is None
-        or array.shape != (size,)
-        or not np.array_equal(np.sort(array), np.arange(size))
-    ):
+    size = size or 0
+    if array.shape != (size,) or not size or (np.sort(array) != np.arange(size)).any():
         raise ValueError(
-            f"{name}: expected a permutation of 0..{(size or 0) - 1}, got "
-            f"{array.dtype}{list(array.shape)}"
+            f"{name}: expected a permutation of 0..{size - 1}, got {array.dtype}{list(array.shape)}"
         )
     return array

@@ -248,11 +248,8 @@ def _is_relu(activation: str | None) -> bool:
 
 def _check_activations(x: Array, data_format: str, runs_dense: bool) -> None:
     """ValueError unless the convolution takes activations of this dtype and shape."""
-    if runs_dense:
-        is_supported = jnp.issubdtype(x.dtype, jnp.floating)
-    else:
-        is_supported = x.dtype.name in _DTYPES
-    if not is_supported:
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    if not is_float or not (runs_dense or x.dtype.name in _DTYPES):
         raise ValueError(
             f"x: expected {', '.join(_DTYPES[:2])} or {_DTYPES[2]} ({data_format}), got "
             f"{x.dtype}{list(x.shape)}; cast it"

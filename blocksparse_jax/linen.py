@@ -23,8 +23,8 @@ from blocksparse_jax.tree import path_name
 class BlockSparseConv(nn.Module):
     """A 2-D convolution that does only the kept work where its kernel has a layout.
 
-    It has `nn.Conv`'s parameters and defaults. `y = activation(scale * (x * kernel + bias) + shift +
-    residual)`, where `scale`, `shift`, `residual` and `activation` are arguments of the call: at
+    It has `nn.Conv`'s parameters and defaults. `y = activation(scale * (x * kernel + bias) + shift
+    + residual)`, where `scale`, `shift`, `residual` and `activation` are arguments of the call: at
     inference a batch norm, a shortcut and a ReLU in the same pass over memory.
 
     The layouts are a collection of their own, `layouts`, with the params' structure:
@@ -61,7 +61,8 @@ class BlockSparseConv(nn.Module):
       >>> import blocksparse_jax as bsj
       >>> layer, x = BlockSparseConv(8, (3, 3)), jnp.ones((1, 5, 5, 4))
       >>> params = layer.init(jax.random.key(0), x)["params"]
-      >>> layout = bsj.random_groups(jax.random.key(1), (3, 3, 4, 8), group_size=4, kept=2, kept_taps=2)
+      >>> counts = {"group_size": 4, "kept": 2, "kept_taps": 2}
+      >>> layout = bsj.random_groups(jax.random.key(1), (3, 3, 4, 8), **counts)
       >>> values = params | {"kernel": bsj.pack(params["kernel"], layout)}
       >>> layer.apply({"params": values, "layouts": {"kernel": layout}}, x).shape
       (1, 5, 5, 8)

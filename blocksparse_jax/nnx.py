@@ -111,7 +111,7 @@ class BlockSparseConv(nnx.Module):
         if use_bias:
             self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype))
         else:
-            self.bias = nnx.data(None)
+            self.bias = nnx.data(None)  # type: ignore[arg-type]
         self.layout = Layouts(Dense())
         self.strides = strides
         self.padding = padding

@@ -65,11 +65,11 @@ def dense_conv(
       ValueError: the formulation is unknown or does not run this convolution.
 
     Example:
-      >>> x, kernel = jnp.ones((1, 2, 2, 3)), jnp.ones((3, 3, 3, 4))
-      >>> for formulation in ("xla", "taps"):
-      ...     print(dense_conv(x, kernel, padding=((1, 1), (1, 1)), formulation=formulation)[0, 0, 0])
-      [12. 12. 12. 12.]
-      [12. 12. 12. 12.]
+      >>> x, kernel, edge = jnp.ones((1, 2, 2, 3)), jnp.ones((3, 3, 3, 4)), ((1, 1), (1, 1))
+      >>> dense_conv(x, kernel, padding=edge, formulation="xla")[0, 0, 0].tolist()
+      [12.0, 12.0, 12.0, 12.0]
+      >>> dense_conv(x, kernel, padding=edge, formulation="taps")[0, 0, 0].tolist()
+      [12.0, 12.0, 12.0, 12.0]
     """
     if formulation is None:
         out_size = output_size(x, kernel.shape, strides, padding, dilation, data_format)
@@ -118,8 +118,8 @@ def choose_formulation(
       One of `FORMULATIONS`.
 
     Example:
-      >>> choose_formulation((3, 3, 3, 64), 32 * 32, "CHWN"), choose_formulation((3, 3, 64, 64), 32 * 32, "CHWN")
-      ('rows', 'xla')
+      >>> [choose_formulation((3, 3, cin, 64), 32 * 32, "CHWN") for cin in (3, 64)]
+      ['rows', 'xla']
     """
     kh, kw, cin, cout = kernel_shape
     if feature_group_count != 1 or out_pixels < 1:
@@ -179,7 +179,8 @@ def output_size(
       `(ho, wo)`; below 1 where the kernel does not fit.
 
     Example:
-      >>> output_size(jnp.ones((1, 5, 4, 3)), (3, 3, 3, 8), (2, 1), ((1, 1), (0, 0)), (1, 1), "NHWC")
+      >>> x = jnp.ones((1, 5, 4, 3))
+      >>> output_size(x, (3, 3, 3, 8), (2, 1), ((1, 1), (0, 0)), (1, 1), "NHWC")
       (3, 2)
     """
     first = data_format.index("H")
@@ -267,8 +268,9 @@ def _tap_conv(
     data_format: str,
     precision: Any,
 ) -> jax.Array:
-    """`y = sum_t kernel[t]^T x_t` in float32; `x_t` are the pixels under tap t, without those
-    outside the image: padding costs nothing.
+    """`y = sum_t kernel[t]^T x_t` in float32, `x_t` being the pixels under tap t.
+
+    Pixels outside the image are left out, so padding costs nothing.
     """
     kh, kw, _, cout = kernel.shape
     height, width = output_size(x, kernel.shape, strides, padding, dilation, data_format)
@@ -279,7 +281,7 @@ def _tap_conv(
     for tap_y, tap_x in itertools.product(range(kh), range(kw)):
         y_range = _inside(x.shape[1], height, tap_y * dilation[0], padding[0][0], strides[0])
         x_range = _inside(x.shape[2], width, tap_x * dilation[1], padding[1][0], strides[1])
-        if not y_range.count * x_range.count:
+        if not y_range.length * x_range.length:
             continue
         window = x[:, y_range.source(strides[0]), x_range.source(strides[1])]
         weights = kernel[tap_y, tap_x]
@@ -304,21 +306,21 @@ class _Range(NamedTuple):
 
     Attributes:
       first: the first of these outputs.
-      count: how many there are.
+      length: how many there are.
       pixel: the input pixel that the first one reads.
     """
 
     first: int
-    count: int
+    length: int
     pixel: int
 
     def source(self, stride: int) -> slice:
         """The input pixels that they read."""
-        return slice(self.pixel, self.pixel + (self.count - 1) * stride + 1, stride)
+        return slice(self.pixel, self.pixel + (self.length - 1) * stride + 1, stride)
 
     def edges(self, size: int) -> tuple[int, int, int]:
         """The padding, as in `lax.pad`, that makes an output of this size of them."""
-        return self.first, size - self.first - self.count, 0
+        return self.first, size - self.first - self.length, 0
 
 
 def _inside(size: int, out: int, offset: int, padding: int, stride: int) -> _Range:

@@ -111,8 +111,9 @@ def shared_memory(capability: int) -> int:
 
 
 def short_name(kind: str) -> str:
-    """A GPU's model in lower case: the first word that has a digit, up to a hyphen; the last word
-    where no word has one.
+    """A GPU's model in lower case.
+
+    That is the first word that has a digit, up to a hyphen; the last word where no word has one.
 
     Args:
       kind: as JAX's `device_kind`.
@@ -121,7 +122,8 @@ def short_name(kind: str) -> str:
       The name, as in the names of tuned tables.
 
     Example:
-      >>> [short_name(f"NVIDIA {model}") for model in ("H200", "H100 80GB HBM3", "A100-SXM4-80GB", "TITAN V")]
+      >>> models = ("H200", "H100 80GB HBM3", "A100-SXM4-80GB", "TITAN V")
+      >>> [short_name(f"NVIDIA {model}") for model in models]
       ['h200', 'h100', 'a100', 'v']
     """
     words = kind.split()

@@ -23,7 +23,8 @@ def one_at_a_time(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> one_at_a_time(lambda x, bias: 2 * x if bias is None else x + bias, [jnp.ones(2), None]).tolist()
+      >>> call = lambda x, bias: 2 * x if bias is None else x + bias
+      >>> one_at_a_time(call, [jnp.ones(2), None]).tolist()
       [2.0, 2.0]
     """
     present = [operand is not None for operand in operands]

@@ -3,7 +3,7 @@ cores; `--quick` about one).
 
 For each network and sparsity: dense (NHWC and CHWN; the faster one is the baseline), masked, sparse
 and packed execution of static HRBP, step by step in turn in one process. Dense convolutions run as
-a matrix product per tap where that is faster than XLA's convolution (`experiments/models/taps.py`).
+a matrix product per tap where that is faster than XLA's convolution (`pallas_kernels/dense_conv.py`).
 The losses of the first step must agree before anything is timed. Slower rows are reported too.
 `--device gpu` hands over to gpu_training.py, which has options of its own.
 """

@@ -34,8 +34,7 @@ def block_sparse_conv(
     channel_block: int = 1,
     precision: Any = None,
 ) -> Float[Array, "cout ho wo n"]:
-    """Convolves with a conv kernel of which only blocks are kept, in the activation layout (C, H,
-    W, N).
+    """Convolves (C, H, W, N) activations with a conv kernel of which only blocks are kept.
 
     For each group g, `y[filters[g]] = W_g X_g`, where `W_g` are the `group_size x (kept *
     kept_taps)` packed weights and `X_g` the rows of the padded input at the group's channels,
@@ -78,7 +77,8 @@ def block_sparse_conv(
       >>> x = jnp.ones((4, 5, 5, 2))
       >>> values = jnp.ones((2, 3, 1, 2))
       >>> filters, channels = jnp.array([[0, 2], [1, 3]]), jnp.array([[0, 1, 2], [1, 2, 3]])
-      >>> y = block_sparse_conv(x, values, filters, channels, jnp.array([[4], [0]]), kernel_shape=(3, 3, 4, 4))
+      >>> taps = jnp.array([[4], [0]])
+      >>> y = block_sparse_conv(x, values, filters, channels, taps, kernel_shape=(3, 3, 4, 4))
       >>> y.shape, float(y[0, 0, 0, 0])
       ((4, 3, 3, 2), 3.0)
 
@@ -111,7 +111,7 @@ def block_sparse_conv(
         epilogue = epilogue._replace(residual=residual.astype(x.dtype))
     if values.size == 0:
         zeros = jnp.zeros_like(x, shape=spec.out_shape)
-        return apply_epilogue(zeros, *epilogue, spec.relu)
+        return apply_epilogue(zeros, *epilogue, relu=spec.relu)
     index = Index(*(jnp.asarray(array, jnp.int32) for array in index))
     operands = vary_alike(Operands(x, values, index, epilogue))
     return convolve(spec, implementations, operands)

@@ -32,8 +32,8 @@ def arithmetic(spec: ConvSpec) -> str:
 
     Example:
       >>> import dataclasses
-      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4,
-      ...                 kept_taps=3, group_size=4)
+      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2,
+      ...                 kept=4, kept_taps=3, group_size=4)
       >>> arithmetic(spec), arithmetic(dataclasses.replace(spec, precision="high"))
       ('ieee', 'tf32')
     """
@@ -41,7 +41,7 @@ def arithmetic(spec: ConvSpec) -> str:
         return "half"
     precision = spec.precision
     if precision is None:
-        precision = jax.config.jax_default_matmul_precision
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     both_operands = precision if isinstance(precision, tuple) else (precision,)
     names = [str(getattr(operand, "name", operand)).lower() for operand in both_operands]
     return "tf32" if all(name in TF32_PRECISIONS for name in names) else "ieee"

@@ -41,10 +41,11 @@ def checked_spec(
 
     Example:
       >>> import numpy as np
+      >>> x, values = np.ones((4, 5, 5, 2), np.float32), np.ones((1, 2, 1, 2), np.float32)
       >>> index = Index(np.array([[0, 1]]), np.array([[0, 2]]), np.array([[4]]))
-      >>> spec = checked_spec(np.ones((4, 5, 5, 2), np.float32), np.ones((1, 2, 1, 2), np.float32), index,
-      ...                     kernel_shape=(3, 3, 4, 2), strides=(1, 1), padding=((0, 0), (0, 0)), dilation=(1, 1),
-      ...                     channel_block=1, precision=None, relu=False)
+      >>> geometry = {"strides": (1, 1), "padding": ((0, 0), (0, 0)), "dilation": (1, 1)}
+      >>> options = {"channel_block": 1, "precision": None, "relu": False}
+      >>> spec = checked_spec(x, values, index, kernel_shape=(3, 3, 4, 2), **geometry, **options)
       >>> spec.out_shape
       (2, 3, 3, 2)
     """

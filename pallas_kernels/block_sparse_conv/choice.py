@@ -48,8 +48,9 @@ def available_implementations() -> dict[str, str | None]:
 
 
 def choose_implementation(spec: ConvSpec) -> Choice:
-    """What `implementation=None` picks for a convolution, and why: one choice where no gradients
-    follow, one where they do.
+    """What `implementation=None` picks for a convolution, and why.
+
+    There is one choice where no gradients follow, and one where they do.
 
     Args:
       spec: the static sizes, and whether the gradients follow.
@@ -58,8 +59,8 @@ def choose_implementation(spec: ConvSpec) -> Choice:
       The name, the reason, and the formulation that runs without and with gradients.
 
     Example:
-      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4,
-      ...                 kept_taps=3, group_size=4)
+      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2,
+      ...                 kept=4, kept_taps=3, group_size=4)
       >>> choose_implementation(spec).implementation in ("cpu", "xla")
       True
     """
@@ -102,8 +103,8 @@ def resolve(spec: ConvSpec, implementation: str | Implementation | None) -> Impl
       NotImplementedError: it cannot run this convolution; the message says why.
 
     Example:
-      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4,
-      ...                 kept_taps=3, group_size=4)
+      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2,
+      ...                 kept=4, kept_taps=3, group_size=4)
       >>> resolve(spec, "xla").name
       'xla'
     """

@@ -78,8 +78,9 @@ def weights(spec: ConvSpec) -> list[float]:
 
 
 def features(spec: ConvSpec) -> list[float]:
-    """What the times depend on, in log2: pixels, images, channels, groups, the sides of the packed
-    block, and strides.
+    """What the times depend on, in log2.
+
+    These are pixels, images, channels, groups, the sides of the packed block, and strides.
 
     Args:
       spec: the static sizes.
@@ -88,8 +89,8 @@ def features(spec: ConvSpec) -> list[float]:
       A point; its distance to a tuned point says how alike two convolutions are.
 
     Example:
-      >>> spec = ConvSpec(cin=8, height=4, width=4, batch=2, kernel=(1, 1), cout=8, groups=2, kept=4,
-      ...                 kept_taps=1, group_size=4)
+      >>> spec = ConvSpec(cin=8, height=4, width=4, batch=2, kernel=(1, 1), cout=8, groups=2,
+      ...                 kept=4, kept_taps=1, group_size=4)
       >>> features(spec)
       [4.0, 1.0, 3.0, 1.0, 2.0, 0.0, 2.0, 0.0]
     """

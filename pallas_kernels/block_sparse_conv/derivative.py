@@ -19,13 +19,13 @@ class Operands(NamedTuple):
     Attributes:
       x: activations `[cin, h, w, n]`.
       values: packed weights `[groups, kept, kept_taps, group_size]`.
-      index: which weights they are.
+      places: which weights they are.
       epilogue: scale, bias and residual, each may be None.
     """
 
     x: Any
     values: Any
-    index: Index
+    places: Index
     epilogue: Epilogue
 
 
@@ -86,39 +86,44 @@ def _convolve_bwd(
     """
     spec = dataclasses.replace(spec, gradients=True)
     implementation = implementations.training
-    (x, values, index, epilogue), y = residuals
-    d = jnp.where(y > 0, dy, 0) if y is not None else dy
-    scale_of_group = None
+    (x, values, places, epilogue), y = residuals
+    scale, bias, residual = epilogue
+    d = dy if y is None else jnp.where(y > 0, dy, 0)
     scaled_values = values
-    if epilogue.scale is not None:
-        scale_of_group = epilogue.scale[index.filters][:, None, None, :]
+    if scale is not None:
+        scale_of_group = scale[places.filters][:, None, None, :]
         scaled_values = values * scale_of_group
-    dx = _run_pass("input_gradient", spec, implementation, d, scaled_values.astype(x.dtype), *index)
-    dvalues = _run_pass("weight_gradient", spec, implementation, x, d, *index)
-    dscale = dbias = dresidual = None
-    if scale_of_group is not None:
+    dx = _run_pass(
+        "input_gradient", spec, implementation, d, scaled_values.astype(x.dtype), *places
+    )
+    dvalues = _run_pass("weight_gradient", spec, implementation, x, d, *places)
+    dscale = dbias = None
+    if scale is not None:
         per_filter = (dvalues * values.astype(x.dtype)).sum((1, 2))
-        dscale = jnp.zeros_like(epilogue.scale).at[index.filters].set(per_filter)
+        dscale = jnp.zeros_like(scale).at[places.filters].set(per_filter)
         dvalues *= scale_of_group
-    if epilogue.bias is not None:
+    if bias is not None:
         dbias = d.sum((1, 2, 3), dtype=jnp.float32)
-    if epilogue.residual is not None:
-        dresidual = d
-    no_gradient = Index(None, None, None)
-    epilogue_gradient = Epilogue(dscale, dbias, dresidual)
-    return (Operands(dx, dvalues.astype(values.dtype), no_gradient, epilogue_gradient),)
+    dresidual = None if residual is None else d
+    gradients = Operands(
+        x=dx,
+        values=dvalues.astype(values.dtype),
+        places=Index(None, None, None),
+        epilogue=Epilogue(dscale, dbias, dresidual),
+    )
+    return (gradients,)
 
 
 convolve.defvjp(_convolve_fwd, _convolve_bwd)
 
 
 def _forward(spec: ConvSpec, implementation: Implementation, operands: Operands) -> jax.Array:
-    x, values, index, epilogue = operands
-    arrays = (x, values.astype(x.dtype), *index)
+    x, values, places, epilogue = operands
+    arrays = (x, values.astype(x.dtype), *places)
     if implementation.fused:
         return _run_pass("forward", spec, implementation, *arrays, *epilogue)
     y = _run_pass("forward", spec, implementation, *arrays)
-    return apply_epilogue(y, *epilogue, spec.relu)
+    return apply_epilogue(y, *epilogue, relu=spec.relu)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
@@ -140,7 +145,8 @@ def _run_pass_jvp(
         if name != "forward" or not implementation.fused:
             return getattr(xla.IMPLEMENTATION, name)(spec, *operands)
         arrays, epilogue = operands[:5], operands[5:]
-        return apply_epilogue(xla.IMPLEMENTATION.forward(spec, *arrays), *epilogue, spec.relu)
+        y = xla.IMPLEMENTATION.forward(spec, *arrays)
+        return apply_epilogue(y, *epilogue, relu=spec.relu)
 
     _, tangent = jax.jvp(xla_pass, primals, tangents)
     return _run_pass(name, spec, implementation, *primals), tangent

@@ -43,7 +43,8 @@ def apply_epilogue(
       `relu(scale * y + bias + residual)` in the dtype of `y`, computed in float32.
 
     Example:
-      >>> apply_epilogue(jnp.full((2, 1, 1, 1), 3.0), scale=jnp.array([1.0, -1.0]), bias=jnp.array([0.5, 1.0]), relu=True).ravel().tolist()
+      >>> scale, bias = jnp.array([1.0, -1.0]), jnp.array([0.5, 1.0])
+      >>> apply_epilogue(jnp.full((2, 1, 1, 1), 3.0), scale, bias, relu=True).ravel().tolist()
       [3.5, 0.0]
     """
     is_empty = scale is None and bias is None and residual is None

@@ -37,8 +37,8 @@ class ConvSpec:
       relu: whether the forward pass ends in `max(y, 0)`.
 
     Example:
-      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4,
-      ...                 kept_taps=3, group_size=4)
+      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2,
+      ...                 kept=4, kept_taps=3, group_size=4)
       >>> spec.out_height, spec.density
       (3, 0.16666666666666666)
     """
@@ -119,8 +119,8 @@ class ConvSpec:
           Its static sizes; None for larger kernels, and where all pixels are read already.
 
         Example:
-          >>> spec = ConvSpec(cin=8, height=5, width=5, batch=3, kernel=(1, 1), cout=8, groups=2, kept=4,
-          ...                 kept_taps=1, group_size=4, strides=(2, 2))
+          >>> spec = ConvSpec(cin=8, height=5, width=5, batch=3, kernel=(1, 1), cout=8, groups=2,
+          ...                 kept=4, kept_taps=1, group_size=4, strides=(2, 2))
           >>> spec.pointwise().in_shape
           (8, 3, 3, 3)
         """

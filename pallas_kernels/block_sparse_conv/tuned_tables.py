@@ -47,8 +47,8 @@ def key(spec: ConvSpec, pass_name: str) -> str:
       One line; equal for convolutions that need the same kernel.
 
     Example:
-      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4,
-      ...                 kept_taps=3, group_size=4)
+      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2,
+      ...                 kept=4, kept_taps=3, group_size=4)
       >>> key(spec, "forward")
       'forward 8x5x5x2 3x3/1x1/1x1 0x0x0x0 2x4x3x4 block 1 ieee'
     """

@@ -1,5 +1,6 @@
-"""Products with 2:4 weights: two kept of each four along the input axis, on sparse tensor cores
-where cuSPARSELt is there.
+"""Products with 2:4 weights, of which two in each four along the input axis are kept.
+
+They run on sparse tensor cores where cuSPARSELt is installed.
 """
 
 from pallas_kernels.two_of_four.api import choose, is_two_of_four, two_of_four_matmul

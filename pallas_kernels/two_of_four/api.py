@@ -1,6 +1,4 @@
-"""`two_of_four_matmul`: argument checks, the choice between cuSPARSELt and XLA's dense product, and
-the derivative.
-"""
+"""`two_of_four_matmul`: checks, the choice of cuSPARSELt or XLA, and the derivative."""
 
 import functools
 import math
@@ -48,7 +46,8 @@ def is_two_of_four(weights: Float[Array, "k m"]) -> Bool[Array, ""]:
       A boolean; False where 4 does not divide k.
 
     Example:
-      >>> bool(is_two_of_four(jnp.array([[1.0], [0.0], [2.0], [0.0]]))), bool(is_two_of_four(jnp.ones((4, 1))))
+      >>> weights = jnp.array([[1.0], [0.0], [2.0], [0.0]])
+      >>> bool(is_two_of_four(weights)), bool(is_two_of_four(jnp.ones((4, 1))))
       (True, False)
 
     Reference: Mishra et al., "Accelerating sparse deep neural networks", 2021.
@@ -65,8 +64,9 @@ def two_of_four_matmul(
     channel_major: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "..."]:
-    """Multiplies activations with weights of which at most two of each four along the input axis
-    are kept.
+    """Multiplies activations with 2:4 weights.
+
+    At most two of each four weights along the input axis are kept.
 
     `y = x W`, or `y = W^T x` where the channels come first: a dense layer, or a 1x1 convolution of
     stride 1 in (C, H, W, N). Nothing checks the pattern (`is_two_of_four` does); with other weights

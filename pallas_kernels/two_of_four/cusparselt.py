@@ -1,4 +1,4 @@
-"""cuWEIGHT_MULTIPLELt through `jax.ffi`: finds the library, loads the handler of cusparselt.cc and calls it.
+"""cuSPARSELt through `jax.ffi`: finds it, loads the handler of cusparselt.cc and calls that.
 
 Importing this module opens no library.
 """
@@ -16,7 +16,7 @@ from pallas_kernels.varying import result_type
 
 TARGET = "TwoOfFourMatmul"
 VARIABLE = "CUSPARSELT_LIBRARY"
-"""Environment variable with the path of cuWEIGHT_MULTIPLELt, where the loader does not find it."""
+"""Environment variable with the path of cuSPARSELt, where the loader does not find it."""
 FILE = "libcusparseLt.so.0"
 OLDEST_CAPABILITY = 80
 """Ampere's compute capability, times ten."""
@@ -28,7 +28,7 @@ COLUMN_MULTIPLE = 8
 
 
 def library() -> str:
-    """Where cuWEIGHT_MULTIPLELt is.
+    """Where cuSPARSELt is.
 
     That is what `$CUSPARSELT_LIBRARY` names, else a file in NVIDIA's wheels, else wherever the
     loader finds it.
@@ -47,7 +47,7 @@ def library() -> str:
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """Loads the handler's library; opens neither cuWEIGHT_MULTIPLELt nor a device.
+    """Loads the handler's library; opens neither cuSPARSELt nor a device.
 
     Args:
       path: of the library that `handler.build` made.
@@ -80,8 +80,9 @@ def register(loaded: ctypes.CDLL) -> None:
 
 
 def unavailable() -> str | None:
-    """Why the products cannot run on sparse tensor cores here. The first call on a GPU opens
-    cuWEIGHT_MULTIPLELt.
+    """Why the products cannot run on sparse tensor cores here.
+
+    The first call on a GPU opens cuSPARSELt.
 
     Returns:
       None where they can, else the reason.
@@ -95,7 +96,7 @@ def unavailable() -> str | None:
 
 
 def version() -> str | None:
-    """The version of cuWEIGHT_MULTIPLELt.
+    """The version of cuSPARSELt.
 
     Returns:
       As in "0.10.0"; None where the products cannot run.
@@ -106,7 +107,7 @@ def version() -> str | None:
 
 @functools.cache
 def _opened() -> ctypes.CDLL | str:
-    """The handler, registered, with cuWEIGHT_MULTIPLELt open; or the reason why not."""
+    """The handler, registered, with cuSPARSELt open; or the reason why not."""
     device = jax.devices()[0]
     capability = str(getattr(device, "compute_capability", "")).replace(".", "")
     if device.platform != "gpu" or not capability.isdigit():
@@ -124,7 +125,7 @@ def _opened() -> ctypes.CDLL | str:
         return f"the handler does not load ({error}); python -m pallas_kernels.two_of_four.build"
     if reason := loaded.TwoOfFourOpen(library().encode()).decode():
         return (
-            f"cuWEIGHT_MULTIPLELt does not open ({reason}); pip install nvidia-cusparselt-cu13, or name its "
+            f"cuSPARSELt does not open ({reason}); pip install nvidia-cusparselt-cu13, or name its "
             f"file in ${VARIABLE}"
         )
     register(loaded)
@@ -132,7 +133,7 @@ def _opened() -> ctypes.CDLL | str:
 
 
 def limits(k: int, m: int, n: int, dtype: str) -> str | None:
-    """Why cuWEIGHT_MULTIPLELt cannot run a product on any GPU.
+    """Why cuSPARSELt cannot run a product on any GPU.
 
     Args:
       k: inputs, the contracted axis.

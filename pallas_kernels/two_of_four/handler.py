@@ -110,7 +110,8 @@ def command(source: Path, out: Path, folders: Iterable[Path] = ()) -> list[str]:
     folders = list(folders)
     if reason := missing(folders):
         raise RuntimeError(reason)
-    flags = "-std=c++17 -O2 -Wall -Wextra -shared -fPIC -fvisibility-inlines-hidden".split()
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra"]
+    flags += ["-shared", "-fPIC", "-fvisibility-inlines-hidden"]
     includes = []
     for folder in (jax.ffi.include_dir(), *headers(folders)):
         includes += ["-isystem", str(folder)]

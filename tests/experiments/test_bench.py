@@ -155,7 +155,11 @@ def test_torch_convolves_as_we_do(image, kernel, strides, padding):
         for size in ((2, *image, 3), (*kernel, 3, 4))
     )
     y, pull = jax.vjp(
-        lambda x, weights: tap_conv(x, weights, strides=strides, padding=padding), x, weights
+        lambda x, weights: bench_kernels.dense_conv(
+            x, weights, strides=strides, padding=padding, formulation="taps"
+        ),
+        x,
+        weights,
     )
     with TorchProcess(TORCH) as process:
         calls = process.load(

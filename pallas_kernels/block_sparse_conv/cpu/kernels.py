@@ -84,8 +84,10 @@ def variants() -> list[str]:
 
 
 def variant() -> str:
-    """The variant that runs: the one that the environment variable `BLOCKSPARSE_JAX_CPU_VARIANT`
-    asks for, else the best.
+    """The variant that runs.
+
+    It is the one that the environment variable `BLOCKSPARSE_JAX_CPU_VARIANT` asks for, else the
+    best.
 
     Returns:
       One of `variants()`.

@@ -56,7 +56,7 @@ def _call(
     *operands: jax.Array,
     **attributes: Any,
 ) -> jax.Array:
-    """Calls one handler: operands, attributes and the result are those of `cpu_kernels/handlers.cc`.
+    """Calls one of the handlers of `cpu_kernels/handlers.cc`.
 
     `variant=""` lets the machine that runs the program pick one, which need not be the machine that
     compiles it.

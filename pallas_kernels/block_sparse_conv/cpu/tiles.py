@@ -1,5 +1,6 @@
-"""Whether the native CPU kernels are faster than XLA, by the measured times. They pick their own
-tiles, in C++.
+"""Whether the native CPU kernels are faster than XLA, by the measured times.
+
+The native kernels pick their own tiles, in C++.
 """
 
 import functools
@@ -26,8 +27,8 @@ def native_gain(spec: ConvSpec) -> float:
       nothing was measured.
 
     Example:
-      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4,
-      ...                 kept_taps=3, group_size=4)
+      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2,
+      ...                 kept=4, kept_taps=3, group_size=4)
       >>> native_gain(spec) > 0
       True
     """

@@ -39,8 +39,7 @@ def gather_outer(
     *,
     interpret: Any = None,
 ) -> jax.Array:
-    """Partial sums over pixels of `grouped[g] @ gathered source rows^T`, one for each share of the
-    pixels.
+    """Partial sums of `grouped[g] @ gathered source rows^T`, one for each share of the pixels.
 
     Args:
       gather: which pixels a forward pass reads and writes.

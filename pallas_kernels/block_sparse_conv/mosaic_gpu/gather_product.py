@@ -69,8 +69,10 @@ def gather_product(
     interpret: Any = None,
     processors: int | None = None,
 ) -> jax.Array:
-    """For each block b of output rows and each phase: `out[out_rows[b]] = act(scale[b] * (weights[b]
-    @ gathered rows) + bias[b] + residual)`.
+    """Multiplies weights with gathered rows, for each block of output rows and each phase.
+
+    For each block b, `out[out_rows[b]] = act(scale[b] * (weights[b] @ gathered rows) + bias[b] +
+    residual)`.
 
     Args:
       gather: which pixels are read and written.
@@ -165,8 +167,10 @@ def gather_product(
             return done + count
 
         def each_piece(warpgroup, place, use):
-            """Calls `use(exists, first column of the output, index in the staging memory)` for each
-            piece of columns that lie together.
+            """Calls `use` for each piece of columns that lie together.
+
+            `use` takes whether the piece exists, its first column in the output, and its index in
+            the staging memory.
             """
             height, row_length = gather.output
             for p in range(pieces):

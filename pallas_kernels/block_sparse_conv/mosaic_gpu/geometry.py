@@ -57,8 +57,9 @@ class Gather:
 
 
 def entry(run: jax.Array, offset_y: jax.Array, offset_x: jax.Array) -> jax.Array:
-    """Packs the entry of a list: number of the run (16 bits), offsets in pixels (8 bits each,
-    signed).
+    """Packs the entry of a list.
+
+    It holds the number of the run in 16 bits and the offsets in 8 bits each, signed.
 
     Args:
       run: number of the run of rows.
@@ -76,8 +77,9 @@ def entry(run: jax.Array, offset_y: jax.Array, offset_x: jax.Array) -> jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """The sizes of a pass's activations: a 1x1 convolution over whole images has one pixel and many
-    images.
+    """The sizes of a pass's activations.
+
+    A 1x1 convolution over whole images has one pixel and many images.
 
     Attributes:
       source: height and width in pixels of what is read: x, or dy in the input gradient.
@@ -101,8 +103,8 @@ def pixels(spec: ConvSpec, pass_name: str) -> Pixels:
       The sizes, images padded.
 
     Example:
-      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(1, 1), cout=8, groups=1, kept=8,
-      ...                 kept_taps=1, group_size=8)
+      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(1, 1), cout=8, groups=1,
+      ...                 kept=8, kept_taps=1, group_size=8)
       >>> pixels(spec, "forward")
       Pixels(source=(1, 1), output=(1, 1), images=64)
     """

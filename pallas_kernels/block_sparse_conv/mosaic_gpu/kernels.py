@@ -1,6 +1,6 @@
-"""The two Mosaic GPU kernels for Hopper: `gather_product` (forward and input gradient) and
-`gather_outer` (weight gradient).
+"""The two Mosaic GPU kernels for Hopper.
 
+`gather_product` is the forward pass and the input gradient, `gather_outer` the weight gradient.
 Both read rows of an activation matrix `[channels, pixels * images]` by a list; `pipeline.py` says
 how. Importing this module takes a JAX that has Pallas on Mosaic GPU.
 """

@@ -1,8 +1,8 @@
-"""The implementation "mosaic_gpu": a Hopper GPU, channels in aligned runs of 8, in Pallas on Mosaic
-GPU.
+"""The implementation "mosaic_gpu": Pallas on Mosaic GPU, for Hopper.
 
-XLA prepares small operands in the same program: lists of what to read (`lists.py`) and the weights
-in the order of the lists. In passes over activations that costs:
+It takes channels in aligned runs of 8. XLA prepares small operands in the same program: lists of
+what to read (`lists.py`) and the weights in the order of the lists. In passes over activations that
+costs:
 
 - forward: none. The rows of y are written where `filters` says, with scale, bias, residual and ReLU
   applied. Padding costs nothing.
@@ -28,7 +28,7 @@ from pallas_kernels.block_sparse_conv.mosaic_gpu.lists import (
     run_length,
 )
 from pallas_kernels.block_sparse_conv.mosaic_gpu.tiles import Tile, choose_tile
-from pallas_kernels.block_sparse_conv.spec import PASSES, ConvSpec, Implementation, Pair
+from pallas_kernels.block_sparse_conv.spec import ConvSpec, Implementation, Pair
 from pallas_kernels.padding import pad_to, round_up
 from pallas_kernels.sequential import one_at_a_time
 
@@ -70,8 +70,8 @@ def limits(spec: ConvSpec) -> str | None:
       None where they can, else the reason.
 
     Example:
-      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4,
-      ...                 kept_taps=3, group_size=4)
+      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2,
+      ...                 kept=4, kept_taps=3, group_size=4)
       >>> limits(spec)[:46]
       'computes in bfloat16 and float16, not in float'
     """
@@ -111,7 +111,7 @@ def limits(spec: ConvSpec) -> str | None:
 
 
 def _kernels() -> Any:
-    """The kernels, imported when first used: this module must import where JAX has no Mosaic GPU."""
+    """The kernels, imported at first use: this module must import where JAX has no Mosaic GPU."""
     from pallas_kernels.block_sparse_conv.mosaic_gpu import kernels
 
     return kernels
@@ -130,9 +130,7 @@ def _activations(matrix: jax.Array, size: Pair, shape: tuple[int, ...]) -> jax.A
 
 
 def _grouped(spec: ConvSpec, dy: jax.Array, filters: jax.Array) -> jax.Array:
-    """The rows of dy in the order of the groups; each group filled up to a multiple of 8 with
-    zeros.
-    """
+    """The rows of dy in the order of the groups, zeros filling each up to a multiple of 8."""
     group_rows = round_up(spec.group_size, 8)
     if group_rows == spec.group_size:
         return dy.at[filters.reshape(-1)].get(mode="promise_in_bounds", unique_indices=True)
@@ -269,9 +267,14 @@ def implementation(
 
         return batched
 
-    runs = (_forward, _input_gradient, _weight_gradient)
-    passes = {name: one_pass(name, run) for name, run in zip(PASSES, runs, strict=True)}
-    return Implementation("mosaic_gpu", supports, **passes, fused=True)
+    return Implementation(
+        "mosaic_gpu",
+        supports,
+        forward=one_pass("forward", _forward),
+        input_gradient=one_pass("input_gradient", _input_gradient),
+        weight_gradient=one_pass("weight_gradient", _weight_gradient),
+        fused=True,
+    )
 
 
 IMPLEMENTATION = implementation()

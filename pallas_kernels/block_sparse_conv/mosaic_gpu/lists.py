@@ -153,8 +153,10 @@ def _offsets(spec: ConvSpec, taps: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _phase_offsets(
     spec: ConvSpec, taps: jax.Array
 ) -> tuple[list[jax.Array], tuple[jax.Array, jax.Array]]:
-    """Along each axis, for each phase of the input pixels and each tap: whether the tap reaches the
-    phase, and the offset in pixels of dy to what it reads (0 where it does not).
+    """Which phases of the input pixels each tap reaches, and from where.
+
+    Returns, along each axis: whether a tap reaches a phase, and the offset in pixels of dy to what
+    it reads (0 where it does not), both `[phases, groups, kept_taps]`.
     """
     divisible, offsets = [], []
     for stride, offset in zip(spec.strides, _offsets(spec, taps), strict=True):
@@ -166,8 +168,9 @@ def _phase_offsets(
 
 
 def _kept_at(spec: ConvSpec, blocks: int, rows: int, channels: jax.Array) -> jax.Array:
-    """Where in a group's list of kept channels each channel stands, -1: not kept; `[groups, blocks,
-    rows]`.
+    """Where each channel stands in a group's list of kept channels: `[groups, blocks, rows]`.
+
+    A channel that the group does not keep has -1.
     """
     group = jnp.arange(spec.groups)[:, None]
     nowhere = jnp.full((spec.groups, blocks * rows), -1, jnp.int32)

@@ -1,10 +1,10 @@
 """What both Mosaic GPU kernels share: copies by a list, the ring of stages, and the products.
 
 An entry of a list names a run of source rows and an offset in pixels. The copy engine (TMA) brings
-the run, shifted, into swizzled shared memory as a piece of a matrix operand. A shifted pixel outside
-the image is asked for beyond the end of the matrix, where the copy engine fills in zeros: padding
-costs neither a copy nor memory traffic. One warpgroup copies ahead through a ring of stages, the
-others multiply (wgmma) into float32 registers.
+the run, shifted, into swizzled shared memory as a piece of a matrix operand. A shifted pixel
+outside the image is asked for beyond the end of the matrix, where the copy engine fills in zeros:
+padding costs neither a copy nor memory traffic. One warpgroup copies ahead through a ring of
+stages, the others multiply (wgmma) into float32 registers.
 
 Pallas would put a barrier of the 128 threads of a warpgroup before every copy and around every
 store. `launch` turns that off, and order comes from the barriers that are written in the kernels
@@ -59,8 +59,9 @@ def store(ref: Any, value: jax.Array, interpret: Any) -> None:
 def source_column(
     gather: Gather, word: jax.Array, corner: tuple[jax.Array, jax.Array], image: jax.Array
 ) -> jax.Array:
-    """First column in the source of an entry at an output pixel; beyond the end of the source where
-    that lies outside the image.
+    """First column in the source of an entry at an output pixel.
+
+    It lies beyond the end of the source where the shifted pixel is outside the image.
     """
     y, x = corner[0] + ((word >> 16 & 0xFF) - 128), corner[1] + (word >> 24)
     height, width = gather.source
@@ -77,8 +78,9 @@ def source_rows(gather: Gather, word: jax.Array) -> Any:
 def words(
     lists: Any, list_index: jax.Array, first: jax.Array, count: int
 ) -> Iterator[tuple[int, jax.Array]]:
-    """Entries `[list_index, first:first + count]` with their numbers; the loads of 8 are in flight
-    together.
+    """Entries `[list_index, first:first + count]` with their numbers.
+
+    The loads of 8 entries are in flight together.
     """
     for start in range(0, count, 8):
         numbers = range(start, min(start + 8, count))
@@ -144,8 +146,9 @@ def multiply(
     empty: Any,
     operands: Callable[[jax.Array], tuple[Any, Any]],
 ) -> jax.Array:
-    """Sums the products of `count` stages, the ring being at step `done`; one product is in flight
-    while the next stage is awaited.
+    """Sums the products of `count` stages, the ring being at step `done`.
+
+    One product is in flight while the next stage is awaited.
     """
 
     def accumulate(total: Any) -> jax.Array:

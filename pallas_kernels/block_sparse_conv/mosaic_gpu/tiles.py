@@ -54,8 +54,8 @@ def choose_tile(spec: ConvSpec, pass_name: str) -> Tile:
       The tile.
 
     Example:
-      >>> spec = ConvSpec(cin=64, height=8, width=8, batch=128, kernel=(3, 3), cout=64, groups=2, kept=16,
-      ...                 kept_taps=3, group_size=32)
+      >>> spec = ConvSpec(cin=64, height=8, width=8, batch=128, kernel=(3, 3), cout=64, groups=2,
+      ...                 kept=16, kept_taps=3, group_size=32)
       >>> choose_tile(spec, "forward").columns
       64
     """
@@ -76,8 +76,9 @@ def choose_tile(spec: ConvSpec, pass_name: str) -> Tile:
 
 
 def _weight_gradient_rule(spec: ConvSpec, candidates: list[Tile]) -> Tile:
-    """The fewest parts of the gathered rows, in the narrowest tiles, in deep steps of at least three
-    stages.
+    """The fewest parts of the gathered rows; of these tiles the narrowest, in deep steps.
+
+    A deep step must leave room for at least three stages.
     """
     gathered = spec.kept * spec.kept_taps
     fewest_parts = min(-(-gathered // tile.columns) for tile in candidates)
@@ -100,8 +101,8 @@ def candidate_tiles(spec: ConvSpec, pass_name: str) -> list[Tile]:
       The tiles; all fit in shared memory and registers.
 
     Example:
-      >>> spec = ConvSpec(cin=64, height=8, width=8, batch=128, kernel=(3, 3), cout=64, groups=2, kept=16,
-      ...                 kept_taps=3, group_size=32)
+      >>> spec = ConvSpec(cin=64, height=8, width=8, batch=128, kernel=(3, 3), cout=64, groups=2,
+      ...                 kept=16, kept_taps=3, group_size=32)
       >>> [(tile.rows, tile.columns, tile.images) for tile in candidate_tiles(spec, "forward")]
       [(64, 64, 64), (64, 128, 128), (64, 256, 128)]
     """
@@ -189,8 +190,9 @@ def _with_most_stages(tile: Tile, pass_name: str) -> Tile:
 
 
 def _splits(blocks: int, steps: int) -> int:
-    """Shares of the pixels that fill the multiprocessors in few whole waves and leave each at least
-    8 steps.
+    """Shares of the pixels that fill the multiprocessors in few whole waves.
+
+    Each share has at least 8 steps.
     """
     multiprocessors = this_device().multiprocessors
     most = max(1, min(steps // 8, 4 * multiprocessors // blocks))

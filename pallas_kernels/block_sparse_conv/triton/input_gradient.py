@@ -64,9 +64,7 @@ def input_gradient(
 def _scatter(
     spec: ConvSpec, tile: Tile, dy: jax.Array, values: jax.Array, index: Index
 ) -> jax.Array:
-    """Each group contracts its filters and taps, and adds its share of the kept channels to float32
-    sums.
-    """
+    """Each group contracts its filters and taps, and adds the result to float32 sums in memory."""
     depth = spec.kept_taps * spec.group_size
     lists = calls.entries(
         spec, index.filters, index.taps, taps_first=True, depth=round_up(depth, tile.depth)
@@ -89,8 +87,9 @@ def _scatter(
 def _transposed(
     spec: ConvSpec, tile: Tile, dy: jax.Array, values: jax.Array, index: Index
 ) -> jax.Array:
-    """Each run of channels contracts the filters and taps of all groups that keep it, listed in a
-    table: no sums in memory.
+    """Each run of channels contracts the filters and taps of all groups that keep it.
+
+    A table lists them, so nothing is added in memory.
     """
     run, depth = spec.channel_block, spec.kept_taps * spec.group_size
     padded_depth = round_up(depth, tile.depth)

@@ -1,12 +1,16 @@
-"""The two Triton kernels: a product with gathered rows (forward, input gradient), and the weight
-gradient.
+"""The two Triton kernels.
 
-Activations are (C, H, W, N). A *row* is what one (channel, tap) contributes: the values of a
-channel at the positions shifted by the tap, N contiguous images at each. A list names the rows to
-contract over. Its *entries* are one int32 each, `channel << 8 | tap_y << 4 | tap_x`, or -1 for
-nothing. So the lists decide what is convolved, and one kernel runs in both directions: forward
-gathers x by (kept channel, tap), the input gradient gathers dy by (filter, tap). A *member* is a
-row of a group's result: a filter in the forward pass, a channel in the input gradient.
+`gather_product` multiplies weights with gathered rows: the forward pass and the input gradient.
+`weight_gradient` is the third pass. Activations are (C, H, W, N).
+
+- A *row* is what one (channel, tap) contributes: the values of a channel at the positions shifted
+  by the tap, N contiguous images at each.
+- A *list* names the rows to contract over. Its *entries* are one int32 each, `channel << 8 | tap_y
+  << 4 | tap_x`, or -1 for nothing. So the lists decide what is convolved, and one kernel runs in
+  both directions: forward gathers x by (kept channel, tap), the input gradient gathers dy by
+  (filter, tap).
+- A *member* is a row of a group's result: a filter in the forward pass, a channel in the input
+  gradient.
 
 All sizes are compile-time constants: only then does Triton know that a row's length is a multiple
 of 16 bytes, and copies 16 bytes at a time.
@@ -22,7 +26,7 @@ except ImportError:  # this module still imports; `launch.unavailable()` says wh
     tl = types.SimpleNamespace(constexpr=None)
 
 TAP_BITS = 4
-"""Bits of each coordinate of a tap in an entry; the kernels below have 4, 8 and 15 written out."""
+"""Bits of each coordinate of a tap in an entry; the kernels write 4, 8 and 15 for what follows."""
 MAX_KERNEL = 1 << TAP_BITS
 MAX_CHANNELS = 1 << (31 - 2 * TAP_BITS)
 
@@ -54,8 +58,9 @@ def _positions(
     backward: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Corners and images `[1, block]` of a tile of positions; the corner is one number where the
-    tile lies in one pixel.
+    """Corners and images `[1, block]` of a tile of positions.
+
+    The corner is one number where the tile lies in one pixel.
     """
     if images % block == 0:
         tiles_of_pixel: tl.constexpr = images // block
@@ -181,7 +186,7 @@ def gather_product(
     images: tl.constexpr = out_size[2]
     positions: tl.constexpr = out_size[0] * out_size[1] * images
     program = tl.program_id(0)
-    # Neighbouring programs work on the same positions: the rows that several groups gather are then
+    # Neighbouring programs work on the same positions: rows that several groups gather are then
     # still in the L2 cache.
     group, part = program % (groups * tiles) // tiles, program % tiles
     tile = program // (groups * tiles)
@@ -207,8 +212,8 @@ def gather_product(
         entries += group * depth_padded
         steps = depth_padded // block_depth
         weights += group * weight_strides[0]
-    # The weights are loaded in the orientation of the product: Triton copies a transposed operand in
-    # small pieces on Ampere.
+    # The weights are loaded in the orientation of the product: Triton copies a transposed operand
+    # in small pieces on Ampere.
     k_of_weight = k[:, None] if positions_first else k[None, :]
     member_of_weight = member[None, :] if positions_first else member[:, None]
     weights += k_of_weight * weight_strides[1] + member_of_weight * weight_strides[2]
@@ -300,8 +305,9 @@ def weight_gradient(
     block_depth: tl.constexpr,
     block_positions: tl.constexpr,
 ):
-    """`out[split, g] = gathered(entries[g]) gradient[rows[g]]^T`, each split over its share of the
-    positions.
+    """`out[split, g] = gathered(entries[g]) gradient[rows[g]]^T`.
+
+    Each split sums over its share of the positions.
 
     Args:
       source: activations `[channels, *size]`.

@@ -59,8 +59,8 @@ def limits(spec: ConvSpec) -> str | None:
       None where they can, else the reason.
 
     Example:
-      >>> spec = ConvSpec(cin=8, height=50, width=50, batch=2, kernel=(17, 1), cout=8, groups=2, kept=4,
-      ...                 kept_taps=3, group_size=4)
+      >>> spec = ConvSpec(cin=8, height=50, width=50, batch=2, kernel=(17, 1), cout=8, groups=2,
+      ...                 kept=4, kept_taps=3, group_size=4)
       >>> limits(spec)
       "takes kernels up to 16 pixels on a side, got (17, 1); use 'xla'"
     """

@@ -191,8 +191,9 @@ def _holds_sums(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> 
 
 
 def _is_too_deep(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> bool:
-    """Whether a step has more operands than registers hold: true float32 on Ampere keeps them
-    there.
+    """Whether a step has more operands than registers hold.
+
+    True float32 on Ampere keeps the operands of a step in registers.
     """
     is_ieee_on_ampere = capability < 90 and spec.precision == "ieee"
     return is_ieee_on_ampere and pass_name != "weight_gradient" and tile.depth > 16

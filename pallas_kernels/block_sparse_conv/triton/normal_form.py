@@ -28,8 +28,8 @@ def normal(spec: ConvSpec) -> ConvSpec:
       arithmetic.
 
     Example:
-      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=3, kernel=(1, 1), cout=8, groups=2, kept=4,
-      ...                 kept_taps=1, group_size=4)
+      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=3, kernel=(1, 1), cout=8, groups=2,
+      ...                 kept=4, kept_taps=1, group_size=4)
       >>> normal(spec).in_shape
       (8, 1, 1, 76)
     """

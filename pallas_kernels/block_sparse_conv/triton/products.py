@@ -1,4 +1,4 @@
-"""The matrix products of each pass, and the ways of the input gradient with their estimated cost."""
+"""The matrix products of each pass, and the estimated cost of the input gradient's ways."""
 
 import dataclasses
 import math
@@ -58,8 +58,9 @@ def product(spec: ConvSpec, pass_name: str, method: str = "") -> Product:
 
 
 def tile_rows(members: int, arithmetic: str) -> int:
-    """The rows of a tile with the least padding; half as many rows cost the gathered rows once
-    more.
+    """The rows of a tile with the least padding.
+
+    Half as many rows would gather the rows of the activations once more.
 
     TF32 stays below 64 rows, where wgmma would begin: wgmma takes float32 operands only transposed,
     and its rows would be copied 4 bytes at a time.
@@ -102,8 +103,8 @@ def cost(spec: ConvSpec, method: str) -> float:
       Seconds.
 
     Example:
-      >>> spec = ConvSpec(cin=64, height=8, width=8, batch=128, kernel=(3, 3), cout=64, groups=2, kept=64,
-      ...                 kept_taps=9, group_size=32, dtype="bfloat16")
+      >>> spec = ConvSpec(cin=64, height=8, width=8, batch=128, kernel=(3, 3), cout=64, groups=2,
+      ...                 kept=64, kept_taps=9, group_size=32, dtype="bfloat16")
       >>> cost(spec, "dense") < cost(spec, "scatter")
       True
     """

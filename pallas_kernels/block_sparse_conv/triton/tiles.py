@@ -36,10 +36,10 @@ def choose_tile(spec: ConvSpec, pass_name: str, capability: int = 90, method: st
       The tile.
 
     Example:
-      >>> spec = ConvSpec(cin=64, height=8, width=8, batch=256, kernel=(3, 3), cout=64, groups=2, kept=19,
-      ...                 kept_taps=3, group_size=32, dtype="bfloat16")
-      >>> choose_tile(spec, "forward")
-      Tile(rows=32, positions=128, depth=64, warps=4, stages=2, positions_first=True, splits=1, method='')
+      >>> spec = ConvSpec(cin=64, height=8, width=8, batch=256, kernel=(3, 3), cout=64, groups=2,
+      ...                 kept=19, kept_taps=3, group_size=32, dtype="bfloat16")
+      >>> choose_tile(spec, "forward") == Tile(32, 128, 64, stages=2, positions_first=True)
+      True
     """
     fields = tuned_tables.tuned_tile("triton", tuned_key(spec, pass_name))
     if fields and method in ("", fields["method"]):
@@ -77,8 +77,8 @@ def candidate_tiles(spec: ConvSpec, pass_name: str, capability: int = 90) -> lis
       Tiles that fit in shared memory and registers.
 
     Example:
-      >>> spec = ConvSpec(cin=64, height=8, width=8, batch=128, kernel=(3, 3), cout=64, groups=1, kept=19,
-      ...                 kept_taps=3, group_size=64, dtype="bfloat16")
+      >>> spec = ConvSpec(cin=64, height=8, width=8, batch=128, kernel=(3, 3), cout=64, groups=1,
+      ...                 kept=19, kept_taps=3, group_size=64, dtype="bfloat16")
       >>> Tile(64, 128, 64) in candidate_tiles(spec, "forward")
       True
     """
@@ -105,7 +105,7 @@ def _tiles_around(rule: Tile, spec: ConvSpec, pass_name: str, capability: int) -
     """Tiles with the rule's rows, in other sizes; a step of float32 takes half as much."""
     is_half = spec.precision == "half"
     if pass_name == "weight_gradient":
-        positions = (32, 64) if is_half else (16, 32)
+        positions: tuple[int, ...] = (32, 64) if is_half else (16, 32)
         if multiplies_wide(spec, capability):
             positions = (32, 64, 128)
         depths = (64,) if spec.precision == "ieee" else (64, 128)
@@ -175,8 +175,9 @@ def _power_of_two(size: int, low: int, high: int) -> int:
 
 
 def _splits(tile: Tile, p: Product) -> int:
-    """Shares of the positions: two programs for each multiprocessor, at least four steps each, the
-    partial sums in the L2 cache.
+    """Shares of the positions: two programs for each multiprocessor.
+
+    Each share has at least four steps, and the partial sums stay in the L2 cache.
     """
     programs = p.groups * -(-p.members // tile.rows) * -(-p.depth // tile.depth)
     steps = -(-p.positions // tile.positions)

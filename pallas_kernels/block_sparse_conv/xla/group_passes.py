@@ -62,9 +62,7 @@ def input_gradient_rows(
     channels: jax.Array,
     taps: jax.Array,
 ) -> jax.Array:
-    """The gradient of the group's input rows `[kept, h * w * n]`: one product, whose results are
-    shifted.
-    """
+    """The gradient of the group's input `[kept, h * w * n]`: one product, its results shifted."""
     product = _dot(spec, values, _take(dy, filters), 2, 0)
     product = product.reshape(spec.kept, spec.kept_taps, *spec.out_shape[1:])
     tops, lefts = _offsets(spec, taps)
@@ -84,9 +82,7 @@ def input_gradient_taps(
     channels: jax.Array,
     taps: jax.Array,
 ) -> jax.Array:
-    """The gradient of the group's input rows `[kept, h * w * n]`: one product with shifted rows of
-    the dilated dy.
-    """
+    """The gradient of the group's input `[kept, h * w * n]`: a product with shifted rows of dy."""
     rows = _output_rows(spec, dilated, filters, taps)
     return _dot(spec, values.reshape(spec.kept, -1), rows, 1, 0)
 
@@ -99,7 +95,7 @@ def weight_gradient_rows(
     channels: jax.Array,
     taps: jax.Array,
 ) -> jax.Array:
-    """The gradient of the group's values `[kept, kept_taps, group_size]`, from shifted input rows."""
+    """The gradient of the group's values `[kept, kept_taps, group_size]`: shifted rows of x."""
     rows = _input_rows(spec, padded, channels, taps)
     return _dot(spec, rows, _take(dy, filters), 1, 1).reshape(spec.packed_shape[1:])
 
@@ -112,9 +108,7 @@ def weight_gradient_taps(
     channels: jax.Array,
     taps: jax.Array,
 ) -> jax.Array:
-    """The gradient of the group's values `[kept, kept_taps, group_size]`, from shifted rows of the
-    dilated dy.
-    """
+    """The gradient of the group's values `[kept, kept_taps, group_size]`: shifted rows of dy."""
     rows = _output_rows(spec, dilated, filters, taps)
     return _dot(spec, _take(x, channels), rows, 1, 1).reshape(spec.packed_shape[1:])
 
@@ -144,7 +138,7 @@ def _take(activations: jax.Array, index: jax.Array) -> jax.Array:
 def _windows(
     source: jax.Array, channels: jax.Array, tops: jax.Array, lefts: jax.Array, size: Pair
 ) -> jax.Array:
-    """Windows `[rows, *size, n]` of the source `[c, h, w, n]`, one for each (channel, top, left)."""
+    """Windows `[rows, *size, n]` of `[c, h, w, n]`, one for each (channel, top, left)."""
     starts = jnp.stack([channels, tops, lefts], -1)
     return lax.gather(
         source, starts, WINDOWS, (1, *size, source.shape[3]), mode="promise_in_bounds"
@@ -164,8 +158,9 @@ def _input_rows(
 def _output_rows(
     spec: ConvSpec, dilated: jax.Array, filters: jax.Array, taps: jax.Array
 ) -> jax.Array:
-    """The rows of the dilated dy that reach the input through each (tap, filter): `[kept_taps *
-    group_size, h * w * n]`.
+    """The rows of the dilated dy that reach the input through each (tap, filter).
+
+    Their shape is `[kept_taps * group_size, h * w * n]`.
     """
     tops, lefts = (
         jnp.repeat(reach - offset, spec.group_size)

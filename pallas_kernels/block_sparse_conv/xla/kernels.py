@@ -30,7 +30,7 @@ from pallas_kernels.block_sparse_conv.pixels import dilate_output, pad_input, re
 from pallas_kernels.block_sparse_conv.spec import ConvSpec, Implementation
 from pallas_kernels.block_sparse_conv.xla import group_passes, tiles
 
-UNIQUE = {"mode": "promise_in_bounds", "unique_indices": True}
+UNIQUE: dict[str, Any] = {"mode": "promise_in_bounds", "unique_indices": True}
 
 
 def _forward(
@@ -147,10 +147,13 @@ def _zero_rows(like: jax.Array, rows: int, shape: tuple[int, ...], dtype: Any) -
 
 
 def _formulation(name: str, side: str, loop: str) -> Implementation:
-    passes = (
-        functools.partial(run, side, loop) for run in (_forward, _input_gradient, _weight_gradient)
+    return Implementation(
+        name,
+        supports=functools.partial(tiles.supports, name),
+        forward=functools.partial(_forward, side, loop),
+        input_gradient=functools.partial(_input_gradient, side, loop),
+        weight_gradient=functools.partial(_weight_gradient, side, loop),
     )
-    return Implementation(name, functools.partial(tiles.supports, name), *passes)
 
 
 FORMULATIONS: dict[str, Implementation] = {

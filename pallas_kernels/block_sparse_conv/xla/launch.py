@@ -4,7 +4,7 @@ import functools
 
 import jax
 
-from pallas_kernels.block_sparse_conv.spec import PASSES, ConvSpec, Implementation
+from pallas_kernels.block_sparse_conv.spec import ConvSpec, Implementation
 from pallas_kernels.block_sparse_conv.xla import tiles
 from pallas_kernels.block_sparse_conv.xla.kernels import FORMULATIONS
 
@@ -23,11 +23,15 @@ def _supports(spec: ConvSpec) -> str | None:
     return unavailable()
 
 
-def _run(name: str, spec: ConvSpec, *operands: jax.Array) -> jax.Array:
-    """One pass, by name."""
-    return getattr(FORMULATIONS[tiles.choose(spec)], name)(spec, *operands)
+def _run(pass_name: str, spec: ConvSpec, *operands: jax.Array) -> jax.Array:
+    """One pass, in the formulation for its spec."""
+    return getattr(FORMULATIONS[tiles.choose(spec)], pass_name)(spec, *operands)
 
 
 IMPLEMENTATION = Implementation(
-    "xla", _supports, *(functools.partial(_run, name) for name in PASSES)
+    "xla",
+    _supports,
+    forward=functools.partial(_run, "forward"),
+    input_gradient=functools.partial(_run, "input_gradient"),
+    weight_gradient=functools.partial(_run, "weight_gradient"),
 )

@@ -1,5 +1,6 @@
-"""Which formulation the XLA implementation runs: the fastest by the measured times on a CPU, else a
-simple rule.
+"""Which formulation the XLA implementation runs.
+
+On a CPU the fastest by the measured times, elsewhere that of a simple rule.
 """
 
 import functools
@@ -12,7 +13,7 @@ from pallas_kernels.block_sparse_conv import cpu_times
 from pallas_kernels.block_sparse_conv.spec import ConvSpec
 
 MOST_UNROLLED_GROUPS = 8
-"""Compile time grows with the unrolled groups: more of them run in a loop or one batched product."""
+"""More groups run in a loop or in one batched product: compile time grows with unrolled groups."""
 GATHER_COST = 4
 """The rule's price of a kept multiplication, whose rows are gathered, against a dense one."""
 
@@ -28,8 +29,8 @@ def supports(name: str, spec: ConvSpec) -> str | None:
       None, or the reason why not.
 
     Example:
-      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4,
-      ...                 kept_taps=3, group_size=4)
+      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2,
+      ...                 kept=4, kept_taps=3, group_size=4)
       >>> supports("rows", spec) is None
       True
     """
@@ -56,8 +57,8 @@ def choose(spec: ConvSpec, backend: str | None = None) -> str:
       The name of the formulation.
 
     Example:
-      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2, kept=4,
-      ...                 kept_taps=3, group_size=4)
+      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2,
+      ...                 kept=4, kept_taps=3, group_size=4)
       >>> choose(spec, "tpu")
       'rows_batched'
     """
@@ -83,8 +84,9 @@ def _fastest(spec: ConvSpec, times: list[dict[str, float]], weights: list[float]
 
 
 def _rule(spec: ConvSpec) -> str:
-    """One batched product over the groups while its gathers pay; the side that gathers and
-    multiplies fewer rows.
+    """One batched product over the groups while its gathers pay off, else dense.
+
+    It shifts on the side that gathers and multiplies fewer rows.
     """
     if spec.density * GATHER_COST > 1:
         return "dense"
