@@ -7,16 +7,19 @@ size_t forward_scratch(const Problem& p, const Grid& grid, int64_t vectors) {
   return count.used;
 }
 
-// A panel pays when many filters share it. For a few, one vector of their outputs stays in registers while the sources stream by from where
-// they lie, and what the next vector needs is fetched in advance: not where all channels begin at the same place of a page, since they would
-// push each other out of the cache.
+// A panel pays when many filters share it. For a few filters, one vector of their outputs stays in
+// registers while the sources are read from where they lie, and what the next vector needs is
+// fetched in advance. That does not work where all channels begin at the same place of a page: they
+// would push each other out of the cache.
 template <class M>
 constexpr int64_t kStreamed = M::kPair == 1 ? 2 * kStreamRows : 0;
 
 template <class M>
 inline bool streams(const Problem& p, const Grid& grid) {
-  const bool run = grid.y.source_step == 1 && grid.x.source_step == 1 && grid.x.count == grid.source_width;
-  return run && p.group_size <= kStreamed<M> && grid.source_pitch * sizeof(typename M::Element) % kPage;
+  const bool run =
+      grid.y.source_step == 1 && grid.x.source_step == 1 && grid.x.count == grid.source_width;
+  return run && p.group_size <= kStreamed<M> &&
+         grid.source_pitch * sizeof(typename M::Element) % kPage;
 }
 
 // What a task of the streaming pass works on.
@@ -35,9 +38,11 @@ inline void stream_rows(const Stream<typename M::Element>& s, int64_t from, int6
   typedef typename M::Element E;
   const Problem& p = s.p;
   Vector sums[MR];
-  UNROLL for (int m = 0; m < MR; ++m) sums[m] = Vector{};
+  UNROLL
+  for (int m = 0; m < MR; ++m) sums[m] = Vector{};
   const int64_t step = p.kept_taps * p.group_size, ahead = v + 1 < s.vectors ? kLanes : 0;
-  const int32_t *channels = p.channels + s.group * p.kept, *filters = p.filters + s.group * p.group_size + from;
+  const int32_t *channels = p.channels + s.group * p.kept,
+                *filters = p.filters + s.group * p.group_size + from;
   for (int m = 0; m < MR; ++m) {
     const int64_t at = filters[m] * s.grid.target_pitch + s.lanes[v].target + ahead;
     if (p.epilogue.residual) __builtin_prefetch(static_cast<const E*>(p.epilogue.residual) + at);
@@ -46,28 +51,34 @@ inline void stream_rows(const Stream<typename M::Element>& s, int64_t from, int6
   for (int64_t t = 0; t < s.reach.count; ++t) {
     const Bits bits = s.reach.bits[t * s.vectors + v];
     const E* source = static_cast<const E*>(p.source) + s.lanes[v].source + s.reach.offset[t];
-    const float* weights = p.values + s.group * p.kept * step + s.reach.tap[t] * p.group_size + from;
+    const float* weights =
+        p.values + s.group * p.kept * step + s.reach.tap[t] * p.group_size + from;
     for (int64_t k = 0; (bits || p.careful) && k < p.kept; ++k, weights += step) {
       const E* row = source + channels[k] * s.grid.source_pitch;
       const Vector b = load_some(row, bits);
       __builtin_prefetch(row + ahead, 0, 2);
-      UNROLL for (int m = 0; m < MR; ++m) sums[m] = M::multiply_add(broadcast(weights[m]), b, sums[m]);
+      UNROLL
+      for (int m = 0; m < MR; ++m) sums[m] = M::multiply_add(broadcast(weights[m]), b, sums[m]);
     }
   }
-  UNROLL for (int m = 0; m < MR; ++m) {
+  UNROLL
+  for (int m = 0; m < MR; ++m) {
     const Finisher<E> finish(p.epilogue, filters[m], s.grid.target_pitch);
-    write(static_cast<E*>(p.target) + filters[m] * s.grid.target_pitch, s.lanes[v], finish(sums[m], s.lanes[v]), s.past_caches);
+    write(static_cast<E*>(p.target) + filters[m] * s.grid.target_pitch, s.lanes[v],
+          finish(sums[m], s.lanes[v]), s.past_caches);
   }
 }
 
 template <class M, int MR = kStreamRows>
-inline void stream_of(int64_t count, const Stream<typename M::Element>& s, int64_t from, int64_t v) {
+inline void stream_of(int64_t count, const Stream<typename M::Element>& s, int64_t from,
+                      int64_t v) {
   if (count == MR) return stream_rows<M, MR>(s, from, v);
   if constexpr (MR > 1) stream_of<M, MR - 1>(count, s, from, v);
 }
 
 template <class M>
-void forward_stream(const Problem& p, const Grid& grid, Range groups, const Vectors& all, int64_t vectors, Reach& reach) {
+void forward_stream(const Problem& p, const Grid& grid, Range groups, const Vectors& all,
+                    int64_t vectors, Reach& reach) {
   typedef typename M::Element E;
   const int64_t filters = p.group_size, columns = up(filters, kStreamRows);
   const bool past_caches = grid.target_pitch * p.cout * int64_t(sizeof(E)) > kCaches;
@@ -90,7 +101,8 @@ void forward(const Problem& p, const Grid& grid, Range range, Range groups, void
   describe_all(grid, range.begin, range.size(), s.vectors);
   cut(range.size(), s.tiles);
   if constexpr (M::kPair == 1) {
-    if (streams<M>(p, grid)) return forward_stream<M>(p, grid, groups, s.vectors, range.size(), s.blocks[0].reach);
+    if (streams<M>(p, grid))
+      return forward_stream<M>(p, grid, groups, s.vectors, range.size(), s.blocks[0].reach);
   }
   const int64_t filters = p.group_size, columns = up(filters, kRows);
   const bool finish = p.epilogue.scale || p.epilogue.bias || p.epilogue.residual || p.epilogue.relu;
@@ -101,8 +113,11 @@ void forward(const Problem& p, const Grid& grid, Range range, Range groups, void
   fill_block(p, grid, walk, groups.begin, 0, s.vectors, range.size(), *block);
   while (block) {
     const bool done = block->last && block->group + 1 == groups.end;
-    if (done) next->rows = 0;
-    else fill_block(p, grid, walk, block->group + block->last, block->last ? 0 : block->step, s.vectors, range.size(), *next);
+    if (done)
+      next->rows = 0;
+    else
+      fill_block(p, grid, walk, block->group + block->last, block->last ? 0 : block->step,
+                 s.vectors, range.size(), *next);
     pack<M>(*block, s.vectors, tiles, s.panel);
     const float* weights = p.values + block->group * walk.steps() * walk.step_at;
     for (int64_t i = 0; i < tiles.count; ++i) {
@@ -111,16 +126,21 @@ void forward(const Problem& p, const Grid& grid, Range range, Range groups, void
         const int64_t from = filters * j / columns, to = filters * (j + 1) / columns;
         const float* a = weights + from;
         float* c[kRows];
-        for (int64_t m = from; m < to; ++m) c[m - from] = s.sums + (begin * filters + m * width) * kLanes;
+        for (int64_t m = from; m < to; ++m)
+          c[m - from] = s.sums + (begin * filters + m * width) * kLanes;
         const Ahead ahead = ahead_of(*block, *next, lanes[begin + (j < width ? j : width - 1)]);
-        multiply_tile<M, true>(width, to - from, block->rows, s.panel + begin * block->rows * kLanes, &a, block->at, c, block->first, ahead);
+        multiply_tile<M, true>(width, to - from, block->rows,
+                               s.panel + begin * block->rows * kLanes, &a, block->at, c,
+                               block->first, ahead);
       }
     }
     if (block->last) {
       const int32_t* index = p.filters + block->group * filters;
       E* target = static_cast<E*>(p.target);
-      if (finish) write_all<true>(s, filters, grid, p.cout, index, target, p.epilogue);
-      else write_all<false>(s, filters, grid, p.cout, index, target);
+      if (finish)
+        write_all<true>(s, filters, grid, p.cout, index, target, p.epilogue);
+      else
+        write_all<false>(s, filters, grid, p.cout, index, target);
     }
     Block<E>* old = block;
     block = done ? nullptr : next, next = old;

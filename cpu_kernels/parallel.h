@@ -1,5 +1,5 @@
-// Tasks on XLA's own thread pool. The calling thread may itself be one of the pool's: it takes part in the work, and then waits only for
-// tasks that another thread has already begun.
+// Runs tasks on XLA's thread pool. The calling thread may itself belong to the pool: it takes part
+// in the work, and then waits only for tasks that another thread has already begun.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,8 @@ void parallel_for(xla::ffi::ThreadPool& pool, int64_t tasks, const Task& task) {
     std::atomic<int64_t> next{0}, done{0};
   };
   auto shared = std::make_shared<Shared>();
-  const Task* body = &task;  // lives until every task is done; a worker that comes later finds none left
+  const Task* body =
+      &task;  // valid until every task is done; a worker that starts later finds no task
   auto work = [shared, tasks, body] {
     for (int64_t i; (i = shared->next.fetch_add(1)) < tasks;) {
       (*body)(i);

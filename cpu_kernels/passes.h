@@ -1,10 +1,15 @@
 // The three passes for one variant: included by variant_*.cc inside the variant's namespace.
 //
-// A product, forward: the rows of the source under each (kept channel, kept tap) of a group are packed into a panel, zeros where a tap
-// leaves the image, and an 8 x 48 tile of outputs stays in registers while the panel streams through it (small groups go without a panel).
-// Taps that reach no position at hand are left out. While a panel is multiplied, the sources of the next one are fetched into the cache.
-// Input gradient: the same with the group's filters as rows, added channel by channel into a buffer of all channels that one thread owns:
-// no atomics, and one order of summation. Weight gradient: dot products over long runs of positions, summed in registers.
+// Forward: the rows of the source under each (kept channel, kept tap) of a group are packed into a
+// panel, with zeros where a tap reads outside of the image. An 8 x 48 tile of outputs stays in
+// registers while the rows of the panel are multiplied into it; small groups do without a panel.
+// Taps that reach none of the task's positions are skipped. While a panel is multiplied, the
+// sources of the next one are fetched into the cache.
+//
+// Input gradient: the same with the group's filters as rows. The products are added channel by
+// channel into a buffer that one thread owns: no atomics, and one order of summation.
+//
+// Weight gradient: dot products over long runs of positions, summed in registers.
 
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -22,7 +27,8 @@ struct Paired {
   typedef BFloat16 Element;
   static constexpr int kPair = 2;
   static Vector multiply_add(Vector a, Vector b, Vector c) {
-    return (Vector)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_castps_si512((__m512)a), (__m512bh)_mm512_castps_si512((__m512)b));
+    return (Vector)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_castps_si512((__m512)a),
+                                    (__m512bh)_mm512_castps_si512((__m512)b));
   }
 };
 typedef Paired BFloat16Mode;
@@ -39,20 +45,23 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 #include "input_gradient.h"
 #include "weight_gradient.h"
 
-// ---- the values ---------------------------------------------------------------------------------------------------------------------
+// ---- the values ---------------------------------------------------------------------------------
 
 template <class M>
 int64_t prepared_size(const Problem& p, bool input_gradient) {
   if (sizeof(typename M::Element) == 4) return 0;
-  const int64_t kept = input_gradient ? p.kept : up(p.kept, M::kPair), filters = input_gradient ? up(p.group_size, M::kPair) : p.group_size;
+  const int64_t kept = input_gradient ? p.kept : up(p.kept, M::kPair),
+                filters = input_gradient ? up(p.group_size, M::kPair) : p.group_size;
   return p.groups * kept * p.kept_taps * filters;
 }
 
-// Widened: float32 values. Paired: 32-bit words of two bfloat16, neighbours along the kept channels (forward) or the filters.
+// Widened: float32 values. Paired: 32-bit words of two bfloat16, neighbours along the kept channels
+// (forward) or the filters.
 template <class M>
 void prepare(const Problem& p, const void* values, bool input_gradient, Range groups, float* out) {
   const BFloat16* in = static_cast<const BFloat16*>(values);
-  const int64_t step = input_gradient ? 1 : M::kPair, pair_at = input_gradient ? 1 : p.kept_taps * p.group_size;
+  const int64_t step = input_gradient ? 1 : M::kPair,
+                pair_at = input_gradient ? 1 : p.kept_taps * p.group_size;
   const int64_t stride = input_gradient ? M::kPair : 1;
   out += groups.begin * (prepared_size<M>(p, input_gradient) / p.groups);
   for (int64_t g = groups.begin; g < groups.end; ++g)
@@ -72,7 +81,9 @@ void prepare(const Problem& p, const void* values, bool input_gradient, Range gr
 
 template <class M>
 Passes passes() {
-  return {kStreamed<M>, prepared_size<M>, prepare<M>, forward_scratch<M>, forward<M>, input_gradient_scratch<M>, input_gradient<M>, weight_gradient_scratch, weight_gradient<M>};
+  return {kStreamed<M>,      prepared_size<M>,          prepare<M>,        forward_scratch<M>,
+          forward<M>,        input_gradient_scratch<M>, input_gradient<M>, weight_gradient_scratch,
+          weight_gradient<M>};
 }
 
 #undef UNROLL

@@ -1,22 +1,26 @@
-// Where the lanes of a vector of positions lie in the source and in the target, and which of them a tap reaches.
+// Where the lanes of a vector of positions lie in the source and in the target, and which of them a
+// tap reaches.
 
 struct Lanes {
-  int64_t source, target;                             // element of lane 0
-  int32_t source_at[kLanes], target_at[kLanes];       // of each lane, from there
-  bool source_run, target_run;                        // the lanes lie side by side
-  bool source_halves;                                 // the lanes of each half do
-  bool source_near;                                   // the lanes ascend within two vectors: where source_spread has its bits
-  uint32_t source_spread;
-  Bits live;                                          // lanes that are positions of the grid
+  int64_t source, target;                        // element of lane 0
+  int32_t source_at[kLanes], target_at[kLanes];  // of each lane, counted from lane 0
+  bool source_run, target_run;                   // the lanes lie side by side
+  bool source_halves;                            // the lanes of each half do
+  bool source_near;                              // the lanes ascend within two vectors
+  uint32_t source_near_bits;  // then: a bit for each element of them that is a lane
+  Bits live;                  // lanes that are positions of the grid
 };
 
-// A few vectors with their masks: rows[v * taps_y + ty] and columns[v * taps_x + tx] say for which lanes the tap reads inside the image.
+// A few vectors with their masks: rows[v * taps_y + ty] and columns[v * taps_x + tx] say for which
+// lanes the tap reads inside the image.
 struct Vectors {
   Lanes* lanes;
   Bits *rows, *columns;
   int64_t taps_y, taps_x;
-  bool run;                   // the vectors lie side by side in the source
-  Bits reached(int64_t v, int64_t ty, int64_t tx) const { return rows[v * taps_y + ty] & columns[v * taps_x + tx]; }
+  bool run;  // the vectors lie side by side in the source
+  Bits reached(int64_t v, int64_t ty, int64_t tx) const {
+    return rows[v * taps_y + ty] & columns[v * taps_x + tx];
+  }
 };
 
 // Hands out aligned pieces of the scratch memory; without memory it only counts.
@@ -61,14 +65,16 @@ inline void describe(const Grid& grid, int64_t vector, int64_t v, const Vectors&
       for (; lane < kLanes; ++lane) lanes.source_at[lane] = lanes.target_at[lane] = 0;
       break;
     }
-    const int64_t source = (y * grid.y.source_step * grid.source_width + x * grid.x.source_step) * grid.images + image;
-    const int64_t target_y = y * grid.y.target_step + grid.y.target_offset, target_x = x * grid.x.target_step + grid.x.target_offset;
+    const int64_t source =
+        (y * grid.y.source_step * grid.source_width + x * grid.x.source_step) * grid.images + image;
+    const int64_t target_y = y * grid.y.target_step + grid.y.target_offset,
+                  target_x = x * grid.x.target_step + grid.x.target_offset;
     const int64_t target = (target_y * grid.target_width + target_x) * grid.images + image;
     if (lane == 0) lanes.source = source, lanes.target = target;
     lanes.source_run &= source - lanes.source == lane;
     lanes.target_run &= target - lanes.target == lane;
-    const int64_t left = grid.images - image;
-    const int run = left < kLanes - lane ? int(left) : kLanes - lane;
+    const int64_t remaining = grid.images - image;
+    const int run = remaining < kLanes - lane ? int(remaining) : kLanes - lane;
     const Bits bits = Bits(((1u << run) - 1) << lane);
     for (int i = 0; i < run; ++i) {
       lanes.source_at[lane + i] = int32_t(source - lanes.source) + i;
@@ -80,12 +86,12 @@ inline void describe(const Grid& grid, int64_t vector, int64_t v, const Vectors&
     lane += run, image = 0;
     if (++x == grid.x.count) x = 0, ++y;
   }
-  lanes.source_halves = lanes.source_near = true, lanes.source_spread = 0;
+  lanes.source_halves = lanes.source_near = true, lanes.source_near_bits = 0;
   for (int i = 0; i < kLanes && lanes.live >> i & 1; ++i) {
     const int32_t at = lanes.source_at[i], half = i < kLanes / 2 ? 0 : kLanes / 2;
     lanes.source_halves &= at - lanes.source_at[half] == i - half;
     lanes.source_near &= at < 2 * kLanes && (i == 0 || at > lanes.source_at[i - 1]);
-    if (lanes.source_near) lanes.source_spread |= 1u << at;
+    if (lanes.source_near) lanes.source_near_bits |= 1u << at;
   }
 }
 

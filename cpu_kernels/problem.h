@@ -1,5 +1,5 @@
-// What one pass of a block-sparse convolution is: sizes, grids of positions, operands. Plain data, no templates:
-// shared by the handlers and by every variant of the kernels.
+// What one pass of a block-sparse convolution is: sizes, grids of positions, operands. Plain data,
+// no templates: shared by the handlers and by every variant of the kernels.
 #pragma once
 
 #include <cstddef>
@@ -7,16 +7,18 @@
 
 namespace block_sparse {
 
-constexpr int64_t kPage = 4096;  // bytes: channels that begin at the same place of a page share one place in the caches
+constexpr int64_t kPage = 4096;  // bytes: channels that begin at the same offset in a page compete
+                                 // for the same lines of the caches
 
 struct Range {
   int64_t begin, end;
   int64_t size() const { return end - begin; }
 };
 
-// One image axis of a grid of positions. Position j of the grid reads the source at j * source_step + offset[tap], for the taps that are
-// active and where that lies in [0, source_size); it writes the target at j * target_step + target_offset. In memory, what it reads stands at
-// j * source_step + place[tap]: place is offset, unless the source is taken apart (grids.h).
+// One image axis of a grid of positions. Position j of the grid reads the source at j * source_step
+// + offset[tap], for the taps that are active and where that lies in [0, source_size); it writes
+// the target at j * target_step + target_offset. In memory, what it reads lies at j * source_step +
+// place[tap]: place is offset, unless the source is split into phases (grids.h).
 struct Axis {
   int64_t count, source_size, source_step, target_step, target_offset;
   int64_t taps;
@@ -24,7 +26,8 @@ struct Axis {
   const uint8_t* active;
 };
 
-// Positions (y, x, image), numbered in this order. The source and the target are [channel, y, x, image].
+// Positions (y, x, image), numbered in this order. The source and the target are [channel, y, x,
+// image].
 struct Grid {
   Axis y, x;
   int64_t images;
@@ -33,7 +36,8 @@ struct Grid {
   int64_t positions() const { return y.count * x.count * images; }
 };
 
-// What the forward pass does to a sum before it is stored: relu(scale[filter] * sum + bias[filter] + residual), as far as each is given.
+// What the forward pass does to a sum before it is stored: relu(scale[filter] * sum + bias[filter]
+// + residual). Null pointers are left out.
 struct Epilogue {
   const float *scale = nullptr, *bias = nullptr;  // [cout]
   const void* residual = nullptr;                 // as the target
@@ -42,41 +46,49 @@ struct Epilogue {
 
 // forward:          source = x,  target = y
 // input gradient:   source = dy, target = dx; one grid for each phase of the strides
-// weight gradient:  source = x,  other = dy (at the grid's own positions), target = dvalues
+// weight gradient:  source = x,  other = dy (at the positions of the grid), target = dvalues
 struct Problem {
   int64_t cin, cout, groups, kept, kept_taps, group_size, kernel_width;
   const void* source;
   const void* other;
-  const float* values;   // [groups, kept, kept_taps, group_size], or what the variant's `prepare` made of it
+  const float* values;  // [groups, kept, kept_taps, group_size], or the form into which the
+                        // variant's `prepare` brings them
   const int32_t* filters;
   const int32_t* channels;
   const int32_t* taps;
   void* target;
-  bool careful = false;    // a value is not finite: leave out no product with the zeros around the image, since it is not zero
+  bool careful = false;    // some value is not finite: its products with the zeros around the image
+                           // are NaN and must not be skipped
   Epilogue epilogue = {};  // forward
 };
 
-// The three passes for one element type. A vector is a run of `Variant::lanes` positions of the grid.
+// The three passes for one element type. A vector is a run of `Variant::lanes` positions of the
+// grid.
 struct Passes {
-  int64_t streamed;  // filters in a group, up to which the forward pass goes without panels
-  // Packs the values of some groups for the pass; null: the kernels read the float32 values as they are.
+  int64_t streamed;  // the forward pass does without panels for groups of up to this many filters
+  // Packs the values of some groups for the pass; a size of 0: the kernels read the float32 values
+  // as they are.
   int64_t (*prepared_size)(const Problem&, bool input_gradient);  // floats for all groups
-  void (*prepare)(const Problem&, const void* values, bool input_gradient, Range groups, float* prepared);
-  // Positions come in vectors; a call takes a range of them, and scratch memory of the size asked for.
+  void (*prepare)(const Problem&, const void* values, bool input_gradient, Range groups,
+                  float* prepared);
+  // Positions come in vectors; a call takes a range of them, and scratch memory of the size asked
+  // for.
   size_t (*forward_scratch)(const Problem&, const Grid&, int64_t vectors);
   void (*forward)(const Problem&, const Grid&, Range vectors, Range groups, void* scratch);
   size_t (*input_gradient_scratch)(const Problem&, const Grid&, int64_t vectors, int64_t channels);
   void (*input_gradient)(const Problem&, const Grid&, Range vectors, Range channels, void* scratch);
-  // Adds to the sums of the group's rows (kept channel, kept tap) over blocks of `Variant::run` vectors.
+  // Adds to the sums of the group's rows (kept channel, kept tap) over blocks of `Variant::run`
+  // vectors.
   size_t (*weight_gradient_scratch)(const Problem&, const Grid&);
-  void (*weight_gradient)(const Problem&, const Grid&, int64_t group, Range rows, Range blocks, float* sums, void* scratch);
+  void (*weight_gradient)(const Problem&, const Grid&, int64_t group, Range rows, Range blocks,
+                          float* sums, void* scratch);
 };
 
 struct Variant {
   const char* name;
-  int64_t lanes;       // positions in a vector
-  int64_t tile;        // vectors in a register tile
-  int64_t run;         // vectors in a block of the weight gradient
+  int64_t lanes;  // positions in a vector
+  int64_t tile;   // vectors in a register tile
+  int64_t run;    // vectors in a block of the weight gradient
   Passes float32, bfloat16;
 };
 

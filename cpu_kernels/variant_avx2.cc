@@ -11,7 +11,8 @@ namespace variant_avx2 {
 
 const Variant& avx2() {
   using namespace variant_avx2;
-  static const Variant variant = {"avx2", kLanes, kTile, kRun, passes<Float32>(), passes<BFloat16Mode>()};
+  static const Variant variant = {
+      "avx2", kLanes, kTile, kRun, passes<Float32>(), passes<BFloat16Mode>()};
   return variant;
 }
 

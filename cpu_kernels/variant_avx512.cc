@@ -11,7 +11,8 @@ namespace variant_avx512 {
 
 const Variant& avx512() {
   using namespace variant_avx512;
-  static const Variant variant = {"avx512", kLanes, kTile, kRun, passes<Float32>(), passes<BFloat16Mode>()};
+  static const Variant variant = {
+      "avx512", kLanes, kTile, kRun, passes<Float32>(), passes<BFloat16Mode>()};
   return variant;
 }
 

@@ -11,7 +11,8 @@ namespace variant_avx512_bf16 {
 
 const Variant& avx512_bf16() {
   using namespace variant_avx512_bf16;
-  static const Variant variant = {"avx512_bf16", kLanes, kTile, kRun, passes<Float32>(), passes<BFloat16Mode>()};
+  static const Variant variant = {"avx512_bf16",         kLanes, kTile, kRun, passes<Float32>(),
+                                  passes<BFloat16Mode>()};
   return variant;
 }
 

@@ -10,7 +10,8 @@ namespace variant_portable {
 
 const Variant& portable() {
   using namespace variant_portable;
-  static const Variant variant = {"portable", kLanes, kTile, kRun, passes<Float32>(), passes<BFloat16Mode>()};
+  static const Variant variant = {
+      "portable", kLanes, kTile, kRun, passes<Float32>(), passes<BFloat16Mode>()};
   return variant;
 }
 

@@ -144,7 +144,7 @@ def _run_pass_jvp(
     def xla_pass(*operands: Any) -> jax.Array:
         if name != "forward" or not implementation.fused:
             return getattr(xla.IMPLEMENTATION, name)(spec, *operands)
-        arrays, epilogue = operands[:5], operands[5:]
+        arrays, epilogue = operands[:5], Epilogue(*operands[5:])
         y = xla.IMPLEMENTATION.forward(spec, *arrays)
         return apply_epilogue(y, *epilogue, relu=spec.relu)
 
