@@ -1,8 +1,8 @@
 """`python -m pallas_kernels.two_of_four.build`: compiles the handler that calls cuSPARSELt.
 
 It takes a C++17 compiler, cuSPARSELt's header (`pip install nvidia-cusparselt-cu13`; PyTorch's
-CUDA wheels bring it) and those of CUDA's runtime (`pip install nvidia-cuda-runtime`, or an
-installed CUDA toolkit). It links nothing: cuSPARSELt is opened at run time.
+CUDA wheels bring it) and those of CUDA's runtime (`pip install nvidia-cuda-runtime
+nvidia-cuda-crt`, or an installed CUDA toolkit). It links nothing: cuSPARSELt is opened at run time.
 """
 
 import argparse

@@ -11,7 +11,11 @@ import jax
 
 SOURCE = Path(__file__).with_name("cusparselt.cc")
 LIBRARY = Path(__file__).with_name("libtwo_of_four.so")
-HEADERS = {"cusparseLt.h": "nvidia-cusparselt-cu13", "driver_types.h": "nvidia-cuda-runtime"}
+HEADERS = {
+    "cusparseLt.h": "nvidia-cusparselt-cu13",
+    "driver_types.h": "nvidia-cuda-runtime",
+    "crt/host_defines.h": "nvidia-cuda-crt",
+}
 """The headers that the compiler needs, and the packages that bring them."""
 
 
