@@ -20,9 +20,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments.bench import measure
 from experiments.bench.environment import commit, device, versions
-from experiments.bench.timing import alternate, median_iqr
+from experiments.bench.memory import steady_memory
+from experiments.bench.timing import median_iqr, time_in_turn, timed
 from experiments.reporting import plots
 from experiments.training.config import TrainConfig
 from experiments.training.execution import to_form
@@ -79,7 +79,7 @@ def main(config: CompareConfig) -> dict[str, Any]:
     if config.smoke:
         methods = SMOKE if config.methods == COMPARED else config.methods
         config = dataclasses.replace(config, methods=methods, epochs=1, repetitions=3)
-    measure.steady_memory()
+    steady_memory()
     out = Path(config.out or time.strftime("runs/compare-%Y%m%d-%H%M%S"))
     width = 0.25 if config.smoke else 1
     base = TrainConfig(width=width, epochs=config.epochs, seed=config.seed, log_every=10)
@@ -96,11 +96,13 @@ def main(config: CompareConfig) -> dict[str, Any]:
             f"{name}: test accuracy {results[name]['test_accuracy']:.2%} after "
             f"{results[name]['train_seconds']:.0f} s"
         )
-    times = alternate(_steppers(runs), config.repetitions)
+    times = time_in_turn(
+        {name: timed(step) for name, step in _steppers(runs).items()}, rounds=config.repetitions
+    )
     dense = median_iqr(times["dense", "masked"])[0] if "dense" in runs else None
     rows = []
     for name, result in results.items():
-        timed = {
+        medians = {
             form: median_iqr(times[name, form])
             for form in ("masked", "packed")
             if (name, form) in times
@@ -110,7 +112,7 @@ def main(config: CompareConfig) -> dict[str, Any]:
             for key in ("method", "test_accuracy", "density", "kept_flops_fraction")
         }
         for form in ("masked", "packed"):
-            row[f"{form}_step_ms_median"], row[f"{form}_step_ms_iqr"] = timed.get(
+            row[f"{form}_step_ms_median"], row[f"{form}_step_ms_iqr"] = medians.get(
                 form, (None, None)
             )
         packed = row["packed_step_ms_median"]

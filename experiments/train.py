@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 import blocksparse_jax as bsj
-from experiments.bench import measure
 from experiments.bench.environment import device
+from experiments.bench.memory import steady_memory
 from experiments.training import command_line, registry
 from experiments.training.config import TrainConfig
 from experiments.training.execution import is_dense, to_form
@@ -45,7 +45,7 @@ def main(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     Example:
       main(TrainConfig(dataset="digits", method="hrbp", epochs=5, out="runs/a"))["test_accuracy"]
     """
-    measure.steady_memory()
+    steady_memory()
     result = Run(config, resume).train()
     assert result is not None
     return result

@@ -33,9 +33,9 @@ from rich.table import Table
 import blocksparse_jax as bsj
 from blocksparse_jax.tree import conv_kernels, path_name
 from experiments import models
-from experiments.bench import measure
 from experiments.bench.environment import commit, device, versions
-from experiments.bench.timing import clocked, in_turn, median_iqr
+from experiments.bench.memory import steady_memory
+from experiments.bench.timing import median_iqr, time_in_turn, timed
 from experiments.bench.torch_process import POLICIES, TorchProcess
 from experiments.models.flops import conv_positions
 from pallas_kernels.dense_conv import taps_up_to
@@ -187,7 +187,7 @@ def cores(count: int) -> Iterator[None]:
 
 def _report(config: InferenceConfig) -> dict[str, Any]:
     """Everything on the cores of this process."""
-    measure.steady_memory()
+    steady_memory()
     told = versions()
     with contextlib.ExitStack() as stack:
         torch = {
@@ -244,7 +244,7 @@ def _bench(
             _agree(
                 name, {key: np.asarray(calls[key]())}, np.asarray(network["NHWC"](dense, images))
             )
-        clocks: dict[Any, Callable[[], float]] = {key: clocked(call) for key, call in calls.items()}
+        clocks: dict[Any, Callable[[], float]] = {key: timed(call) for key, call in calls.items()}
         for policy, process in torch.items():
             arrays: dict[str, Any] = {
                 "images": np.asarray(images),
@@ -255,7 +255,7 @@ def _bench(
                 (f"PyTorch {how}, {policy}", "", "dense"): call for how, call in theirs.items()
             }
             _agree(name, {how: process.results(how)[0] for how in theirs}, wanted)
-        times = in_turn(clocks, seconds=config.seconds)
+        times = time_in_turn(clocks, seconds=config.seconds, patience=config.seconds)
         median = {key: median_iqr(t)[0] or 0.0 for key, t in times.items()}
         fastest = {
             who: min((m for key, m in median.items() if key[0].startswith(who)), default=None)

@@ -29,12 +29,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments.bench import measure, shapes
+from experiments.bench import shapes
 from experiments.bench.environment import commit, device, versions
 from experiments.bench.gpu import clock as gpu_clock
 from experiments.bench.gpu import kernels as bench_gpu
+from experiments.bench.memory import steady_memory
+from experiments.bench.programs import training_programs
 from experiments.bench.summary import summary
-from experiments.bench.timing import clocked, in_turn, median_iqr
+from experiments.bench.timing import median_iqr, time_in_turn, time_record, timed
 from experiments.bench.torch_process import POLICIES, TorchProcess
 from pallas_kernels.block_sparse_conv import (
     ConvSpec,
@@ -139,7 +141,7 @@ def main(config: KernelConfig) -> dict[str, Any]:
         )
     if config.quick:
         layers = layers[-2:]
-    measure.steady_memory()
+    steady_memory()
     origin = {"device": device(), "versions": versions(), "commit": commit()}
     cases, rows = [(layer, sparsity) for layer in layers for sparsity in config.sparsities], []
     with contextlib.ExitStack() as stack:
@@ -243,7 +245,7 @@ def _measure(
         lambda x, k, mask: _dense(spec, fast, x, jnp.where(mask, k, 0)),
         (nhwc[0], kernel, nhwc[1], mask),
     )
-    programs = {name: measure.programs(conv) for name, (conv, _) in convs.items()}
+    programs = {name: training_programs(conv) for name, (conv, _) in convs.items()}
     arrays = {
         name: np.asarray(a) for name, a in (("x", nhwc[0]), ("dy", nhwc[1]), ("kernel", kernel))
     }
@@ -261,10 +263,10 @@ def _measure(
         results = {name: [np.asarray(a) for a in call()] for name, call in calls.items()}
         results |= {name: process.results(mode) for name, process in torch.items()}
         _check(spec, results, index)
-        clocks = {name: clocked(call) for name, call in calls.items()} | {
+        clocks = {name: timed(call) for name, call in calls.items()} | {
             name: theirs[name][mode] for name in torch
         }
-        times = in_turn(clocks, seconds=config.seconds)
+        times = time_in_turn(clocks, seconds=config.seconds, patience=config.seconds)
         times[CHOSEN] = times[
             choose_implementation(
                 dataclasses.replace(spec, gradients=tiles.MODES[mode])
@@ -274,10 +276,7 @@ def _measure(
         best, dense = min(sparse, key=median.__getitem__), min(DENSE, key=median.__getitem__)
         row = {
             "mode": mode,
-            "ms": {
-                name: dict(zip(("median", "iqr"), median_iqr(t)), repetitions=len(t))
-                for name, t in times.items()
-            },
+            "ms": {name: time_record(t) for name, t in times.items()},
             "best": best,
             "regret": round(median[CHOSEN] / median[best] - 1, 3),
             "best_dense": dense,

@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 import blocksparse_jax as bsj
-from experiments.bench import measure
 from experiments.bench.environment import commit, device, versions
-from experiments.bench.timing import clocked, in_turn, median_iqr
+from experiments.bench.memory import steady_memory
+from experiments.bench.timing import median_iqr, time_in_turn, timed
 from experiments.models import create
 from experiments.models.layers import Parts, max_pool
 
@@ -137,9 +137,9 @@ def layers(config: Config) -> list[dict[str, Any]]:
                     program = jax.jit(
                         run if mode == "forward" else functools.partial(_both, run, dy)
                     )
-                    calls[data_format] = clocked(functools.partial(program, x, shortcut))
+                    calls[data_format] = timed(functools.partial(program, x, shortcut))
                 times = {
-                    f: median_iqr(t) for f, t in in_turn(calls, seconds=config.seconds).items()
+                    f: median_iqr(t) for f, t in time_in_turn(calls, seconds=config.seconds).items()
                 }
                 ms = {f: {"median": median, "iqr": iqr} for f, (median, iqr) in times.items()}
                 ratio = (times["NHWC"][0] or 0.0) / (times["CHWN"][0] or 1.0)
@@ -216,7 +216,7 @@ def main(config: Config) -> dict[str, Any]:
     Returns:
       The report: `layers`, `grouping`, device, versions and commit.
     """
-    measure.steady_memory()
+    steady_memory()
     report = {
         "device": device(),
         "versions": versions(),

@@ -1,7 +1,10 @@
-"""Wall times, of training steps and of single calls: warm-up excluded, several in turn, median and
-interquartile range.
+"""Wall times of calls and of training steps: warm-up excluded, median and interquartile range.
+
+`time_in_turn` is the one loop that times calls against each other; every benchmark uses it.
+`StepTimer` keeps the times of the steps of one training run.
 """
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -10,163 +13,169 @@ from typing import Any
 import jax
 import numpy as np
 
-BURST, MOST = 30.0, 1000  # milliseconds of calls in a row, and how many at most
+BURST_MS = 30.0  # how long one call is repeated before its neighbour has its turn
+MAX_BURST_CALLS = 1000
 
 
 class StepTimer:
-    """Times the steps of one run; the first steps after each compilation do not count.
+    """Times the steps of one training run; the first steps after each compilation do not count.
 
     Args:
-      warm_up: steps of each kind that do not count.
+      warm_up: steps after each compilation that do not count.
     """
 
     def __init__(self, warm_up: int = 3):
         self._warm_up = warm_up
-        self._seen: dict[Hashable, int] = defaultdict(int)
-        self._times: dict[str, list[float]] = defaultdict(list)
+        self._calls: dict[Hashable, int] = defaultdict(int)
+        self._times_ms: dict[str, list[float]] = defaultdict(list)
 
     def time(self, kind: str, program: Hashable, function: Callable[[], Any]) -> Any:
-        """Calls a function, waits for its result, and books the time.
+        """Calls a function, waits for its result and keeps the time.
 
         Args:
-          kind: under which name the time counts.
-          program: what is compiled: a new value is a new compilation.
-          function: without arguments.
+          kind: the name under which the time counts.
+          program: identifies what is compiled: a new value means a new compilation.
+          function: takes no arguments; returns JAX arrays.
 
         Returns:
           The function's result, ready.
         """
-        start = time.perf_counter()
-        out = jax.block_until_ready(function())
-        elapsed = time.perf_counter() - start
-        self._seen[kind, program] += 1
-        if self._seen[kind, program] > self._warm_up:
-            self._times[kind].append(1e3 * elapsed)
-        return out
+        result, elapsed_ms = call_and_time(function)
+        self._calls[kind, program] += 1
+        if self._calls[kind, program] > self._warm_up:
+            self._times_ms[kind].append(elapsed_ms)
+        return result
 
     def milliseconds(self, kind: str) -> list[float]:
-        """The times of one kind so far.
-
-        Args:
-          kind: as given to `time`.
-
-        Returns:
-          Milliseconds, in order.
-        """
-        return self._times[kind]
+        """Returns the times of one kind so far, in order."""
+        return self._times_ms[kind]
 
 
-def median_iqr(milliseconds: Sequence[float]) -> tuple[float | None, float | None]:
-    """Median and interquartile range.
+def call_and_time(function: Callable[[], Any]) -> tuple[Any, float]:
+    """Calls a function and waits for its result.
 
     Args:
-      milliseconds: times of one step each.
+      function: takes no arguments; returns JAX arrays.
 
     Returns:
-      `(median, q75 - q25)` in milliseconds, rounded to 1 microsecond; (None, None) of no times.
-
-    Example:
-      >>> median_iqr([1.0, 2.0, 3.0, 4.0, 5.0])
-      (3.0, 2.0)
+      `(result, milliseconds)`.
     """
-    if not milliseconds:
-        return None, None
-    low, middle, high = np.percentile(milliseconds, (25, 50, 75))
-    return round(float(middle), 3), round(float(high - low), 3)
+    start = time.perf_counter()
+    result = jax.block_until_ready(function())
+    return result, 1e3 * (time.perf_counter() - start)
 
 
-def alternate(
-    functions: dict[str, Callable[[], Any]], repetitions: int, warm_up: int = 2
-) -> dict[str, list[float]]:
-    """Times several functions in turn, round after round, so that a slow phase of the machine meets
-    all of them.
+def timed(function: Callable[[], Any]) -> Callable[[], float]:
+    """Turns a function into one that returns how long a call took, as `time_in_turn` expects.
 
     Args:
-      functions: name -> a function without arguments, whose result is waited for.
-      repetitions: rounds that count.
-      warm_up: rounds before, with the compilation.
-
-    Returns:
-      Name -> milliseconds of each repetition.
-    """
-    timer = StepTimer(warm_up)
-    for _ in range(warm_up + repetitions):
-        for name, function in functions.items():
-            timer.time(name, None, function)
-    return {name: timer.milliseconds(name) for name in functions}
-
-
-def clocked(function: Callable[[], Any]) -> Callable[[], float]:
-    """A function that calls another, waits for its result, and tells how long that took.
-
-    Args:
-      function: without arguments; gives jax arrays.
+      function: takes no arguments; returns JAX arrays, which are waited for.
 
     Returns:
       A function without arguments that returns milliseconds.
 
     Example:
-      >>> clocked(lambda: jax.numpy.ones(3))() > 0
+      >>> timed(lambda: jax.numpy.ones(3))() > 0
       True
     """
-
-    def call() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(function())
-        return 1e3 * (time.perf_counter() - start)
-
-    return call
+    return lambda: call_and_time(function)[1]
 
 
-def in_turn(
-    calls: Mapping[Any, Callable[[], float]], *, seconds: float, rounds: int = 5
+def time_in_turn(
+    calls: Mapping[Any, Callable[[], float]],
+    *,
+    rounds: int = 5,
+    seconds: float = 0.0,
+    patience: float = math.inf,
+    burst_ms: float = BURST_MS,
 ) -> dict[Any, list[float]]:
-    """Times calls in turn (a, b, c, b, c, a, ...), each round in an order of its own, for about as
-    long as wished.
+    """Times calls in turn, every round in another order, so that a slow spell of the machine hits
+    all of them alike.
 
-    Whoever runs in another process times itself there: the way to it is not its time. Each
-    repetition calls for `BURST` milliseconds (at least once) that do not count, then for as long
-    again, of which the median counts: so each meets the caches, the clock and the threads as it
-    leaves them itself, not as its neighbour does.
+    A turn of a call has two bursts of `burst_ms` each. The first does not count: it brings caches,
+    clock rate and threads into the state in which the call itself leaves them, not its neighbour.
+    The median of the second burst is one repetition.
 
     Args:
-      calls: name -> a function that does its work once and returns the milliseconds it took. The
-        first two calls of each do not count, except of one that takes longer than `seconds`: it is
-        timed once.
-      seconds: to spend on all of them together.
-      rounds: at least so many.
+      calls: by name; a call does its work once and returns the milliseconds that it took. A call
+        that runs in another process measures itself there, so that communication does not count.
+        The first two calls of each do not count.
+      rounds: the least number of rounds.
+      seconds: how long to measure; more rounds are run until this much time has passed.
+      patience: a call that takes longer than this many seconds is timed once.
+      burst_ms: the length of a burst in milliseconds (one call at least); with 0 a turn is one
+        call, which counts.
 
     Returns:
-      Name -> milliseconds of each repetition.
+      The milliseconds of every repetition, by name.
 
     Example:
-      >>> in_turn({"a": lambda: 1.0, "b": lambda: 2000.0}, seconds=1, rounds=3)
-      {'a': [1.0, 1.0, ..., 1.0], 'b': [2000.0]}
+      >>> times = time_in_turn({"a": lambda: 1.0, "b": lambda: 2000.0}, rounds=3, patience=1)
+      >>> times["a"], times["b"]
+      ([1.0, 1.0, 1.0], [2000.0])
     """
-    second = {}
+    second_ms = {}
     for name, call in calls.items():
         call()
-        second[name] = call()
-    quick = [name for name, t in second.items() if t <= 1e3 * seconds]
-    count = (
-        max(rounds, int(1e3 * seconds / sum(2 * max(second[name], BURST) for name in quick)))
-        if quick
-        else 0
-    )
-    times: dict[Any, list[float]] = {
-        name: [] if name in quick else [t] for name, t in second.items()
-    }
-    rng = np.random.default_rng()
-    for _ in range(count):
-        for place in rng.permutation(len(quick)):
-            name = quick[place]
-            _burst(calls[name])
-            times[name].append(float(np.median(_burst(calls[name]))))
-    return times
+        second_ms[name] = call()
+    repeated = [name for name, ms in second_ms.items() if ms <= 1e3 * patience]
+    times_ms = {name: [] if name in repeated else [ms] for name, ms in second_ms.items()}
+    if not repeated:
+        return times_ms
+
+    bursts = 2 if burst_ms else 1
+    round_ms = sum(bursts * max(second_ms[name], burst_ms) for name in repeated)
+    rng = np.random.default_rng(0)
+    for _ in range(max(rounds, int(1e3 * seconds / max(round_ms, 1e-3)))):
+        for position in rng.permutation(len(repeated)):
+            name = repeated[position]
+            if burst_ms:
+                _burst(calls[name], burst_ms)
+            times_ms[name].append(float(np.median(_burst(calls[name], burst_ms))))
+    return times_ms
 
 
-def _burst(call: Callable[[], float]) -> list[float]:
-    times = [call()]
-    while sum(times) < BURST and len(times) < MOST:
-        times.append(call())
-    return times
+def _burst(call: Callable[[], float], burst_ms: float) -> list[float]:
+    """Repeats a call for `burst_ms` milliseconds, at least once."""
+    times_ms = [call()]
+    while sum(times_ms) < burst_ms and len(times_ms) < MAX_BURST_CALLS:
+        times_ms.append(call())
+    return times_ms
+
+
+def median_iqr(times_ms: Sequence[float], digits: int = 3) -> tuple[float | None, float | None]:
+    """Returns the median and the interquartile range of times.
+
+    Args:
+      times_ms: milliseconds.
+      digits: decimal places of the result; 3 rounds to microseconds.
+
+    Returns:
+      `(median, q75 - q25)` in milliseconds; `(None, None)` if there are no times.
+
+    Example:
+      >>> median_iqr([1.0, 2.0, 3.0, 4.0, 5.0])
+      (3.0, 2.0)
+    """
+    if not times_ms:
+        return None, None
+    low, middle, high = np.percentile(times_ms, (25, 50, 75))
+    return round(float(middle), digits), round(float(high - low), digits)
+
+
+def time_record(times_ms: Sequence[float], digits: int = 3) -> dict[str, Any]:
+    """Returns what the reports hold of one timed call.
+
+    Args:
+      times_ms: milliseconds of its repetitions.
+      digits: decimal places.
+
+    Returns:
+      `{"median", "iqr", "repetitions"}`, the first two in milliseconds.
+
+    Example:
+      >>> time_record([1.0, 2.0, 3.0])
+      {'median': 2.0, 'iqr': 1.0, 'repetitions': 3}
+    """
+    median, iqr = median_iqr(times_ms, digits)
+    return {"median": median, "iqr": iqr, "repetitions": len(times_ms)}

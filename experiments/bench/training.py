@@ -24,11 +24,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.bench import measure
 from experiments.bench.environment import commit, device, versions
 from experiments.bench.gpu import clock as gpu_clock
 from experiments.bench.gpu import training as gpu_training
-from experiments.bench.timing import clocked, in_turn, median_iqr
+from experiments.bench.memory import steady_memory
+from experiments.bench.timing import median_iqr, time_in_turn, timed
 from experiments.training.config import TrainConfig, resolve
 from experiments.training.length import Length
 from experiments.training.loop import Trainer, stepper
@@ -92,7 +92,7 @@ def main(config: BenchConfig) -> dict[str, Any]:
             batch_size=32,
             repetitions=5,
         )
-    measure.steady_memory()
+    steady_memory()
     rows = [row for model in config.models for row in _bench(config, model)]
     report = {
         "rows": rows,
@@ -131,9 +131,9 @@ def _bench(config: BenchConfig, model: str) -> list[dict[str, Any]]:
         {name: float(step()[1].loss) for name, step in steppers.items()},
         {"float32": 1e-3, "bfloat16": 2e-2}[config.precision],
     )
-    times = in_turn(
-        {name: clocked(step) for name, step in steppers.items()},
-        seconds=PATIENCE,
+    times = time_in_turn(
+        {name: timed(step) for name, step in steppers.items()},
+        patience=PATIENCE,
         rounds=config.repetitions,
     )
     dense = min(median_iqr(times[name])[0] or 0.0 for name in times if name[0] == "dense")

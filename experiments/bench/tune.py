@@ -18,12 +18,18 @@ import jax
 import tyro
 from rich.progress import track
 
-from experiments.bench import measure, shapes
+from experiments.bench import shapes
+from experiments.bench.environment import tuned_on
 from experiments.bench.gpu import clock as gpu_clock
 from experiments.bench.gpu import tune as tune_gpu
 from experiments.bench.gpu.journal import exit_status
-from pallas_kernels.block_sparse_conv import ConvSpec, cpu, xla
-from pallas_kernels.block_sparse_conv import cpu_times as tiles
+from experiments.bench.memory import steady_memory
+from experiments.bench.programs import training_programs
+from experiments.bench.timing import time_in_turn, timed
+from pallas_kernels.block_sparse_conv import ConvSpec
+from pallas_kernels.block_sparse_conv.cpu import launch as cpu
+from pallas_kernels.block_sparse_conv.xla import kernels as xla
+from pallas_kernels.block_sparse_conv.xla import tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +117,19 @@ def measure_case(spec: ConvSpec, seconds: float) -> dict[str, dict[str, float]]:
     calls: dict[str, dict[str, Callable]] = {mode: {} for mode in tiles.MODES}
     for name, formulation in (xla.FORMULATIONS | {tiles.NATIVE: cpu.IMPLEMENTATION}).items():
         if formulation.supports(spec) is None:
-            for mode, program in measure.programs(
+            for mode, program in training_programs(
                 functools.partial(shapes.convolve, spec, formulation)
             ).items():
                 calls[mode][name] = functools.partial(program, x, values, dy, *index)
-    times = {mode: measure.alternate(by_name, seconds=seconds) for mode, by_name in calls.items()}
+    times = {
+        mode: time_in_turn(
+            {name: timed(call) for name, call in by_name.items()},
+            rounds=3,
+            seconds=seconds,
+            patience=seconds,
+        )
+        for mode, by_name in calls.items()
+    }
     return {
         mode: {name: round(statistics.median(t), 4) for name, t in by_name.items()}
         for mode, by_name in times.items()
@@ -128,7 +142,7 @@ def main(config: Config) -> None:
     Args:
       config: what to measure.
     """
-    measure.steady_memory()
+    steady_memory()
     old = (
         {entry["name"]: entry for entry in json.loads(config.table.read_text())["entries"]}
         if config.only
@@ -144,7 +158,7 @@ def main(config: Config) -> None:
         jax.clear_caches()
     rows = ",\n".join(json.dumps(entry) for entry in old.values())
     config.table.write_text(
-        f'{{"environment": {json.dumps(measure.environment())},\n"entries": [\n{rows}\n]}}\n'
+        f'{{"environment": {json.dumps(tuned_on())},\n"entries": [\n{rows}\n]}}\n'
     )
 
 

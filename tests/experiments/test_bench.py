@@ -22,7 +22,7 @@ from experiments.bench import inference as bench_inference
 from experiments.bench import kernels as bench_kernels
 from experiments.bench import parts as bench_parts
 from experiments.bench.summary import summary
-from experiments.bench.timing import BURST, clocked, in_turn
+from experiments.bench.timing import BURST_MS, StepTimer, time_in_turn, timed
 from experiments.bench.torch_process import POLICIES, TorchProcess
 from experiments.models.flops import conv_positions
 from experiments.reporting import tables
@@ -33,31 +33,50 @@ needs_torch = pytest.mark.skipif(
 )
 
 
-def test_turns_are_taken_in_bursts_and_slow_calls_once():
+def logged_calls(times_ms):
+    """Calls by name that take so many milliseconds, and the log of who was called."""
     log = []
 
-    def call(name, milliseconds):
+    def call(name):
         log.append(name)
-        return milliseconds
+        return times_ms[name]
 
-    calls = {
-        name: functools.partial(call, name, t)
-        for name, t in {"a": 1.0, "b": 3.0, "slow": 50.0}.items()
-    }
-    times = in_turn(calls, seconds=0.04, rounds=5)
+    return {name: functools.partial(call, name) for name in times_ms}, log
+
+
+def test_calls_are_timed_in_turn_in_bursts_and_slow_ones_once():
+    calls, log = logged_calls({"a": 1.0, "b": 3.0, "slow": 50.0})
+    times = time_in_turn(calls, patience=0.04, rounds=5)
     assert {name: len(t) for name, t in times.items()} == {"a": 5, "b": 5, "slow": 1}
     assert log[:6] == ["a", "a", "b", "b", "slow", "slow"]
     turns = [
         (name, len(list(calls))) for name, calls in itertools.groupby(log[6:])
-    ]  # neighbouring rounds may begin with the same one
-    bursts = {"a": 2 * math.ceil(BURST / 1.0), "b": 2 * math.ceil(BURST / 3.0)}
+    ]  # neighbouring rounds may begin with the same call
+    bursts = {"a": 2 * math.ceil(BURST_MS / 1.0), "b": 2 * math.ceil(BURST_MS / 3.0)}
     assert all(count % bursts[name] == 0 for name, count in turns)
     assert {name: log[6:].count(name) for name in bursts} == {
         name: 5 * count for name, count in bursts.items()
     }
     assert len(turns) > 5, "in turn, not one after the other"
-    assert len(in_turn(calls, seconds=0.06, rounds=7)["slow"]) == 7
-    assert clocked(lambda: jnp.ones(3))() > 0
+    assert len(time_in_turn(calls, patience=0.06, rounds=7)["slow"]) == 7
+    assert timed(lambda: jnp.ones(3))() > 0
+
+
+def test_without_bursts_every_call_counts_and_seconds_add_rounds():
+    calls, log = logged_calls({"a": 1.0, "b": 3.0})
+    times = time_in_turn(calls, rounds=3, burst_ms=0)
+    assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
+    assert len(log) == 4 + 6
+    assert len(time_in_turn(calls, rounds=3, seconds=0.04, burst_ms=0)["a"]) == 10
+    assert len(time_in_turn(calls, rounds=3, seconds=1.2)["a"]) == 10
+
+
+def test_the_first_steps_after_a_compilation_do_not_count():
+    timer = StepTimer(warm_up=2)
+    for program in ("first", "first", "first", "second", "second", "second", "second"):
+        assert timer.time("step", program, lambda: jnp.ones(3)).tolist() == [1, 1, 1]
+    assert len(timer.milliseconds("step")) == 1 + 2
+    assert timer.milliseconds("another") == []
 
 
 def test_a_summary_names_who_loses():

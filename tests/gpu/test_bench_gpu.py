@@ -23,6 +23,7 @@ from experiments.bench.gpu import tiles as gpu_tiles
 from experiments.bench.gpu import tune as tune_gpu
 from experiments.bench.gpu.journal import Journal
 from experiments.bench.gpu.kernels import GpuConfig
+from experiments.bench.programs import single_passes
 from experiments.reporting import gpu_tables, tables
 from pallas_kernels.block_sparse_conv import (
     apply_epilogue,
@@ -181,7 +182,7 @@ def test_a_wrong_slice_is_found():
     x, dy, values, *index = gpu_shapes.operands(spec)
     right = {
         name: f(x, dy, values, *index)
-        for name, f in gpu_layers.passes(
+        for name, f in single_passes(
             lambda x, v, *index: shapes.convolve(spec, "xla", x, v, *index)
         ).items()
     }

@@ -5,7 +5,6 @@ benchmark.
 import dataclasses
 import functools
 import json
-import time
 
 import jax
 import pytest
@@ -14,8 +13,10 @@ from hypothesis import strategies as st
 from test_kernels import BASE, specs
 
 from experiments.bench import kernels as bench_kernels
-from experiments.bench import measure, shapes, tune
-from pallas_kernels.block_sparse_conv import choice, choose_implementation, cpu, cpu_times, xla
+from experiments.bench import shapes, tune
+from pallas_kernels.block_sparse_conv import choose_implementation
+from pallas_kernels.block_sparse_conv.cpu import launch as cpu
+from pallas_kernels.block_sparse_conv.xla import kernels as xla
 from pallas_kernels.block_sparse_conv.xla import tiles
 
 
@@ -84,21 +85,6 @@ def test_tuning_rewrites_one_entry_and_keeps_the_others(tmp_path):
     ]
     assert len(changed) == 1
     assert after["environment"]["jax"] == jax.__version__
-
-
-def test_alternation_times_each_and_leaves_out_the_first_call():
-    calls = {"a": [], "b": []}
-    times = measure.alternate(
-        {name: functools.partial(log.append, 1) for name, log in calls.items()},
-        seconds=0.01,
-        rounds=4,
-    )
-    assert {name: len(t) for name, t in times.items()} == {
-        name: len(log) - 2 for name, log in calls.items()
-    }
-    assert len(times["a"]) == len(times["b"]) >= 4
-    slow = measure.alternate({"slow": functools.partial(time.sleep, 0.02)}, seconds=0.01)
-    assert len(slow["slow"]) == 1
 
 
 @pytest.mark.slow

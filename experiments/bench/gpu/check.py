@@ -15,7 +15,9 @@ import numpy as np
 
 from experiments.bench import shapes
 from experiments.bench.gpu import shapes as gpu_shapes
-from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, xla
+from experiments.bench.programs import PASSES
+from pallas_kernels.block_sparse_conv import ConvSpec, Implementation
+from pallas_kernels.block_sparse_conv.xla import kernels as xla
 
 KINDS = {  # dtype and precision
     "bf16": ("bfloat16", None),
@@ -38,8 +40,6 @@ WEIGHT_GRADIENT = {
     "tf32": 2e-3,
     "fp32": 5e-5,
 }  # it stays in float32, summed over all positions
-PASSES = ("forward", "input gradient", "weight gradient")
-
 BASE = ConvSpec(
     cin=64,
     height=7,

@@ -20,10 +20,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from pallas_kernels.devices import this_gpu
+from experiments.bench.timing import time_in_turn, time_record
+from pallas_kernels.block_sparse_conv.devices import this_gpu
 
 L2 = 60 << 20  # bytes, of an H200
 MOST_SETS = 4
@@ -184,7 +184,7 @@ def rounds(milliseconds: float, sets: Sets, target: float | None = None) -> int:
 
 
 def sample(
-    calls: Mapping[str, Callable[[], float]], repetitions: int = 9, seed: int = 0
+    calls: Mapping[str, Callable[[], float]], repetitions: int = 9
 ) -> dict[str, dict[str, float]]:
     """Times calls in turn, each round in an order of its own; the first call of each does not
     count.
@@ -192,7 +192,6 @@ def sample(
     Args:
       calls: return the milliseconds of one launch.
       repetitions: that count.
-      seed: of the orders.
 
     Returns:
       Name -> {"median", "iqr", "repetitions"}, milliseconds.
@@ -201,21 +200,8 @@ def sample(
       >>> sample({"a": lambda: 1.0}, repetitions=3)
       {'a': {'median': 1.0, 'iqr': 0.0, 'repetitions': 3}}
     """
-    names, times, rng = list(calls), {name: [] for name in calls}, np.random.default_rng(seed)
-    for call in calls.values():
-        call()
-    for _ in range(repetitions):
-        for i in rng.permutation(len(names)):
-            times[names[i]].append(calls[names[i]]())
-    found = {name: np.percentile(t, (25, 50, 75)) for name, t in times.items()}
-    return {
-        name: {
-            "median": round(float(mid), 6),
-            "iqr": round(float(high - low), 6),
-            "repetitions": repetitions,
-        }
-        for name, (low, mid, high) in found.items()
-    }
+    times = time_in_turn(calls, rounds=repetitions, burst_ms=0)
+    return {name: time_record(times_ms, digits=6) for name, times_ms in times.items()}
 
 
 def gpu() -> str | None:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import jax
 
-from experiments.bench.environment import commit, device, versions
+from experiments.bench.environment import origin
 from experiments.bench.gpu import ceilings as gpu_ceilings
 from experiments.bench.gpu import check as gpu_check
 from experiments.bench.gpu import clock as gpu_clock
@@ -320,15 +320,11 @@ class _Run:
             print(f"{case.name} {sparsity:.0%} {row['mode']}, us: {us}", flush=True)
 
     def report(self, complete: bool) -> dict[str, Any]:
-        origin = {
-            "device": device(),
-            "versions": versions(),
-            "commit": commit() or os.environ.get("COMMIT"),
-        }
+        about = origin()
         rows = []
         for sparsity in self._config.sparsities:
             for case in self._cases:
-                rows += self._rows(case, self._spec(case, sparsity), sparsity, origin)
+                rows += self._rows(case, self._spec(case, sparsity), sparsity, about)
         checks = []
         for name, unit, key in self._checks():
             if key in self._journal.records:
@@ -354,7 +350,7 @@ class _Run:
             | self._wrong()
             | ({} if self._config.allow_absent or self._config.quick else absent)
         )
-        return origin | {
+        return about | {
             "config": told,
             "complete": complete,
             "absent": absent,

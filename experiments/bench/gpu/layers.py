@@ -10,7 +10,6 @@ program (the gathered dy, the lists) is counted twice there.
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,12 @@ from experiments.bench.gpu import tiles as gpu_tiles
 from experiments.bench.gpu import tune as tune_gpu
 from experiments.bench.gpu.check import KINDS, LARGEST, LIMITS, WEIGHT_GRADIENT, reference
 from experiments.bench.gpu.journal import fingerprint
-from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, xla
+from experiments.bench.programs import PASSES, single_passes
+from pallas_kernels.block_sparse_conv import ConvSpec, Implementation
+from pallas_kernels.block_sparse_conv.xla import kernels as xla
 
 CHOSEN, MASKED = "chosen", "masked dense"
 DENSE = {"dense NHWC": "NHWC", "dense NCHW": "NCHW"}
-PASSES = ("forward", "input gradient", "weight gradient")
 TOGETHER = "forward + gradients"
 FROM_CHWN = {"NHWC": (3, 1, 2, 0), "NCHW": (3, 0, 1, 2)}
 
@@ -83,33 +83,6 @@ def tiles(name: str, spec: ConvSpec) -> dict[str, dict[str, Any]]:
     }
 
 
-def passes(conv: Callable[..., jax.Array]) -> dict[str, Callable[..., jax.Array]]:
-    """The three passes of a convolution, each alone.
-
-    Args:
-      conv: `(x, weights, *rest) -> y`.
-
-    Returns:
-      Functions `(x, dy, weights, *rest)` by name; the compiler drops the forward pass that a
-      gradient does not need.
-    """
-
-    def forward(x: jax.Array, dy: jax.Array, weights: jax.Array, *rest: jax.Array) -> jax.Array:
-        return conv(x, weights, *rest)
-
-    def input_gradient(
-        x: jax.Array, dy: jax.Array, weights: jax.Array, *rest: jax.Array
-    ) -> jax.Array:
-        return jax.vjp(lambda x: conv(x, weights, *rest), x)[1](dy)[0]
-
-    def weight_gradient(
-        x: jax.Array, dy: jax.Array, weights: jax.Array, *rest: jax.Array
-    ) -> jax.Array:
-        return jax.vjp(lambda weights: conv(x, weights, *rest), weights)[1](dy)[0]
-
-    return dict(zip(PASSES, (forward, input_gradient, weight_gradient)))
-
-
 def measure_dense(spec: ConvSpec, repetitions: int) -> dict[str, Any]:
     """Times the dense convolution and the masked one.
 
@@ -146,10 +119,10 @@ def measure_dense(spec: ConvSpec, repetitions: int) -> dict[str, Any]:
     for layout in ("NHWC", "NCHW"):
         sets = gpu_clock.rotate(functools.partial(operands, layout))
         about, count = sets.about, gpu_clock.rounds(tune_gpu.estimate(dense), sets)
-        plain = passes(lambda x, kernel, mask, layout=layout: conv(layout, x, kernel))
+        plain = single_passes(lambda x, kernel, mask, layout=layout: conv(layout, x, kernel))
         functions = {(f"dense {layout}", name): f for name, f in plain.items()}
         if layout == "NHWC":
-            functions |= {(MASKED, name): f for name, f in passes(masked).items()}
+            functions |= {(MASKED, name): f for name, f in single_passes(masked).items()}
         programs = gpu_clock.build(
             functions, sets, count
         )  # one after another: XLA times cuDNN's algorithms meanwhile
@@ -209,7 +182,7 @@ def measure_sparse(
     sets = gpu_clock.rotate(operands)
     count = gpu_clock.rounds(tune_gpu.estimate(spec), sets)
     programs = gpu_clock.build(
-        passes(conv), sets, count, 1 if name in ("xla", "dense") else threads
+        single_passes(conv), sets, count, 1 if name in ("xla", "dense") else threads
     )
     check_slices(
         spec,

@@ -19,7 +19,8 @@ import numpy as np
 from experiments.bench import shapes
 from experiments.bench.gpu import layers as gpu_layers
 from experiments.bench.gpu import shapes as gpu_shapes
-from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, apply_epilogue, choice
+from experiments.bench.programs import single_passes
+from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, api, apply_epilogue
 
 SKETCH = 128  # numbers that stand for the update of a parameter
 LEAST = {
@@ -175,7 +176,7 @@ def check_layer(spec: ConvSpec, implementation: Implementation) -> bool:
         )
 
     results = jax.jit(
-        lambda *operands: {name: run(*operands) for name, run in gpu_layers.passes(conv).items()}
+        lambda *operands: {name: run(*operands) for name, run in single_passes(conv).items()}
     )(*operands)
     gpu_layers.check_slices(spec, gpu_layers.kind_of(spec.dtype), operands, results)
     return True

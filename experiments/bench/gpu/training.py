@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import gc
 import json
-import os
 import sys
 import time
 import zlib
@@ -24,14 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench.environment import commit, device, versions
+from experiments.bench.environment import origin
 from experiments.bench.gpu import check as gpu_check
 from experiments.bench.gpu import clock as gpu_clock
 from experiments.bench.gpu import layers as gpu_layers
 from experiments.bench.gpu import shapes as gpu_shapes
 from experiments.bench.gpu import steps as gpu_steps
 from experiments.bench.gpu.journal import Journal, TimeUp, exit_status, fingerprint
-from experiments.bench.timing import median_iqr
+from experiments.bench.timing import median_iqr, time_in_turn
 from experiments.reporting import gpu_tables
 from experiments.training.config import TrainConfig, resolve
 from experiments.training.execution import masks_of, to_form
@@ -331,7 +330,9 @@ def _measure(
 
     burst(2)
     steps = 2 if config.quick else int(min(100, max(3, BURST / burst(3))))
-    median, iqr = median_iqr([burst(steps) for _ in range(config.repetitions)])
+    timed_steps = {"step": functools.partial(burst, steps)}
+    times = time_in_turn(timed_steps, rounds=config.repetitions, burst_ms=0)
+    median, iqr = median_iqr(times["step"])
     return found | {
         "step_ms_median": median,
         "step_ms_iqr": iqr,
@@ -372,9 +373,7 @@ def _report(
     }
     return {
         "rows": rows,
-        "device": device(),
-        "versions": versions(),
-        "commit": commit() or os.environ.get("COMMIT"),
+        **origin(),
         "config": told,
         "complete": complete,
         "failed": {key: error for key in units.values() if (error := journal.error(key))},

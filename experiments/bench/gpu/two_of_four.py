@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.bench import measure
+from experiments.bench.environment import tuned_on
 from experiments.bench.gpu import clock as gpu_clock
 from experiments.bench.gpu import two_of_four_bound as bound
 from experiments.bench.gpu.journal import Journal, TimeUp, exit_status, fingerprint
@@ -264,7 +264,7 @@ def main(config: Config) -> dict[str, Any]:
                     f"{ {name: round(1e3 * t['median'], 1) for name, t in result['ms'].items()} }",
                     flush=True,
                 )
-    environment = measure.environment() | {"cusparselt": cusparselt.version()}
+    environment = tuned_on() | {"cusparselt": cusparselt.version()}
     report = {
         "environment": environment,
         "absent": absent,
