@@ -1,1 +1,1 @@
-"""Tables and pictures of results."""
+"""Turns results into tables and pictures."""

@@ -1,4 +1,4 @@
-"""Pictures: learning curves of runs, and the block structure of masks."""
+"""Pictures of runs: learning curves, and the block structure of masks."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +16,9 @@ import blocksparse_jax as bsj
 def learning_curves(
     rows: Sequence[dict[str, Any]], path: str | Path | None = None, title: str = ""
 ) -> Figure:
-    """Draws the loss, the accuracies, and the density with the SAD, over the epochs of a run, and
-    where its masks became final.
+    """Draws the loss, the accuracies, the density and the SAD of a run over its epochs.
+
+    A dashed line marks the epoch after which the masks no longer change.
 
     Args:
       rows: of metrics.jsonl.
@@ -28,9 +29,8 @@ def learning_curves(
       The figure.
     """
     epochs = [row for row in rows if row["kind"] == "epoch"]
-    final = next(
-        (row["epoch"] + 1 for row in reversed(epochs) if row["sad"] > 0), None
-    )  # the last epoch that moved masks
+    moving = [row["epoch"] + 1 for row in epochs if row["sad"] > 0]
+    final = moving[-1] if moving else None  # the last epoch in which masks changed
     figure = _figure(12, 3.2, title)
     axes = figure.subplots(1, 3)
     for ax, names in zip(
@@ -71,15 +71,15 @@ def comparison(runs: Mapping[str, Sequence[dict[str, Any]]], path: str | Path) -
 def block_structure(
     masks: Any, layouts: Any, path: str | Path | None = None, title: str = ""
 ) -> Figure:
-    """Draws each sparse layer's kernel-wise mask, filters x input channels, the filters of a group
-    side by side.
+    """Draws the kernel slices that each sparse layer keeps, the filters of a group side by side.
 
-    A pixel is one kernel slice, its shade the fraction of kept taps. Lines part the groups. A line
-    below the picture says so.
+    A layer's picture has a row for each filter and a column for each input channel. A pixel is
+    one kernel slice; its shade is the fraction of its taps that are kept. Red lines separate the
+    groups.
 
     Args:
-      masks: tree of bool masks, scalars for dense leaves.
-      layouts: tree of layouts, or {}: then the filters keep their order.
+      masks: tree of bool masks; scalars mark dense leaves.
+      layouts: tree of layouts; with {} the filters keep their order.
       path: of the PNG; None only returns the figure.
       title: above the picture.
 
@@ -108,13 +108,13 @@ def block_structure(
     if not sparse:
         figure.suptitle("dense: no layer has a mask")
     else:
-        parts = (
-            "; red lines part the groups"
+        groups = (
+            "; red lines separate the groups"
             if any(isinstance(node, bsj.BlockLayout) for _, _, node in sparse)
             else ""
         )
         figure.supxlabel(
-            f"a pixel is a kernel slice: white keeps no tap, black keeps all{parts}", fontsize=8
+            f"a pixel is a kernel slice: white keeps no tap, black keeps all{groups}", fontsize=8
         )
     for ax, (name, mask, node) in zip(axes, sparse):
         kernels = mask.mean((0, 1)).T

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import blocksparse_jax as bsj
 from experiments import compare
-from experiments.reporting import tables
+from experiments.reporting.reports import compare as compare_report
 from experiments.training.config import TrainConfig, resolve
 from experiments.training.length import Length
 from experiments.training.methods import Setup
@@ -78,7 +78,7 @@ def test_compare_prints_one_table(tmp_path, capsys):
     assert sr_ste["density"] == pytest.approx(0.5)
     assert sr_ste["packed_step_ms_median"] is None
     assert json.loads((tmp_path / "all" / "comparison.json").read_text()) == report
-    assert f"({hrbp['packed_speed_up_over_dense']:.2f}x)" in tables._compare(report)
+    assert f"({hrbp['packed_speed_up_over_dense']:.2f}x)" in compare_report.table(report)
     assert (
         RunFolder(tmp_path / "all" / "hrbp-dynamic").metrics()[-1]["sad"] > 0
     )  # a step in the sparse form moved the masks
@@ -117,42 +117,3 @@ def test_the_comparison_fits_80_columns():
         )
         == 2
     )
-
-
-def test_tables_are_generated_and_checked(tmp_path):
-    rows = [
-        {
-            "model": "vgg19",
-            "sparsity": s,
-            "execution": e,
-            "data_format": f,
-            "step_ms_median": 10.0,
-            "speed_up_over_dense": 2.0,
-        }
-        for s, e, f in [
-            (0.0, "dense", "NHWC"),
-            (0.0, "dense", "CHWN"),
-            (0.9, "masked", "NHWC"),
-            (0.9, "sparse", "CHWN"),
-            (0.9, "packed", "CHWN"),
-        ]
-    ]
-    report = {
-        "rows": rows,
-        "device": "a cpu",
-        "versions": {"python": "3.11", "jax": "0.10"},
-        "commit": None,
-    }
-    (tmp_path / "bench_training_cpu.json").write_text(json.dumps(report))
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- table:bench_training_cpu -->\n<!-- /table -->\nafter\n")
-    settings = tables.TablesConfig(readme=readme, results=tmp_path)
-    with pytest.raises(ValueError, match="stale tables: <!-- table:bench_training_cpu -->"):
-        tables.main(dataclasses.replace(settings, check=True))
-    tables.main(settings)
-    assert "| vgg19 | 90% | 10 / 10 | 10 (2.00x) |" in readme.read_text()
-    assert readme.read_text().endswith("after\n")
-    tables.main(dataclasses.replace(settings, check=True))
-    readme.write_text("<!-- table:nothing -->\n<!-- /table -->\n")
-    with pytest.raises(ValueError, match="there: bench_training_cpu"):
-        tables.main(settings)

@@ -24,15 +24,13 @@ from experiments.bench.gpu import tune as tune_gpu
 from experiments.bench.gpu.journal import Journal
 from experiments.bench.gpu.kernels import GpuConfig
 from experiments.bench.programs import single_passes
-from experiments.reporting import gpu_tables, tables
-from pallas_kernels.block_sparse_conv import (
-    apply_epilogue,
-    mosaic_gpu,
-    triton,
-    tuned_tables,
-    xla,
-)
-from pallas_kernels.block_sparse_conv.triton import calls, products
+from experiments.reporting import tables
+from experiments.reporting.reports import gpu_kernels
+from pallas_kernels.block_sparse_conv import apply_epilogue
+from pallas_kernels.block_sparse_conv import devices as gpu_name
+from pallas_kernels.block_sparse_conv.mosaic_gpu import tiles as mosaic_gpu_tiles
+from pallas_kernels.block_sparse_conv.triton import tiles as triton_tiles
+from pallas_kernels.block_sparse_conv.xla import kernels as xla
 
 ROOT = Path(__file__).resolve().parents[2]
 WRONG = dataclasses.replace(
@@ -283,10 +281,10 @@ def test_the_chosen_kernel_is_the_fastest_one_and_a_pass_may_run_dense():
 def test_the_reports_make_tables(dry):
     config, *_, report = dry
     assert "| 90% | forward | **" in tables.table("bench_kernels_gpu", config.out.parent)
-    text = gpu_tables.kernels(report)
+    text = gpu_kernels.table(report)
     assert text.count("| small 64@4 n4 | ") == 2, "the times, and dense or kernel"
     assert "| matmul | " in text
-    assert "Failed: x: boom" in gpu_tables.kernels(report | {"failed": {"x": "boom\nmore"}})
+    assert "Failed: x: boom" in gpu_kernels.table(report | {"failed": {"x": "boom\nmore"}})
 
 
 @pytest.mark.slow

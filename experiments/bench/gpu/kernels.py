@@ -28,7 +28,7 @@ from experiments.bench.gpu import layers as gpu_layers
 from experiments.bench.gpu import shapes as gpu_shapes
 from experiments.bench.gpu.journal import Journal, TimeUp, exit_status
 from experiments.bench.summary import summary
-from experiments.reporting import gpu_tables
+from experiments.reporting.reports import gpu_kernels
 from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, choose_implementation
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -117,7 +117,7 @@ def main(config: GpuConfig) -> dict[str, Any]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(report, indent=1) + "\n")
     if report["rows"]:
-        print(f"<!-- table:bench_kernels_gpu -->\n{gpu_tables.kernels(report)}<!-- /table -->")
+        print(f"<!-- table:bench_kernels_gpu -->\n{gpu_kernels.table(report)}<!-- /table -->")
     return report
 
 

@@ -116,7 +116,7 @@ def sketch(before: Any, after: Any, masks: Any) -> dict[str, list[float]]:
     Example:
       >>> one = {"a": jnp.ones((1, 1, 4, 8))}
       >>> found = sketch(one, {"a": 3 * one["a"]}, {"a": jnp.asarray(True)})["['a']"]
-      >>> 0.5 < np.linalg.norm(found) / np.linalg.norm(2 * one["a"]) < 1.5
+      >>> bool(0.5 < np.linalg.norm(found) / np.linalg.norm(2 * one["a"]) < 1.5)
       True
 
     Reference: the distances of Achlioptas, "Database-friendly random projections", JCSS 2003.

@@ -31,7 +31,7 @@ from experiments.bench.gpu import shapes as gpu_shapes
 from experiments.bench.gpu import steps as gpu_steps
 from experiments.bench.gpu.journal import Journal, TimeUp, exit_status, fingerprint
 from experiments.bench.timing import median_iqr, time_in_turn
-from experiments.reporting import gpu_tables
+from experiments.reporting.reports import gpu_training as training_report
 from experiments.training.config import TrainConfig, resolve
 from experiments.training.execution import masks_of, to_form
 from experiments.training.length import Length
@@ -163,7 +163,7 @@ def main(config: GpuTrainingConfig) -> dict[str, Any]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(report, indent=2) + "\n")
     if report["rows"]:
-        print(f"<!-- table:bench_training_gpu -->\n{gpu_tables.training(report)}<!-- /table -->")
+        print(f"<!-- table:bench_training_gpu -->\n{training_report.table(report)}<!-- /table -->")
     return report
 
 

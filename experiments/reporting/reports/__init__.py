@@ -1,0 +1,1 @@
+"""One file for each kind of report: the Markdown that the pages show of it."""
