@@ -1,1 +1,6 @@
-"""Benchmarks and what they share: timing, environment, shapes."""
+"""Benchmarks, and what they share: the timer, the environment, the shapes.
+
+Commands: `python -m experiments.bench.kernels`, `training`, `inference`, `parts`, `channel_blocks`
+and `tune`. The first two and the last measure a GPU with `--device gpu`; `bash
+experiments/bench/gpu.sh` runs everything that a GPU is measured with.
+"""

@@ -1,41 +1,35 @@
-"""What runs of channels keep: `python -m experiments.bench.channel_blocks` prints one table of kept
-scores over single-channel lists.
+"""Measures how much score is kept when channels come in runs, with and without a channel order.
 
-For whole networks at HRBP's default settings: every channel space is ordered
-(`blocksparse_jax.channel_order`), then grouped with runs and with single channels, which keep
-equally many. Of spaces whose layers have the same shapes one is measured and counted as often as
-they are there, and of each network only the spaces with the most weights. Most of the time is the
-compilation of the grouping, once per layer shape, kept count and run length; the report is written
-row by row, and `--resume` goes on with it.
+`python -m experiments.bench.channel_blocks` covers whole networks at HRBP's default settings. It
+orders every channel space (`blocksparse_jax.channel_orders`), then groups it with runs of channels
+and with single channels, which keep equally many, and compares the kept scores. Of the spaces whose
+layers have the same shapes it measures one and counts it as often as they occur; of each network it
+measures only the spaces with the most weights. Most of the time goes into compiling the grouping,
+once for each layer shape, kept count and length of run. The report is written row by row, and
+`--resume` continues it.
 """
 
 import dataclasses
 import json
 import math
-import tempfile
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from blocksparse_jax._checks import divisor
 from blocksparse_jax.grouping.channel_order import Consumer, channel_order, run_ratio
 from blocksparse_jax.grouping.channel_spaces import space_consumers
-from blocksparse_jax.tree import conv_kernels, path_name
-from experiments.bench.environment import commit, device, versions
-from experiments.models import create
+from experiments.bench.command import exit_status
+from experiments.bench.environment import origin
+from experiments.bench.network_weights import draw
 from experiments.models.spaces import channel_spaces
-from experiments.training.config import TrainConfig
-from experiments.training.run import Run
-
-RESULTS = Path(__file__).parents[1] / "results"
-CLUSTERS = 8  # of filters and of channels, in the clustered scores
+from experiments.reporting import markdown, results
+from experiments.reporting.reports import channel_blocks as report_tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +37,14 @@ class Config:
     """What is measured.
 
     Attributes:
-      networks: model:scores. Scores are random (fresh weights), clustered (fresh weights times a
-        factor for each pair of a filter cluster and a channel cluster) or trained (the CNN after a
-        dense training on digits).
+      networks: model:weights, see `network_weights.draw`.
       channel_blocks: channels in a run.
       sparsities: of static HRBP, uniform.
       group_size: filters in a group.
-      spaces: different ones measured of each network, those that hold the most weights first.
+      spaces: how many different spaces of each network are measured, those with the most weights.
       epochs: of the training.
       resume: keep the rows that the report has, and measure the others.
-      out: the report, JSON.
+      out: JSON file; None is experiments/results/channel_blocks.json.
     """
 
     networks: tuple[str, ...] = (
@@ -68,7 +60,7 @@ class Config:
     spaces: int = 4
     epochs: int = 3
     resume: bool = False
-    out: str = str(RESULTS / "channel_blocks.json")
+    out: str | None = None
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -78,105 +70,46 @@ def main(config: Config) -> dict[str, Any]:
       config: what is measured.
 
     Returns:
-      What the report holds: `rows`, one for each network, sparsity and channel block, device,
-      versions and commit.
+      The report: "rows", one for each network, sparsity and channel block, device, versions and
+      commit.
 
     Raises:
-      ValueError: an unknown network or kind of scores, or sizes that the library refuses.
+      ValueError: an unknown network or kind of weights, or sizes that the library refuses.
     """
-    out, settings = (
-        Path(config.out),
-        {name: getattr(config, name) for name in ("group_size", "spaces", "epochs")},
-    )
-    found = (
-        json.loads(out.read_text()) if config.resume and out.exists() else settings | {"rows": []}
-    )
-    if settings != {name: found[name] for name in settings}:
-        raise ValueError(
-            f"resume: {out} was measured with { ({name: found[name] for name in settings}) }, not "
-            f"{settings}"
-        )
-    report = settings | {
-        "device": device(),
-        "versions": versions(),
-        "commit": commit(),
-        "rows": found["rows"],
-    }
-    have = {(row["network"], row["sparsity"], row["channel_block"]) for row in report["rows"]}
+    out = Path(config.out) if config.out else results.RESULTS / "channel_blocks.json"
+    settings = {name: getattr(config, name) for name in ("group_size", "spaces", "epochs")}
+    rows = _measured_rows(out, settings) if config.resume and out.exists() else []
+    report = settings | origin() | {"rows": rows}
+    measured = {(row["network"], row["sparsity"], row["channel_block"]) for row in rows}
     for network in config.networks:
-        wanted = [
-            (s, b)
-            for s in config.sparsities
-            for b in config.channel_blocks
-            if (network, s, b) not in have
+        missing = [
+            (sparsity, channel_block)
+            for sparsity in config.sparsities
+            for channel_block in config.channel_blocks
+            if (network, sparsity, channel_block) not in measured
         ]
-        params = draw(network, config.epochs) if wanted else None
-        for sparsity, block in wanted:
-            report["rows"].append(
-                {
-                    "network": network,
-                    **measure(params, sparsity, block, config.group_size, config.spaces),
-                }
-            )
-            out.write_text(json.dumps(report, indent=2) + "\n")
-    Console().print(_table(report["rows"]))
+        params = draw(network, config.epochs) if missing else None
+        for sparsity, channel_block in missing:
+            row = measure(params, sparsity, channel_block, config.group_size, config.spaces)
+            rows.append({"network": network, **row})
+            results.write(report, out)
+    markdown.show(report_tables.table(report))
     return report
 
 
-def draw(network: str, epochs: int) -> dict[str, Any]:
-    """The parameters of a network: shapes of the zoo, values as `Config.networks` says.
-
-    Args:
-      network: model:scores.
-      epochs: of the training.
-
-    Returns:
-      A tree of arrays.
-
-    Raises:
-      ValueError: an unknown model or kind of scores.
-    """
-    model, _, kind = network.partition(":")
-    if kind not in ("random", "clustered", "trained") or (kind == "trained" and model != "cnn"):
-        raise ValueError(
-            f"networks: expected MODEL:random, MODEL:clustered or cnn:trained, got {network!r}"
-        )
-    if kind == "trained":
-        with tempfile.TemporaryDirectory() as folder:
-            run = Run(TrainConfig(model=model, method="dense", epochs=epochs, out=folder))
-            run.train()
-            return jax.tree.map(np.asarray, run.state.params)
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    shapes = jax.eval_shape(create(model, num_classes=10).init, jax.random.key(0), images)["params"]
-    rng = np.random.default_rng(0)
-    channel_cluster = {  # the consumers of a space see the same clusters of channels
-        name: labels
-        for entries in channel_spaces(shapes).values()
-        for labels in [rng.integers(0, CLUSTERS, 4096)]
-        for name, axis in entries
-        if axis == 2
-    }
-
-    def values(path: tuple[Any, ...], leaf: Any) -> np.ndarray:
-        name, array = path_name(path), rng.normal(size=leaf.shape).astype(np.float32)
-        if not conv_kernels(name, leaf):
-            return array
-        array *= np.sqrt(2 / (leaf.shape[0] * leaf.shape[1] * leaf.shape[3]))  # He, fan-out
-        if kind == "clustered":
-            factors = 0.3 + rng.normal(size=(CLUSTERS, CLUSTERS)).astype(np.float32) ** 2
-            array *= factors[
-                channel_cluster[name][: leaf.shape[2], None],
-                rng.integers(0, CLUSTERS, leaf.shape[3]),
-            ]
-        return array
-
-    return jax.tree.map_with_path(values, shapes)
+def _measured_rows(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier report, which must have been measured with the same settings."""
+    report = json.loads(out.read_text())
+    earlier = {name: report[name] for name in settings}
+    if settings != earlier:
+        raise ValueError(f"resume: {out} was measured with {earlier}, not {settings}")
+    return report["rows"]
 
 
 def measure(
     params: Any, sparsity: float, channel_block: int, group_size: int, most: int
 ) -> dict[str, Any]:
-    """Orders the largest spaces of a network and values the runs.
+    """Orders the largest spaces of a network and compares the scores that runs keep.
 
     Args:
       params: of a network of the zoo.
@@ -186,85 +119,80 @@ def measure(
       most: different spaces at most.
 
     Returns:
-      A row of the report: `ordered`, `unordered` and `chance` are kept scores over that of
-      single-channel lists, summed over the spaces (chance = runs, filters and taps chosen blindly);
-      `worst` is the lowest `ordered` of a space; `covered` the fraction of the sparse weights that
-      the measured spaces hold; `seconds` include compiling.
+      A row of the report. `ordered`, `unordered` and `chance` are kept scores over that of
+      single-channel lists, summed over the spaces (chance: runs, filters and taps chosen at
+      random); `worst` is the lowest `ordered` of a space; `covered` is the fraction of the sparse
+      weights that the measured spaces hold; `seconds` include compiling.
     """
-    found = space_consumers(
+    start = time.perf_counter()
+    consumers_of = space_consumers(
         params, channel_spaces(params), sparsity, channel_block=channel_block, group_size=group_size
     )
-    alike: dict[Any, list[str]] = {}
-    for space, named in found.items():
-        alike.setdefault(
-            tuple(sorted((c.scores.shape, *c[1:]) for c in named.values())), []
-        ).append(space)
+    alike: dict[Any, list[str]] = {}  # spaces whose layers have the same sizes
+    for space, consumers in consumers_of.items():
+        sizes = sorted((consumer.scores.shape, *consumer[1:]) for consumer in consumers.values())
+        alike.setdefault(tuple(sizes), []).append(space)
     weights = {
-        sizes: len(names) * sum(math.prod(shape) for shape, *_ in sizes)
-        for sizes, names in alike.items()
+        sizes: len(spaces) * sum(math.prod(shape) for shape, *_ in sizes)
+        for sizes, spaces in alike.items()
     }
     largest = sorted(alike, key=lambda sizes: -weights[sizes])[:most]
-    covered = sum(weights[sizes] for sizes in largest) / sum(weights.values())
-    kept, spaces, began = (
-        dict.fromkeys(("ordered", "unordered", "chance", "single"), 0.0),
-        [],
-        time.perf_counter(),
-    )
+    kept = dict.fromkeys(("ordered", "unordered", "chance", "single"), 0.0)
+    measured_spaces = []
     for sizes in largest:
-        names, consumers = alike[sizes], list(found[alike[sizes][0]].values())
+        spaces = alike[sizes]
+        consumers = list(consumers_of[spaces[0]].values())
         block = divisor(sizes[0][0][2], channel_block)
-        ratio = run_ratio(
-            consumers, channel_order(consumers, channel_block=block), channel_block=block
-        )
-        kept["ordered"] += len(names) * ratio.ordered * ratio.single
-        kept["unordered"] += len(names) * ratio.unordered * ratio.single
-        kept["single"] += len(names) * ratio.single
-        kept["chance"] += len(names) * sum(_chance(consumer) for consumer in consumers)
-        spaces.append(
+        order = channel_order(consumers, channel_block=block)
+        ratio = run_ratio(consumers, order, channel_block=block)
+        kept["ordered"] += len(spaces) * ratio.ordered * ratio.single
+        kept["unordered"] += len(spaces) * ratio.unordered * ratio.single
+        kept["single"] += len(spaces) * ratio.single
+        kept["chance"] += len(spaces) * sum(_chance(consumer) for consumer in consumers)
+        measured_spaces.append(
             {
-                "space": names[0],
-                "times": len(names),
+                "space": spaces[0],
+                "times": len(spaces),
                 "ordered": round(ratio.ordered, 4),
                 "unordered": round(ratio.unordered, 4),
             }
         )
-    return {
-        "sparsity": sparsity,
-        "channel_block": channel_block,
-        **{
-            name: round(kept[name] / kept["single"], 4)
-            for name in ("ordered", "unordered", "chance")
-        },
-        "worst": min(space["ordered"] for space in spaces),
+    row: dict[str, Any] = {"sparsity": sparsity, "channel_block": channel_block}
+    for name in ("ordered", "unordered", "chance"):
+        row[name] = round(kept[name] / kept["single"], 4)
+    covered = sum(weights[sizes] for sizes in largest) / sum(weights.values())
+    return row | {
+        "worst": min(space["ordered"] for space in measured_spaces),
         "covered": round(covered, 3),
-        "seconds": round(time.perf_counter() - began, 1),
-        "spaces": spaces,
+        "seconds": round(time.perf_counter() - start, 1),
+        "spaces": measured_spaces,
     }
 
 
 def _chance(consumer: Consumer) -> float:
-    """The score that blocks chosen blindly keep, on average."""
+    """The score that blocks chosen at random keep, on average."""
     kh, kw, cin, _ = consumer.scores.shape
-    return float(jnp.sum(consumer.scores)) * consumer.kept * consumer.kept_taps / (kh * kw * cin)
+    kept_fraction = consumer.kept * consumer.kept_taps / (kh * kw * cin)
+    return float(jnp.sum(consumer.scores)) * kept_fraction
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="kept score with runs of channels over single-channel lists")
-    for column in (
-        "network",
-        "sparsity",
-        "channel_block",
-        "ordered",
-        "unordered",
-        "chance",
-        "worst space",
-    ):
-        table.add_column(column, justify="left" if column == "network" else "right")
-    for row in rows:
-        values = (f"{row[name]:.3f}" for name in ("ordered", "unordered", "chance", "worst"))
-        table.add_row(row["network"], f"{row['sparsity']:.0%}", str(row["channel_block"]), *values)
-    return table
+def cli(arguments: Sequence[str]) -> int:
+    """Runs the command.
+
+    Args:
+      arguments: without the program's name.
+
+    Returns:
+      The exit status.
+    """
+    config = tyro.cli(
+        Config,
+        prog="python -m experiments.bench.channel_blocks",
+        description=__doc__,
+        args=arguments,
+    )
+    return exit_status(lambda: main(config))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    raise SystemExit(cli(sys.argv[1:]))

@@ -26,9 +26,7 @@ def versions() -> dict[str, str]:
 
 
 def device() -> str:
-    """Returns the device that JAX runs on, for example "NVIDIA H200" or "cpu: Intel Xeon, 2
-    cores".
-    """
+    """Returns the device that JAX runs on, such as "NVIDIA H200" or "cpu: AMD EPYC, 2 cores"."""
     first = jax.devices()[0]
     if first.platform != "cpu":
         return first.device_kind

@@ -1,17 +1,32 @@
 #!/usr/bin/env bash
-# All GPU numbers, on a machine with an NVIDIA GPU, in calls of MINUTES (default 9). Each stage goes on where the last call stopped:
-#   OUT=results bash experiments/bench/gpu.sh                          # again and again, until it says "all done" (exit status 0)
-# Stages, in this order: first (the kernels against float64, the layers of the goals), train (training steps), tune (tiles), check (all
-#   checks and ceilings), time (all layers, then 2:4 products). STAGES="tune time" runs some of them.
-#   MINUTES of a call, 3 or more. TUNE: of them for the tuner (default 2), TWO: for the 2:4 products (default 1.5), 0 leaves them out.
-#   OUT     folder of the journals, reports and tuned tables; keep it between the calls, or hand what it held back in FROM
-#   FROM    folder of an earlier call's OUT; a lent machine that starts bare must be sent this folder (the option "carry" of its runner)
+# Measures everything on a machine with an NVIDIA GPU, in calls of MINUTES (default 9). Every stage
+# continues where the last call stopped:
+#
+#   OUT=results bash experiments/bench/gpu.sh   # again and again, until it prints "all done"
+#
+# Stages, in this order:
+#   first   compares the kernels with float64, then times the layers that the project's goals name
+#   train   times training steps
+#   tune    times tiles and writes the tables of tuned tiles
+#   check   runs all checks and measures what the device can do at most
+#   time    times all layers, then the 2:4 products
+#
+# Environment variables:
+#   STAGES  some of the stages, such as "tune time"
+#   MINUTES of a call, 3 or more
+#   TUNE    how many of them the tuner gets (default 2); 0 leaves it out
+#   TWO     how many of them the 2:4 products get (default 1.5); 0 leaves them out
+#   OUT     folder of the journals, reports and tuned tables; keep it between the calls
+#   FROM    folder of an earlier call's OUT, for a machine that starts empty: send it this folder
 #   BLOCK   the longest runs of channels (default 16)
-#   PYTHON  a Python with jax[cuda13], jax-triton==0.3.1, and the packages of this project's extra "experiments" (tyro, rich, flax, optax)
-#   WHEELS  folder of wheels that this machine lacks (often jax-triton and tyro), for one without a network; installed for this call alone
-#   ABSENT  not empty: an implementation that cannot run here is no failure
-#   COMMIT  what the reports call this checkout where git cannot say
-# Exit status 75: time was up, call again. 1: something failed; the reports and the journals name it, the rest was measured.
+#   PYTHON  a Python with jax[cuda13], jax-triton==0.3.1 and the extra "experiments" of this project
+#   WHEELS  folder of wheels that this machine lacks and cannot download; installed for this call
+#   ABSENT  if not empty, an implementation that cannot run here is no failure
+#   COMMIT  what the reports call this checkout where git cannot tell
+#   QUICK   if not empty, a dry run of tiny shapes on any device
+#
+# Exit status: 0 all done; 75 time is up, call again; 1 something failed: the reports and the
+# journals say what, everything else was measured; 2 a wrong argument.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 OUT=${OUT:-runs/gpu}
@@ -20,10 +35,13 @@ TUNE=${TUNE:-2}
 TWO=${TWO:-1.5}
 STAGES=${STAGES:-first train tune check time}
 BLOCK=${BLOCK:-16}
-for wanted in $STAGES; do
-    case $wanted in
+for name in $STAGES; do
+    case $name in
         first | train | tune | check | time) ;;
-        *) echo "STAGES: expected some of first train tune check time, got $wanted" >&2 && exit 2 ;;
+        *)
+            echo "STAGES: expected some of first train tune check time, got $name" >&2
+            exit 2
+            ;;
     esac
 done
 PYTHON=${PYTHON:-python3}
@@ -34,25 +52,40 @@ begin=$SECONDS
 
 tuned=pallas_kernels/block_sparse_conv/tuned
 if [ -n "${FROM:-}" ]; then cp -n "$FROM"/*.json* "$OUT"/; fi
-for table in "$OUT"/tuned_{mosaic_gpu,triton}_*.json; do if [ -e "$table" ]; then cp "$table" "$tuned"/; fi; done
+for table in "$OUT"/tuned_{mosaic_gpu,triton}_*.json; do
+    if [ -e "$table" ]; then cp "$table" "$tuned"/; fi
+done
 if [ -n "${WHEELS:-}" ]; then
     site=$(mktemp -d)
-    "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$WHEELS"/*.whl || exit 2
+    "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir \
+        --target "$site" "$WHEELS"/*.whl || exit 2
     export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 
-status=0 later=0
-number() { awk -v a="$1" -v p=$((SECONDS - begin)) -v m="$MINUTES" "BEGIN { p /= 60; if (a == \"\") a = m; printf \"%.2f\", $2 }"; }
-left() { number "$1" '(m - p < a) ? ((m > p) ? m - p : 0) : a'; } # of so many minutes, what the call still has
-# Runs a command for some minutes at most: again without the unit that lost the device (70) or crashed (128 or more). When time is up (75)
-# the next stage has its turn, if half a minute is left; what is not done then is for the next call.
+status=0
+later=0
+
+# Computes with a: the first argument (default m), p: the minutes that have passed, m: those of the
+# call.
+number() {
+    awk -v a="$1" -v p=$((SECONDS - begin)) -v m="$MINUTES" \
+        "BEGIN { p /= 60; if (a == \"\") a = m; printf \"%.2f\", $2 }"
+}
+
+# Of so many minutes, those that the call still has.
+remaining() { number "$1" '(m - p < a) ? ((m > p) ? m - p : 0) : a'; }
+
+# Runs a command for some minutes at most. When it lost the device (70) or crashed (128 or more) it
+# runs again without that unit. When time is up (75) the next stage has its turn, if half a minute
+# remains; the next call does the rest.
 stage() {
     local minutes=$1 journal=$2 try code=75
     shift 2
     for try in 1 2 3 4 5 6; do
         if [ "$(number 0.5 'm - p < a')" = 1.00 ]; then finish 75; fi
         printf '\n== %s\n' "$*"
-        "$PYTHON" -m "$@" --journal "$journal" --device gpu $QUICK --minutes "$(left "$minutes")"
+        "$PYTHON" -m "$@" --journal "$journal" --device gpu $QUICK \
+            --minutes "$(remaining "$minutes")"
         code=$?
         if [ "$code" -ge 128 ]; then
             "$PYTHON" -m experiments.bench.gpu.journal "$journal" || finish "$code"
@@ -67,6 +100,7 @@ stage() {
         *) later=75 ;;
     esac
 }
+
 finish() {
     if [ -z "$QUICK" ]; then cp "$tuned"/tuned_{mosaic_gpu,triton}_*.json "$OUT"/ 2>/dev/null; fi
     case $1 in
@@ -77,28 +111,35 @@ finish() {
     exit "$1"
 }
 
-bench() { # minutes, stages
+kernels() { # minutes, stages of the benchmark
     local minutes=$1
     shift
-    stage "$minutes" "$OUT/bench_kernels.jsonl" experiments.bench.kernels --keep-going ${ABSENT:+--allow-absent} --channel-block "$BLOCK" \
+    stage "$minutes" "$OUT/bench_kernels.jsonl" experiments.bench.kernels --keep-going \
+        ${ABSENT:+--allow-absent} --channel-block "$BLOCK" \
         --out "$OUT/bench_kernels_gpu.json" --stages "$@"
 }
 
-for wanted in $STAGES; do
-    case $wanted in
-        first) bench "$MINUTES" gate headline ;;
+for name in $STAGES; do
+    case $name in
+        first) kernels "$MINUTES" gate headline ;;
         train)
-            stage "$MINUTES" "$OUT/bench_training.jsonl" experiments.bench.training --channel-block "$BLOCK" --out "$OUT/bench_training_gpu.json"
+            stage "$MINUTES" "$OUT/bench_training.jsonl" experiments.bench.training \
+                --channel-block "$BLOCK" --out "$OUT/bench_training_gpu.json"
             ;;
         tune) # what is not tuned yet runs in the tile that the rule gives
-            [ "$TUNE" = 0 ] || stage "$TUNE" "$OUT/tune.jsonl" experiments.bench.tune --channel-block "$BLOCK" ${QUICK:+--folder "$OUT"}
+            if [ "$TUNE" != 0 ]; then
+                stage "$TUNE" "$OUT/tune.jsonl" experiments.bench.tune \
+                    --channel-block "$BLOCK" ${QUICK:+--folder "$OUT"}
+            fi
             ;;
-        check) bench "$MINUTES" gate check ceilings ;;
+        check) kernels "$MINUTES" gate check ceilings ;;
         time)
-            bench "$(number "$TWO" '(m - p > a) ? m - p - a : 0')" gate headline check ceilings layers
+            kernels "$(number "$TWO" '(m - p > a) ? m - p - a : 0')" \
+                gate headline check ceilings layers
             if [ "$TWO" != 0 ]; then
                 "$PYTHON" -m pallas_kernels.two_of_four.build || true
-                stage "$MINUTES" "$OUT/two_of_four.jsonl" experiments.bench.gpu.two_of_four --out "$OUT/two_of_four.json"
+                stage "$MINUTES" "$OUT/two_of_four.jsonl" experiments.bench.gpu.two_of_four \
+                    --out "$OUT/two_of_four.json"
             fi
             ;;
     esac

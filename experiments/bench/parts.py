@@ -1,35 +1,34 @@
-"""Times what is around the convolutions: `python -m experiments.bench.parts` (5 minutes on 2 CPU
-cores).
+"""Times what is around the convolutions, in (C, H, W, N) beside NHWC, and the grouping.
 
-Batch norm, ReLU, the residual add and the pools of the zoo in (C, H, W, N) beside NHWC, forward and
-forward + gradient, at the sizes of VGG-19 and ResNet-32 (width 2) on 32x32 images and of
-ResNet-50's ends on 224x224 images, each pool where the networks have it; and the grouping of single
-layers and of a whole ResNet-50, after compilation and with it.
+`python -m experiments.bench.parts` takes about 5 minutes on 2 CPU cores. It times batch norm, ReLU,
+the residual add and the pools of the zoo, forward and with their gradient, at the sizes of VGG-19
+and ResNet-32 (width 2) on 32x32 images and of both ends of ResNet-50 on 224x224 images, each pool
+where a network has it; and the grouping of single layers and of a whole ResNet-50, with compilation
+and without.
 """
 
 import dataclasses
 import functools
-import json
+import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import tyro
 from flax import linen as nn
-from rich.console import Console
-from rich.table import Table
 
 import blocksparse_jax as bsj
-from experiments.bench.environment import commit, device, versions
+from experiments.bench.command import exit_status
+from experiments.bench.environment import origin
 from experiments.bench.memory import steady_memory
-from experiments.bench.timing import median_iqr, time_in_turn, timed
+from experiments.bench.timing import time_in_turn, time_record, timed
 from experiments.models import create
 from experiments.models.layers import Parts, max_pool
+from experiments.reporting import markdown, results
+from experiments.reporting.reports import parts as report_tables
 
-RESULTS = Path(__file__).parents[1] / "results"
 EVERYWHERE = ("batch norm", "ReLU", "batch norm, ReLU", "batch norm, add, ReLU")
 SIZES = {  # channels, pixels of a side, and the pool that the network has there
     "vgg19 64@32": (64, 32, "max pool 2x2"),
@@ -41,10 +40,11 @@ SIZES = {  # channels, pixels of a side, and the pool that the network has there
     "resnet50 64@112": (64, 112, "max pool 3x3/2"),
     "resnet50 2048@7": (2048, 7, "mean over the image"),
 }
-LARGEST = (
-    100 << 20
-)  # bytes of one layer's activations: with larger ones, the allocator's page faults are what is timed
+# Bytes of one layer's activations. Larger ones would time the allocator's page faults.
+LARGEST = 100 << 20
 FORMATS = ("CHWN", "NHWC")
+
+Operation = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,22 +52,45 @@ class Config:
     """What is timed.
 
     Attributes:
-      batch: images, where no array is larger than `LARGEST` then.
-      seconds: for each operation, size and mode, both formats together.
-      sizes: of `SIZES`, the first ones.
+      batch: images, fewer where an array would be larger than 100 MiB.
+      seconds: time for each operation, size and mode, both formats together.
+      sizes: how many of the eight sizes are timed.
       grouping: whether the grouping is timed.
-      out: the report, JSON.
+      out: JSON file; None is experiments/results/bench_parts_cpu.json.
+      quick: one size, a small batch, few repetitions and no grouping; writes a file only if `out`
+        is given.
     """
 
     batch: int = 128
     seconds: float = 2.0
     sizes: int = len(SIZES)
     grouping: bool = True
-    out: str = str(RESULTS / "bench_parts_cpu.json")
+    out: str | None = None
+    quick: bool = False
 
 
-def operations(data_format: str) -> dict[str, Callable[[jax.Array, jax.Array], jax.Array]]:
-    """What a network does between its convolutions in training, as the zoo does it.
+def main(config: Config) -> dict[str, Any]:
+    """Times the operations and the grouping, prints the tables and writes the JSON file.
+
+    Args:
+      config: what is timed.
+
+    Returns:
+      The report: "rows", "grouping", device, versions and commit.
+    """
+    if config.quick:
+        config = dataclasses.replace(config, batch=4, seconds=0.01, sizes=1, grouping=False)
+    steady_memory()
+    report = origin() | {"config": results.settings(config), "rows": time_operations(config)}
+    report["grouping"] = time_grouping() if config.grouping else []
+    markdown.show(report_tables.table(report))
+    if config.out or not config.quick:
+        results.write(report, config.out or results.RESULTS / "bench_parts_cpu.json")
+    return report
+
+
+def operations(data_format: str) -> dict[str, Operation]:
+    """Returns what a network of the zoo does between its convolutions in training.
 
     Args:
       data_format: CHWN or NHWC.
@@ -88,15 +111,13 @@ def operations(data_format: str) -> dict[str, Callable[[jax.Array, jax.Array], j
 
     def norm(x: jax.Array) -> jax.Array:
         channels = x.shape[parts.channel_axis]
-        affine, statistics = (
-            {a: jnp.ones(channels), b: jnp.zeros(channels)}
-            for a, b in (("scale", "bias"), ("var", "mean"))
-        )
-        return Normed().apply(
-            {"params": {"norm": affine}, "batch_stats": {"norm": statistics}},
-            x,
-            mutable=["batch_stats"],
-        )[0]
+        ones, zeros = jnp.ones(channels), jnp.zeros(channels)
+        variables = {
+            "params": {"norm": {"scale": ones, "bias": zeros}},
+            "batch_stats": {"norm": {"var": ones, "mean": zeros}},
+        }
+        y, _ = Normed().apply(variables, x, mutable=["batch_stats"])
+        return y
 
     return {
         "batch norm": lambda x, shortcut: norm(x),
@@ -109,134 +130,112 @@ def operations(data_format: str) -> dict[str, Callable[[jax.Array, jax.Array], j
     }
 
 
-def layers(config: Config) -> list[dict[str, Any]]:
+def time_operations(config: Config) -> list[dict[str, Any]]:
     """Times every operation in both formats.
 
     Args:
       config: what is timed.
 
     Returns:
-      Rows: layer, images, operation, mode, and median and spread of each format in milliseconds.
+      Rows: layer, images, operation, mode, and the times in each format.
     """
     rows = []
     for name, (channels, size, pool) in list(SIZES.items())[: config.sizes]:
         batch = min(config.batch, LARGEST // (4 * channels * size * size))
-        chwn = [
-            jax.random.normal(jax.random.key(seed), (channels, size, size, batch))
-            for seed in range(2)
-        ]
-        arrays = {"CHWN": chwn, "NHWC": [a.transpose(3, 1, 2, 0).copy() for a in chwn]}
+        shape = (channels, size, size, batch)
+        chwn = [jax.random.normal(jax.random.key(seed), shape) for seed in range(2)]
+        arrays = {"CHWN": chwn, "NHWC": [array.transpose(3, 1, 2, 0).copy() for array in chwn]}
         for operation in (*EVERYWHERE, *([pool] if pool else [])):
             for mode in ("forward", "forward + gradient"):
-                calls = {}
-                for data_format, (x, shortcut) in arrays.items():
-                    run = operations(data_format)[operation]
-                    dy = jax.random.normal(
-                        jax.random.key(2), jax.eval_shape(run, x, shortcut).shape
-                    )
-                    program = jax.jit(
-                        run if mode == "forward" else functools.partial(_both, run, dy)
-                    )
-                    calls[data_format] = timed(functools.partial(program, x, shortcut))
-                times = {
-                    f: median_iqr(t) for f, t in time_in_turn(calls, seconds=config.seconds).items()
+                calls = {
+                    data_format: timed(_program(data_format, operation, mode, x, shortcut))
+                    for data_format, (x, shortcut) in arrays.items()
                 }
-                ms = {f: {"median": median, "iqr": iqr} for f, (median, iqr) in times.items()}
-                ratio = (times["NHWC"][0] or 0.0) / (times["CHWN"][0] or 1.0)
-                row = {
-                    "layer": name,
-                    "batch": batch,
-                    "operation": operation,
-                    "mode": mode,
-                    "ms": ms,
-                }
-                rows.append(row | {"nhwc_over_chwn": round(ratio, 3)})
+                times_ms = time_in_turn(calls, seconds=config.seconds)
+                ms = {data_format: time_record(times) for data_format, times in times_ms.items()}
+                ratio = ms["NHWC"]["median"] / (ms["CHWN"]["median"] or 1.0)
+                rows.append(
+                    {
+                        "layer": name,
+                        "batch": batch,
+                        "operation": operation,
+                        "mode": mode,
+                        "ms": ms,
+                        "nhwc_over_chwn": round(ratio, 3),
+                    }
+                )
     return rows
 
 
-def _both(
-    run: Callable[[jax.Array, jax.Array], jax.Array],
-    dy: jax.Array,
-    x: jax.Array,
-    shortcut: jax.Array,
-) -> tuple[jax.Array, ...]:
-    y, pullback = jax.vjp(run, x, shortcut)
-    return y, pullback(dy)[0]
+def _program(
+    data_format: str, operation: str, mode: str, x: jax.Array, shortcut: jax.Array
+) -> Callable[[], Any]:
+    """A compiled call of an operation, alone or with its gradient."""
+    run = operations(data_format)[operation]
+    if mode == "forward":
+        return functools.partial(jax.jit(run), x, shortcut)
+    dy = jax.random.normal(jax.random.key(2), jax.eval_shape(run, x, shortcut).shape)
+
+    def with_gradient(x: jax.Array, shortcut: jax.Array, dy: jax.Array) -> Any:
+        y, pullback = jax.vjp(run, x, shortcut)
+        return y, pullback(dy)[0]
+
+    return functools.partial(jax.jit(with_gradient), x, shortcut, dy)
 
 
-def grouping() -> list[dict[str, Any]]:
-    """Times `hrbp_groups` on single layers, and `hrbp_prune(0.9).init` on a ResNet-50: with
-    compilation, and again.
+def time_grouping() -> list[dict[str, Any]]:
+    """Times `hrbp_groups` on single layers and `hrbp_prune(0.9).init` on a ResNet-50, twice each.
 
     Returns:
-      Rows: what, seconds of the first and of the second call, and processor seconds of the second.
+      Rows: what, seconds of the first call (with compilation) and of the second, and processor
+      seconds of the second.
     """
-
-    def timed(what: str, call: Callable[[], Any]) -> dict[str, Any]:
-        wall, cpu = [], []
-        for _ in range(2):
-            start, start_cpu = time.perf_counter(), time.process_time()
-            jax.block_until_ready(call())
-            wall.append(time.perf_counter() - start), cpu.append(time.process_time() - start_cpu)
-        return {
-            "what": what,
-            "first_s": round(wall[0], 2),
-            "second_s": round(wall[1], 2),
-            "second_cpu_s": round(cpu[1], 2),
-        }
-
     rows = []
     for group_size in (8, 32):
         scores = jnp.abs(jax.random.normal(jax.random.key(1), (3, 3, 512, 512)))
-        call = functools.partial(
-            jax.jit(
-                functools.partial(bsj.hrbp_groups, group_size=group_size, kept=154, kept_taps=3)
-            ),
-            scores,
+        group = jax.jit(
+            functools.partial(bsj.hrbp_groups, group_size=group_size, kept=154, kept_taps=3)
         )
-        rows.append(timed(f"512x512, 3x3, groups of {group_size}", call))
-    shapes = jax.eval_shape(
-        create("resnet50", num_classes=1000).init, jax.random.key(0), jnp.ones((1, 32, 32, 3))
-    )["params"]
+        call = functools.partial(group, scores)
+        rows.append(_time_twice(f"512x512, 3x3, groups of {group_size}", call))
+    model = create("resnet50", num_classes=1000)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 32, 32, 3)))["params"]
     params = jax.tree.map(
         lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), shapes
     )
-    rows.append(
-        timed("ResNet-50, hrbp_prune(0.9)", functools.partial(bsj.hrbp_prune(0.9).init, params))
-    )
-    return rows
+    call = functools.partial(bsj.hrbp_prune(0.9).init, params)
+    return [*rows, _time_twice("ResNet-50, hrbp_prune(0.9)", call)]
 
 
-def main(config: Config) -> dict[str, Any]:
-    """Times, prints and writes the report.
+def _time_twice(what: str, call: Callable[[], Any]) -> dict[str, Any]:
+    seconds, cpu_seconds = [], []
+    for _ in range(2):
+        start, start_cpu = time.perf_counter(), time.process_time()
+        jax.block_until_ready(call())
+        seconds.append(round(time.perf_counter() - start, 2))
+        cpu_seconds.append(round(time.process_time() - start_cpu, 2))
+    return {
+        "what": what,
+        "first_s": seconds[0],
+        "second_s": seconds[1],
+        "second_cpu_s": cpu_seconds[1],
+    }
+
+
+def cli(arguments: Sequence[str]) -> int:
+    """Runs the command.
 
     Args:
-      config: what is timed.
+      arguments: without the program's name.
 
     Returns:
-      The report: `layers`, `grouping`, device, versions and commit.
+      The exit status.
     """
-    steady_memory()
-    report = {
-        "device": device(),
-        "versions": versions(),
-        "commit": commit(),
-        "batch": config.batch,
-        "rows": layers(config),
-    }
-    report["grouping"] = grouping() if config.grouping else []
-    table = Table(title="milliseconds in both formats")
-    for column in ("layer", "operation", "mode", *FORMATS, "NHWC / CHWN"):
-        table.add_column(column)
-    for row in report["rows"]:
-        ms = (f"{row['ms'][f]['median']:.2f}" for f in FORMATS)
-        table.add_row(
-            row["layer"], row["operation"], row["mode"], *ms, f"{row['nhwc_over_chwn']:.2f}x"
-        )
-    Console(width=140).print(table, *(json.dumps(row) for row in report["grouping"]), sep="\n")
-    Path(config.out).write_text(json.dumps(report, indent=1) + "\n")
-    return report
+    config = tyro.cli(
+        Config, prog="python -m experiments.bench.parts", description=__doc__, args=arguments
+    )
+    return exit_status(lambda: main(config))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    raise SystemExit(cli(sys.argv[1:]))

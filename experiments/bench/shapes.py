@@ -1,4 +1,7 @@
-"""Named layers of real networks: the same shapes feed the tuner, the benchmark and the tests."""
+"""Named layers of real networks, and random operands for them.
+
+The tuner, the benchmarks and the tests use the same shapes.
+"""
 
 import dataclasses
 from typing import Any
@@ -50,6 +53,7 @@ RESNET32 = (
     Layer("resnet32x2 64-128@16/2", 64, 128, 16, 2),
     Layer("resnet32x2 128@8", 128, 128, 8),
 )
+# All conv layers of ResNet-50 after the stem, each once; the stride sits in the first 1x1 (v1).
 RESNET50 = (
     Layer("resnet50 1x1 64@56", 64, 64, 56, 1, 1),
     Layer("resnet50 64@56", 64, 64, 56),
@@ -71,13 +75,12 @@ RESNET50 = (
     Layer("resnet50 1x1 1024-2048@14/2", 1024, 2048, 14, 2, 1),
     Layer("resnet50 1x1 2048-512@7", 2048, 512, 7, 1, 1),
 )
-"""All conv layers of ResNet-50 behind the stem, each once; the stride sits in the first 1x1 (v1)."""
-_NAMED = {layer.name: layer for layer in RESNET50}
+_RESNET50_BY_NAME = {layer.name.removeprefix("resnet50 "): layer for layer in RESNET50}
 OTHERS = (
     Layer("digits 16-32@8", 16, 32, 8),
     Layer("digits 32-64@8/2", 32, 64, 8, 2),
     *(
-        _NAMED[f"resnet50 {name}"]
+        _RESNET50_BY_NAME[name]
         for name in (
             "64@56",
             "128@28",
@@ -85,15 +88,23 @@ OTHERS = (
             "1x1 64-256@56",
             "1x1 512-128@28",
             "1x1 512-2048@7",
+            "1x1 512-1024@28/2",
         )
     ),
-    _NAMED["resnet50 1x1 512-1024@28/2"],
 )
-INFERENCE = tuple(  # each kernel at each resolution, channels growing and shrinking
-    _NAMED[f"resnet50 {name}"]
+INFERENCE = tuple(  # each kernel size at each resolution, channels growing and shrinking
+    _RESNET50_BY_NAME[name]
     for name in (
-        *("1x1 256-64@56", "64@56", "1x1 64-256@56", "1x1 512-128@28", "256@14", "1x1 256-1024@14"),
-        *("1x1 1024-2048@14/2", "1x1 2048-512@7", "512@7", "1x1 512-2048@7"),
+        "1x1 256-64@56",
+        "64@56",
+        "1x1 64-256@56",
+        "1x1 512-128@28",
+        "256@14",
+        "1x1 256-1024@14",
+        "1x1 1024-2048@14/2",
+        "1x1 2048-512@7",
+        "512@7",
+        "1x1 512-2048@7",
     )
 )
 
@@ -107,9 +118,9 @@ def layer_spec(
     kept_taps: int | None = None,
     dtype: str = "float32",
 ) -> ConvSpec:
-    """The convolution of a layer at a sparsity, SAME padding; the kept channels follow from the
-    density.
+    """Returns the convolution of a layer at a sparsity, with SAME padding.
 
+    The number of kept channels follows from the density:
     `kept = round((1 - sparsity) * cin * kernel^2 / kept_taps)`, at least 1.
 
     Args:
@@ -129,9 +140,11 @@ def layer_spec(
     """
     area = layer.kernel**2
     kept_taps = kept_taps or max(1, area // 3)
+    kept = round((1 - sparsity) * layer.cin * area / kept_taps)
     group_size = min(group_size, layer.cout)
-    total = max((-(-layer.size // layer.stride) - 1) * layer.stride + layer.kernel - layer.size, 0)
-    edge = (total // 2, total - total // 2)
+    out_size = -(-layer.size // layer.stride)
+    padding = max((out_size - 1) * layer.stride + layer.kernel - layer.size, 0)
+    sides = (padding // 2, padding - padding // 2)
     return ConvSpec(
         cin=layer.cin,
         height=layer.size,
@@ -140,19 +153,47 @@ def layer_spec(
         kernel=(layer.kernel, layer.kernel),
         cout=layer.cout,
         groups=layer.cout // group_size,
-        kept=min(layer.cin, max(1, round((1 - sparsity) * layer.cin * area / kept_taps))),
+        kept=min(layer.cin, max(1, kept)),
         kept_taps=kept_taps,
         group_size=group_size,
         strides=(layer.stride, layer.stride),
-        padding=(edge, edge),
+        padding=(sides, sides),
         dtype=dtype,
     )
+
+
+def describe(spec: ConvSpec) -> dict[str, Any]:
+    """Returns what a report says of a convolution: its shape, its density and its tile.
+
+    Args:
+      spec: the static sizes.
+
+    Returns:
+      What JSON can hold.
+    """
+    return {
+        "shape": {
+            "input": spec.in_shape,
+            "output": spec.out_shape,
+            "kernel": spec.kernel,
+            "strides": spec.strides,
+            "dtype": spec.dtype,
+        },
+        "density": round(spec.density, 5),
+        "tile": {
+            "groups": spec.groups,
+            "group_size": spec.group_size,
+            "kept": spec.kept,
+            "kept_taps": spec.kept_taps,
+            "channel_block": spec.channel_block,
+        },
+    }
 
 
 def random_operands(
     spec: ConvSpec, seed: int = 0
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Random operands of a convolution.
+    """Draws random operands of a convolution.
 
     Args:
       spec: the static sizes.
@@ -167,29 +208,19 @@ def random_operands(
     """
     rng = np.random.default_rng(seed)
 
-    def subsets(count: int, bound: int) -> jax.Array:
-        return jnp.asarray(
-            np.sort(
-                rng.permuted(np.tile(np.arange(bound), (spec.groups, 1)), axis=1)[:, :count], axis=1
-            ),
-            jnp.int32,
-        )
+    def subsets(count: int, total: int) -> jax.Array:
+        """For each group, `count` of the numbers below `total`, sorted."""
+        shuffled = rng.permuted(np.tile(np.arange(total), (spec.groups, 1)), axis=1)
+        return jnp.asarray(np.sort(shuffled[:, :count], axis=1), jnp.int32)
 
     x, dy, values = (
-        jnp.asarray(rng.standard_normal(s), spec.dtype)
-        for s in (spec.in_shape, spec.out_shape, spec.packed_shape)
+        jnp.asarray(rng.standard_normal(shape), spec.dtype)
+        for shape in (spec.in_shape, spec.out_shape, spec.packed_shape)
     )
-    filters = jnp.asarray(
-        np.sort(rng.permutation(spec.cout).reshape(spec.groups, -1), axis=1), jnp.int32
-    )
-    return (
-        x,
-        dy,
-        values,
-        filters,
-        subsets(spec.kept, spec.cin),
-        subsets(spec.kept_taps, spec.kernel[0] * spec.kernel[1]),
-    )
+    filters = np.sort(rng.permutation(spec.cout).reshape(spec.groups, -1), axis=1)
+    channels = subsets(spec.kept, spec.cin)
+    taps = subsets(spec.kept_taps, spec.kernel[0] * spec.kernel[1])
+    return x, dy, values, jnp.asarray(filters, jnp.int32), channels, taps
 
 
 def convolve(
@@ -200,7 +231,7 @@ def convolve(
     *index: jax.Array,
     **epilogue: Any,
 ) -> jax.Array:
-    """`block_sparse_conv` with the geometry of a spec.
+    """Calls `block_sparse_conv` with the geometry of a spec.
 
     Args:
       spec: the static sizes.
@@ -208,14 +239,16 @@ def convolve(
       x: activations `[cin, h, w, n]`.
       values: packed weights.
       *index: filters, channels, taps.
-      **epilogue: `scale`, `bias`, `residual`, `relu`.
+      **epilogue: other arguments of `block_sparse_conv`: `scale`, `bias`, `residual`, `relu`,
+        `channel_block`, `precision`.
 
     Returns:
       `[cout, ho, wo, n]`.
 
     Example:
-      >>> x, _, values, *index = random_operands(layer_spec(OTHERS[0], sparsity=0.9, batch=2))
-      >>> convolve(layer_spec(OTHERS[0], sparsity=0.9, batch=2), None, x, values, *index).shape
+      >>> spec = layer_spec(OTHERS[0], sparsity=0.9, batch=2)
+      >>> x, _, values, *index = random_operands(spec)
+      >>> convolve(spec, None, x, values, *index).shape
       (32, 8, 8, 2)
     """
     return block_sparse_conv(

@@ -1,11 +1,9 @@
-"""What a benchmark of many shapes comes to: geometric means, the worst, the best, and the shapes
-that lose.
-"""
+"""What a benchmark of many layers comes to: geometric means, the worst, the best and the losers."""
 
 import statistics
 from typing import Any
 
-AGAINST = {
+BASELINES = {
     "speed_up_over_dense": "dense",
     "speed_up_over_convolution": "XLA's convolution",
     "speed_up_over_torch": "PyTorch dense",
@@ -13,15 +11,15 @@ AGAINST = {
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line for each baseline, sparsity and mode.
+    """Returns one line for each baseline, sparsity and mode.
 
     Args:
-      rows: with "layer", "sparsity", "mode" and the speed-ups of `AGAINST`; a baseline that was not
-        measured has no line.
+      rows: with "layer", "sparsity", "mode" and the speed-ups of `BASELINES`; a baseline that was
+        not measured has no line.
 
     Returns:
-      Lines with the number of shapes, the geometric mean, the worst and the best layer, and the
-      names of those below 1.
+      Lines with the number of layers, the geometric mean of the speed-ups, the worst and the best
+      layer, and the names of the layers below 1.
 
     Example:
       >>> row = {"layer": "a", "sparsity": 0.9, "mode": "forward", "speed_up_over_dense": 2.0}
@@ -30,29 +28,25 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
       (1.0, ['b'])
     """
     lines = []
-    for key, against in AGAINST.items():
-        for sparsity, mode in dict.fromkeys(
-            (row["sparsity"], row["mode"]) for row in rows if key in row
-        ):
-            ups = {
-                row["layer"]: row[key]
-                for row in rows
-                if (row["sparsity"], row["mode"]) == (sparsity, mode)
-            }
-            worst, best = (
-                {"layer": layer, "speed_up": ups[layer]}
-                for layer in (min(ups, key=ups.__getitem__), max(ups, key=ups.__getitem__))
-            )
+    for key, baseline in BASELINES.items():
+        speed_ups: dict[tuple[float, str], dict[str, float]] = {}
+        for row in rows:
+            if key in row:
+                by_layer = speed_ups.setdefault((row["sparsity"], row["mode"]), {})
+                by_layer[row["layer"]] = row[key]
+        for (sparsity, mode), by_layer in speed_ups.items():
+            worst = min(by_layer, key=by_layer.__getitem__)
+            best = max(by_layer, key=by_layer.__getitem__)
             lines.append(
                 {
-                    "against": against,
+                    "against": baseline,
                     "sparsity": sparsity,
                     "mode": mode,
-                    "shapes": len(ups),
-                    "geometric_mean": round(statistics.geometric_mean(ups.values()), 3),
-                    "worst": worst,
-                    "best": best,
-                    "slower": [layer for layer, up in ups.items() if up < 1],
+                    "shapes": len(by_layer),
+                    "geometric_mean": round(statistics.geometric_mean(by_layer.values()), 3),
+                    "worst": {"layer": worst, "speed_up": by_layer[worst]},
+                    "best": {"layer": best, "speed_up": by_layer[best]},
+                    "slower": [layer for layer, speed_up in by_layer.items() if speed_up < 1],
                 }
             )
     return lines

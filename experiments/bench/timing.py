@@ -89,12 +89,11 @@ def time_in_turn(
     patience: float = math.inf,
     burst_ms: float = BURST_MS,
 ) -> dict[Any, list[float]]:
-    """Times calls in turn, every round in another order, so that a slow spell of the machine hits
-    all of them alike.
+    """Times calls in turn, so that a slow spell of the machine hits all of them alike.
 
-    A turn of a call has two bursts of `burst_ms` each. The first does not count: it brings caches,
-    clock rate and threads into the state in which the call itself leaves them, not its neighbour.
-    The median of the second burst is one repetition.
+    Every round has another order. A turn of a call has two bursts of `burst_ms` each. The first
+    does not count: it brings caches, clock rate and threads into the state in which the call itself
+    leaves them, not its neighbour. The median of the second burst is one repetition.
 
     Args:
       calls: by name; a call does its work once and returns the milliseconds that it took. A call

@@ -1,6 +1,4 @@
-"""The benchmarks: a dense baseline at its best, fair turns, PyTorch in a process of its own, and
-the tables that come out.
-"""
+"""The benchmarks on a CPU: dense baselines, turns of the timer, PyTorch's process, and reports."""
 
 import dataclasses
 import functools
@@ -17,15 +15,25 @@ import numpy as np
 import pytest
 
 import blocksparse_jax as bsj
-from experiments import models
-from experiments.bench import inference as bench_inference
-from experiments.bench import kernels as bench_kernels
-from experiments.bench import parts as bench_parts
+from blocksparse_jax.linen import BlockSparseConv
+from experiments.bench import (
+    dense_forms,
+    inference,
+    inference_networks,
+    kernels,
+    parts,
+    shapes,
+    training,
+    training_steps,
+)
+from experiments.bench.inference_times import PATTERNS, Execution, check_logits
 from experiments.bench.summary import summary
 from experiments.bench.timing import BURST_MS, StepTimer, time_in_turn, timed
-from experiments.bench.torch_process import POLICIES, TorchProcess
+from experiments.bench.torch_baseline.process import POLICIES, TorchProcess
+from experiments.bench.training_steps import Variant
 from experiments.models.flops import conv_positions
 from experiments.reporting import tables
+from experiments.training.loop import stepper
 
 TORCH = os.environ.get("TORCH_PYTHON")  # a Python that has PyTorch, where there is one
 needs_torch = pytest.mark.skipif(
@@ -101,28 +109,27 @@ def test_a_summary_names_who_loses():
     assert (torch["geometric_mean"], torch["slower"]) == (4.0, [])
 
 
-TINY = bench_kernels.KernelConfig(sparsities=(0.9,), batch=2, seconds=0.01, layers="64-128@16/2")
+TINY = kernels.KernelConfig(sparsities=(0.9,), batch=2, seconds=0.01, layers="64-128@16/2")
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
+@pytest.fixture(name="kernels_report", scope="module")
+def _kernels_report(tmp_path_factory):
     out = tmp_path_factory.mktemp("results") / "bench_kernels_cpu.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_kernels.shapes, "VGG19", ())
-        report = bench_kernels.main(dataclasses.replace(TINY, out=str(out), torch=TORCH))
+        patch.setattr(shapes, "VGG19", ())
+        report = kernels.main(dataclasses.replace(TINY, out=str(out), torch=TORCH))
     return report, out
 
 
-def test_the_baseline_is_the_fastest_dense_convolution(kernels):
-    report, out = kernels
+def test_the_baseline_is_the_fastest_dense_convolution(kernels_report):
+    report, out = kernels_report
     dense = {"dense NHWC", "dense CHWN", "dense NCHW", "dense taps NHWC", "dense taps CHWN"}
-    built = {name for name, reason in bsj.available_implementations().items() if reason is None} - {
-        "dense"
-    }
-    theirs = {f"PyTorch dense, {policy}" for policy in POLICIES} if TORCH else set()
+    built = {name for name, reason in bsj.available_implementations().items() if reason is None}
+    built -= {"dense"}
+    torch = {f"PyTorch dense, {policy}" for policy in POLICIES} if TORCH else set()
     for row in report["rows"]:
         ms = {name: times["median"] for name, times in row["ms"].items()}
-        assert set(ms) == {*dense, *built, *theirs, "masked dense", "chosen"}, (
+        assert set(ms) == {*dense, *built, *torch, "masked dense", "chosen"}, (
             "formulations are off by default"
         )
         assert ms[row["best_dense"]] == min(ms[name] for name in dense)
@@ -137,20 +144,18 @@ def test_the_baseline_is_the_fastest_dense_convolution(kernels):
     assert report["summary"] == summary(report["rows"])
     text = out.read_text()
     assert "/" not in json.loads(text)["config"]["layers"].replace("@16/2", "")
-    assert str(out.parent) not in text, "no machine's paths"
+    assert str(out.parent) not in text, "no paths of this machine"
 
 
 def test_a_wrong_dense_baseline_fails_loudly(monkeypatch):
-    monkeypatch.setattr(bench_kernels.shapes, "VGG19", ())
-    right = bench_kernels.dense_conv
-
-    def wrong(*operands, **options):
-        factor = 1.001 if options["formulation"] == "taps" else 1
-        return factor * right(*operands, **options)
-
-    monkeypatch.setattr(bench_kernels, "dense_conv", wrong)
+    monkeypatch.setattr(shapes, "VGG19", ())
+    monkeypatch.setattr(
+        dense_forms,
+        "tap_conv",
+        lambda *operands, **options: 1.001 * tap_conv(*operands, **options),
+    )
     with pytest.raises(AssertionError, match="dense taps NHWC: the output differs from dense NHWC"):
-        bench_kernels.main(TINY)
+        kernels.main(TINY)
 
 
 def test_a_python_without_torch_says_how_to_make_one(tmp_path):
@@ -173,37 +178,114 @@ def test_torch_convolves_as_we_do(image, kernel, strides, padding):
         jnp.asarray(rng.integers(-3, 4, size), jnp.float32)
         for size in ((2, *image, 3), (*kernel, 3, 4))
     )
-    y, pull = jax.vjp(
-        lambda x, weights: bench_kernels.dense_conv(
-            x, weights, strides=strides, padding=padding, formulation="taps"
-        ),
-        x,
-        weights,
+    y, pullback = jax.vjp(
+        lambda x, weights: tap_conv(x, weights, strides=strides, padding=padding), x, weights
     )
     with TorchProcess(TORCH) as process:
         calls = process.load(
-            "conv",
+            "convolution",
             {"x": np.asarray(x), "kernel": np.asarray(weights), "dy": y},
             strides=strides,
             padding=padding,
         )
         assert all(call() > 0 for call in calls.values())
-        for got, want in zip(process.results("forward + gradients"), (y, *pull(y)), strict=True):
-            np.testing.assert_array_equal(got, want)
+        results = process.results("forward + gradients")
+        for result, expected in zip(results, (y, *pullback(y)), strict=True):
+            np.testing.assert_array_equal(result, expected)
         with pytest.raises(RuntimeError, match="KeyError"):
             process.results("backward")
 
 
-@pytest.fixture(scope="module")
-def inference(tmp_path_factory):
+@needs_torch
+@pytest.mark.parametrize("model", ["vgg19", "resnet20"])
+def test_torch_trains_as_we_do(model, monkeypatch):
+    """The same losses step after step: forward, both gradients, momentum and weight decay."""
+    train_config = training_steps._train_config
+
+    def steady(problem, variant):
+        """Small steps, so that rounding errors do not grow, and a weight decay that matters."""
+        return dataclasses.replace(train_config(problem, variant), lr=0.01, weight_decay=0.5)
+
+    monkeypatch.setattr(training_steps, "_train_config", steady)
+    problem = training_steps.Problem(
+        model, width=0.25, image_size=16, batch_size=16, precision="float32", implementation=None
+    )
+    with TorchProcess(TORCH) as process:
+        [step] = training_steps.torch_steps(problem, {"active": process}).values()
+        losses = [step.first_loss, *(float(process.results("step")[0]) for _ in range(3))]
+    images, labels = map(jnp.asarray, problem.batch())
+    trainer = training_steps.make_trainer(problem, Variant("dense", "NHWC"))
+    step = stepper(trainer, trainer.init(), training_steps.STEP, images, labels)
+    np.testing.assert_allclose(losses, [float(step()[1].loss) for _ in range(4)], rtol=1e-4)
+    assert losses[3] < losses[0]
+
+
+@pytest.fixture(name="training_report", scope="module")
+def _training_report(tmp_path_factory):
+    out = tmp_path_factory.mktemp("results") / "bench_training_cpu.json"
+    config = training.BenchConfig(
+        models=("cnn",), sparsities=(0.5,), image_size=8, batch_size=4, repetitions=2, out=str(out)
+    )
+    return training.main(config), out
+
+
+def test_training_steps_are_timed_in_every_execution(training_report):
+    report, out = training_report
+    assert json.loads(out.read_text()) == json.loads(json.dumps(report))
+    assert str(out.parent) not in out.read_text(), "no paths of this machine"
+    rows = {(row["execution"], row["data_format"]): row for row in report["rows"]}
+    assert set(rows) == {
+        ("dense", "NHWC"),
+        ("dense", "CHWN"),
+        ("masked", "NHWC"),
+        ("sparse", "CHWN"),
+        ("packed", "CHWN"),
+    }
+    packed = rows["packed", "CHWN"]
+    assert packed["block_density"] == pytest.approx(2 / 3, abs=1e-4), "at least the density"
+    dense_ms = min(row["step_ms_median"] for name, row in rows.items() if name[0] == "dense")
+    for row in rows.values():
+        assert row["repetitions"] == 2
+        assert row["speed_up_over_dense"] == pytest.approx(
+            dense_ms / row["step_ms_median"], abs=1e-3
+        )
+        assert "speed_up_over_torch" not in row
+    assert "| cnn | 50% | " in tables.table("bench_training_cpu", out.parent)
+
+
+@pytest.mark.parametrize(("sparsity", "taps"), [(0.0, 9), (0.5, 6), (0.7, 3), (0.95, 3)])
+def test_a_group_keeps_a_third_of_the_taps_or_as_many_as_the_density_needs(sparsity, taps):
+    assert round(9 * Variant("packed", "CHWN", sparsity).block_density) == taps
+
+
+def test_executions_that_disagree_are_not_timed():
+    losses = {
+        Variant("dense", "NHWC"): 2.0,
+        Variant("dense", "CHWN"): 2.0001,
+        Variant("PyTorch dense", "channels_last", policy="active"): 2.1,
+        Variant("packed", "CHWN", 0.9): 3.0,
+    }
+    with pytest.raises(AssertionError, match=r"at sparsity 0 disagree.*'PyTorch dense active': 2"):
+        training_steps.check_losses(losses, "float32")
+    losses.pop(Variant("PyTorch dense", "channels_last", policy="active"))
+    training_steps.check_losses(losses, "float32")
+
+
+def test_the_training_baseline_in_torch_has_few_networks():
+    for change in ({"models": ("mobilenet_v1",)}, {"precision": "bfloat16"}):
+        with pytest.raises(ValueError, match="torch: the baseline trains vgg19, resnet20"):
+            training.main(training.BenchConfig(torch="python", **change))
+
+
+@pytest.fixture(name="inference_report", scope="module")
+def _inference_report(tmp_path_factory):
     out = tmp_path_factory.mktemp("results") / "bench_inference_cpu.json"
-    return bench_inference.main(
-        bench_inference.InferenceConfig(quick=True, out=str(out), torch=TORCH)
-    ), out
+    config = inference.InferenceConfig(quick=True, out=str(out), torch=TORCH)
+    return inference.main(config), out
 
 
-def test_inference_is_timed_after_the_logits_agree(inference):
-    report, out = inference
+def test_inference_is_timed_after_the_logits_agree(inference_report):
+    report, out = inference_report
     assert json.loads(out.read_text()) == json.loads(json.dumps(report))
     rows = {row["execution"]: row for row in report["rows"]}
     assert {"XLA NHWC", "XLA NHWC, taps", "XLA CHWN", "packed"} <= set(rows)
@@ -213,47 +295,45 @@ def test_inference_is_timed_after_the_logits_agree(inference):
     assert rows["packed"]["speed_up_over_xla"] == pytest.approx(
         fastest / rows["packed"]["ms_median"], rel=0.01
     )
+    packed = Execution("packed", "1.03G", "1x16")
     with pytest.raises(
-        RuntimeError, match="nothing was timed: the logits of resnet18, packed, differ"
+        AssertionError, match="nothing was timed: the logits of resnet18, packed 1x16, differ"
     ):
-        bench_inference._agree("resnet18", {"packed": np.array([1.0, 2.01])}, np.array([1.0, 2.0]))
+        check_logits("resnet18", packed, np.array([1.0, 2.01]), np.array([1.0, 2.0]))
 
 
-@pytest.mark.parametrize("name", bench_inference.PATTERNS)
+@pytest.mark.parametrize("name", PATTERNS)
 def test_the_patterns_have_the_papers_flops(name):
-    model, size = (
-        models.create(name, num_classes=1000, stem="imagenet", data_format="NHWC"),
-        (224, 224, 3),
-    )
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size)))
-    positions = conv_positions(model, shapes, size)
-    for flops, sparsity in bench_inference.PATTERNS[name]:
-        layouts = bench_inference._layouts(shapes["params"], 16, sparsity, name)
-        packed = jax.eval_shape(
-            functools.partial(bench_inference._on_blocks, bsj.pack), shapes["params"], layouts
-        )
-        assert bench_inference._gigaflops(packed, positions) == pytest.approx(
+    model = inference_networks.create(name, 1, data_format="NHWC")
+    size = (224, 224, 3)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size)))
+    positions = conv_positions(model, variables, size)
+    for flops, sparsity in PATTERNS[name]:
+        layouts = inference_networks.subp_layouts(variables["params"], 16, sparsity, name)
+        pack = functools.partial(inference_networks.convert_sparse, bsj.pack)
+        packed = jax.eval_shape(pack, variables["params"], layouts)
+        assert inference_networks.gigaflops(packed, positions) == pytest.approx(
             float(flops.removesuffix("G")), rel=0.045
         )
 
 
 def test_fewer_cores_are_for_a_while():
     before = os.sched_getaffinity(0)
-    with bench_inference.cores(1):
+    with inference.cores(1):
         assert os.sched_getaffinity(0) == {min(before)}
     assert os.sched_getaffinity(0) == before
     with pytest.raises(ValueError, match=f"threads: expected 1 to {len(before)}"):
-        bench_inference.main(bench_inference.InferenceConfig(threads=(1, len(before) + 1)))
+        inference.main(inference.InferenceConfig(threads=(1, len(before) + 1)))
     with pytest.raises(ValueError, match="models: expected some of resnet18"):
-        bench_inference.main(bench_inference.InferenceConfig(models=("vgg19",)))
+        inference.main(inference.InferenceConfig(models=("vgg19",)))
 
 
-def test_tables_come_from_the_reports(kernels, inference):
-    text = tables.table("bench_kernels_cpu", kernels[1].parent)
+def test_tables_come_from_the_reports(kernels_report, inference_report):
+    text = tables.table("bench_kernels_cpu", kernels_report[1].parent)
     assert "| dense | 90% | forward | **" in text
     assert "| resnet32x2 64-128@16/2 | " in text
     assert ("PyTorch dense, ms" in text) is bool(TORCH)
-    text = tables.table("bench_inference_cpu", inference[1].parent)
+    text = tables.table("bench_inference_cpu", inference_report[1].parent)
     assert "| resnet18 | dense, XLA | " in text
     assert "| resnet18 | SUBP 1x16 | " in text
     assert ("| resnet18 | dense, PyTorch | " in text) is bool(TORCH)
@@ -262,22 +342,22 @@ def test_tables_come_from_the_reports(kernels, inference):
 def test_the_parts_are_timed_in_both_formats_and_tabulated(tmp_path, monkeypatch):
     out = tmp_path / "bench_parts_cpu.json"
     monkeypatch.setattr(
-        bench_parts,
+        parts,
         "SIZES",
         {"a": (4, 4, "max pool 2x2"), "b": (6, 2, "mean over the image"), "c": (3, 4, None)},
     )
-    report = bench_parts.main(
-        bench_parts.Config(batch=2, seconds=0.001, grouping=False, out=str(out))
-    )
+    report = parts.main(parts.Config(batch=2, seconds=0.001, grouping=False, out=str(out)))
     assert json.loads(out.read_text()) == json.loads(json.dumps(report))
-    timed = Counter((row["layer"], row["operation"]) for row in report["rows"])
-    assert set(timed.values()) == {2}
-    assert set(timed) == {(n, o) for n in "abc" for o in bench_parts.EVERYWHERE} | {
+    timings = Counter((row["layer"], row["operation"]) for row in report["rows"])
+    assert set(timings.values()) == {2}
+    assert set(timings) == {
+        (name, operation) for name in "abc" for operation in parts.EVERYWHERE
+    } | {
         ("a", "max pool 2x2"),
         ("b", "mean over the image"),
     }
     for row in report["rows"]:
-        ms = {f: times["median"] for f, times in row["ms"].items()}
+        ms = {data_format: times["median"] for data_format, times in row["ms"].items()}
         assert row["nhwc_over_chwn"] == pytest.approx(ms["NHWC"] / ms["CHWN"], abs=2e-3, rel=0.01)
     report["grouping"] = [
         {"what": "a layer", "first_s": 3.0, "second_s": 0.5, "second_cpu_s": 0.25}
@@ -288,14 +368,16 @@ def test_the_parts_are_timed_in_both_formats_and_tabulated(tmp_path, monkeypatch
     assert "| a layer | 0.50 | 0.25 | 3.00 |" in text
 
 
-@pytest.mark.parametrize("operation", bench_parts.operations("CHWN"))
+@pytest.mark.parametrize("operation", parts.operations("CHWN"))
 def test_the_parts_compute_the_same_in_both_formats(operation):
     x, shortcut = (jax.random.normal(jax.random.key(seed), (3, 4, 4, 5)) for seed in range(2))
-    assert {pool for _, _, pool in bench_parts.SIZES.values()} - {None} | set(
-        bench_parts.EVERYWHERE
-    ) == set(bench_parts.operations("CHWN"))
-    ours, wanted = (bench_parts.operations(f)[operation] for f in ("CHWN", "NHWC"))
-    y, theirs = ours(x, shortcut), wanted(x.transpose(3, 1, 2, 0), shortcut.transpose(3, 1, 2, 0))
+    pools = {pool for _, _, pool in parts.SIZES.values()} - {None}
+    assert pools | set(parts.EVERYWHERE) == set(parts.operations("CHWN"))
+    chwn, nhwc = (parts.operations(data_format)[operation] for data_format in ("CHWN", "NHWC"))
+    y = nhwc(x.transpose(3, 1, 2, 0), shortcut.transpose(3, 1, 2, 0))
     np.testing.assert_allclose(
-        y, theirs.T if theirs.ndim == 2 else theirs.transpose(3, 1, 2, 0), rtol=1e-5, atol=1e-5
+        chwn(x, shortcut),
+        y.T if y.ndim == 2 else y.transpose(3, 1, 2, 0),
+        rtol=1e-5,
+        atol=1e-5,
     )

@@ -1,6 +1,4 @@
-"""The journal and the clock of the GPU measurements: what is booked, what is left out, what a timed
-program holds.
-"""
+"""The journal and the clock of the GPU measurements."""
 
 import json
 import re
@@ -15,17 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.bench.gpu import clock as gpu_clock
-from experiments.bench.gpu.journal import (
-    FATAL,
-    LOST,
-    STOPPED,
-    DeviceLost,
-    Journal,
-    TimeUp,
-    exit_status,
-    fingerprint,
-)
+from experiments.bench.command import exit_status
+from experiments.bench.gpu import clock
+from experiments.bench.gpu.fingerprint import fingerprint
+from experiments.bench.gpu.journal import FATAL, LOST, STOPPED, DeviceLost, Journal, TimeUp
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,51 +33,51 @@ def test_the_clock_calls_once_for_each_set_and_round():
         jax.debug.callback(lambda value: log.append(float(value)), y[0], ordered=False)
         return y
 
-    sets = gpu_clock.Sets(tuple((jnp.full(2, float(i)),) for i in range(3)), 24)
-    program = gpu_clock.Program(function, sets, 4)
+    sets = clock.Sets(tuple((jnp.full(2, float(i)),) for i in range(3)), 24)
+    program = clock.Program(function, sets, 4)
     assert program() > 0
     jax.effects_barrier()
     assert sorted(log) == sorted([0.0, 2.0, 4.0] * 4)
     np.testing.assert_array_equal(program.output(), [0.0, 0.0])
-    body = gpu_clock.chained(lambda a: a @ a, 5).lower(*[(jnp.ones((8, 8)),)] * 2).as_text()
+    body = clock.chained(lambda a: a @ a, 5).lower(*[(jnp.ones((8, 8)),)] * 2).as_text()
     assert body.count("dot_general") == 2
     assert body.count("optimization_barrier") == 2, "nothing leaves the loop and nothing merges"
 
 
-def test_sets_outgrow_the_cache_or_say_that_they_do_not(monkeypatch):
-    monkeypatch.setattr(gpu_clock, "L2", 1000)
-    assert gpu_clock.rotate(lambda seed: (jnp.zeros(200),)).about == {
+def test_sets_exceed_the_cache_or_say_that_they_do_not(monkeypatch):
+    monkeypatch.setattr(clock, "L2", 1000)
+    assert clock.rotate(lambda seed: (jnp.zeros(200),)).describe() == {
         "sets": 3,
         "megabytes": 0.0,
         "l2": "cold",
     }
-    assert gpu_clock.rotate(lambda seed: (jnp.zeros(50),)).about["l2"] == "warm"
-    assert len(gpu_clock.rotate(lambda seed: (jnp.zeros(5000),)).operands) == 1
+    assert clock.rotate(lambda seed: (jnp.zeros(50),)).describe()["l2"] == "warm"
+    assert len(clock.rotate(lambda seed: (jnp.zeros(5000),)).operands) == 1
 
 
 def test_no_timed_program_is_short(monkeypatch):
-    sets = gpu_clock.rotate(lambda seed: (jnp.ones(8),))
-    monkeypatch.setattr(gpu_clock, "DRY", 2.0)
-    assert gpu_clock.rounds(1e9, sets) == 1
-    assert gpu_clock.rounds(0.0, sets) == 500
-    made = []
+    sets = clock.rotate(lambda seed: (jnp.ones(8),))
+    monkeypatch.setattr(clock, "DRY_RUN_MS", 2.0)
+    assert clock.rounds(1e9, sets) == 1
+    assert clock.rounds(0.0, sets) == 500
+    counts = []
 
-    class Counted(gpu_clock.Program):
+    class Counted(clock.Program):
         def __init__(self, function, sets, count):
-            made.append(count)
+            counts.append(count)
             super().__init__(function, sets, count)
 
         def __call__(self):
             super().__call__()
             return 0.01  # milliseconds of a launch
 
-    monkeypatch.setattr(gpu_clock, "Program", Counted)
-    programs = gpu_clock.build({"a": lambda a: a + 1, "b": lambda a: a - 1}, sets, 2, threads=2)
-    assert made == [2, 2, 50, 50], "2 ms of 4 launches in each round"
+    monkeypatch.setattr(clock, "Program", Counted)
+    programs = clock.build({"a": lambda a: a + 1, "b": lambda a: a - 1}, sets, 2, threads=2)
+    assert counts == [2, 2, 50, 50], "2 ms of 4 launches in each round"
     np.testing.assert_array_equal(programs["b"].output(), jnp.zeros(8))
-    made.clear()
-    gpu_clock.build({"a": lambda a: a + 1}, sets, 20)
-    assert made == [20], "long enough"
+    counts.clear()
+    clock.build({"a": lambda a: a + 1}, sets, 20)
+    assert counts == [20], "long enough"
 
 
 @pytest.mark.skipif(described_gpu.missing() is not None, reason=str(described_gpu.missing()))
@@ -101,16 +92,16 @@ def test_the_compiled_loop_holds_the_calls_and_nothing_else():
         shapes_[0],
         jax.ShapeDtypeStruct((128, 64), "bfloat16", sharding=described_gpu._everywhere()),
     )
-    text = gpu_clock.chained(function, 7).lower(shapes_, shapes_, shapes_).compile().as_text()
+    text = clock.chained(function, 7).lower(shapes_, shapes_, shapes_).compile().as_text()
     body = re.search(r"while\(.*body=%?([\w.-]+).*", text)
     assert body, text[-2000:]
-    own = re.search(rf"%?{re.escape(body[1])} \(.*?\n}}", text, re.DOTALL)[0]
-    assert len(re.findall(r"= \S+ tanh|kind=kLoop|kind=kCustom|custom-call", own)) >= 3
-    assert not re.search(r"= \S+ (copy|transpose|broadcast)\(", own), own
+    loop = re.search(rf"%?{re.escape(body[1])} \(.*?\n}}", text, re.DOTALL)[0]
+    assert len(re.findall(r"= \S+ tanh|kind=kLoop|kind=kCustom|custom-call", loop)) >= 3
+    assert not re.search(r"= \S+ (copy|transpose|broadcast)\(", loop), loop
     assert '"known_trip_count":{"n":"7"}' in text
 
 
-def test_a_journal_goes_on_after_a_kill(tmp_path):
+def test_a_journal_continues_after_a_kill(tmp_path):
     path = tmp_path / "j.jsonl"
     code = """
 import os, sys
@@ -125,11 +116,11 @@ journal.run("b", lambda: os._exit(9))
         "a finished unit is not measured again"
     )
     with path.open("a") as file:
-        file.write('{"key": "c", "sta')  # cut off
+        file.write('{"key": "c", "sta')  # the line was cut off
     journal = Journal(path)
     assert journal.result("a") == {"ms": 1.5}
     assert journal.run("b", lambda: 1) is None
-    assert "cut off twice" in journal.error("b")
+    assert "interrupted twice" in journal.error("b")
     assert journal.run("c", lambda: 3) == 3
     assert Journal(path).records.keys() == {"a", "b", "c"}
     path.write_text("nonsense\n" + path.read_text())
@@ -141,7 +132,7 @@ def test_a_journal_leaves_time_for_a_unit(tmp_path):
     path = tmp_path / "j.jsonl"
     with pytest.raises(TimeUp):
         Journal(path, minutes=1).run("step a", lambda: 1, reserve=90)
-    assert not path.exists(), "it did not begin, so it was not cut off"
+    assert not path.exists(), "it did not begin, so it was not interrupted"
     path.write_text(
         '{"key": "step x", "state": "begun"}\n{"key": "step x", "state": "done", "seconds": 70, '
         '"result": 1}\n'
@@ -153,11 +144,11 @@ def test_a_journal_leaves_time_for_a_unit(tmp_path):
     with path.open("a") as file:
         file.write('{"key": "step a", "state": "begun"}\n')
     with pytest.raises(TimeUp):
-        Journal(path, minutes=2).run("step a", lambda: 1), "once cut off: twice as long"
+        Journal(path, minutes=2).run("step a", lambda: 1), "interrupted once: twice as long"
     assert Journal(path, minutes=3).run("step a", lambda: 1) == 1
 
 
-def test_a_crash_is_booked_on_the_innermost_unit_and_two_end_a_group(tmp_path):
+def test_a_crash_fails_the_innermost_unit_and_two_of_them_end_a_group(tmp_path):
     code = """
 import os, sys
 from experiments.bench.gpu.journal import Journal
@@ -174,7 +165,7 @@ journal.run("tune", lambda: journal.run("first 1", lambda: 1) and first() or "re
         == 0
     )
     assert Journal(path).error("first 2") == "the process crashed"
-    assert Journal(path).records["tune"]["begun"] == 0, "it is not to blame"
+    assert Journal(path).records["tune"]["begun"] == 0, "the outer unit is not to blame"
     assert subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT).returncode == 0
     assert Journal(path).result("tune") == "rest"
 
@@ -187,13 +178,12 @@ journal.run("tune", lambda: journal.run("first 1", lambda: 1) and first() or "re
     journal = Journal(path)
     assert journal.run("tune again", lambda: pytest.fail("it ran"), group="g") is None
     assert (
-        journal.error("tune again")
-        == "left out: first 2 and third hung, crashed or lost the device"
+        journal.error("tune again") == "skipped: first 2 and third hung, crashed or lost the device"
     )
     assert journal.run("tune another", lambda: 5, group="another") == 5
 
 
-def test_a_journal_stops_in_time_and_books_failures(tmp_path, capsys):
+def test_a_journal_stops_in_time_and_keeps_failures(tmp_path, capsys):
     journal = Journal(tmp_path / "j.jsonl", minutes=0.3 / 60)
     assert journal.run("unit slow", lambda: time.sleep(0.2) or 1) == 1
     with pytest.raises(TimeUp):
@@ -210,7 +200,7 @@ def test_a_journal_stops_in_time_and_books_failures(tmp_path, capsys):
     with pytest.raises(DeviceLost):
         journal.run("spoiled", spoiled)
     assert Journal(tmp_path / "j.jsonl").run("spoiled", lambda: 1) is None, (
-        "the next process leaves it out"
+        "the next process skips it"
     )
 
 
@@ -237,7 +227,7 @@ def test_a_fingerprint_follows_the_contents(tmp_path):
     assert len({first, fingerprint([file]), fingerprint([tmp_path / "none"])}) == 3
 
 
-def test_the_shell_is_told_how_a_command_ended(capsys):
+def test_the_exit_status_says_how_a_command_ended(capsys):
     def ends(error):
         def work():
             raise error
@@ -250,9 +240,8 @@ def test_the_shell_is_told_how_a_command_ended(capsys):
         ends(error)
         for error in (ValueError("argument"), AssertionError("result"), DeviceLost("unit a"))
     ] == [2, 1, LOST]
-    said = capsys.readouterr().err
-    assert said.splitlines() == [
+    assert capsys.readouterr().err.splitlines() == [
         "error: argument",
         "error: result",
-        "the device is lost at unit a; the same command goes on behind it",
+        "the device was lost at unit a; call the same command again, it goes on after it",
     ]

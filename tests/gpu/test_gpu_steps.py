@@ -1,6 +1,4 @@
-"""The GPU training steps and the script without a GPU: gates, fallbacks, stops and crashes, in tiny
-dry runs.
-"""
+"""The GPU training steps and gpu.sh without a GPU: checks, fallbacks, stops and crashes."""
 
 import dataclasses
 import json
@@ -13,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.bench import shapes
-from experiments.bench.gpu import check as gpu_check
-from experiments.bench.gpu import shapes as gpu_shapes
-from experiments.bench.gpu import steps as gpu_steps
-from experiments.bench.gpu import training as gpu_training
+from experiments.bench.gpu import shapes, step_times, training
+from experiments.bench.gpu.check_cases import BASE
+from experiments.bench.gpu.fallback import Fallback
 from experiments.bench.gpu.journal import STOPPED, Journal
-from pallas_kernels.block_sparse_conv import choice, xla
+from experiments.bench.gpu.step_check import check_layer, check_updates
+from experiments.bench.shapes import convolve
+from pallas_kernels.block_sparse_conv import api
+from pallas_kernels.block_sparse_conv.xla import kernels as xla
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,19 +26,19 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory):
     folder = tmp_path_factory.mktemp("steps")
-    config = gpu_training.GpuTrainingConfig(
+    config = training.GpuTrainingConfig(
         quick=True, journal=folder / "s.jsonl", out=folder / "bench_training_gpu.json"
     )
-    assert gpu_training.run(dataclasses.replace(config, minutes=0.0)) == STOPPED
-    assert gpu_training.run(config) == 0
+    assert training.run(dataclasses.replace(config, minutes=0.0)) == STOPPED
+    assert training.run(config) == 0
     return config, json.loads(config.out.read_text()), config.journal.read_text().splitlines()
 
 
 @pytest.mark.slow
-def test_training_steps_stop_and_go_on(dry, capsys):
+def test_training_steps_stop_and_continue(dry, capsys):
     config, report, lines = dry
     assert [row["execution"] for row in report["rows"]] == ["dense", "masked", "packed", "sparse"]
-    assert gpu_training.run(config) == 0
+    assert training.run(config) == 0
     assert "| cnn | 4 | 90% | " in capsys.readouterr().out
     assert config.journal.read_text().splitlines() == lines
     rows = [row for row in report["rows"] if row["implementation"]]
@@ -55,19 +54,19 @@ def test_steps_must_agree_with_the_masked_one(dry):
     masked = next(
         json.loads(line)["result"] for line in dry[-1] if " masked " in line and '"done"' in line
     )["sketch"]
-    assert gpu_steps.agree("packed", masked, masked, "float32") == pytest.approx(1)
+    assert check_updates("packed", masked, masked, "float32") == pytest.approx(1)
     for factor in (-1.0, float("nan"), 0.0, 3.0):
         with pytest.raises(
             AssertionError, match=r"packed: the first step changes .*: cosine -1\.00"
         ):
-            gpu_steps.agree(
+            check_updates(
                 "packed",
-                {name: [factor * n for n in own] for name, own in masked.items()},
+                {name: [factor * n for n in numbers] for name, numbers in masked.items()},
                 masked,
                 "bfloat16",
             )
     with pytest.raises(AssertionError, match="there is no masked step"):
-        gpu_steps.agree("packed", masked, None, "bfloat16")
+        check_updates("packed", masked, None, "bfloat16")
 
 
 @pytest.mark.slow
@@ -75,13 +74,13 @@ def test_a_step_with_a_wrong_gradient_is_not_timed(dry, tmp_path, monkeypatch):
     wrong = dataclasses.replace(
         xla.IMPLEMENTATION, weight_gradient=lambda *a: -xla.IMPLEMENTATION.weight_gradient(*a)
     )
-    monkeypatch.setitem(choice.IMPLEMENTATIONS, "xla", wrong)
-    monkeypatch.setattr(gpu_steps, "check_layer", lambda *_: True)
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "xla", wrong)
+    monkeypatch.setattr(step_times, "check_layer", lambda *_: True)
     config = dataclasses.replace(dry[0], journal=tmp_path / "s.jsonl", out=tmp_path / "r.json")
     config.journal.write_text(
         "".join(f"{line}\n" for line in dry[-1] if " dense " in line or " masked " in line)
     )
-    assert gpu_training.run(config) == 1
+    assert training.run(config) == 1
     report = json.loads(config.out.read_text())
     assert [row["execution"] for row in report["rows"]] == ["dense", "masked"]
     assert [
@@ -91,58 +90,57 @@ def test_a_step_with_a_wrong_gradient_is_not_timed(dry, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("broken", ["forward", "input_gradient", "weight_gradient"])
 def test_each_convolution_of_a_step_is_checked(broken):
-    spec = dataclasses.replace(gpu_check.BASE, batch=3, dtype="bfloat16")
-    assert gpu_steps.check_layer(spec, xla.IMPLEMENTATION)
+    spec = dataclasses.replace(BASE, batch=3, dtype="bfloat16")
+    assert check_layer(spec, xla.IMPLEMENTATION)
     wrong = dataclasses.replace(
         xla.IMPLEMENTATION, **{broken: lambda *a: 1.02 * getattr(xla.IMPLEMENTATION, broken)(*a)}
     )
     with pytest.raises(
         AssertionError, match=f"the {broken.replace('_', ' ')} differs from float64"
     ):
-        gpu_steps.check_layer(spec, wrong)
+        check_layer(spec, wrong)
 
 
 def test_a_layer_that_is_refused_goes_to_the_next_implementation(monkeypatch):
     refuses = dataclasses.replace(
         xla.IMPLEMENTATION, supports=lambda spec: "one group only" if spec.groups > 1 else None
     )
-    monkeypatch.setitem(choice.IMPLEMENTATIONS, "xla", refuses)
-    served = gpu_steps.Fallback("xla")
-    with served.registered() as name:
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "xla", refuses)
+    fallback = Fallback("xla")
+    with fallback.registered() as name:
         for groups in (1, 2):
-            spec = dataclasses.replace(gpu_check.BASE, batch=2, groups=groups, cout=64 * groups)
-            x, _, values, *index = gpu_shapes.operands(spec)
+            spec = dataclasses.replace(BASE, batch=2, groups=groups, cout=64 * groups)
+            x, _, values, *index = shapes.operands(spec)
             more = {"bias": jnp.ones(spec.cout), "relu": True}
-            ours, plain = (
-                shapes.convolve(spec, one, x, values, *index, **more) for one in (name, "dense")
+            result, expected = (
+                convolve(spec, server, x, values, *index, **more) for server in (name, "dense")
             )
-            np.testing.assert_allclose(ours, plain, atol=1e-3)
-    assert served.layers() == {"xla": 1, "dense": 1}
-    assert list(served.refused.values()) == ["dense: one group only"]
-    assert name not in choice.available_implementations()
+            np.testing.assert_allclose(result, expected, atol=1e-3)
+    assert fallback.layers() == {"xla": 1, "dense": 1}
+    assert list(fallback.refused.values()) == ["dense: one group only"]
+    assert name not in api.available_implementations()
 
 
 @pytest.mark.slow
-def test_the_script_stops_goes_on_and_ends(tmp_path):
+def test_the_script_stops_continues_and_ends(tmp_path):
     def call(**more):
-        own = {
+        settings = {
             "OUT": str(tmp_path),
             "QUICK": "1",
             "PYTHON": sys.executable,
             "COMMIT": "abc",
             "STAGES": "first train tune time",
         }
-        done = subprocess.run(
+        process = subprocess.run(
             ["bash", "experiments/bench/gpu.sh"],
             cwd=ROOT,
-            env=os.environ | own | more,
+            env=os.environ | settings | more,
             capture_output=True,
             text=True,
         )
-        print(done.stdout, done.stderr)
-        return done.returncode, (done.stderr if done.returncode == 2 else done.stdout).splitlines()[
-            -1
-        ]
+        print(process.stdout, process.stderr)
+        output = process.stderr if process.returncode == 2 else process.stdout
+        return process.returncode, output.splitlines()[-1]
 
     assert call(MINUTES="0") == (75, "time is up: call again")
     assert not list(tmp_path.glob("*.jsonl"))
@@ -167,30 +165,33 @@ def test_the_script_stops_goes_on_and_ends(tmp_path):
     )
 
 
-def test_the_script_goes_on_behind_a_crash_and_says_what_failed(tmp_path):
+def test_the_script_continues_after_a_crash_and_says_what_failed(tmp_path):
     python = tmp_path / "python"
     python.write_text(f"""#!/bin/bash
 shift
 case "$1 $*" in
     *gpu.journal*) exec {sys.executable} -m "$@" ;;
     *bench_training*) exit 1 ;;
-    *bench_kernels*) echo x >> {tmp_path}/calls; if [ $(wc -l < {tmp_path}/calls) = 1 ]; then exit 139; fi ;;
+    *bench_kernels*)
+        echo x >> {tmp_path}/calls
+        if [ $(wc -l < {tmp_path}/calls) = 1 ]; then exit 139; fi
+        ;;
 esac
 """)
     python.chmod(0o755)
     (tmp_path / "bench_kernels.jsonl").write_text(
         '{"key": "check a", "state": "begun", "group": "g"}\n'
     )
-    own = {"OUT": str(tmp_path), "QUICK": "1", "PYTHON": str(python), "STAGES": "first train"}
-    done = subprocess.run(
+    settings = {"OUT": str(tmp_path), "QUICK": "1", "PYTHON": str(python), "STAGES": "first train"}
+    process = subprocess.run(
         ["bash", "experiments/bench/gpu.sh"],
         cwd=ROOT,
-        env=os.environ | own,
+        env=os.environ | settings,
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (1, "stopped with status 1"), (
-        done.stderr
+    assert (process.returncode, process.stdout.splitlines()[-1]) == (1, "stopped with status 1"), (
+        process.stderr
     )
     assert Journal(tmp_path / "bench_kernels.jsonl").error("check a") == "the process crashed"
     assert len((tmp_path / "calls").read_text().splitlines()) == 2

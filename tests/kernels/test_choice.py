@@ -1,6 +1,4 @@
-"""What is picked and how it is measured: the tuned table, the choice, alternation, and the kernel
-benchmark.
-"""
+"""What `implementation=None` picks and how that is measured: the tuned table and its tuner."""
 
 import dataclasses
 import functools
@@ -12,16 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels import BASE, specs
 
-from experiments.bench import kernels as bench_kernels
-from experiments.bench import shapes, tune
+from experiments.bench import kernels, shapes, tune
 from pallas_kernels.block_sparse_conv import choose_implementation
 from pallas_kernels.block_sparse_conv.cpu import launch as cpu
 from pallas_kernels.block_sparse_conv.xla import kernels as xla
 from pallas_kernels.block_sparse_conv.xla import tiles
 
 
-def test_the_choice_loses_at_most_a_tenth_at_the_tuned_shapes_and_can_be_told():
-    cases, entries = tune.cases(), json.loads(cpu_times.TABLE.read_text())["entries"]
+def test_the_choice_loses_at_most_a_tenth_at_the_tuned_shapes_and_names_the_formulation():
+    cases, entries = tune.cases(), json.loads(tiles.TABLE.read_text())["entries"]
     assert {entry["name"] for entry in entries} == set(cases)
     for entry in entries:
         spec, times = cases[entry["name"]], entry["milliseconds"]
@@ -90,15 +87,15 @@ def test_tuning_rewrites_one_entry_and_keeps_the_others(tmp_path):
 @pytest.mark.slow
 def test_the_benchmark_checks_times_and_writes(tmp_path, capsys):
     out = tmp_path / "bench.json"
-    config = bench_kernels.KernelConfig(quick=True, layers="resnet32x2 128@8", out=str(out))
-    report = bench_kernels.main(config)
+    config = kernels.KernelConfig(quick=True, layers="resnet32x2 128@8", out=str(out))
+    report = kernels.main(config)
     assert json.loads(out.read_text()) == json.loads(json.dumps(report))
-    assert [row["mode"] for row in report["rows"]] == list(cpu_times.MODES)
-    wanted = {"shape", "density", "tile", "device", "versions", "commit", "regret", "ms"}
-    assert all(wanted <= set(row) for row in report["rows"])
+    assert [row["mode"] for row in report["rows"]] == list(tiles.MODES)
+    keys = {"shape", "density", "tile", "device", "versions", "commit", "regret", "ms"}
+    assert all(keys <= set(row) for row in report["rows"])
     assert "resnet32x2 128@8" in capsys.readouterr().out
     with pytest.raises(ValueError, match="layers: no layer"):
-        bench_kernels.main(dataclasses.replace(config, layers="resnet33"))
+        kernels.main(dataclasses.replace(config, layers="resnet33"))
 
 
 def test_the_benchmark_fails_loudly_on_a_wrong_kernel(monkeypatch):
@@ -108,4 +105,4 @@ def test_the_benchmark_fails_loudly_on_a_wrong_kernel(monkeypatch):
     )
     monkeypatch.setitem(xla.FORMULATIONS, "rows", wrong)
     with pytest.raises(AssertionError, match="xla:rows: the weight gradient differs"):
-        bench_kernels.main(bench_kernels.KernelConfig(quick=True, layers="resnet32x2 128@8"))
+        kernels.main(kernels.KernelConfig(quick=True, layers="resnet32x2 128@8"))

@@ -1,6 +1,4 @@
-"""What the device can do at most: copies, matrix products, rows gathered from the L2 cache, float32
-sums, the least time of a launch.
-"""
+"""What the device can do at most: copies, products, gathers, sums, and the time of a launch."""
 
 import dataclasses
 import functools
@@ -11,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench.gpu import check as gpu_check
-from experiments.bench.gpu import clock as gpu_clock
-from experiments.bench.gpu import shapes as gpu_shapes
-from experiments.bench.gpu.clock import Sets
-from pallas_kernels.block_sparse_conv import ConvSpec
+from experiments.bench.gpu import clock, shapes
+from experiments.bench.gpu.implementations import present_implementations, variant
+from pallas_kernels.block_sparse_conv import ConvSpec, Implementation
+
+TERA = 1e12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +24,9 @@ class Ceiling:
       function: of `operands`; one launch.
       operands: seed -> arrays.
       amount: bytes or FLOPs of a launch.
-      unit: of `amount` per second, after division by `scale`.
+      unit: of `amount / scale` per second.
+      what: is done, in one line.
       scale: 1e12 for TB/s and TFLOP/s.
-      what: one line.
     """
 
     function: Callable[..., Any]
@@ -36,103 +34,132 @@ class Ceiling:
     amount: float
     unit: str
     what: str
-    scale: float = 1e12
+    scale: float = TERA
 
 
-def _normal(shape: tuple[int, ...], dtype: str) -> Callable[[int], tuple[jax.Array, ...]]:
-    return lambda seed: (jax.random.normal(jax.random.key(seed), shape, dtype),)
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The sizes of the operands.
+
+    Attributes:
+      copied: elements that are copied.
+      side: of the matrices.
+      table_rows: of the table from which rows are gathered.
+      outputs: sums of gathered rows.
+      summed_rows: gathered rows of a sum.
+      images: elements of a row.
+    """
+
+    copied: int = 1 << 30
+    side: int = 8192
+    table_rows: int = 4096 * 16
+    outputs: int = 4096 * 8
+    summed_rows: int = 32
+    images: int = 256
+
+
+QUICK_SIZES = Sizes(1 << 14, 64, 64, 32, 4, 32)
 
 
 def ceilings(quick: bool) -> dict[str, Ceiling]:
-    """What is measured.
+    """Returns what is measured, by name.
 
     Args:
       quick: tiny sizes.
-
-    Returns:
-      By name.
 
     Example:
       >>> list(ceilings(True))[:2]
       ['launch', 'copy']
     """
-    big, side, rows, outs, near, images = (
-        (1 << 14, 64, 64, 32, 4, 32) if quick else (1 << 30, 8192, 4096 * 16, 4096 * 8, 32, 256)
-    )
-    rng = np.random.default_rng(0)
-    index = rng.integers(0, rows, (outs, near)).astype(np.int32)
-
-    def gathered(seed: int, table: int = rows) -> tuple[jax.Array, ...]:
-        return *_normal((table, images), "bfloat16")(seed), jnp.asarray(index % table)
-
-    def added(seed: int) -> tuple[jax.Array, ...]:
-        return *_normal((outs, images), "float32")(seed), jnp.asarray(index[:, 0] % (rows // 16))
-
-    def product(seed: int) -> tuple[jax.Array, ...]:
-        return _normal((side, side), "bfloat16")(seed) + _normal((side, side), "bfloat16")(
-            seed + 100
-        )
-
-    def total(table: jax.Array, index: jax.Array) -> jax.Array:
-        return jnp.sum(table.at[index].get(mode="promise_in_bounds"), axis=1, dtype=jnp.float32)
-
-    def add(updates: jax.Array, index: jax.Array) -> jax.Array:
-        return (
-            jnp.zeros((rows // 16, images), jnp.float32)
-            .at[index]
-            .add(updates, mode="promise_in_bounds")
-        )
-
+    sizes = QUICK_SIZES if quick else Sizes()
     return {
         "launch": Ceiling(
             lambda a: a + 1,
             _normal((32,), "float32"),
             1,
             "launches/us",
-            "back to back in a loop, nothing to do",
+            "one after the other in a loop, with nothing to do",
             1e6,
         ),
         "copy": Ceiling(
             lambda a: -a,
-            _normal((big,), "bfloat16"),
-            4 * big,
+            _normal((sizes.copied,), "bfloat16"),
+            4 * sizes.copied,
             "TB/s",
             "read and written bytes, elementwise, beyond L2",
         ),
-        "matmul": Ceiling(
-            jnp.matmul,
-            product,
-            2 * side**3,
-            "TFLOP/s",
-            f"dense bfloat16, {side} cubed, random normal operands",
-        ),
+        "matmul": _matmul(sizes.side),
         **{
-            f"row gather, {table * images >> 19} MiB": Ceiling(
-                total,
-                functools.partial(gathered, table=table),
-                2 * outs * near * images,
-                "TB/s",
-                f"bytes of gathered rows, {near} rows of {2 * images} bytes at random summed at "
-                f"once; by XLA: a floor for kernels",
-            )
-            for table in (rows, rows // 4)
+            f"row gather, {rows * sizes.images >> 19} MiB": _row_gather(sizes, rows)
+            for rows in (sizes.table_rows, sizes.table_rows // 4)
         },
         "reduction": Ceiling(
             lambda a: jnp.sum(a, axis=1),
-            _normal((big >> 14, 1 << 13), "float32"),
-            4 * (big >> 1),
+            _normal((sizes.copied >> 14, 1 << 13), "float32"),
+            4 * (sizes.copied >> 1),
             "TB/s",
             "float32 read and summed",
         ),
-        "scatter-add": Ceiling(
-            add,
-            added,
-            4 * outs * images,
-            "TB/s",
-            f"float32 rows added into {rows // 16} rows at random, by XLA; the zeros are in the "
-            f"time",
-        ),
+        "scatter-add": _scatter_add(sizes),
     }
+
+
+def _normal(shape: tuple[int, ...], dtype: str) -> Callable[[int], tuple[jax.Array, ...]]:
+    return lambda seed: (jax.random.normal(jax.random.key(seed), shape, dtype),)
+
+
+def _matmul(side: int) -> Ceiling:
+    draw = _normal((side, side), "bfloat16")
+    return Ceiling(
+        jnp.matmul,
+        lambda seed: draw(seed) + draw(seed + 100),
+        2 * side**3,
+        "TFLOP/s",
+        f"dense bfloat16, {side} cubed, random normal operands",
+    )
+
+
+def _random_rows(sizes: Sizes) -> np.ndarray:
+    """The rows of each sum, `[outputs, summed_rows]`."""
+    rng = np.random.default_rng(0)
+    shape = (sizes.outputs, sizes.summed_rows)
+    return rng.integers(0, sizes.table_rows, shape).astype(np.int32)
+
+
+def _row_gather(sizes: Sizes, table_rows: int) -> Ceiling:
+    index = _random_rows(sizes) % table_rows
+    draw = _normal((table_rows, sizes.images), "bfloat16")
+
+    def gather_and_sum(table: jax.Array, index: jax.Array) -> jax.Array:
+        rows = table.at[index].get(mode="promise_in_bounds")
+        return jnp.sum(rows, axis=1, dtype=jnp.float32)
+
+    return Ceiling(
+        gather_and_sum,
+        lambda seed: (*draw(seed), jnp.asarray(index)),
+        2 * index.size * sizes.images,
+        "TB/s",
+        f"bytes of gathered rows, {sizes.summed_rows} random rows of {2 * sizes.images} bytes "
+        "summed at once; by XLA, so kernels reach at least this",
+    )
+
+
+def _scatter_add(sizes: Sizes) -> Ceiling:
+    rows = sizes.table_rows // 16
+    index = _random_rows(sizes)[:, 0] % rows
+    draw = _normal((sizes.outputs, sizes.images), "float32")
+
+    def add(updates: jax.Array, index: jax.Array) -> jax.Array:
+        zeros = jnp.zeros((rows, sizes.images), jnp.float32)
+        return zeros.at[index].add(updates, mode="promise_in_bounds")
+
+    return Ceiling(
+        add,
+        lambda seed: (*draw(seed), jnp.asarray(index)),
+        4 * sizes.outputs * sizes.images,
+        "TB/s",
+        f"float32 rows added into {rows} random rows, by XLA; the time includes writing zeros",
+    )
 
 
 def measure_ceiling(name: str, quick: bool) -> dict[str, Any]:
@@ -145,54 +172,76 @@ def measure_ceiling(name: str, quick: bool) -> dict[str, Any]:
     Returns:
       The rate, its unit, what was done, and milliseconds of a launch.
     """
-    own = ceilings(quick)[name]
-    sets = gpu_clock.rotate(
-        own.operands, 1 if name.startswith("row gather") else 2
-    )  # the table of the gather shall stay in the L2 cache
-    first = gpu_clock.Program(own.function, sets, 2)
+    ceiling = ceilings(quick)[name]
+    # The table of the gather should stay in the L2 cache.
+    sets = clock.rotate(ceiling.operands, 1 if name.startswith("row gather") else 2)
+    first = clock.Program(ceiling.function, sets, 2)
     first()
-    count = gpu_clock.rounds(first(), sets, 0.5 if quick else 20.0)
-    milliseconds = gpu_clock.sample(
-        {name: gpu_clock.Program(own.function, sets, count)}, 2 if quick else 9
-    )[name]
-    rate = own.amount / (1e-3 * max(milliseconds["median"], 1e-9)) / own.scale
+    count = clock.rounds(first(), sets, 0.5 if quick else 20.0)
+    program = clock.Program(ceiling.function, sets, count)
+    times = clock.sample({name: program}, 2 if quick else 9)[name]
+    seconds = 1e-3 * max(times["median"], 1e-9)
+    description = sets.describe()
     return {
         "name": name,
-        "rate": float(f"{rate:.4g}"),
-        "unit": own.unit,
-        "what": own.what,
-        "ms": milliseconds,
-        **_about(sets),
+        "rate": float(f"{ceiling.amount / seconds / ceiling.scale:.4g}"),
+        "unit": ceiling.unit,
+        "what": ceiling.what,
+        "ms": times,
+        "sets": description["sets"],
+        "megabytes": description["megabytes"],
     }
 
 
-def _about(sets: Sets) -> dict[str, Any]:
-    return {name: value for name, value in sets.about.items() if name != "l2"}
-
-
-KERNELS = {
+KERNEL_CEILINGS = {
     "row gather, kernels": "bytes of gathered rows, forward, in the block-sparse kernels",
     "float32 sums, kernels": "bytes of float32 sums into rows in memory, input gradient by "
     "scatter, in the Triton kernels",
 }
 
 
-def measure_kernel(name: str, quick: bool) -> dict[str, Any]:
-    """A rate of the convolution's own accesses: a 1x1 block-sparse convolution so thin that they
-    decide.
+def measure_kernel_ceiling(name: str, quick: bool) -> dict[str, Any]:
+    """Measures a rate of the block-sparse kernels' own accesses to memory.
 
-    A group keeps half of the channels and gives 16 filters, so that a row is read or added once for
-    16 multiplications; its operands lie in L2.
+    It times a 1x1 block-sparse convolution that is so thin that these accesses decide: a group
+    keeps half of the channels and gives 16 filters, so that a row is read or added once for 16
+    multiplications. Its operands fit into L2.
 
     Args:
-      name: of `KERNELS`.
+      name: of `KERNEL_CEILINGS`.
       quick: XLA's implementation on a tiny shape.
 
     Returns:
-      Bytes per second, by implementation.
+      Terabytes per second, by implementation.
     """
+    spec = _thin_convolution(quick)
+    sums = name.startswith("float32")
+    nbytes = (4 if sums else 2) * spec.groups * spec.kept * spec.batch
+    rates = {}
+    for which, implementation in present_implementations().items():
+        left_out = (which == "xla" and not quick) or (which == "mosaic_gpu" and sums)
+        if left_out or implementation.supports(spec):
+            continue
+        run = _sums(spec, which, implementation) if sums else _gather(spec, implementation)
+        sets = clock.rotate(functools.partial(shapes.operands, spec), 1)
+        programs = clock.build({which: run}, sets, 2 if quick else 500)
+        times = clock.sample(programs, 2 if quick else 9)[which]
+        rate = nbytes / (1e-3 * times["median"]) / TERA
+        rates[which] = {"rate": float(f"{rate:.4g}"), "ms": times}
+    activations = 2 * spec.cin * spec.batch >> 20
+    return {
+        "name": name,
+        "unit": "TB/s",
+        "what": f"{KERNEL_CEILINGS[name]}: {spec.groups} groups of 16 filters, "
+        f"{activations} MiB of activations",
+        "rates": rates,
+        "rate": max((measured["rate"] for measured in rates.values()), default=None),
+    }
+
+
+def _thin_convolution(quick: bool) -> ConvSpec:
     cin, images, groups = (16, 8, 2) if quick else (512, 16384, 32)
-    spec = ConvSpec(
+    return ConvSpec(
         cin=cin,
         height=1,
         width=1,
@@ -206,38 +255,21 @@ def measure_kernel(name: str, quick: bool) -> dict[str, Any]:
         dtype="bfloat16",
         channel_block=8,
     )
-    adds, rates = name.startswith("float32"), {}
-    for which, one in gpu_check.implementations().items():
-        if (
-            isinstance(one, str)
-            or one.supports(spec)
-            or (which == "xla" and not quick)
-            or (which == "mosaic_gpu" and adds)
-        ):
-            continue
 
-        def forward(x, dy, values, *index, one=one):
-            return one.forward(spec, x, values, *index)
 
-        scattering = gpu_check.variant(one, "scatter" if which == "triton" else "")
+def _gather(spec: ConvSpec, implementation: Implementation) -> Callable[..., jax.Array]:
+    def forward(x: jax.Array, dy: jax.Array, values: jax.Array, *index: jax.Array) -> jax.Array:
+        return implementation.forward(spec, x, values, *index)
 
-        def input_gradient(x, dy, values, *index, one=scattering):
-            return one.input_gradient(spec, dy, values, *index)
+    return forward
 
-        sets = gpu_clock.rotate(lambda seed: gpu_shapes.operands(spec, seed), 1)
-        programs = gpu_clock.build(
-            {which: input_gradient if adds else forward}, sets, 2 if quick else 500
-        )
-        milliseconds = gpu_clock.sample(programs, 2 if quick else 9)[which]
-        rate = (
-            (4 if adds else 2)
-            * groups
-            * spec.kept
-            * images
-            / (1e-3 * milliseconds["median"])
-            / 1e12
-        )
-        rates[which] = {"rate": float(f"{rate:.4g}"), "ms": milliseconds}
-    what = f"{KERNELS[name]}: {groups} groups of 16 filters, {2 * cin * images >> 20} MiB of activations"
-    rate = max((r["rate"] for r in rates.values()), default=None)
-    return {"name": name, "unit": "TB/s", "what": what, "rates": rates, "rate": rate}
+
+def _sums(spec: ConvSpec, name: str, implementation: Implementation) -> Callable[..., jax.Array]:
+    scattering = variant(implementation, "scatter" if name == "triton" else "")
+
+    def input_gradient(
+        x: jax.Array, dy: jax.Array, values: jax.Array, *index: jax.Array
+    ) -> jax.Array:
+        return scattering.input_gradient(spec, dy, values, *index)
+
+    return input_gradient

@@ -1,35 +1,34 @@
-"""Device times of GPU programs without a host synchronization for each launch: many launches in one
-jitted loop.
+"""Device times of GPU programs, with one synchronization for many launches.
 
 A loop of known length runs on the device without the host looking in between. Its body calls the
-function once on each of several sets of operands, chained by optimization barriers: a call waits
-for the one before, nothing is hoisted out of the loop, merged or left out, and the outputs stay
-alive. One synchronization stands behind hundreds of launches. What the program does once, before
-and after the loop (zeros where the outputs will be, operands into the layout that the loop
-prefers), is in the time, so a program must be long: `rounds` counts from the least time that a
-launch can take, and `build` makes a program that turns out short anew. Sets that together exceed
-the L2 cache begin cold, as in a training step; small ones are warm, and the report says so.
+function once on each of several sets of operands. Optimization barriers chain the calls: each waits
+for the one before, nothing is hoisted out of the loop, merged or dropped, and the outputs stay
+alive.
+
+The time includes what the program does once, before and after the loop (zeros where the outputs
+will be, operands into the layout that the loop prefers), so a program must be long: `rounds` counts
+from the least time that a launch can take, and `build` repeats a program that turns out too short.
+Sets that together exceed the L2 cache are read from memory, as in a training step; small ones stay
+in the cache, and the report says so.
 """
 
 import concurrent.futures
 import dataclasses
-import itertools
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from experiments.bench.timing import time_in_turn, time_record
+from experiments.bench.gpu.rates import L2
+from experiments.bench.timing import time_in_turn, time_record, timed
 from pallas_kernels.block_sparse_conv.devices import this_gpu
 
-L2 = 60 << 20  # bytes, of an H200
 MOST_SETS = 4
-MILLISECONDS = 30.0  # a timed program takes so long or longer
-DRY = 0.3  # the same, where there is no GPU and the numbers say nothing
-LONGEST = 20_000  # rounds
+PROGRAM_MS = 30.0  # a timed program takes so long or longer
+DRY_RUN_MS = 0.3  # the same where there is no GPU and the numbers mean nothing
+MOST_ROUNDS = 20_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +43,8 @@ class Sets:
     operands: tuple[tuple[jax.Array, ...], ...]
     nbytes: int
 
-    @property
-    def about(self) -> dict[str, Any]:
-        """For the report: how many sets, their megabytes, and whether a set is out of the L2 cache
-        when its turn comes again.
-        """
+    def describe(self) -> dict[str, Any]:
+        """Returns what a report says: how many sets, their size, and whether L2 holds them."""
         return {
             "sets": len(self.operands),
             "megabytes": round(self.nbytes / 1e6, 1),
@@ -57,7 +53,7 @@ class Sets:
 
 
 def rotate(make: Callable[[int], tuple[jax.Array, ...]], most: int = MOST_SETS) -> Sets:
-    """As many sets of operands as exceed the L2 cache twice.
+    """Makes as many sets of operands as fill the L2 cache twice.
 
     Args:
       make: seed -> one set.
@@ -67,21 +63,22 @@ def rotate(make: Callable[[int], tuple[jax.Array, ...]], most: int = MOST_SETS) 
       The sets.
 
     Example:
-      >>> rotate(lambda seed: (jnp.ones(3),)).about
+      >>> rotate(lambda seed: (jnp.ones(3),)).describe()
       {'sets': 4, 'megabytes': 0.0, 'l2': 'warm'}
     """
     sets = [make(0)]
-    each = sum(a.nbytes for a in sets[0])
-    sets += [make(seed) for seed in range(1, min(most, -(-2 * L2 // max(each, 1))))]
-    return Sets(tuple(sets), len(sets) * each)
+    nbytes = sum(array.nbytes for array in sets[0])
+    count = -(-2 * L2 // max(nbytes, 1))
+    sets += [make(seed) for seed in range(1, min(most, count))]
+    return Sets(tuple(sets), len(sets) * nbytes)
 
 
 def chained(function: Callable[..., Any], count: int) -> Callable[..., Any]:
-    """The program that is timed: `count` rounds of one call for each set.
+    """Returns the program that is timed: `count` rounds of one call for each set.
 
     Args:
       function: of one set of operands; returns arrays.
-      count: rounds; static, so that the loop needs no look at a condition.
+      count: rounds; static, so that the loop need not test a condition.
 
     Returns:
       A jitted function of the sets; returns the last outputs of each.
@@ -94,22 +91,23 @@ def chained(function: Callable[..., Any], count: int) -> Callable[..., Any]:
 
     def program(*sets: tuple[jax.Array, ...]) -> Any:
         def body(_: Any, carry: Any) -> Any:
-            token, outs = carry[0], list(carry[1])
+            token, outputs = carry[0], list(carry[1])
             for i, operands in enumerate(sets):
-                before = outs[i - 1]  # of the round before where i = 0
-                operands, token, outs[i - 1] = lax.optimization_barrier((operands, token, before))
-                outs[i] = function(*operands)
-            return token, tuple(outs)
+                before = outputs[i - 1]  # for i = 0 of the round before
+                barrier = lax.optimization_barrier((operands, token, before))
+                operands, token, outputs[i - 1] = barrier
+                outputs[i] = function(*operands)
+            return token, tuple(outputs)
 
-        like = jax.eval_shape(function, *sets[0])
-        start = tuple(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like) for _ in sets)
-        return lax.fori_loop(0, count, body, (jnp.zeros((), jnp.int32), start))[1]
+        shapes = jax.eval_shape(function, *sets[0])
+        zeros = tuple(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes) for _ in sets)
+        return lax.fori_loop(0, count, body, (jnp.zeros((), jnp.int32), zeros))[1]
 
     return jax.jit(program)
 
 
 class Program:
-    """A compiled chain; calling it returns the milliseconds of one launch.
+    """A compiled chain of launches; calling it returns the milliseconds of one launch.
 
     Args:
       function: of one set of operands; returns arrays.
@@ -119,102 +117,87 @@ class Program:
 
     def __init__(self, function: Callable[..., Any], sets: Sets, count: int):
         self._run = chained(function, count).lower(*sets.operands).compile()
-        self._sets, self._launches = sets, count * len(sets.operands)
+        self._sets = sets
+        self._launches = count * len(sets.operands)
 
     def __call__(self) -> float:
-        """Runs all launches, waits once."""
-        start = time.perf_counter()
-        jax.block_until_ready(self._run(*self._sets.operands))
-        return 1e3 * (time.perf_counter() - start) / self._launches
+        """Runs all launches and waits once."""
+        return timed(lambda: self._run(*self._sets.operands))() / self._launches
 
     def output(self) -> Any:
-        """What the timed program leaves behind for the first set."""
+        """Returns what the timed program computes from the first set."""
         return self._run(*self._sets.operands)[0]
 
 
 def build(
     functions: Mapping[str, Callable[..., Any]], sets: Sets, count: int, threads: int = 1
 ) -> dict[str, Program]:
-    """Compiles programs, several at once, and runs each, so that none is short.
+    """Compiles programs, several at once, and repeats those that turn out too short.
 
     Args:
       functions: by name.
       sets: operands of all.
       count: rounds, or more.
-      threads: compile at once; 1 where the compiler times algorithms on the device (dense
+      threads: how many compile at once; 1 where the compiler times algorithms on the device (dense
         convolutions), which must not be disturbed.
 
     Returns:
       Programs by name, for `sample`.
     """
 
-    def made(function: Callable[..., Any], count: int) -> Program:
-        return Program(function, sets, count)
+    def compile_all(counts: Mapping[str, int]) -> dict[str, Program]:
+        def compile_one(name: str) -> Program:
+            return Program(functions[name], sets, counts[name])
+
+        return dict(zip(counts, pool.map(compile_one, counts), strict=True))
 
     with concurrent.futures.ThreadPoolExecutor(max(1, threads)) as pool:
-        programs = dict(
-            zip(functions, pool.map(made, functions.values(), [count] * len(functions)))
-        )
-        better = {
+        programs = compile_all(dict.fromkeys(functions, count))
+        needed = {
             name: rounds(min(program(), program()), sets) for name, program in programs.items()
         }
-        short = {name: more for name, more in better.items() if more > 3 * count}
-        return programs | dict(
-            zip(short, pool.map(made, (functions[name] for name in short), short.values()))
-        )
+        return programs | compile_all({name: n for name, n in needed.items() if n > 3 * count})
 
 
 def rounds(milliseconds: float, sets: Sets, target: float | None = None) -> int:
-    """How many rounds make a program of the target's length.
+    """Returns how many rounds make a program of the target's length.
 
     Args:
-      milliseconds: of one launch; a floor makes the program longer than that, never shorter.
+      milliseconds: of one launch; an estimate that is too low makes the program longer, never
+        shorter.
       sets: of a round.
-      target: milliseconds; None: `MILLISECONDS`, without a GPU `DRY`.
+      target: milliseconds of the program; None: `PROGRAM_MS`, without a GPU `DRY_RUN_MS`.
 
     Returns:
-      1 to `LONGEST`.
+      1 to `MOST_ROUNDS`.
 
     Example:
       >>> rounds(0.1, rotate(lambda seed: (jnp.ones(3),)), 4.0)
       10
     """
-    target = target or (MILLISECONDS if gpu() else DRY)
-    return int(min(LONGEST, max(1, round(target / (len(sets.operands) * max(milliseconds, 1e-3))))))
+    target = target or (PROGRAM_MS if this_gpu() else DRY_RUN_MS)
+    count = round(target / (len(sets.operands) * max(milliseconds, 1e-3)))
+    return min(MOST_ROUNDS, max(1, count))
 
 
 def sample(
-    calls: Mapping[str, Callable[[], float]], repetitions: int = 9
+    programs: Mapping[str, Callable[[], float]], repetitions: int = 9
 ) -> dict[str, dict[str, float]]:
-    """Times calls in turn, each round in an order of its own; the first call of each does not
-    count.
+    """Times programs in turn.
 
     Args:
-      calls: return the milliseconds of one launch.
-      repetitions: that count.
+      programs: return the milliseconds of one launch.
+      repetitions: of each program.
 
     Returns:
-      Name -> {"median", "iqr", "repetitions"}, milliseconds.
+      {"median", "iqr", "repetitions"} by name, in milliseconds.
 
     Example:
       >>> sample({"a": lambda: 1.0}, repetitions=3)
       {'a': {'median': 1.0, 'iqr': 0.0, 'repetitions': 3}}
     """
-    times = time_in_turn(calls, rounds=repetitions, burst_ms=0)
-    return {name: time_record(times_ms, digits=6) for name, times_ms in times.items()}
-
-
-def gpu() -> str | None:
-    """The GPU's name as in the names of tuned tables.
-
-    Returns:
-      "h200" for "NVIDIA H200"; None where JAX's default device is no GPU.
-
-    Example:
-      >>> gpu() is None or gpu().islower()
-      True
-    """
-    return this_gpu()
+    times_ms = time_in_turn(programs, rounds=repetitions, burst_ms=0)
+    return {name: time_record(times, digits=6) for name, times in times_ms.items()}
 
 
 def require_gpu(quick: bool) -> None:
@@ -233,24 +216,6 @@ def require_gpu(quick: bool) -> None:
     if platform != "gpu" and not quick:
         raise ValueError(
             f"device: expected an NVIDIA GPU, got {platform!r}, what JAX runs on here; install "
-            f"jax[cuda13] on a machine that has one, "
-            "or take --quick for a dry run of tiny shapes, whose numbers say nothing"
+            "jax[cuda13] on a machine that has one, or pass --quick for a dry run of tiny shapes, "
+            "whose numbers mean nothing"
         )
-
-
-def asks_for_gpu(arguments: Sequence[str]) -> bool:
-    """Whether a command line says `--device gpu`.
-
-    Args:
-      arguments: without the program's name.
-
-    Returns:
-      True where it does; the command then has other options.
-
-    Example:
-      >>> asks_for_gpu(["--device", "gpu", "--quick"]), asks_for_gpu(["--device=cpu"])
-      (True, False)
-    """
-    return "--device=gpu" in arguments or any(
-        pair == ("--device", "gpu") for pair in itertools.pairwise(arguments)
-    )

@@ -1,32 +1,31 @@
-"""A journal of measurements: each finished unit is a line at once, so that a stopped run goes on
-where it was.
+"""A journal of measurements: every finished unit is one line, so that a stopped run can continue.
 
-`python -m experiments.bench.gpu.journal FILE...` books as failed what was under way when a process
+`python -m experiments.bench.gpu.journal FILE...` marks as failed what was running when a process
 crashed.
 """
 
-import hashlib
 import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-STOPPED = 75  # exit status: time is up, the next call goes on
-# exit status: the device does not answer any more, or a unit hung; the next call leaves that unit
-# out and goes on
-LOST = 70
+STOPPED = 75  # exit status: time is up; the same command continues
+LOST = (
+    70  # exit status: the device no longer answers, or a unit hung; the next call skips that unit
+)
+# What an error says when no other kernel can run in the same process.
 FATAL = (
     "CUDA_ERROR",
     "illegal memory access",
     "launch failure",
     "misaligned address",
     "device-side",
-)  # what spoils the whole process
-MOST_LOST = 2  # units of a group that may hang, crash or lose the device; the rest is left out
+)
+MOST_LOST = 2  # units of a group that may hang, crash or lose the device; the others are skipped
 
 
 class TimeUp(Exception):  # noqa: N818
@@ -34,49 +33,23 @@ class TimeUp(Exception):  # noqa: N818
 
 
 class DeviceLost(Exception):  # noqa: N818
-    """A kernel failed in a way that spoils what this process does next."""
-
-
-def exit_status(work: Callable[[], Mapping[str, Any]]) -> int:
-    """Runs a command, says in one line what stopped it, and tells the shell.
-
-    Args:
-      work: returns a report: "complete" says whether all is done, "failed" holds what failed.
-
-    Returns:
-      0, 1 when something failed or a result was wrong, 2 for a wrong argument, `LOST`, or `STOPPED`
-      when time was up.
-
-    Example:
-      >>> exit_status(lambda: {"complete": True, "failed": []}), exit_status(lambda: {"complete": False, "failed": []})
-      (0, 75)
-    """
-    try:
-        report = work()
-    except (ValueError, AssertionError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    except DeviceLost as unit:
-        print(f"the device is lost at {unit}; the same command goes on behind it", file=sys.stderr)
-        return LOST
-    if not report["complete"]:
-        return STOPPED
-    return 1 if report["failed"] else 0
+    """A kernel failed in such a way that no other can run in this process."""
 
 
 class Journal:
-    """A JSON-lines file of units: what began, what finished, what failed. Units may run inside
-    units.
+    """A JSON-lines file of units of work: which began, finished or failed.
+
+    A unit may run other units. The states of a line are "begun", "done" (with the result), "failed"
+    (with the error) and "again" (as if it had not begun).
 
     Args:
-      path: the file; made where it is absent. A last line that was cut off is dropped.
-      minutes: from now on until no further unit begins; None: no limit.
-      unit_seconds: a unit that takes longer hangs: it is booked as failed, and the process ends
-        with status `LOST`.
+      path: the file; it is created if it does not exist. A last line that was cut off is dropped.
+      minutes: after so many minutes no further unit begins; None: no limit.
+      unit_seconds: a unit that takes longer hangs: it counts as failed, and the process ends with
+        the status `LOST`.
 
     Attributes:
-      records: key -> its last line; each has "key" and "state", and with the state "done" the
-        "result", with "failed" the "error".
+      records: the last line of each unit by its key, with the number of attempts as "begun".
 
     Example:
       >>> import tempfile
@@ -86,43 +59,34 @@ class Journal:
     """
 
     def __init__(self, path: str | Path, minutes: float | None = None, unit_seconds: float = 150):
-        self._path, self._unit_seconds = Path(path), unit_seconds
+        self._path = Path(path)
+        self._unit_seconds = unit_seconds
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
-        self._longest: dict[str, float] = {}
-        self._open: list[str] = []
+        self._longest_seconds: dict[str, float] = {}  # by kind of unit
+        self._running: list[str] = []
         self.records: dict[str, dict[str, Any]] = {}
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._read()
+
+    def _read(self) -> None:
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         for i, line in enumerate(lines):
             try:
-                self._book(json.loads(line))
+                self._keep(json.loads(line))
             except json.JSONDecodeError:
                 if i + 1 < len(lines):
                     raise ValueError(
-                        f"{path}: line {i + 1} of {len(lines)} is no JSON; mend or remove it"
+                        f"{self._path}: line {i + 1} of {len(lines)} is no JSON; repair or delete "
+                        "it"
                     ) from None
                 self._path.write_text("".join(f"{good}\n" for good in lines[:i]))
 
     def result(self, key: str) -> Any:
-        """What a finished unit measured.
-
-        Args:
-          key: of the unit.
-
-        Returns:
-          Its result; None where it did not finish.
-        """
+        """Returns the result of a finished unit; None if it did not finish."""
         return self.records.get(key, {}).get("result")
 
     def error(self, key: str) -> str | None:
-        """Why a unit failed.
-
-        Args:
-          key: of the unit.
-
-        Returns:
-          The error; None where it did not fail.
-        """
+        """Returns why a unit failed; None if it did not."""
         return self.records.get(key, {}).get("error")
 
     def run(
@@ -134,97 +98,100 @@ class Journal:
         limit: float | None = None,
         group: str = "",
     ) -> Any:
-        """Runs a unit, unless it finished or failed before; a unit that was cut off twice counts as
-        failed.
+        """Runs a unit, unless it finished or failed before.
+
+        A unit that was interrupted twice counts as failed.
 
         Args:
           key: its name; the first word is its kind.
           function: measures; returns what JSON can hold.
-          reserve: seconds that must be left for it, or as many as the longest of its kind took;
-            after it was cut off, twice as many.
-          limit: seconds after which it hangs; None: those of the journal.
-          group: where two units of a group hung, crashed or lost the device, the others fail
-            without being run.
+          reserve: seconds that must be left for it. If the longest unit of its kind took longer,
+            that counts; after an interruption twice as many.
+          limit: seconds after which it hangs; None: the limit of the journal.
+          group: once two units of a group hung, crashed or lost the device, the others fail without
+            being run.
 
         Returns:
-          The result; None where the unit failed, now or before.
+          The result; None if the unit failed, now or before.
 
         Raises:
           TimeUp: too little time is left.
           DeviceLost: the unit failed, and no other can run in this process.
         """
-        record, seconds = self.records.get(key, {}), limit or self._unit_seconds
+        record = self.records.get(key, {})
         if record.get("state") in ("done", "failed"):
             return record.get("result")
-        begun = record.get("begun", 0)
-        if begun >= 2:
-            return self._fail(key, "cut off twice: it hangs, or takes longer than a call", group)
-        lost = [
-            other
-            for other, one in self.records.items()
-            if group and one.get("group") == group and one.get("lost")
-        ]
-        if len(lost) >= MOST_LOST:
-            return self._fail(
-                key,
-                f"left out: {' and '.join(lost[:MOST_LOST])} hung, crashed or lost the device",
-                group,
-                lost=False,
-            )
-        needed = max(reserve, self._longest.get(key.split()[0], 0.0)) * (1 + begun)
+        attempts = record.get("begun", 0)
+        if attempts >= 2:
+            self._fail(key, "interrupted twice: it hangs, or takes longer than a call", group)
+            return None
+        lost_units = self._lost_units(group)
+        if len(lost_units) >= MOST_LOST:
+            names = " and ".join(lost_units[:MOST_LOST])
+            error = f"skipped: {names} hung, crashed or lost the device"
+            self._fail(key, error, group, lost=False)
+            return None
+        needed = max(reserve, self._longest_seconds.get(_kind(key), 0.0)) * (1 + attempts)
         if self._end is not None and time.monotonic() + needed > self._end:
             raise TimeUp(key)
+        return self._run_now(key, function, limit or self._unit_seconds, group)
+
+    def _run_now(self, key: str, function: Callable[[], Any], seconds: float, group: str) -> Any:
         self._append({"key": key, "state": "begun", "group": group})
-        self._open.append(key)
+        self._running.append(key)
         start = time.monotonic()
         watch = threading.Timer(seconds, self._give_up, (key, seconds, group))
         watch.daemon = True
         watch.start()
         try:
             result = function()
-        except (TimeUp, DeviceLost):  # of a unit inside
+        except (TimeUp, DeviceLost):  # of a unit inside this one
             self._append({"key": key, "state": "again"})
             raise
         except Exception as error:
             text = f"{type(error).__name__}: {error}"[:2000]
-            lost_now = any(sign in text for sign in FATAL)
-            self._fail(key, text, group, lost=lost_now)
-            if lost_now:
+            lost = any(sign in text for sign in FATAL)
+            self._fail(key, text, group, lost=lost)
+            if lost:
                 raise DeviceLost(key) from error
             return None
         finally:
             watch.cancel()
-            self._open.remove(key)
-        self._append(
-            {
-                "key": key,
-                "state": "done",
-                "seconds": round(time.monotonic() - start, 2),
-                "result": result,
-            }
-        )
+            self._running.remove(key)
+        seconds = round(time.monotonic() - start, 2)
+        self._append({"key": key, "state": "done", "seconds": seconds, "result": result})
         return result
 
-    def crashed(self) -> list[str]:
-        """Books the innermost unit under way as failed, and those around it as not begun: for the
-        process after a crash.
+    def _lost_units(self, group: str) -> list[str]:
+        """The units of a group that hung, crashed or lost the device."""
+        return [
+            key
+            for key, record in self.records.items()
+            if group and record.get("group") == group and record.get("lost")
+        ]
+
+    def mark_crashed(self) -> list[str]:
+        """Marks the innermost running unit as failed, and those around it as not begun.
+
+        For the process that runs after a crash.
 
         Returns:
-          What it booked as failed.
+          The units that were marked as failed.
         """
-        under_way = [key for key, record in self.records.items() if record["state"] == "begun"]
-        for key in under_way[:-1]:
+        running = [key for key, record in self.records.items() if record["state"] == "begun"]
+        for key in running[:-1]:
             self._append({"key": key, "state": "again"})
-        for key in under_way[-1:]:
+        for key in running[-1:]:
             self._fail(key, "the process crashed", self.records[key].get("group", ""))
-        return under_way[-1:]
+        return running[-1:]
 
     def _fail(self, key: str, text: str, group: str, lost: bool = True) -> None:
         self._append({"key": key, "state": "failed", "error": text, "group": group, "lost": lost})
         print(f"FAILED {key}: {text}", file=sys.stderr, flush=True)
 
     def _give_up(self, key: str, seconds: float, group: str) -> None:
-        for outer in self._open[: self._open.index(key)]:
+        """Ends the process, whose unit hangs."""
+        for outer in self._running[: self._running.index(key)]:
             self._append({"key": outer, "state": "again"})
         self._fail(key, f"no result after {seconds:g} seconds", group)
         os._exit(LOST)
@@ -234,43 +201,26 @@ class Journal:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self._book(record)
+        self._keep(record)
 
-    def _book(self, record: dict[str, Any]) -> None:
+    def _keep(self, record: dict[str, Any]) -> None:
+        """Keeps a line as the last one of its unit, and counts the attempts."""
         key = record["key"]
-        begun = (
-            0
-            if record["state"] == "again"
-            else self.records.pop(key, {}).get("begun", 0) + (record["state"] == "begun")
-        )
-        self.records[key] = record | {"begun": begun}
+        attempts = self.records.pop(key, {}).get("begun", 0) + (record["state"] == "begun")
+        if record["state"] == "again":
+            attempts = 0
+        self.records[key] = record | {"begun": attempts}
         if "seconds" in record:
-            kind = key.split()[0]
-            self._longest[kind] = max(self._longest.get(kind, 0.0), record["seconds"])
+            longest = self._longest_seconds.get(_kind(key), 0.0)
+            self._longest_seconds[_kind(key)] = max(longest, record["seconds"])
 
 
-def fingerprint(paths: Iterable[Path]) -> str:
-    """A short name for the contents of files: units of other contents are measured anew.
-
-    Args:
-      paths: of the files; those that are absent count as such.
-
-    Returns:
-      Eight hexadecimal digits.
-
-    Example:
-      >>> len(fingerprint([Path(__file__)]))
-      8
-    """
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update(
-            path.name.encode() + b"\0" + (path.read_bytes() if path.is_file() else b"") + b"\0"
-        )
-    return digest.hexdigest()[:8]
+def _kind(key: str) -> str:
+    return key.split()[0]
 
 
 if __name__ == "__main__":
-    for journal in sys.argv[1:]:
-        for crashed in Journal(journal).crashed() if Path(journal).exists() else ():
-            print(f"{journal}: {crashed} crashed")
+    for file in sys.argv[1:]:
+        if Path(file).exists():
+            for unit in Journal(file).mark_crashed():
+                print(f"{file}: {unit} crashed")

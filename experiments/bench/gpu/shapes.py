@@ -1,5 +1,6 @@
-"""The convolutions that are tuned and timed on a GPU: real layers at real batch sizes, and their
-operands in aligned runs of channels.
+"""The convolutions that are tuned and timed on a GPU: real layers at real batch sizes.
+
+Channels come in aligned runs.
 """
 
 import dataclasses
@@ -11,7 +12,8 @@ from experiments.bench import shapes
 from experiments.bench.shapes import RESNET32, RESNET50, VGG19, Layer
 from pallas_kernels.block_sparse_conv import ConvSpec
 
-FULLEST, EMPTIEST = 1.25, 0.95  # what runs of channels may make of the number of kept channels
+# By how much rounding up to runs of channels may change the number of kept channels.
+FULLEST, EMPTIEST = 1.25, 0.95
 ROUNDING = 1e-9  # of floats such as 1 - 0.9: a bound that is met exactly is met
 
 SMALL = (Layer("small 64@4", 64, 64, 4), Layer("small 1x1 64-128@4/2", 64, 128, 4, 2, 1))
@@ -36,20 +38,19 @@ class Case:
 
     @property
     def is_goal(self) -> bool:
-        """Whether a goal names it: a 3x3 convolution of 256 channels or more."""
+        """Whether a goal of the project names it: a 3x3 convolution of 256 channels or more."""
         return self.layer.kernel == 3 and self.layer.cin >= 256
 
 
 def cases(part: str = "", quick: bool = False) -> list[Case]:
-    """ResNet-50 at batch 256, VGG-19 and ResNet-32 (width 2) at 128 and at 1024; first those of the
-    goals, then other 3x3, then 1x1.
+    """Returns the layers of ResNet-50 at batch 256, and of VGG-19 and ResNet-32 at 128 and 1024.
 
     Args:
-      part: of the names; empty is all.
+      part: of the names; empty for all.
       quick: two small layers instead.
 
     Returns:
-      The cases, in the order in which they are measured.
+      The cases in the order in which they are measured: those of the goals, other 3x3, 1x1.
 
     Raises:
       ValueError: no name contains the part.
@@ -64,10 +65,10 @@ def cases(part: str = "", quick: bool = False) -> list[Case]:
         every = [Case(layer, 256) for layer in RESNET50]
         every += [Case(layer, batch) for batch in (128, 1024) for layer in VGG19 + RESNET32]
     every.sort(key=lambda case: (not case.is_goal, case.layer.kernel == 1))
-    found = [case for case in every if part in case.name]
-    if not found:
+    chosen = [case for case in every if part in case.name]
+    if not chosen:
         raise ValueError(f"layers: no name contains {part!r}; e.g. {every[0].name!r}")
-    return found
+    return chosen
 
 
 def case_spec(
@@ -79,12 +80,11 @@ def case_spec(
     kept_taps: int | None = None,
     dtype: str = "bfloat16",
 ) -> ConvSpec:
-    """The convolution of a case, in the longest runs of channels that keep close to the wanted
-    density.
+    """Returns the convolution of a case, in the longest runs of channels that keep the density.
 
-    A run of `b` channels, `b` the wanted one, 8 or 1, is taken when the kept channels, rounded up
-    to runs, are 0.95 to 1.25 times what the sparsity asks for. So a layer is never timed at much
-    less work than its sparsity says.
+    Runs have `channel_block`, 8 or 1 channels. The longest is taken for which the kept channels,
+    rounded up to runs, are 0.95 to 1.25 times what the sparsity asks for. So a layer is never timed
+    at much less work than its sparsity says.
 
     Args:
       case: the layer and the batch.
@@ -101,20 +101,26 @@ def case_spec(
       >>> case_spec(cases("vgg19 256@8 n128")[0], sparsity=0.9).packed_shape
       (4, 80, 3, 64)
     """
-    size = {"batch": case.batch, "group_size": group_size, "kept_taps": kept_taps, "dtype": dtype}
-    spec = shapes.layer_spec(case.layer, sparsity=sparsity, **size)
+    spec = shapes.layer_spec(
+        case.layer,
+        sparsity=sparsity,
+        batch=case.batch,
+        group_size=group_size,
+        kept_taps=kept_taps,
+        dtype=dtype,
+    )
     exact = (1 - sparsity) * spec.cin * case.layer.kernel**2 / spec.kept_taps
+    most = min(FULLEST * exact * (1 + ROUNDING), spec.cin)
     for block in sorted({channel_block, min(8, channel_block), 1}, reverse=True):
-        kept = max(block, -int(-EMPTIEST * exact * (1 - ROUNDING) // block) * block)
-        if block == 1 or (
-            kept <= min(FULLEST * exact * (1 + ROUNDING), spec.cin) and spec.cin % block == 0
-        ):
+        runs = -int(-EMPTIEST * exact * (1 - ROUNDING) // block)
+        kept = max(block, runs * block)
+        if block == 1 or (kept <= most and spec.cin % block == 0):
             break
     return dataclasses.replace(spec, kept=min(kept, spec.cin), channel_block=block)
 
 
 def operands(spec: ConvSpec, seed: int = 0) -> tuple[jax.Array, ...]:
-    """Random operands of a convolution whose channels come in aligned runs.
+    """Draws random operands of a convolution whose channels come in aligned runs.
 
     Args:
       spec: the static sizes.
@@ -129,7 +135,7 @@ def operands(spec: ConvSpec, seed: int = 0) -> tuple[jax.Array, ...]:
       True
     """
     run = spec.channel_block
-    blocks = dataclasses.replace(
+    of_runs = dataclasses.replace(  # the same groups, with a run of channels in place of each
         spec,
         cin=spec.cin // run,
         kept=spec.kept // run,
@@ -138,11 +144,11 @@ def operands(spec: ConvSpec, seed: int = 0) -> tuple[jax.Array, ...]:
         batch=1,
         padding=((8, 8), (8, 8)),
     )
-    *_, filters, kept, taps = shapes.random_operands(blocks, seed)
-    channels = (kept[..., None] * run + jnp.arange(run, dtype=jnp.int32)).reshape(spec.groups, -1)
+    *_, filters, runs, taps = shapes.random_operands(of_runs, seed)
+    channels = (runs[..., None] * run + jnp.arange(run, dtype=jnp.int32)).reshape(spec.groups, -1)
     keys = jax.random.split(jax.random.key(seed), 3)
-    values = (
-        jax.random.normal(key, size, spec.dtype)
-        for key, size in zip(keys, (spec.in_shape, spec.out_shape, spec.packed_shape))
+    x, dy, values = (
+        jax.random.normal(key, shape, spec.dtype)
+        for key, shape in zip(keys, (spec.in_shape, spec.out_shape, spec.packed_shape), strict=True)
     )
-    return *values, filters, channels, taps
+    return x, dy, values, filters, channels, taps

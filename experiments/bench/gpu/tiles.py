@@ -1,24 +1,22 @@
-"""The implementations that have tiles, one like the other: which tiles a tuner times, which runs,
-and what the tuned table calls them.
-"""
+"""The implementations that have tiles, in one form: which tiles are timed, and which one runs."""
 
 import dataclasses
 import functools
 import importlib
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from experiments.bench.gpu.journal import fingerprint
-from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, tuned_tables, xla
-from pallas_kernels.block_sparse_conv.xla import tiles
+from experiments.bench.programs import PASSES
+from pallas_kernels.block_sparse_conv import ConvSpec, Implementation
+from pallas_kernels.block_sparse_conv.xla import kernels as xla
+from pallas_kernels.block_sparse_conv.xla import tiles as xla_tiles
 
-FOLDER = Path(xla.__file__).parents[1]
-PASSES = ("forward", "input_gradient", "weight_gradient")
+PASS_FIELDS = ("forward", "input_gradient", "weight_gradient")  # of an Implementation
 MOST = 6  # tiles that are timed for a pass
+TILED = ("mosaic_gpu", "triton")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +27,8 @@ class Tunable:
       name: of the implementation.
       implementation: the record.
       candidates: (spec, pass) -> tiles, dataclasses; the default need not be among them.
-      default: (spec, pass) -> the tile that runs if nothing else is tuned.
-      rules: (spec, pass) -> the tiles that rules give, one for each way of the pass.
+      default: (spec, pass) -> the tile that runs if no other is tuned.
+      rules: (spec, pass) -> the tiles that rules give, one for each method of the pass.
       build: (pass, tile) -> a record that runs the pass in this tile.
       key: (spec, pass) -> what the table calls it.
     """
@@ -43,21 +41,16 @@ class Tunable:
     build: Callable[[str, Any], Implementation]
     key: Callable[[ConvSpec, str], str]
 
-    @property
-    def fingerprint(self) -> str:
-        """Of the sources of its kernels."""
-        return fingerprint((FOLDER / self.name).glob("*.py"))
-
 
 @dataclasses.dataclass(frozen=True)
 class Formulation:
-    """The dry run's tile: a formulation of the XLA path."""
+    """The tile of a dry run: a formulation of the XLA implementation."""
 
     name: str
 
 
 def tunable(name: str) -> Tunable:
-    """An implementation's tiles.
+    """Returns an implementation's tiles.
 
     Args:
       name: mosaic_gpu, triton, or for dry runs xla.
@@ -72,97 +65,132 @@ def tunable(name: str) -> Tunable:
       >>> tunable("xla").name
       'xla'
     """
-    if name == "xla":
-        every = xla.FORMULATIONS
-        return Tunable(
-            name,
-            xla.IMPLEMENTATION,
-            lambda spec, _: [
-                Formulation(other)
-                for other in ("rows", "rows_batched", "taps")
-                if every[other].supports(spec) is None
-            ],
-            lambda spec, _: Formulation(tiles.choose(spec)),
-            lambda *_: [],
-            lambda _, tile: every[tile.name],
-            lambda spec, pass_name: f"{pass_name} {spec.in_shape} {spec.packed_shape}",
-        )
-    if name not in ("mosaic_gpu", "triton"):
+    makers = {"mosaic_gpu": _mosaic_gpu, "triton": _triton, "xla": _xla}
+    if name not in makers:
         raise ValueError(
             f"implementations: expected mosaic_gpu or triton, those that have tiles, got {name!r}"
         )
-    package = "pallas_kernels.block_sparse_conv"
-    module, own = (
-        importlib.import_module(f"{package}.{name}.{part}") for part in ("launch", "tiles")
+    return makers[name]()
+
+
+def _xla() -> Tunable:
+    records = xla.FORMULATIONS
+    names = ("rows", "rows_batched", "taps")
+    return Tunable(
+        name="xla",
+        entries="tiles",
+        implementation=xla.IMPLEMENTATION,
+        candidates=lambda spec, _: [
+            Formulation(name) for name in names if records[name].supports(spec) is None
+        ],
+        default=lambda spec, _: Formulation(xla_tiles.choose(spec)),
+        rules=lambda *_: [],
+        build=lambda _, tile: records[tile.name],
+        key=lambda spec, pass_name: f"{pass_name} {spec.in_shape} {spec.packed_shape}",
     )
-    if name == "mosaic_gpu":
-        build = lambda pass_name, tile: module.implementation(tiles={pass_name: tile})  # noqa: E731
-        return Tunable(
-            name,
-            module.IMPLEMENTATION,
-            own.candidate_tiles,
-            own.choose_tile,
-            lambda *_: [],
-            build,
-            tuned_tables.key,
-        )
 
-    from pallas_kernels.block_sparse_conv.triton.products import methods
 
-    def with_tile(pass_name: str, tile: Any) -> Implementation:
-        run = functools.partial(getattr(module.IMPLEMENTATION, pass_name), tile=tile)
-        return dataclasses.replace(module.IMPLEMENTATION, **{pass_name: run})
+def _modules(name: str) -> tuple[Any, Any]:
+    """The launch and the tiles of a backend, which is imported only when it is asked for."""
+    package = f"pallas_kernels.block_sparse_conv.{name}"
+    return importlib.import_module(f"{package}.launch"), importlib.import_module(f"{package}.tiles")
 
-    candidates, default = (
-        functools.partial(f, capability=capability())
-        for f in (own.candidate_tiles, own.choose_tile)
+
+def _mosaic_gpu() -> Tunable:
+    launch, tiles = _modules("mosaic_gpu")
+    return Tunable(
+        name="mosaic_gpu",
+        entries="entries",
+        implementation=launch.IMPLEMENTATION,
+        candidates=tiles.candidate_tiles,
+        default=tiles.choose_tile,
+        rules=lambda *_: [],
+        build=lambda pass_name, tile: launch.implementation(tiles={pass_name: tile}),
+        key=tiles.key,
     )
+
+
+def _triton() -> Tunable:
+    launch, tiles = _modules("triton")
+    record = launch.IMPLEMENTATION
+    default = functools.partial(tiles.choose_tile, capability=capability())
+
+    def build(pass_name: str, tile: Any) -> Implementation:
+        run = functools.partial(getattr(record, pass_name), tile=tile)
+        return dataclasses.replace(record, **{pass_name: run})
 
     def rules(spec: ConvSpec, pass_name: str) -> list[Any]:
-        ways = methods(spec) if pass_name == "input_gradient" else ()
-        return [default(spec, pass_name, method=way) for way in ways]
+        methods = tiles.methods(spec) if pass_name == "input_gradient" else ()
+        return [default(spec, pass_name, method=method) for method in methods]
 
     return Tunable(
-        name, module.IMPLEMENTATION, candidates, default, rules, with_tile, own.tuned_key
+        name="triton",
+        entries="tiles",
+        implementation=record,
+        candidates=functools.partial(tiles.candidate_tiles, capability=capability()),
+        default=default,
+        rules=rules,
+        build=build,
+        key=tiles.key,
     )
 
 
 def capability() -> int:
-    """The GPU's compute capability times ten.
-
-    Returns:
-      90 for Hopper, and where there is no GPU.
-    """
+    """Returns the GPU's compute capability times ten; 90 (Hopper) where there is no GPU."""
     return int(str(getattr(jax.devices()[0], "compute_capability", "9.0")).replace(".", ""))
 
 
-def few(which: Tunable, spec: ConvSpec, pass_name: str) -> list[Any]:
-    """The tiles that are timed: the default, those of the rules, then those nearest to them, one
-    change of each kind first.
+def chosen_tiles(name: str, spec: ConvSpec) -> dict[str, dict[str, Any]]:
+    """Returns the tiles in which an implementation runs a convolution.
+
+    Args:
+      name: of the implementation.
+      spec: the static sizes.
+
+    Returns:
+      The fields of a tile by pass; empty where there are no tiles.
+
+    Example:
+      >>> from experiments.bench.gpu.shapes import case_spec, cases
+      >>> chosen_tiles("xla", case_spec(cases("512@2")[0], sparsity=0.9))
+      {}
+    """
+    if name not in TILED:
+        return {}
+    which = tunable(name)
+    if which.implementation.supports(spec) is not None:
+        return {}
+    return {
+        pass_name: dataclasses.asdict(which.default(spec, field))
+        for pass_name, field in zip(PASSES, PASS_FIELDS, strict=True)
+    }
+
+
+def tiles_to_time(which: Tunable, spec: ConvSpec, pass_name: str) -> list[Any]:
+    """Selects the tiles that are timed: the default, those of the rules, and their neighbours.
+
+    Neighbours that differ in few fields come first, and each set of differing fields has its turn.
 
     Args:
       which: the implementation.
       spec: the static sizes.
-      pass_name: one of `PASSES`.
+      pass_name: one of `PASS_FIELDS`.
 
     Returns:
       At most `MOST` tiles, the default first.
     """
-    found = list(dict.fromkeys([which.default(spec, pass_name), *which.rules(spec, pass_name)]))
-    kinds: dict[tuple[str, ...], list[Any]] = {}
+    known = list(dict.fromkeys([which.default(spec, pass_name), *which.rules(spec, pass_name)]))
+    by_difference: dict[tuple[str, ...], list[Any]] = {}
     for tile in which.candidates(spec, pass_name):
-        if tile not in found:
-            fields = [
-                tuple(
-                    f.name
-                    for f in dataclasses.fields(tile)
-                    if getattr(tile, f.name) != getattr(rule, f.name)
-                )
-                for rule in found
-            ]
-            kinds.setdefault(min(fields, key=len), []).append(tile)
-    nearest = [kinds[fields] for fields in sorted(kinds, key=len)]
-    return (
-        found
-        + [tile for alike in itertools.zip_longest(*nearest) for tile in alike if tile is not None]
-    )[:MOST]
+        if tile not in known:
+            nearest = min((_differing_fields(tile, other) for other in known), key=len)
+            by_difference.setdefault(nearest, []).append(tile)
+    lists = [by_difference[fields] for fields in sorted(by_difference, key=len)]
+    rounds = itertools.zip_longest(*lists)
+    neighbours = [tile for tiles in rounds for tile in tiles if tile is not None]
+    return (known + neighbours)[:MOST]
+
+
+def _differing_fields(tile: Any, other: Any) -> tuple[str, ...]:
+    names = [field.name for field in dataclasses.fields(tile)]
+    return tuple(name for name in names if getattr(tile, name) != getattr(other, name))

@@ -1,17 +1,17 @@
-"""`python -m experiments.bench.gpu.two_of_four`: 2:4 products on an NVIDIA GPU, checked against
-float64 and timed beside XLA's dense ones.
+"""Checks and times 2:4 products on an NVIDIA GPU, beside XLA's dense ones.
 
-The 1x1 convolutions of ResNet-50 and its dense layer at batch 256 (see bound.py), forward, weights
-compressed at every call as in training. Each shape is compared with float64 before it is timed.
-Where cuSPARSELt is not there it says why, writes that, and ends with status 0. Each finished shape
-is a line in the journal at once; `--minutes 9` stops in time with exit status 75, and the same
-command goes on. `--quick`: a dry run of small shapes on any device, in which XLA's dense product
-stands in for cuSPARSELt.
+`python -m experiments.bench.gpu.two_of_four` covers the 1x1 convolutions of ResNet-50 and its dense
+layer at batch 256 (see `two_of_four_bound.py`), forward; the weights are compressed at every call,
+as in training. Each shape is compared with float64 before it is timed. Where there is no
+cuSPARSELt, the command says why, writes that, and ends with status 0.
+
+Every shape is one line of the journal. `--minutes 9` stops in time with exit status 75, and the
+same command continues. `--quick` is a dry run of small shapes on any device, in which XLA's dense
+product stands in for cuSPARSELt.
 """
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -21,16 +21,22 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from experiments.bench.command import exit_status
 from experiments.bench.environment import tuned_on
-from experiments.bench.gpu import clock as gpu_clock
+from experiments.bench.gpu import clock
 from experiments.bench.gpu import two_of_four_bound as bound
-from experiments.bench.gpu.journal import Journal, TimeUp, exit_status, fingerprint
+from experiments.bench.gpu.fingerprint import fingerprint
+from experiments.bench.gpu.float64 import as_float64
+from experiments.bench.gpu.journal import Journal, TimeUp
+from experiments.reporting import results
+from pallas_kernels.block_sparse_conv.devices import this_gpu
 from pallas_kernels.two_of_four import cusparselt, handler
 from pallas_kernels.two_of_four.api import two_of_four_matmul
 
-LIMITS = {"bfloat16": 4e-3, "float16": 6e-4}  # |ours - float64| / |float64|: rounding of the result
-COLUMNS = 1024  # of the activations, compared with float64
+LIMITS = {"bfloat16": 4e-3, "float16": 6e-4}  # |y - float64| / |float64|: the result's rounding
+COMPARED_COLUMNS = 1024  # of the activations
 KEPT = 2  # of four
+LAYOUTS = {"channels first": True, "channels last": False}  # whether channels come first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +47,10 @@ class Config:
       device: gpu.
       batch: images.
       dtype: of weights and activations.
-      layers: a part of the products' names; empty is all.
-      minutes: no shape begins after them; None: no limit.
+      layers: a part of the products' names; empty for all.
+      minutes: after so many no shape begins; None: no limit.
       repetitions: of each program of some milliseconds.
-      journal: JSON-lines file that is gone on with.
+      journal: JSON-lines file that is continued.
       out: JSON file; None writes none.
       quick: a dry run of small shapes on any device.
     """
@@ -60,10 +66,158 @@ class Config:
     quick: bool = False
 
 
+def main(config: Config) -> dict[str, Any]:
+    """Checks and times all products in both layouts, and writes the report of what was measured.
+
+    Args:
+      config: what is timed.
+
+    Returns:
+      The report; "complete" says whether everything is in it, "absent" why nothing could run.
+
+    Raises:
+      ValueError: the device is no GPU, or there is no such product.
+    """
+    clock.require_gpu(config.quick)
+    absent = None if config.quick else cusparselt.unavailable()
+    journal = Journal(config.journal, config.minutes)
+    sources = fingerprint([handler.SOURCE, *handler.SOURCE.parent.glob("*.py")])
+    place = f"{this_gpu()} jax {jax.__version__} {sources}"
+    report: dict[str, Any] = {
+        "environment": tuned_on() | {"cusparselt": cusparselt.version()},
+        "absent": absent,
+        "complete": True,
+        "failed": {},
+        "rows": [],
+    }
+    if absent:
+        print(f"no 2:4 products: {absent}")
+    for product in [] if absent else cases(config):
+        for layout, channel_major in LAYOUTS.items():
+            size = f"{product.k}x{product.m}x{product.n}"
+            key = f"{place} {product.name} {size} {layout} {config.dtype}"
+            measure = functools.partial(measure_product, config, product, channel_major)
+            try:
+                result = journal.run(key, measure) if report["complete"] else journal.result(key)
+            except TimeUp:
+                result = None
+                report["complete"] = False
+            jax.clear_caches()
+            if error := journal.error(key):
+                report["failed"][f"{product.name}, {layout}"] = error
+            if result:
+                report["rows"].append(_row(config, product, layout, result))
+    if config.out:
+        results.write(report, config.out)
+    return report
+
+
+def _row(
+    config: Config, product: bound.Product, layout: str, result: dict[str, Any]
+) -> dict[str, Any]:
+    """The report's row of a measured product, which is also printed."""
+    us = {name: round(1e3 * times["median"], 1) for name, times in result["ms"].items()}
+    print(f"{product.name}, {layout}, us: {us}", flush=True)
+    floors = {name: round(time, 2) for name, time in bound.floors(product).items()}
+    return {
+        **dataclasses.asdict(product),
+        "layout": layout,
+        "dtype": config.dtype,
+        "computed_floors_us": floors,
+        **result,
+    }
+
+
+def cases(config: Config) -> list[bound.Product]:
+    """Returns the products, their outputs rounded up to what cuSPARSELt takes.
+
+    Args:
+      config: what is timed.
+
+    Returns:
+      Products.
+
+    Raises:
+      ValueError: no name contains `config.layers`.
+
+    Example:
+      >>> cases(Config())[-1].m
+      1008
+    """
+    every = bound.products(config.batch)
+    if config.quick:
+        every = [bound.Product("small", 64, 32, 48), bound.Product("small wide", 32, 64, 8)]
+    multiple = cusparselt.SPARSE
+    chosen = [
+        dataclasses.replace(product, m=-(-product.m // multiple) * multiple)
+        for product in every
+        if config.layers in product.name
+    ]
+    if not chosen:
+        raise ValueError(f"layers: no name contains {config.layers!r}; e.g. {every[0].name!r}")
+    return chosen
+
+
+def measure_product(config: Config, product: bound.Product, channel_major: bool) -> dict[str, Any]:
+    """Checks and times one product.
+
+    Args:
+      config: dtype and repetitions; with `quick` one short round without cuSPARSELt.
+      product: the sizes.
+      channel_major: whether the channels come first.
+
+    Returns:
+      Errors and milliseconds by program.
+
+    Raises:
+      AssertionError: a product is wrong.
+    """
+    functions = programs(channel_major, config.quick)
+    weights, x = operands(product, channel_major, config.dtype)
+    errors = {}
+    for name, function in functions.items():
+        try:
+            y = jax.jit(function)(weights, x)
+            errors[name] = difference(y, weights, x, channel_major, config.dtype)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+    del weights, x, y
+    sets = clock.rotate(functools.partial(operands, product, channel_major, config.dtype))
+    least_ms = max(1e-3 * bound.floors(product)[bound.WITH_COMPRESSION], 5e-3)
+    count = 1 if config.quick else clock.rounds(least_ms, sets)
+    repetitions = 2 if config.quick else config.repetitions
+    times = clock.sample(clock.build(functions, sets, count), repetitions)
+    return {"errors": errors, "ms": times, **sets.describe()}
+
+
+def programs(channel_major: bool, quick: bool) -> dict[str, Callable[..., jax.Array]]:
+    """Returns what is timed: functions `(weights, x) -> y` by name.
+
+    Args:
+      channel_major: whether the channels come first.
+      quick: without cuSPARSELt.
+
+    Returns:
+      "dense", "2:4, first choice" (the algorithm that the library takes by itself) and
+      "2:4, searched" (the fastest of its algorithms).
+    """
+    dense = functools.partial(
+        two_of_four_matmul, channel_major=channel_major, implementation="dense"
+    )
+    if quick:
+        return {"dense": dense, "stand-in": dense}
+    product = functools.partial(cusparselt.product, channel_major=channel_major)
+    return {
+        "dense": dense,
+        "2:4, first choice": product,
+        "2:4, searched": functools.partial(product, search=True),
+    }
+
+
 def operands(
     product: bound.Product, channel_major: bool, dtype: str, seed: int = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """Random weights with the two largest of each four kept, and activations.
+    """Draws weights of which the two largest of every four are kept, and activations.
 
     Args:
       product: the sizes.
@@ -79,14 +233,12 @@ def operands(
       >>> bool(is_two_of_four(operands(bound.Product("a", 16, 16, 8), True, "bfloat16")[0]))
       True
     """
-    keys = jax.random.split(jax.random.key(seed))
-    runs = jax.random.normal(keys[0], (product.k // 4, 4, product.m))
-    rank = jnp.argsort(jnp.argsort(-jnp.abs(runs), axis=1), axis=1)
-    weights = jnp.where(rank < KEPT, runs, 0).reshape(product.k, product.m)
-    x = jax.random.normal(
-        keys[1], (product.k, product.n) if channel_major else (product.n, product.k), dtype
-    )
-    return weights.astype(dtype), x
+    weights_key, x_key = jax.random.split(jax.random.key(seed))
+    fours = jax.random.normal(weights_key, (product.k // 4, 4, product.m))
+    rank = jnp.argsort(jnp.argsort(-jnp.abs(fours), axis=1), axis=1)
+    weights = jnp.where(rank < KEPT, fours, 0).reshape(product.k, product.m)
+    shape = (product.k, product.n) if channel_major else (product.n, product.k)
+    return weights.astype(dtype), jax.random.normal(x_key, shape, dtype)
 
 
 def difference(
@@ -99,199 +251,32 @@ def difference(
       weights: masked.
       x: activations.
       channel_major: whether the channels come first.
-      dtype: whose limit holds.
+      dtype: decides the limit.
 
     Returns:
       The relative error.
 
     Raises:
-      AssertionError: it is past the limit.
+      AssertionError: it is above the limit.
     """
     n = y.shape[1 if channel_major else 0]
-    some = np.sort(np.random.default_rng(0).choice(n, min(n, COLUMNS), replace=False))
-    columns, ours = (
-        np.asarray((a[:, some].T if channel_major else a[some]).astype(jnp.float32), np.float64)
-        for a in (x, y)
+    count = min(n, COMPARED_COLUMNS)
+    columns = np.sort(np.random.default_rng(0).choice(n, count, replace=False))
+    x_rows, y_rows = (
+        as_float64(array[:, columns].T if channel_major else array[columns]) for array in (x, y)
     )
-    wanted = columns @ np.asarray(weights.astype(jnp.float32), np.float64)
-    error = float(np.linalg.norm(ours - wanted) / np.linalg.norm(wanted))
+    expected = x_rows @ as_float64(weights)
+    error = float(np.linalg.norm(y_rows - expected) / np.linalg.norm(expected))
     if not error <= LIMITS[dtype]:
         raise AssertionError(f"differs from float64 by {error:.1e} (limit {LIMITS[dtype]:.0e})")
     return float(f"{error:.2e}")
 
 
-def programs(channel_major: bool, quick: bool) -> dict[str, Callable[..., jax.Array]]:
-    """What is timed: functions `(weights, x) -> y`.
-
-    Args:
-      channel_major: whether the channels come first.
-      quick: without cuSPARSELt.
-
-    Returns:
-      By name; "searched" is the fastest of the library's algorithms, "first choice" the one that it
-      takes unasked.
-    """
-    dense = functools.partial(
-        two_of_four_matmul, channel_major=channel_major, implementation="dense"
-    )
-    if quick:
-        return {"dense": dense, "stand-in": dense}
-    return {
-        "dense": dense,
-        "2:4, first choice": functools.partial(cusparselt.product, channel_major=channel_major),
-        "2:4, searched": functools.partial(
-            cusparselt.product, channel_major=channel_major, search=True
-        ),
-    }
-
-
-def run_shape(
-    product: bound.Product, channel_major: bool, dtype: str, repetitions: int, quick: bool
-) -> dict[str, Any]:
-    """Checks and times one product.
-
-    Args:
-      product: the sizes.
-      channel_major: whether the channels come first.
-      dtype: of weights and activations.
-      repetitions: of each program.
-      quick: without cuSPARSELt, one short round.
-
-    Returns:
-      Errors and milliseconds by program.
-
-    Raises:
-      AssertionError: a product is wrong.
-    """
-    functions = programs(channel_major, quick)
-    weights, x = operands(product, channel_major, dtype)
-    errors = {}
-    for name, function in functions.items():
-        try:
-            errors[name] = difference(
-                jax.jit(function)(weights, x), weights, x, channel_major, dtype
-            )
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from None
-    del weights, x
-    sets = gpu_clock.rotate(lambda seed: operands(product, channel_major, dtype, seed))
-    guess = max(1e-3 * bound.floors(product)["2:4 + compress"], 5e-3)  # milliseconds
-    count = 1 if quick else gpu_clock.rounds(guess, sets)
-    times = gpu_clock.sample(gpu_clock.build(functions, sets, count), 2 if quick else repetitions)
-    return {"errors": errors, "ms": times, **sets.about}
-
-
-def cases(config: Config) -> list[bound.Product]:
-    """The products, their outputs rounded up to what cuSPARSELt takes.
-
-    Args:
-      config: what is timed.
-
-    Returns:
-      Products.
-
-    Raises:
-      ValueError: no name contains the wanted part.
-
-    Example:
-      >>> cases(Config())[-1].m
-      1008
-    """
-    every = (
-        [bound.Product("small", 64, 32, 48), bound.Product("small wide", 32, 64, 8)]
-        if config.quick
-        else bound.products(config.batch)
-    )
-    found = [
-        dataclasses.replace(p, m=-(-p.m // cusparselt.WEIGHT_MULTIPLE) * cusparselt.WEIGHT_MULTIPLE)
-        for p in every
-        if config.layers in p.name
-    ]
-    if not found:
-        raise ValueError(f"layers: no name contains {config.layers!r}; e.g. {every[0].name!r}")
-    return found
-
-
-def main(config: Config) -> dict[str, Any]:
-    """Checks and times all products, in both layouts of the activations, and writes the report of
-    what is there.
-
-    Args:
-      config: what is timed.
-
-    Returns:
-      The report; "complete" says whether everything is in it, "absent" why nothing could be run.
-
-    Raises:
-      ValueError: the device is no GPU, or no such product.
-    """
-    gpu_clock.require_gpu(config.quick)
-    absent = None if config.quick else cusparselt.unavailable()
-    journal = Journal(config.journal, config.minutes)
-    where = f"{gpu_clock.gpu()} jax {jax.__version__} {fingerprint([handler.SOURCE, *handler.SOURCE.parent.glob('*.py')])}"
-    rows, failed, complete = [], {}, True
-    for product in [] if absent else cases(config):
-        for layout in ("channels first", "channels last"):
-            key = f"{where} {product.name} {product.k}x{product.m}x{product.n} {layout} {config.dtype}"
-            task = functools.partial(
-                run_shape,
-                product,
-                layout == "channels first",
-                config.dtype,
-                config.repetitions,
-                config.quick,
-            )
-            try:
-                result = journal.run(key, task) if complete else journal.result(key)
-            except TimeUp:
-                result, complete = None, False
-            jax.clear_caches()
-            if error := journal.error(key):
-                failed[f"{product.name}, {layout}"] = error
-            if result:
-                floors = {name: round(us, 2) for name, us in bound.floors(product).items()}
-                rows.append(
-                    {
-                        **dataclasses.asdict(product),
-                        "layout": layout,
-                        "dtype": config.dtype,
-                        "computed_floors_us": floors,
-                        **result,
-                    }
-                )
-                print(
-                    f"{product.name}, {layout}, us: "
-                    f"{ {name: round(1e3 * t['median'], 1) for name, t in result['ms'].items()} }",
-                    flush=True,
-                )
-    environment = tuned_on() | {"cusparselt": cusparselt.version()}
-    report = {
-        "environment": environment,
-        "absent": absent,
-        "complete": complete,
-        "failed": failed,
-        "rows": rows,
-    }
-    if absent:
-        print(f"no 2:4 products: {absent}")
-    if config.out:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        config.out.write_text(json.dumps(report, indent=1) + "\n")
-    return report
-
-
 def run(config: Config) -> int:
-    """The command.
-
-    Args:
-      config: what is timed.
-
-    Returns:
-      The exit status: 0, 1 when a product failed, 2 for a wrong argument, 70 when the device is
-      lost, 75 when time was up.
-    """
+    """Runs the command and returns its exit status, see `command.exit_status`."""
     return exit_status(lambda: main(config))
 
 
 if __name__ == "__main__":
-    raise SystemExit(run(tyro.cli(Config, prog="python -m experiments.bench.gpu.two_of_four")))
+    prog = "python -m experiments.bench.gpu.two_of_four"
+    raise SystemExit(run(tyro.cli(Config, prog=prog, description=__doc__)))

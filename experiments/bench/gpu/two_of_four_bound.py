@@ -1,27 +1,21 @@
-"""`python -m experiments.bench.gpu.two_of_four_bound`: what 2:4 weights could gain at most on an
-H200. Computed from rates, NOT measured.
+"""Computes what 2:4 weights could gain at most on an H200. Computed from rates, NOT measured.
 
-For all products of ResNet-50 with weights that 2:4 can prune (its 1x1 convolutions and the dense
-layer), the least time that memory and tensor cores allow: each operand read once and the result
-written once at the device's copy rate, or the multiplications at its rate for dense bfloat16, twice
-that for 2:4 operands, whichever is longer. No launches, no tiles that do not fill the device, no
-cache.
+`python -m experiments.bench.gpu.two_of_four_bound` covers all products of ResNet-50 with weights
+that 2:4 can prune (its 1x1 convolutions and the dense layer). It gives the least time that memory
+and tensor cores allow: each operand read once and the result written once at the device's copy
+rate, or the multiplications at its rate for dense bfloat16, twice that for 2:4 operands, whichever
+takes longer. It leaves out launches, tiles that do not fill the device, and the cache.
 """
 
 import argparse
 import dataclasses
 
-BANDWIDTH = 4.3e12  # bytes/s, copies on an H200
-DENSE_RATE = 790e12  # FLOP/s, dense bfloat16 on an H200
-SPARSE_RATE = (
-    2 * DENSE_RATE
-)  # what sparse tensor cores promise: half of the multiplications are left out
-STAGES = (
-    (64, 3, 56),
-    (128, 4, 28),
-    (256, 6, 14),
-    (512, 3, 7),
-)  # width, blocks, pixels on a side behind the stride
+from experiments.bench.gpu.rates import BANDWIDTH, DENSE_RATE, SPARSE_RATE
+from experiments.reporting import markdown
+
+# Of ResNet-50: width, blocks, and pixels of a side after the stride.
+STAGES = ((64, 3, 56), (128, 4, 28), (256, 6, 14), (512, 3, 7))
+DENSE, TWO_OF_FOUR, WITH_COMPRESSION = "dense", "2:4", "2:4 + compress"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +48,7 @@ class Product:
 
     @property
     def compressed(self) -> int:
-        """Bytes of the 2:4 weights: half of the values, and two bits that say where each stood."""
+        """Bytes of the 2:4 weights: half of the values, and two bits for the place of each."""
         return self.weights // 2 + self.k * self.m // 8
 
     @property
@@ -64,14 +58,15 @@ class Product:
 
 
 def products(batch: int = 256) -> list[Product]:
-    """The 1x1 convolutions of ResNet-50 (v1: the stride sits in the first 1x1 of a stage) and its
-    dense layer.
+    """Returns the 1x1 convolutions of ResNet-50 and its dense layer, each size once.
+
+    In v1 the stride sits in the first 1x1 convolution of a stage.
 
     Args:
       batch: images.
 
     Returns:
-      Products, each size once.
+      Products.
 
     Example:
       >>> sum(product.count for product in products())
@@ -83,32 +78,26 @@ def products(batch: int = 256) -> list[Product]:
     channels = 64
     for stage, (width, blocks, size) in enumerate(STAGES):
         stride = 2 if stage else 1
-        pairs = [
-            (channels, width, stride),
-            (channels, 4 * width, stride),
-            (width, 4 * width, 1),
-        ]  # the first block and its shortcut
-        pairs += [(4 * width, width, 1), (width, 4 * width, 1)] * (blocks - 1)
-        for k, m, step in pairs:
+        wide = 4 * width
+        first_block = [(channels, width, stride), (channels, wide, stride), (width, wide, 1)]
+        other_blocks = [(wide, width, 1), (width, wide, 1)] * (blocks - 1)
+        for k, m, step in first_block + other_blocks:
             counts[k, m, size, step] = counts.get((k, m, size, step), 0) + 1
-        channels = 4 * width
-    convs = [
-        Product(f"1x1 {k}-{m}@{size * step}" + "/2" * (step == 2), k, m, size * size * batch, count)
-        for (k, m, size, step), count in counts.items()
-    ]
+        channels = wide
+    convs = []
+    for (k, m, size, step), count in counts.items():
+        name = f"1x1 {k}-{m}@{size * step}" + ("/2" if step == 2 else "")
+        convs.append(Product(name, k, m, size * size * batch, count))
     return [*convs, Product("dense 2048-1000", 2048, 1000, batch)]
 
 
 def floor(flops: float, nbytes: float, rate: float = DENSE_RATE) -> float:
-    """The least time of a kernel.
+    """Returns the least time of a kernel in microseconds.
 
     Args:
       flops: of it.
       nbytes: that it reads and writes.
       rate: FLOP/s.
-
-    Returns:
-      Microseconds.
 
     Example:
       >>> round(floor(790e6, 4.3e3), 3)
@@ -120,15 +109,15 @@ def floor(flops: float, nbytes: float, rate: float = DENSE_RATE) -> float:
 
 
 def floors(product: Product) -> dict[str, float]:
-    """The floors of one product and of what belongs to it in a training step.
+    """Returns the least times of one product and of what belongs to it in a training step.
 
     Args:
       product: the sizes.
 
     Returns:
-      Microseconds: "dense", "2:4" (compressed before), "2:4 + compress" (in a pass of its own
-      before each product, as weights change at every step), "gradients" (both, dense: see
-      `two_of_four_matmul`), and "memory", that of the dense product's traffic alone.
+      Microseconds: "dense"; "2:4" with compressed weights; "2:4 + compress" with a pass of its own
+      before each product, as weights change at every step; "gradients", both of them, dense (see
+      `two_of_four_matmul`); and "memory", the traffic of the dense product alone.
 
     Example:
       >>> sizes = floors(Product("a", 4096, 4096, 4096))
@@ -136,77 +125,67 @@ def floors(product: Product) -> dict[str, float]:
       2.0
     """
     dense_bytes = product.activations + product.weights
-    packed = floor(product.flops, product.activations + product.compressed, SPARSE_RATE)
+    dense = floor(product.flops, dense_bytes)
+    sparse = floor(product.flops, product.activations + product.compressed, SPARSE_RATE)
     return {
-        "dense": floor(product.flops, dense_bytes),
-        "2:4": packed,
-        "2:4 + compress": packed + floor(0, product.weights + product.compressed),
-        "gradients": 2 * floor(product.flops, dense_bytes),
+        DENSE: dense,
+        TWO_OF_FOUR: sparse,
+        WITH_COMPRESSION: sparse + floor(0, product.weights + product.compressed),
+        "gradients": 2 * dense,
         "memory": floor(0, dense_bytes),
     }
 
 
 def report(batch: int = 256) -> str:
-    """The table and its totals.
+    """Returns the table and its totals as Markdown.
 
     Args:
       batch: images.
-
-    Returns:
-      Markdown.
 
     Example:
       >>> report().splitlines()[0].startswith("COMPUTED")
       True
     """
-    lines = [
+    rows = []
+    every = products(batch)
+    total = dict.fromkeys(floors(every[0]), 0.0)
+    for product in every:
+        us = floors(product)
+        for name, time in us.items():
+            total[name] += product.count * time
+        bound_by = "memory" if us["memory"] == us[DENSE] else "tensor cores"
+        rows.append(_cells(product.name, str(product.count), bound_by, us, us[DENSE]))
+    times = (DENSE, TWO_OF_FOUR, WITH_COMPRESSION)
+    count = str(sum(product.count for product in every))
+    step = {name: total[name] + total["gradients"] for name in times}
+    # The input gradient moves the same bytes, so that it would gain as much as the forward pass.
+    both_axes = {name: step[name] + total[name] - total[DENSE] for name in times}
+    rows.append(_cells("all, forward", count, "", total, total[DENSE], digits=0))
+    rows.append(_cells("all, with both gradients", "", "", step, step[DENSE], digits=0))
+    title = "the same, if the pattern held along both axes"
+    rows.append(_cells(title, "", "", both_axes, step[DENSE], digits=0))
+    columns = ["product", "count", "dense", "bound by", "2:4", "gain", "2:4 + compress", "gain"]
+    return (
         f"COMPUTED floors, not measurements: ResNet-50, batch {batch}, bfloat16, "
         f"{BANDWIDTH / 1e12:g} TB/s, {DENSE_RATE / 1e12:g} TFLOP/s "
-        f"dense and {SPARSE_RATE / 1e12:g} for 2:4; microseconds of one forward product.",
-        "",
-        "| product | count | dense | bound by | 2:4 | gain | 2:4 + compress | gain |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    total = dict.fromkeys(floors(products(batch)[0]), 0.0)
-    for product in products(batch):
-        own = floors(product)
-        total = {name: time + product.count * own[name] for name, time in total.items()}
-        bound = "memory" if own["memory"] == own["dense"] else "tensor cores"
-        lines.append(
-            f"| {product.name} | {product.count} | {own['dense']:.1f} | {bound} | "
-            f"{_gains(own, own['dense'])}"
-        )
-    step = {name: total[name] + total["gradients"] for name in ("dense", "2:4", "2:4 + compress")}
-    lines.append(
-        f"| all, forward | {sum(p.count for p in products(batch))} | {total['dense']:.0f} | | "
-        f"{_gains(total, total['dense'])}"
+        f"dense and {SPARSE_RATE / 1e12:g} for 2:4; microseconds of one forward product.\n\n"
+        + markdown.table(columns, rows, left=len(columns))
     )
-    lines.append(
-        f"| all, with both gradients | | {step['dense']:.0f} | | {_gains(step, step['dense'])}"
-    )
-    both = {
-        name: time + total[name] - total["dense"] for name, time in step.items()
-    }  # the input's gradient moves the same bytes
-    lines.append(
-        f"| the same, if the pattern held along both axes | | {step['dense']:.0f} | | "
-        f"{_gains(both, step['dense'])}"
-    )
-    return "\n".join(lines)
 
 
-def _gains(times: dict[str, float], dense: float) -> str:
-    return (
-        " | ".join(
-            f"{times[name]:.1f} | {dense / times[name]:.2f}x" for name in ("2:4", "2:4 + compress")
-        )
-        + " |"
-    )
+def _cells(
+    name: str, count: str, bound_by: str, us: dict[str, float], dense: float, digits: int = 1
+) -> list[str]:
+    cells = [name, count, f"{dense:.{digits}f}", bound_by]
+    for form in (TWO_OF_FOUR, WITH_COMPRESSION):
+        cells += [f"{us[form]:.1f}", f"{dense / us[form]:.2f}x"]
+    return cells
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         prog="python -m experiments.bench.gpu.two_of_four_bound",
-        description="Floors of 2:4 products; computed.",
+        description="Computes the least times of 2:4 products.",
     )
     parser.add_argument("--batch", type=int, default=256, help="images")
     print(report(parser.parse_args().batch))

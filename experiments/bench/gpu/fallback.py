@@ -1,0 +1,85 @@
+"""An implementation that serves every layer of a network, and the record of who served which."""
+
+import collections
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+
+from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, api, apply_epilogue
+
+
+class Fallback:
+    """Serves a layer by the named implementation if that can, else by triton, else by dense.
+
+    Args:
+      name: of the implementation that is wanted.
+
+    Attributes:
+      name: what the fallback is called.
+      specs: the convolutions that were traced, and the implementation that serves each.
+      refused: for each layer that the named implementation refuses, who serves it and why.
+
+    Example:
+      >>> with Fallback("xla").registered() as name:
+      ...     api.available_implementations()[name] is None
+      True
+    """
+
+    def __init__(self, name: str):
+        self.name = f"{name} or what serves"
+        names = dict.fromkeys((name, "triton", "dense"))
+        self._records = [api.IMPLEMENTATIONS[one] for one in names]
+        self._server: dict[str, str] = {}  # by layer
+        self.specs: dict[ConvSpec, Implementation] = {}
+        self.refused: dict[str, str] = {}
+
+    def layers(self) -> dict[str, int]:
+        """Returns how many of the traced layers each implementation serves."""
+        return dict(collections.Counter(self._server.values()))
+
+    @contextlib.contextmanager
+    def registered(self) -> Iterator[str]:
+        """Registers the fallback for a while.
+
+        Yields:
+          The name under which `implementation=` takes it.
+        """
+        api.IMPLEMENTATIONS[self.name] = Implementation(
+            self.name,
+            lambda spec: None,
+            self._forward,
+            self._input_gradient,
+            self._weight_gradient,
+            fused=True,
+        )
+        try:
+            yield self.name
+        finally:
+            del api.IMPLEMENTATIONS[self.name]
+
+    def _serve(self, spec: ConvSpec) -> Implementation:
+        """The implementation that serves a convolution; keeps a record of it."""
+        kernel = "x".join(map(str, spec.kernel))
+        sizes = f"{spec.cin}-{spec.cout}@{spec.height}"
+        layer = f"{sizes} {kernel}/{spec.strides[0]} {spec.packed_shape}"
+        reasons = {record.name: record.supports(spec) for record in self._records}
+        server = next(record for record in self._records if reasons[record.name] is None)
+        self._server[layer] = server.name
+        self.specs[dataclasses.replace(spec, gradients=False, relu=False)] = server
+        if server is not self._records[0]:
+            self.refused[layer] = f"{server.name}: {reasons[self._records[0].name]}"
+        return server
+
+    def _forward(self, spec: ConvSpec, *operands: jax.Array | None) -> jax.Array:
+        record = self._serve(spec)
+        if record.fused:
+            return record.forward(spec, *operands)
+        return apply_epilogue(record.forward(spec, *operands[:5]), *operands[5:], spec.relu)
+
+    def _input_gradient(self, spec: ConvSpec, *operands: jax.Array) -> jax.Array:
+        return self._serve(spec).input_gradient(spec, *operands)
+
+    def _weight_gradient(self, spec: ConvSpec, *operands: jax.Array) -> jax.Array:
+        return self._serve(spec).weight_gradient(spec, *operands)

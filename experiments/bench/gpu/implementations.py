@@ -1,0 +1,73 @@
+"""The implementations that run on this device, and variants of the Triton kernels for checks."""
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import jax
+
+from experiments.bench.gpu.tiles import PASS_FIELDS, TILED
+from pallas_kernels.block_sparse_conv import Implementation
+from pallas_kernels.block_sparse_conv.xla import kernels as xla
+
+WIDE = "wide"  # the variant with 64-bit offsets
+
+
+def implementations() -> dict[str, Implementation | str]:
+    """Returns the implementations that run on this device, XLA's among them.
+
+    Returns:
+      The record, or why it is absent, by name.
+
+    Example:
+      >>> implementations()["xla"].name
+      'xla'
+    """
+    records: dict[str, Implementation | str] = {}
+    for name in TILED:
+        try:
+            module = importlib.import_module(f"pallas_kernels.block_sparse_conv.{name}.launch")
+            records[name] = module.unavailable() or module.IMPLEMENTATION
+        except ImportError as error:
+            records[name] = f"does not import: {error}"
+    return records | {"xla": xla.IMPLEMENTATION}
+
+
+def present_implementations() -> dict[str, Implementation]:
+    """Returns the records of the implementations that run on this device, by name."""
+    return {name: one for name, one in implementations().items() if not isinstance(one, str)}
+
+
+def variant(implementation: Implementation, name: str) -> Implementation:
+    """Returns the Triton implementation with one thing forced.
+
+    Args:
+      implementation: the record.
+      name: of a method of the input gradient, or `WIDE`; "" forces nothing.
+
+    Returns:
+      The record that does so.
+    """
+    if name == WIDE:
+        passes = {field: _wide(getattr(implementation, field)) for field in PASS_FIELDS}
+        return dataclasses.replace(implementation, **passes)
+    if name:
+        return dataclasses.replace(
+            implementation,
+            input_gradient=functools.partial(implementation.input_gradient, method=name),
+        )
+    return implementation
+
+
+def _wide(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    triton = importlib.import_module("pallas_kernels.block_sparse_conv.triton.launch")
+    constants = triton._constants
+
+    def wide(*operands: Any) -> jax.Array:
+        with mock.patch.object(triton, "_constants", lambda *a: constants(*a) | {WIDE: True}):
+            return run(*operands)
+
+    return wide

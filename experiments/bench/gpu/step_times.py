@@ -1,0 +1,141 @@
+"""Checks and times one training step on a GPU."""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.bench.gpu.fallback import Fallback
+from experiments.bench.gpu.fingerprint import implementation_key
+from experiments.bench.gpu.journal import Journal
+from experiments.bench.gpu.step_check import Sketch, check_layer, check_updates, sketch
+from experiments.bench.gpu.training_units import StepOptions, Unit
+from experiments.bench.timing import median_iqr, time_in_turn
+from experiments.training.config import TrainConfig, resolve
+from experiments.training.execution import masks_of, to_form
+from experiments.training.length import Length
+from experiments.training.loop import Trainer, stepper
+from experiments.training.methods import Hrbp
+from pallas_kernels.block_sparse_conv.devices import this_gpu
+
+LENGTH = Length(steps_per_epoch=390, total=390 * 160)
+STEP = 1  # the number that every timed step has: the masks do not change there
+LAYER_SECONDS = 60  # after which the check of a layer hangs
+BURST_MS = 300.0  # of steps with one wait at their end
+
+
+def measure_steps(
+    options: StepOptions, unit: Unit, masked_updates: Sketch | None, journal: Journal
+) -> dict[str, Any]:
+    """Checks and times the training step of one execution.
+
+    Args:
+      options: of all steps.
+      unit: the step.
+      masked_updates: the sketch of the first step in the masked execution.
+      journal: keeps the checks of the layers, units inside of this one.
+
+    Returns:
+      The first loss, milliseconds of a step (median, interquartile range), and how many steps stand
+      before one wait. For masked, also the first step's sketch; for sparse and packed, which
+      implementation serves how many layers, and how near the first step is to the masked one.
+
+    Raises:
+      AssertionError: a layer is wrong, or the first step differs from the masked one.
+    """
+    if not unit.implementation:
+        return _measure(options, unit, None, lambda updates: {"sketch": updates})
+    fallback = Fallback(unit.implementation)
+    title = f"{unit.execution}, {unit.implementation}"
+
+    def check(updates: Sketch) -> dict[str, Any]:
+        _check_layers(fallback, journal, title)
+        return {"cosine": check_updates(title, updates, masked_updates, options.precision)}
+
+    with fallback.registered() as name:
+        result = _measure(options, unit, name, check)
+    return result | {"layers": fallback.layers(), "refused": fallback.refused}
+
+
+def _check_layers(fallback: Fallback, journal: Journal, title: str) -> None:
+    """Compares every convolution that the step ran with float64."""
+    for spec, record in fallback.specs.items():
+        if record.name == "dense":
+            continue
+        sources = implementation_key(record.name, spec)
+        key = f"layer {this_gpu()} jax {jax.__version__} {record.name} {sources} {spec}"
+        check = functools.partial(check_layer, spec, record)
+        if not journal.run(key, check, limit=LAYER_SECONDS):
+            raise AssertionError(f"{title}: {journal.error(key)}")
+
+
+def _measure(
+    options: StepOptions,
+    unit: Unit,
+    implementation: str | None,
+    check: Callable[[Sketch], dict[str, Any]],
+) -> dict[str, Any]:
+    """Runs the first step, checks its updates and times the following ones."""
+    network = unit.network
+    classes = 1000 if network.dataset == "imagenet2012" else 10
+    rng = np.random.default_rng(0)
+    image_shape = (network.image_size, network.image_size, 3)
+    images = jnp.asarray(rng.normal(size=(network.batch_size, *image_shape)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, classes, network.batch_size), jnp.int32)
+    config = _train_config(options, unit, implementation)
+    trainer = Trainer(config, image_shape, classes, LENGTH, "NHWC")
+    state = trainer.init()
+    step = stepper(trainer, state, STEP, images, labels)
+    after, metrics = step()
+    result: dict[str, Any] = {"loss": float(metrics.loss)}
+    if unit.execution != "dense":
+        before_params, after_params = (to_form("masked", one).params for one in (state, after))
+        result |= check(sketch(before_params, after_params, masks_of(state)))
+    del state, after
+    return result | _time(step, options)
+
+
+def _train_config(options: StepOptions, unit: Unit, implementation: str | None) -> TrainConfig:
+    dense = unit.execution == "dense"
+    blocks = Hrbp(group_size=options.group_size, channel_block=options.channel_block)
+    return resolve(
+        TrainConfig(
+            dataset=unit.network.dataset,
+            model=unit.network.model,
+            method="dense" if dense else "hrbp",
+            sparsity=unit.sparsity,
+            execution="masked" if dense else unit.execution,
+            precision=options.precision,
+            width=unit.network.width,
+            batch_size=unit.network.batch_size,
+            implementation=implementation,
+            options=None if dense else blocks,
+        )
+    )
+
+
+def _time(step: Callable[[], Any], options: StepOptions) -> dict[str, Any]:
+    """Times bursts of steps, with one wait at the end of each."""
+
+    def burst(steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            output = step()
+        jax.block_until_ready(output)
+        return 1e3 * (time.perf_counter() - start) / steps
+
+    burst(2)
+    steps = 2 if options.quick else int(min(100, max(3, BURST_MS / burst(3))))
+    bursts = {"step": functools.partial(burst, steps)}
+    times_ms = time_in_turn(bursts, rounds=options.repetitions, burst_ms=0)["step"]
+    median, iqr = median_iqr(times_ms)
+    return {
+        "step_ms_median": median,
+        "step_ms_iqr": iqr,
+        "steps": steps,
+        "repetitions": options.repetitions,
+    }
