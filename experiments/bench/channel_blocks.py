@@ -125,12 +125,12 @@ def measure(
       weights that the measured spaces hold; `seconds` include compiling.
     """
     start = time.perf_counter()
-    consumers_of = space_consumers(
+    consumers_by_space = space_consumers(
         params, channel_spaces(params), sparsity, channel_block=channel_block, group_size=group_size
     )
     alike: dict[Any, list[str]] = {}  # spaces whose layers have the same sizes
-    for space, consumers in consumers_of.items():
-        sizes = sorted((consumer.scores.shape, *consumer[1:]) for consumer in consumers.values())
+    for space, named in consumers_by_space.items():
+        sizes = sorted((consumer.scores.shape, *consumer[1:]) for consumer in named.values())
         alike.setdefault(tuple(sizes), []).append(space)
     weights = {
         sizes: len(spaces) * sum(math.prod(shape) for shape, *_ in sizes)
@@ -138,10 +138,10 @@ def measure(
     }
     largest = sorted(alike, key=lambda sizes: -weights[sizes])[:most]
     kept = dict.fromkeys(("ordered", "unordered", "chance", "single"), 0.0)
-    measured_spaces = []
+    measured_spaces: list[dict[str, Any]] = []
     for sizes in largest:
         spaces = alike[sizes]
-        consumers = list(consumers_of[spaces[0]].values())
+        consumers = list(consumers_by_space[spaces[0]].values())
         block = divisor(sizes[0][0][2], channel_block)
         order = channel_order(consumers, channel_block=block)
         ratio = run_ratio(consumers, order, channel_block=block)

@@ -61,11 +61,11 @@ def measure_layer(
     # Small whole numbers: their sums are exact in any order.
     x, dy, values = (jnp.round(array) for array in (x, dy, values))
     kernel, mask = _dense_kernel(spec, values, *index)
-    nhwc = tuple(array.transpose(TO_NHWC["CHWN"]) for array in (x, dy))
+    x_nhwc, dy_nhwc = (array.transpose(TO_NHWC["CHWN"]) for array in (x, dy))
     sparse = _sparse_candidates(spec, (x, values, dy, *index), formulations)
-    candidates = sparse | _dense_candidates(spec, *nhwc, kernel, mask)
+    candidates = sparse | _dense_candidates(spec, x_nhwc, dy_nhwc, kernel, mask)
     programs = {name: training_programs(candidate.conv) for name, candidate in candidates.items()}
-    arrays = {"x": np.asarray(nhwc[0]), "dy": np.asarray(nhwc[1]), "kernel": np.asarray(kernel)}
+    arrays = {"x": np.asarray(x_nhwc), "dy": np.asarray(dy_nhwc), "kernel": np.asarray(kernel)}
     torch = {f"PyTorch dense, {policy}": process for policy, process in torch.items()}
     torch_calls = {
         name: process.load("convolution", arrays, strides=spec.strides, padding=spec.padding)
@@ -169,9 +169,12 @@ def _positions(
 ) -> tuple[np.ndarray, ...]:
     """Where the packed values stand in a kernel `[kh, kw, cin, cout]`."""
     rows, columns = np.divmod(np.asarray(taps)[:, None, :, None], spec.kernel[1])
-    channels = np.asarray(channels)[:, :, None, None]
-    filters = np.asarray(filters)[:, None, None]
-    return rows, columns, channels, filters
+    return (
+        rows,
+        columns,
+        np.asarray(channels)[:, :, None, None],
+        np.asarray(filters)[:, None, None],
+    )
 
 
 def _dense_kernel(

@@ -62,7 +62,7 @@ def draw(network: str, epochs: int) -> dict[str, Any]:
 
 def _channel_clusters(shapes: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """The cluster of each input channel, by kernel; all readers of a space see the same ones."""
-    clusters = {}
+    clusters: dict[str, np.ndarray] = {}
     for entries in channel_spaces(shapes).values():
         labels = rng.integers(0, CLUSTERS, MOST_CHANNELS)
         clusters |= {name: labels for name, axis in entries if axis == 2}

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from experiments.reporting.reports import training
 
 XLA_COLOR, TORCH_COLOR, PACKED_COLOR = "#5b6770", "#d1702a", "#1a6fb5"
-STYLE = {
+STYLE: Any = {
     "font.size": 10,
     "svg.fonttype": "none",  # text stays text: small, and sharp at any size
     "svg.hashsalt": "blocksparse_jax",  # otherwise the ids in the file are random

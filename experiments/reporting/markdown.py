@@ -7,14 +7,14 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
     """Builds a Markdown table.
 
     Args:
       columns: headings.
       rows: cells.
-      left: so many columns, from the left, are aligned left; the others hold numbers and are
-        aligned right.
+      text_columns: how many of the first columns hold text, which is aligned left; the others hold
+        numbers, which are aligned right.
 
     Returns:
       Its lines.
@@ -25,7 +25,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) 
       |---|---:|
       | hrbp | 1.5 |
     """
-    alignments = ["---" if i < left else "---:" for i in range(len(columns))]
+    alignments = ["---" if i < text_columns else "---:" for i in range(len(columns))]
     lines = ["| " + " | ".join(cells) + " |" for cells in (columns, *rows)]
     lines.insert(1, "|" + "|".join(alignments) + "|")
     return "\n".join(lines) + "\n"

@@ -217,7 +217,7 @@ def measure_kernel_ceiling(name: str, quick: bool) -> dict[str, Any]:
     spec = _thin_convolution(quick)
     sums = name.startswith("float32")
     nbytes = (4 if sums else 2) * spec.groups * spec.kept * spec.batch
-    rates = {}
+    rates: dict[str, dict[str, Any]] = {}
     for which, implementation in present_implementations().items():
         left_out = (which == "xla" and not quick) or (which == "mosaic_gpu" and sums)
         if left_out or implementation.supports(spec):

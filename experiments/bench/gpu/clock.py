@@ -73,7 +73,7 @@ def rotate(make: Callable[[int], tuple[jax.Array, ...]], most: int = MOST_SETS) 
     return Sets(tuple(sets), len(sets) * nbytes)
 
 
-def chained(function: Callable[..., Any], count: int) -> Callable[..., Any]:
+def chained(function: Callable[..., Any], count: int) -> Any:
     """Returns the program that is timed: `count` rounds of one call for each set.
 
     Args:
@@ -130,8 +130,8 @@ class Program:
 
 
 def build(
-    functions: Mapping[str, Callable[..., Any]], sets: Sets, count: int, threads: int = 1
-) -> dict[str, Program]:
+    functions: Mapping[Any, Callable[..., Any]], sets: Sets, count: int, threads: int = 1
+) -> dict[Any, Program]:
     """Compiles programs, several at once, and repeats those that turn out too short.
 
     Args:
@@ -145,8 +145,8 @@ def build(
       Programs by name, for `sample`.
     """
 
-    def compile_all(counts: Mapping[str, int]) -> dict[str, Program]:
-        def compile_one(name: str) -> Program:
+    def compile_all(counts: Mapping[Any, int]) -> dict[Any, Program]:
+        def compile_one(name: Any) -> Program:
             return Program(functions[name], sets, counts[name])
 
         return dict(zip(counts, pool.map(compile_one, counts), strict=True))
@@ -181,8 +181,8 @@ def rounds(milliseconds: float, sets: Sets, target: float | None = None) -> int:
 
 
 def sample(
-    programs: Mapping[str, Callable[[], float]], repetitions: int = 9
-) -> dict[str, dict[str, float]]:
+    programs: Mapping[Any, Callable[[], float]], repetitions: int = 9
+) -> dict[Any, dict[str, float]]:
     """Times programs in turn.
 
     Args:

@@ -76,7 +76,8 @@ class Fallback:
         record = self._serve(spec)
         if record.fused:
             return record.forward(spec, *operands)
-        return apply_epilogue(record.forward(spec, *operands[:5]), *operands[5:], spec.relu)
+        scale, bias, residual = operands[5:]
+        return apply_epilogue(record.forward(spec, *operands[:5]), scale, bias, residual, spec.relu)
 
     def _input_gradient(self, spec: ConvSpec, *operands: jax.Array) -> jax.Array:
         return self._serve(spec).input_gradient(spec, *operands)

@@ -52,7 +52,7 @@ def variant(implementation: Implementation, name: str) -> Implementation:
       The record that does so.
     """
     if name == WIDE:
-        passes = {field: _wide(getattr(implementation, field)) for field in PASS_FIELDS}
+        passes: Any = {field: _wide(getattr(implementation, field)) for field in PASS_FIELDS}
         return dataclasses.replace(implementation, **passes)
     if name:
         return dataclasses.replace(

@@ -169,7 +169,7 @@ def report(batch: int = 256) -> str:
         f"COMPUTED floors, not measurements: ResNet-50, batch {batch}, bfloat16, "
         f"{BANDWIDTH / 1e12:g} TB/s, {DENSE_RATE / 1e12:g} TFLOP/s "
         f"dense and {SPARSE_RATE / 1e12:g} for 2:4; microseconds of one forward product.\n\n"
-        + markdown.table(columns, rows, left=len(columns))
+        + markdown.table(columns, rows, text_columns=len(columns))
     )
 
 

@@ -27,8 +27,8 @@ def load(folder: str, strides: list[int], padding: list[list[int]]) -> Job:
     Returns:
       The calls "forward" and "forward + gradients".
     """
-    mirrored = [axis for axis, (low, high) in enumerate(padding, 1) if low < high]
-    mirrored_kernel = [axis - 1 for axis in mirrored]
+    mirrored = tuple(axis for axis, (low, high) in enumerate(padding, 1) if low < high)
+    mirrored_kernel = tuple(axis - 1 for axis in mirrored)
     pads = [max(sides) for sides in padding]
     arrays = {name: np.load(Path(folder) / f"{name}.npy") for name in ("x", "dy", "kernel")}
     x, dy = (activations(np.flip(arrays[name], mirrored)) for name in ("x", "dy"))

@@ -1,10 +1,11 @@
 """Our end of `server.py`: PyTorch in the process of another Python, run one call at a time."""
 
+import functools
 import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -66,7 +67,7 @@ class TorchProcess:
         self._child.wait()
 
     def load(
-        self, job: str, arrays: dict[str, np.ndarray | dict[str, np.ndarray]], **options: Any
+        self, job: str, arrays: Mapping[str, np.ndarray | dict[str, np.ndarray]], **options: Any
     ) -> dict[str, Callable[[], float]]:
         """Hands over the arrays of a job, in the place of the former one.
 
@@ -88,7 +89,10 @@ class TorchProcess:
                 else:
                     np.save(Path(folder) / f"{name}.npy", value)
             names = self._ask(command="load", job=job, folder=folder, **options)["names"]
-        return {name: lambda name=name: self._ask(command="run", name=name)["ms"] for name in names}
+        return {name: functools.partial(self._run, name) for name in names}
+
+    def _run(self, name: str) -> float:
+        return self._ask(command="run", name=name)["ms"]
 
     def results(self, name: str) -> list[np.ndarray]:
         """Runs a call of the job and returns its arrays: activations NHWC, kernels HWIO."""

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from experiments.bench.memory import steady_memory
 from experiments.bench.torch_baseline import convolution, inference, training
 from experiments.bench.torch_baseline.job import Job
 
-JOBS = {
+JOBS: dict[str, Callable[..., Job]] = {
     "convolution": convolution.load,
     "inference": inference.load,
     "training": training.load,

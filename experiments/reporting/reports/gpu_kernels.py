@@ -37,13 +37,15 @@ def _ceilings(report: dict[str, Any]) -> str:
     for ceiling in report["ceilings"]:
         rate = f"{ceiling['rate']:g} {ceiling['unit']}" if ceiling["rate"] else "-"
         rows.append([ceiling["name"], rate, ceiling["what"]])
-    return markdown.table(["measured ceiling", "rate", "of what"], rows, left=3)
+    return markdown.table(["measured ceiling", "rate", "of what"], rows, text_columns=3)
 
 
 def _totals(report: dict[str, Any]) -> str:
     columns = ["sparsity", "pass", "against cuDNN, geometric mean"]
     columns += ["worst layer", "best layer", "slower than it"]
-    return markdown.table(columns, [summary_cells(line) for line in report["summary"]], left=2)
+    return markdown.table(
+        columns, [summary_cells(line) for line in report["summary"]], text_columns=2
+    )
 
 
 def _times(heading: str, layers: list[str], rows: dict[tuple[str, str], dict[str, Any]]) -> str:
@@ -59,7 +61,7 @@ def _times(heading: str, layers: list[str], rows: dict[tuple[str, str], dict[str
             cells.append(f"{us['masked dense']:.1f}")
             cells.append(f"{us['chosen']:.1f} ({row['speed_up_over_dense']:.2f}x)")
         lines.append(cells)
-    return markdown.table([heading, "density", "runs", *columns], lines, left=1)
+    return markdown.table([heading, "density", "runs", *columns], lines, text_columns=1)
 
 
 def _decisions(heading: str, layers: list[str], rows: dict[tuple[str, str], dict[str, Any]]) -> str:
@@ -72,4 +74,4 @@ def _decisions(heading: str, layers: list[str], rows: dict[tuple[str, str], dict
             cells.append(f"{row['runs']} ({dense_ms / row['ms'][row['best']]['median']:.2f}x)")
         lines.append(cells)
     columns = [f"{heading}: dense or kernel (the fastest kernel against dense)", *PASSES]
-    return markdown.table(columns, lines, left=1)
+    return markdown.table(columns, lines, text_columns=1)

@@ -30,7 +30,7 @@ def table(report: dict[str, Any]) -> str:
         lines.append(cells)
     columns = ["network", "batch", "sparsity", "dense NHWC, ms"]
     columns += [f"{' '.join(kind).strip()}, ms" for kind in kinds]
-    text = markdown.table(columns, lines, left=3)
+    text = markdown.table(columns, lines, text_columns=3)
     failed = failures(report)
     return f"{text}\n{failed}" if failed else text
 

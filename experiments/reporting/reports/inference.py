@@ -35,7 +35,7 @@ def table(report: dict[str, Any]) -> str:
         f"In brackets: times faster than the fastest dense {' and '.join(measured)}. "
         "GFLOPs are multiply-adds per image, as the papers count them.\n"
     )
-    return markdown.table(columns, lines, left=2) + "\n" + note
+    return markdown.table(columns, lines, text_columns=2) + "\n" + note
 
 
 def _line(

@@ -21,7 +21,7 @@ def totals(report: dict[str, Any]) -> str:
     columns = ["against", "sparsity", "pass", "geometric mean"]
     columns += ["worst layer", "best layer", "slower than it"]
     rows = [[line["against"], *summary_cells(line)] for line in report["summary"]]
-    return markdown.table(columns, rows, left=3)
+    return markdown.table(columns, rows, text_columns=3)
 
 
 def table(report: dict[str, Any]) -> str:

@@ -38,7 +38,7 @@ def table(report: dict[str, Any]) -> str:
     columns = ["network", "sparsity", "dense NHWC / CHWN, ms"]
     columns += [f"{TORCH}, ms"] if with_torch else []
     columns += [f"{execution}, ms" for execution in EXECUTIONS]
-    return markdown.table(columns, lines, left=2)
+    return markdown.table(columns, lines, text_columns=2)
 
 
 def summary(report: dict[str, Any]) -> str:
@@ -62,7 +62,7 @@ def summary(report: dict[str, Any]) -> str:
             lines.append(cells)
     columns = ["network", "sparsity", "dense in XLA, ms", "dense in PyTorch, ms"]
     columns += ["block-sparse, ms", "faster than XLA", "faster than PyTorch"]
-    return markdown.table(columns, lines, left=2)
+    return markdown.table(columns, lines, text_columns=2)
 
 
 def steps(
