@@ -111,8 +111,9 @@ def training_units(implementations: tuple[str, ...], networks: list[Network]) ->
 def unit_key(options: StepOptions, unit: Unit) -> str:
     """Returns the key of a step in the journal: all that its time depends on.
 
-    Dense and masked steps depend on the network and the loop; the others also on the library, the
-    kernels, and the tiles in which they run the layers of the network that the benchmark times.
+    Dense and masked steps depend on the network and on how it is trained; the others also on the
+    library, the kernels, and the tiles in which they run the layers of the network that the
+    benchmark times.
 
     Args:
       options: of all steps.
@@ -122,13 +123,16 @@ def unit_key(options: StepOptions, unit: Unit) -> str:
       The key.
     """
     network = unit.network
-    loop = ROOT / "experiments" / "training" / "loop.py"
-    models = (ROOT / "experiments" / "models").glob("*.py")
+    sources = [
+        path
+        for room in ("training", "models")
+        for path in (ROOT / "experiments" / room).glob("*.py")
+    ]
+    size = f"n{network.batch_size} {network.image_size} {options.precision}"
     parts = [
         f"step {this_gpu()} jax {jax.__version__} {network.model} {network.width:g}",
-        f"n{network.batch_size} {network.image_size} {options.precision}",
-        f"g{options.group_size} b{options.channel_block}",
-        f"{unit.execution} {unit.sparsity:g} {fingerprint([loop, *models])}",
+        f"{size} g{options.group_size} b{options.channel_block}",
+        f"{unit.execution} {unit.sparsity:g} {fingerprint(sources)}",
     ]
     if unit.implementation:
         names = list(dict.fromkeys((unit.implementation, "triton")))
