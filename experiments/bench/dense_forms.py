@@ -1,9 +1,8 @@
 """The dense convolutions that a block-sparse one is compared with, in every activation layout."""
 
 import jax
-from jax import lax
 
-from experiments.models.taps import tap_conv
+from pallas_kernels import dense_conv
 from pallas_kernels.block_sparse_conv import ConvSpec
 
 # name -> activation layout; "taps" is a matrix product for each tap, the others XLA's convolution
@@ -19,7 +18,7 @@ FROM_NHWC = {"NHWC": (0, 1, 2, 3), "CHWN": (3, 1, 2, 0), "NCHW": (0, 3, 1, 2)}
 TO_NHWC = {"NHWC": (0, 1, 2, 3), "CHWN": (3, 1, 2, 0), "NCHW": (0, 2, 3, 1)}
 
 
-def dense_conv(spec: ConvSpec, name: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def run_dense(spec: ConvSpec, name: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Runs one of the dense convolutions.
 
     Args:
@@ -31,9 +30,11 @@ def dense_conv(spec: ConvSpec, name: str, x: jax.Array, kernel: jax.Array) -> ja
     Returns:
       Activations in the same layout.
     """
-    layout = DENSE[name]
-    if "taps" in name:
-        return tap_conv(x, kernel, strides=spec.strides, padding=spec.padding, data_format=layout)
-    return lax.conv_general_dilated(
-        x, kernel, spec.strides, spec.padding, dimension_numbers=(layout, "HWIO", layout)
+    return dense_conv.dense_conv(
+        x,
+        kernel,
+        strides=spec.strides,
+        padding=spec.padding,
+        data_format=DENSE[name],
+        formulation="taps" if "taps" in name else "xla",
     )

@@ -12,6 +12,7 @@ from experiments.bench import inference_networks as networks
 from experiments.bench.timing import median_iqr, time_in_turn, timed
 from experiments.bench.torch_baseline.process import TorchProcess
 from experiments.models.flops import conv_positions
+from pallas_kernels.dense_conv import taps_up_to
 
 TOLERANCE = 1e-3  # of the logits, relative to the largest
 PATTERNS = {  # network -> (FLOPs of the paper, fraction of the channels removed)
@@ -19,11 +20,7 @@ PATTERNS = {  # network -> (FLOPs of the paper, fraction of the channels removed
     "resnet34": (("2.0G", 59 / 128),),
     "resnet50_v1_5": (("2.0G", 66 / 128), ("1.0G", 98.5 / 128)),
 }
-DENSE_FORMS: dict[str, dict[str, Any]] = {  # name -> options of the zoo
-    "XLA NHWC": {"data_format": "NHWC"},
-    "XLA CHWN": {"data_format": "CHWN"},
-    "XLA NHWC, taps": {"data_format": "NHWC", "tap_pixels": 64},
-}
+MOST_TAP_PIXELS = 64  # "taps": a matrix product for each tap up to so many output pixels
 
 
 class Execution(NamedTuple):
@@ -80,9 +77,13 @@ def measure_network(
             execution = Execution("packed", flops, f"1x{block}")
             packed[execution], with_zeros[execution] = networks.pack(variables, layouts)
     dense = {
-        form: networks.jit_apply(create(implementation=implementation, **options))
-        for form, options in DENSE_FORMS.items()
+        f"XLA {data_format}": networks.jit_apply(
+            create(implementation=implementation, data_format=data_format)
+        )
+        for data_format in ("NHWC", "CHWN")
     }
+    by_taps = networks.jit_apply(create(data_format="NHWC"))
+    dense["XLA NHWC, taps"] = taps_up_to(MOST_TAP_PIXELS)(by_taps)
     rows = []
     for batch in batches:
         rng = np.random.default_rng(0)

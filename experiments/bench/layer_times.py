@@ -10,18 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import shapes
-from experiments.bench.dense_forms import COMMON_DENSE, DENSE, FROM_NHWC, TO_NHWC, dense_conv
-from experiments.bench.programs import PASSES, training_programs
+from experiments.bench.dense_forms import COMMON_DENSE, DENSE, FROM_NHWC, TO_NHWC, run_dense
+from experiments.bench.programs import PASS_NAMES, training_programs
 from experiments.bench.timing import time_in_turn, time_record, timed
 from experiments.bench.torch_baseline.process import TorchProcess
-from experiments.models.taps import prefers_taps
 from pallas_kernels.block_sparse_conv import (
     ConvSpec,
+    Index,
     available_implementations,
     choose_implementation,
+    xla,
 )
-from pallas_kernels.block_sparse_conv.xla import kernels as xla
-from pallas_kernels.block_sparse_conv.xla import tiles
+from pallas_kernels.block_sparse_conv.cpu_times import MODES
+from pallas_kernels.dense_conv import choose_formulation
 
 TOLERANCE = 1e-5  # relative to the largest value
 CHOSEN, MASKED = "chosen", "masked dense"
@@ -51,7 +52,7 @@ def measure_layer(
       torch: PyTorch's processes by policy.
 
     Returns:
-      A row for each of `tiles.MODES`: times, the fastest implementation, and what is lost to it by
+      A row for each of `MODES`: times, the fastest implementation, and what is lost to it by
       the one that `implementation=None` picks.
 
     Raises:
@@ -60,7 +61,8 @@ def measure_layer(
     x, dy, values, *index = shapes.random_operands(spec)
     # Small whole numbers: their sums are exact in any order.
     x, dy, values = (jnp.round(array) for array in (x, dy, values))
-    kernel, mask = _dense_kernel(spec, values, *index)
+    kept = Index(*map(np.asarray, index))
+    kernel, mask = _dense_kernel(spec, values, kept)
     x_nhwc, dy_nhwc = (array.transpose(TO_NHWC["CHWN"]) for array in (x, dy))
     sparse = _sparse_candidates(spec, (x, values, dy, *index), formulations)
     candidates = sparse | _dense_candidates(spec, x_nhwc, dy_nhwc, kernel, mask)
@@ -73,14 +75,14 @@ def measure_layer(
     }
 
     rows = []
-    for mode, gradients in tiles.MODES.items():
+    for mode, gradients in MODES.items():
         calls = {
             name: functools.partial(programs[name][mode], *candidate.operands)
             for name, candidate in candidates.items()
         }
         results = {name: [np.asarray(array) for array in call()] for name, call in calls.items()}
         results |= {name: process.results(mode) for name, process in torch.items()}
-        _check(spec, results, sparse, index)
+        _check(spec, results, sparse, kept)
         timers = {name: timed(call) for name, call in calls.items()}
         timers |= {name: torch_calls[name][mode] for name in torch}
         times_ms = time_in_turn(timers, seconds=seconds, patience=seconds)
@@ -128,13 +130,13 @@ def _dense_candidates(
     candidates = {}
     for name, layout in DENSE.items():
         images, gradient = (array.transpose(FROM_NHWC[layout]) for array in (x, dy))
-        conv = functools.partial(dense_conv, spec, name)
+        conv = functools.partial(run_dense, spec, name)
         candidates[name] = Candidate(conv, (images, kernel, gradient))
-    by_taps = prefers_taps(kernel.shape, spec.out_height * spec.out_width)
-    form = "dense taps NHWC" if by_taps else "dense NHWC"
+    formulation = choose_formulation(kernel.shape, spec.out_height * spec.out_width, "NHWC")
+    form = "dense taps NHWC" if formulation == "taps" else "dense NHWC"
 
     def masked(x: jax.Array, kernel: jax.Array, mask: jax.Array) -> jax.Array:
-        return dense_conv(spec, form, x, jnp.where(mask, kernel, 0))
+        return run_dense(spec, form, x, jnp.where(mask, kernel, 0))
 
     return candidates | {MASKED: Candidate(masked, (x, kernel, dy, mask))}
 
@@ -164,53 +166,39 @@ def _row(
     return row
 
 
-def _positions(
-    spec: ConvSpec, filters: jax.Array, channels: jax.Array, taps: jax.Array
-) -> tuple[np.ndarray, ...]:
-    """Where the packed values stand in a kernel `[kh, kw, cin, cout]`."""
-    rows, columns = np.divmod(np.asarray(taps)[:, None, :, None], spec.kernel[1])
-    return (
-        rows,
-        columns,
-        np.asarray(channels)[:, :, None, None],
-        np.asarray(filters)[:, None, None],
-    )
-
-
-def _dense_kernel(
-    spec: ConvSpec, values: jax.Array, *index: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _dense_kernel(spec: ConvSpec, values: jax.Array, index: Index) -> tuple[jax.Array, jax.Array]:
     """The packed values in a dense kernel that is random elsewhere, and the mask."""
-    shape = (*spec.kernel, spec.cin, spec.cout)
-    positions = _positions(spec, *index)
+    shape = (spec.kernel[0] * spec.kernel[1], spec.cin, spec.cout)
     kernel = np.round(np.random.default_rng(1).standard_normal(shape)).astype(np.float32)
-    kernel[positions] = np.asarray(values)
+    kernel[index.positions()] = np.asarray(values)
     mask = np.zeros(shape, bool)
-    mask[positions] = True
-    return jnp.asarray(kernel), jnp.asarray(mask)
+    mask[index.positions()] = True
+    return (
+        jnp.asarray(kernel.reshape(spec.kernel_shape)),
+        jnp.asarray(mask.reshape(spec.kernel_shape)),
+    )
 
 
 def _check(
     spec: ConvSpec,
     results: dict[str, list[np.ndarray]],
     sparse: Mapping[str, Candidate],
-    index: list[jax.Array],
+    index: Index,
 ) -> None:
     """Compares outputs and gradients: block-sparse with masked dense, dense with dense NHWC."""
-    positions = _positions(spec, *index)
     for name, arrays in results.items():
         is_sparse = name in sparse
         reference = MASKED if is_sparse else "dense NHWC"
         if name in (MASKED, "dense NHWC"):
             continue
         layout = "CHWN" if is_sparse else DENSE.get(name, "NHWC")
-        names = ("output", *PASSES[1:])[: len(arrays)]
+        names = ("output", *PASS_NAMES[1:])[: len(arrays)]
         for i, (pass_name, array) in enumerate(zip(names, arrays, strict=True)):
             expected = results[reference][i]
             if pass_name != "weight gradient":
                 array = array.transpose(TO_NHWC[layout])
             elif is_sparse:
-                expected = expected[positions]
+                expected = expected.reshape(-1, spec.cin, spec.cout)[index.positions()]
             error = np.abs(array - expected).max() / np.abs(expected).max()
             if not error <= TOLERANCE:
                 raise AssertionError(

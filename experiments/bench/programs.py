@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import jax
 
-from pallas_kernels.block_sparse_conv.xla import tiles
+from pallas_kernels.block_sparse_conv import PASSES
+from pallas_kernels.block_sparse_conv.cpu_times import MODES
 
-PASSES = ("forward", "input gradient", "weight gradient")
+PASS_NAMES = tuple(field.replace("_", " ") for field in PASSES)  # as the reports call them
 
 
 def training_programs(
@@ -19,7 +20,7 @@ def training_programs(
 
     Returns:
       Jitted functions `(x, weights, dy, *index) -> (y,)` and `-> (y, dx, dweights)`, under the two
-      names of `tiles.MODES`.
+      names of `MODES`.
 
     Example:
       >>> one = jax.numpy.ones(())
@@ -38,7 +39,7 @@ def training_programs(
         y, pullback = jax.vjp(lambda x, weights: conv(x, weights, *index), x, weights)
         return y, *pullback(dy)
 
-    return dict(zip(tiles.MODES, (jax.jit(forward), jax.jit(training)), strict=True))
+    return dict(zip(MODES, (jax.jit(forward), jax.jit(training)), strict=True))
 
 
 def single_passes(conv: Callable[..., jax.Array]) -> dict[str, Callable[..., jax.Array]]:
@@ -48,8 +49,8 @@ def single_passes(conv: Callable[..., jax.Array]) -> dict[str, Callable[..., jax
       conv: `(x, weights, *rest) -> y`.
 
     Returns:
-      Functions `(x, dy, weights, *rest)`, not jitted, by the names of `PASSES`. The compiler drops
-      the forward pass that a gradient does not need.
+      Functions `(x, dy, weights, *rest)`, not jitted, by the names in `PASS_NAMES`. The compiler
+      drops the forward pass that a gradient does not need.
     """
 
     def forward(x: jax.Array, dy: jax.Array, weights: jax.Array, *rest: jax.Array) -> jax.Array:
@@ -65,4 +66,4 @@ def single_passes(conv: Callable[..., jax.Array]) -> dict[str, Callable[..., jax
     ) -> jax.Array:
         return jax.vjp(lambda weights: conv(x, weights, *rest), weights)[1](dy)[0]
 
-    return dict(zip(PASSES, (forward, input_gradient, weight_gradient), strict=True))
+    return dict(zip(PASS_NAMES, (forward, input_gradient, weight_gradient), strict=True))

@@ -25,10 +25,7 @@ from experiments.bench.gpu import tune as gpu_tune
 from experiments.bench.memory import steady_memory
 from experiments.bench.programs import training_programs
 from experiments.bench.timing import time_in_turn, timed
-from pallas_kernels.block_sparse_conv import ConvSpec
-from pallas_kernels.block_sparse_conv.cpu import launch as cpu
-from pallas_kernels.block_sparse_conv.xla import kernels as xla
-from pallas_kernels.block_sparse_conv.xla import tiles
+from pallas_kernels.block_sparse_conv import ConvSpec, cpu, cpu_times, xla
 
 ROUNDS = 3
 
@@ -48,7 +45,7 @@ class Config:
     device: Literal["cpu"] = "cpu"
     seconds: float = 0.3
     only: str = ""
-    table: Path = tiles.TABLE
+    table: Path = cpu_times.TABLE
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -69,7 +66,7 @@ def main(config: Config) -> dict[str, Any]:
     for name, spec in track(chosen.items(), "tuning", total=len(chosen)):
         entries[name] = {
             "name": name,
-            "features": tiles.features(spec),
+            "features": cpu_times.features(spec),
             "milliseconds": measure_case(spec, config.seconds),
         }
         jax.clear_caches()
@@ -140,8 +137,8 @@ def measure_case(spec: ConvSpec, seconds: float) -> dict[str, dict[str, float]]:
       ['forward', 'forward + gradients']
     """
     x, dy, values, *index = shapes.random_operands(spec)
-    implementations = xla.FORMULATIONS | {tiles.NATIVE: cpu.IMPLEMENTATION}
-    calls: dict[str, dict[str, Callable[[], float]]] = {mode: {} for mode in tiles.MODES}
+    implementations = xla.FORMULATIONS | {cpu_times.NATIVE: cpu.IMPLEMENTATION}
+    calls: dict[str, dict[str, Callable[[], float]]] = {mode: {} for mode in cpu_times.MODES}
     for name, implementation in implementations.items():
         if implementation.supports(spec) is None:
             conv = functools.partial(shapes.convolve, spec, implementation)

@@ -15,9 +15,7 @@ import numpy as np
 import pytest
 
 import blocksparse_jax as bsj
-from blocksparse_jax.linen import BlockSparseConv
 from experiments.bench import (
-    dense_forms,
     inference,
     inference_networks,
     kernels,
@@ -34,6 +32,7 @@ from experiments.bench.training_steps import Variant
 from experiments.models.flops import conv_positions
 from experiments.reporting import tables
 from experiments.training.loop import stepper
+from pallas_kernels import dense_conv
 
 TORCH = os.environ.get("TORCH_PYTHON")  # a Python that has PyTorch, where there is one
 needs_torch = pytest.mark.skipif(
@@ -149,11 +148,13 @@ def test_the_baseline_is_the_fastest_dense_convolution(kernels_report):
 
 def test_a_wrong_dense_baseline_fails_loudly(monkeypatch):
     monkeypatch.setattr(shapes, "VGG19", ())
-    monkeypatch.setattr(
-        dense_forms,
-        "tap_conv",
-        lambda *operands, **options: 1.001 * tap_conv(*operands, **options),
-    )
+    right = dense_conv.dense_conv
+
+    def wrong(*operands, **options):
+        factor = 1.001 if options["formulation"] == "taps" else 1
+        return factor * right(*operands, **options)
+
+    monkeypatch.setattr(dense_conv, "dense_conv", wrong)
     with pytest.raises(AssertionError, match="dense taps NHWC: the output differs from dense NHWC"):
         kernels.main(TINY)
 
@@ -179,7 +180,7 @@ def test_torch_convolves_as_we_do(image, kernel, strides, padding):
         for size in ((2, *image, 3), (*kernel, 3, 4))
     )
     y, pullback = jax.vjp(
-        lambda x, weights: tap_conv(x, weights, strides=strides, padding=padding), x, weights
+        functools.partial(dense_conv.dense_conv, strides=strides, padding=padding), x, weights
     )
     with TorchProcess(TORCH) as process:
         calls = process.load(

@@ -35,17 +35,20 @@ from experiments.bench.gpu.float64 import KINDS
 from experiments.bench.gpu.journal import Journal
 from experiments.bench.gpu.kernels import GpuConfig
 from experiments.bench.gpu.layer_rows import TOGETHER, rows
-from experiments.bench.programs import PASSES, single_passes
+from experiments.bench.programs import PASS_NAMES, single_passes
 from experiments.bench.shapes import convolve, layer_spec
 from experiments.models.flops import conv_positions
 from experiments.reporting import tables
 from experiments.reporting.reports import gpu_kernels
-from pallas_kernels.block_sparse_conv import apply_epilogue, devices
-from pallas_kernels.block_sparse_conv.mosaic_gpu import launch as mosaic_gpu
-from pallas_kernels.block_sparse_conv.mosaic_gpu import tiles as mosaic_gpu_tiles
-from pallas_kernels.block_sparse_conv.triton import launch as triton
-from pallas_kernels.block_sparse_conv.triton import tiles as triton_tiles
-from pallas_kernels.block_sparse_conv.xla import kernels as xla
+from pallas_kernels.block_sparse_conv import (
+    PASSES,
+    apply_epilogue,
+    mosaic_gpu,
+    triton,
+    tuned_tables,
+    xla,
+)
+from pallas_kernels.block_sparse_conv.triton import calls, products
 
 WRONG = dataclasses.replace(
     xla.IMPLEMENTATION, weight_gradient=lambda *a: 1.01 * xla.IMPLEMENTATION.weight_gradient(*a)
@@ -106,7 +109,7 @@ def test_the_float64_reference_is_the_convolution_with_its_gradients(shape):
     spec = dataclasses.replace(SMALL[shape], batch=3)
     exact = dataclasses.replace(spec, precision="highest")
     errors = check(CheckCase(shape, exact, "fp32"), xla.IMPLEMENTATION)
-    assert set(errors) == set(PASSES)
+    assert set(errors) == set(PASS_NAMES)
     assert max(errors.values()) < 1e-6
     with pytest.raises(
         AssertionError, match=r"the weight gradient differs from float64 by 1\.0e-02"
@@ -152,8 +155,8 @@ def test_the_checks_force_every_method_of_the_triton_kernels(monkeypatch):
         launches.append(launch)
         return jnp.zeros(launch.out.shape, launch.out.dtype)
 
-    monkeypatch.setattr(triton, "_run", run)
-    record = dataclasses.replace(triton.IMPLEMENTATION, supports=triton._unfit)
+    monkeypatch.setattr(calls, "run", run)
+    record = dataclasses.replace(triton.IMPLEMENTATION, supports=triton.limits)
     cases = list(check_cases(False, "triton"))
     assert {case.variant for case in cases} == {"", "transposed", "scatter", "wide"}
     assert len({(case.name, case.kind) for case in cases}) == len(cases)
@@ -180,7 +183,7 @@ def test_every_shape_that_is_checked_is_served_by_a_kernel():
     assert {case.spec.channel_block for case in cases} == {1, 8, 16, 32}
     assert (2, 2) in {case.spec.dilation for case in cases}
     for case in cases:
-        assert triton._unfit(case.spec) is None, case.name
+        assert triton.limits(case.spec) is None, case.name
         served = case.kind in ("bf16", "fp16") and case.spec.channel_block % 8 == 0
         assert (mosaic_gpu.limits(case.spec) is None) is served, case.name
 
@@ -191,7 +194,7 @@ def test_a_wrong_slice_is_noticed():
     passes = single_passes(lambda x, values, *index: convolve(spec, "xla", x, values, *index))
     results = {name: run(x, dy, values, *index) for name, run in passes.items()}
     check_slices(spec, "fp32", (x, dy, values, *index), results)
-    for name in PASSES:
+    for name in PASS_NAMES:
         wrong = results | {name: 1.001 * results[name]}
         with pytest.raises(AssertionError, match=f"the {name} differs from float64"):
             check_slices(spec, "fp32", (x, dy, values, *index), wrong)
@@ -230,7 +233,7 @@ def test_a_dry_run_stops_continues_and_reports(dry):
 @pytest.mark.slow
 def test_a_row_says_what_was_timed(dry):
     report = dry[-1]
-    modes = [*PASSES, TOGETHER]
+    modes = [*PASS_NAMES, TOGETHER]
     assert [row["mode"] for row in report["rows"]] == modes * 2
     keys = {"shape", "density", "tile", "device", "versions", "commit", "regret", "picked", "l2"}
     for row in report["rows"]:
@@ -251,7 +254,8 @@ def test_a_row_says_what_was_timed(dry):
 def test_the_chosen_kernel_is_the_fastest_one_and_a_pass_may_run_dense():
     def times(*medians):
         return {
-            name: {"median": ms, "iqr": 0.0, "repetitions": 2} for name, ms in zip(PASSES, medians)
+            name: {"median": ms, "iqr": 0.0, "repetitions": 2}
+            for name, ms in zip(PASS_NAMES, medians)
         }
 
     dense = {
@@ -265,7 +269,7 @@ def test_the_chosen_kernel_is_the_fastest_one_and_a_pass_may_run_dense():
     by_mode = {row["mode"]: row for row in rows({"layer": "a"}, dense, sparse)}
     assert {row["chosen"] for row in by_mode.values()} == {"mosaic_gpu"}
     assert {str(row["refused"]) for row in by_mode.values()} == {"{'xla': 'not here'}"}
-    assert [by_mode[mode]["runs"] for mode in PASSES] == ["mosaic_gpu", "triton", "dense"]
+    assert [by_mode[mode]["runs"] for mode in PASS_NAMES] == ["mosaic_gpu", "triton", "dense"]
     assert by_mode["forward"]["speed_up_over_dense"] == 3.0
     assert by_mode["weight gradient"]["speed_up_over_dense"] == 0.75, (
         "the speed of the chosen kernel, even where it loses"
@@ -397,21 +401,20 @@ def test_few_tiles_are_timed_and_every_method_is_among_them(name):
     which = tiles.tunable(name)
     for case in shapes.cases("n256"):
         spec = shapes.case_spec(case, sparsity=0.9)
-        for pass_name in tiles.PASS_FIELDS:
+        for pass_name in PASSES:
             timed = tiles.tiles_to_time(which, spec, pass_name)
             assert len(set(timed)) == len(timed) <= tiles.MOST
             assert timed[0] == which.default(spec, pass_name)
             if name == "triton" and pass_name == "input_gradient":
-                assert {tile.method for tile in timed} == set(triton_tiles.methods(spec))
+                assert {tile.method for tile in timed} == set(products.methods(spec))
 
 
 @pytest.mark.parametrize("name", ["mosaic_gpu", "triton"])
 def test_the_kernels_read_the_tables_that_the_tuner_writes(name, tmp_path, monkeypatch):
     which = tiles.tunable(name)
-    backend_tiles = {"mosaic_gpu": mosaic_gpu_tiles, "triton": triton_tiles}[name]
     spec = shapes.case_spec(shapes.cases("vgg19 256@8 n128")[0], sparsity=0.9)
     measured = []
-    for pass_name in tiles.PASS_FIELDS:
+    for pass_name in PASSES:
         default = which.default(spec, pass_name)
         other = next(tile for tile in which.candidates(spec, pass_name) if tile != default)
         assert which.build(pass_name, other).name == name
@@ -423,17 +426,17 @@ def test_the_kernels_read_the_tables_that_the_tuner_writes(name, tmp_path, monke
                 "default_milliseconds": 2.0,
             }
         )
-    for module in (tune, backend_tiles):
+    for module in (tune, tuned_tables):
         monkeypatch.setattr(module, "this_gpu", lambda: "h200")
-    monkeypatch.setattr(devices, "FOLDER", tmp_path)
+    monkeypatch.setattr(tuned_tables, "FOLDER", tmp_path)
     path = tune.write_table(which, measured, tune.Config(folder=tmp_path))
     assert path == tmp_path / f"tuned_{name}_h200.json"
-    backend_tiles._tuned.cache_clear()
+    tuned_tables.read.cache_clear()
     try:
-        for pass_name, result in zip(tiles.PASS_FIELDS, measured):
+        for pass_name, result in zip(PASSES, measured):
             assert dataclasses.asdict(which.default(spec, pass_name)) == result["best"]
     finally:
-        backend_tiles._tuned.cache_clear()
+        tuned_tables.read.cache_clear()
 
 
 def test_an_implementation_is_named_by_its_sources_and_tiles(monkeypatch):
@@ -451,5 +454,5 @@ def test_dense_and_masked_run_in_every_pass_and_layout():
     spec = dataclasses.replace(BASE, batch=2)
     result = layers.measure_dense(spec, repetitions=1)
     assert set(result["ms"]) == {"dense NHWC", "dense NCHW", "masked dense"}
-    assert all(set(passes) == set(PASSES) for passes in result["ms"].values())
+    assert all(set(passes) == set(PASS_NAMES) for passes in result["ms"].values())
     assert clock.MOST_SETS >= result["sets"] >= 1

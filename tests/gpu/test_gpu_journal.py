@@ -1,5 +1,6 @@
 """The journal and the clock of the GPU measurements."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -17,6 +18,7 @@ from experiments.bench.command import exit_status
 from experiments.bench.gpu import clock
 from experiments.bench.gpu.fingerprint import fingerprint
 from experiments.bench.gpu.journal import FATAL, LOST, STOPPED, DeviceLost, Journal, TimeUp
+from pallas_kernels.devices import H200
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,7 +47,8 @@ def test_the_clock_calls_once_for_each_set_and_round():
 
 
 def test_sets_exceed_the_cache_or_say_that_they_do_not(monkeypatch):
-    monkeypatch.setattr(clock, "L2", 1000)
+    small = dataclasses.replace(H200, l2_bytes=1000)
+    monkeypatch.setattr(clock, "this_device", lambda: small)
     assert clock.rotate(lambda seed: (jnp.zeros(200),)).describe() == {
         "sets": 3,
         "megabytes": 0.0,

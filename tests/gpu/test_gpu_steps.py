@@ -17,8 +17,7 @@ from experiments.bench.gpu.fallback import Fallback
 from experiments.bench.gpu.journal import STOPPED, Journal
 from experiments.bench.gpu.step_check import check_layer, check_updates
 from experiments.bench.shapes import convolve
-from pallas_kernels.block_sparse_conv import api
-from pallas_kernels.block_sparse_conv.xla import kernels as xla
+from pallas_kernels.block_sparse_conv import choice, xla
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,7 +73,7 @@ def test_a_step_with_a_wrong_gradient_is_not_timed(dry, tmp_path, monkeypatch):
     wrong = dataclasses.replace(
         xla.IMPLEMENTATION, weight_gradient=lambda *a: -xla.IMPLEMENTATION.weight_gradient(*a)
     )
-    monkeypatch.setitem(api.IMPLEMENTATIONS, "xla", wrong)
+    monkeypatch.setitem(choice.IMPLEMENTATIONS, "xla", wrong)
     monkeypatch.setattr(step_times, "check_layer", lambda *_: True)
     config = dataclasses.replace(dry[0], journal=tmp_path / "s.jsonl", out=tmp_path / "r.json")
     config.journal.write_text(
@@ -105,7 +104,7 @@ def test_a_layer_that_is_refused_goes_to_the_next_implementation(monkeypatch):
     refuses = dataclasses.replace(
         xla.IMPLEMENTATION, supports=lambda spec: "one group only" if spec.groups > 1 else None
     )
-    monkeypatch.setitem(api.IMPLEMENTATIONS, "xla", refuses)
+    monkeypatch.setitem(choice.IMPLEMENTATIONS, "xla", refuses)
     fallback = Fallback("xla")
     with fallback.registered() as name:
         for groups in (1, 2):
@@ -118,7 +117,7 @@ def test_a_layer_that_is_refused_goes_to_the_next_implementation(monkeypatch):
             np.testing.assert_allclose(result, expected, atol=1e-3)
     assert fallback.layers() == {"xla": 1, "dense": 1}
     assert list(fallback.refused.values()) == ["dense: one group only"]
-    assert name not in api.available_implementations()
+    assert name not in choice.available_implementations()
 
 
 @pytest.mark.slow

@@ -11,14 +11,12 @@ from hypothesis import strategies as st
 from test_kernels import BASE, specs
 
 from experiments.bench import kernels, shapes, tune
-from pallas_kernels.block_sparse_conv import choose_implementation
-from pallas_kernels.block_sparse_conv.cpu import launch as cpu
-from pallas_kernels.block_sparse_conv.xla import kernels as xla
+from pallas_kernels.block_sparse_conv import choice, choose_implementation, cpu, cpu_times, xla
 from pallas_kernels.block_sparse_conv.xla import tiles
 
 
 def test_the_choice_loses_at_most_a_tenth_at_the_tuned_shapes_and_names_the_formulation():
-    cases, entries = tune.cases(), json.loads(tiles.TABLE.read_text())["entries"]
+    cases, entries = tune.cases(), json.loads(cpu_times.TABLE.read_text())["entries"]
     assert {entry["name"] for entry in entries} == set(cases)
     for entry in entries:
         spec, times = cases[entry["name"]], entry["milliseconds"]
@@ -90,7 +88,7 @@ def test_the_benchmark_checks_times_and_writes(tmp_path, capsys):
     config = kernels.KernelConfig(quick=True, layers="resnet32x2 128@8", out=str(out))
     report = kernels.main(config)
     assert json.loads(out.read_text()) == json.loads(json.dumps(report))
-    assert [row["mode"] for row in report["rows"]] == list(tiles.MODES)
+    assert [row["mode"] for row in report["rows"]] == list(cpu_times.MODES)
     keys = {"shape", "density", "tile", "device", "versions", "commit", "regret", "ms"}
     assert all(keys <= set(row) for row in report["rows"])
     assert "resnet32x2 128@8" in capsys.readouterr().out

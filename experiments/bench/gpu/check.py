@@ -11,7 +11,7 @@ from experiments.bench.gpu import shapes
 from experiments.bench.gpu.check_cases import CheckCase
 from experiments.bench.gpu.float64 import as_float64, check_error, reference
 from experiments.bench.gpu.implementations import variant
-from experiments.bench.programs import PASSES
+from experiments.bench.programs import PASS_NAMES
 from experiments.bench.shapes import convolve
 from pallas_kernels.block_sparse_conv import ConvSpec, Implementation
 
@@ -65,7 +65,7 @@ def check(case: CheckCase, implementation: Implementation) -> dict[str, Any]:
     expected = _expected(case, results[0], (x, dy, values), index, epilogue)
     return {
         name: check_error(name, result, exact, case.kind, spec)
-        for name, result, exact in zip(PASSES, results, expected, strict=True)
+        for name, result, exact in zip(PASS_NAMES, results, expected, strict=True)
     }
 
 
@@ -120,7 +120,7 @@ def check_slices(
       spec: the static sizes.
       kind: of `KINDS`, for the limits.
       operands: of the program: `(x, dy, values, filters, channels, taps)`.
-      results: of each of `PASSES`.
+      results: of each of `PASS_NAMES`.
 
     Raises:
       AssertionError: a pass is wrong.

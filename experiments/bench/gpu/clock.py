@@ -21,9 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from experiments.bench.gpu.rates import L2
 from experiments.bench.timing import time_in_turn, time_record, timed
-from pallas_kernels.block_sparse_conv.devices import this_gpu
+from pallas_kernels.devices import this_device, this_gpu
 
 MOST_SETS = 4
 PROGRAM_MS = 30.0  # a timed program takes so long or longer
@@ -48,7 +47,7 @@ class Sets:
         return {
             "sets": len(self.operands),
             "megabytes": round(self.nbytes / 1e6, 1),
-            "l2": "cold" if self.nbytes >= 2 * L2 else "warm",
+            "l2": "cold" if self.nbytes >= 2 * this_device().l2_bytes else "warm",
         }
 
 
@@ -68,7 +67,7 @@ def rotate(make: Callable[[int], tuple[jax.Array, ...]], most: int = MOST_SETS) 
     """
     sets = [make(0)]
     nbytes = sum(array.nbytes for array in sets[0])
-    count = -(-2 * L2 // max(nbytes, 1))
+    count = -(-2 * this_device().l2_bytes // max(nbytes, 1))
     sets += [make(seed) for seed in range(1, min(most, count))]
     return Sets(tuple(sets), len(sets) * nbytes)
 

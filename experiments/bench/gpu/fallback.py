@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import jax
 
-from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, api, apply_epilogue
+from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, apply_epilogue, choice
 
 
 class Fallback:
@@ -23,14 +23,14 @@ class Fallback:
 
     Example:
       >>> with Fallback("xla").registered() as name:
-      ...     api.available_implementations()[name] is None
+      ...     choice.available_implementations()[name] is None
       True
     """
 
     def __init__(self, name: str):
         self.name = f"{name} or what serves"
         names = dict.fromkeys((name, "triton", "dense"))
-        self._records = [api.IMPLEMENTATIONS[one] for one in names]
+        self._records = [choice.IMPLEMENTATIONS[one] for one in names]
         self._server: dict[str, str] = {}  # by layer
         self.specs: dict[ConvSpec, Implementation] = {}
         self.refused: dict[str, str] = {}
@@ -46,7 +46,7 @@ class Fallback:
         Yields:
           The name under which `implementation=` takes it.
         """
-        api.IMPLEMENTATIONS[self.name] = Implementation(
+        choice.IMPLEMENTATIONS[self.name] = Implementation(
             self.name,
             lambda spec: None,
             self._forward,
@@ -57,7 +57,7 @@ class Fallback:
         try:
             yield self.name
         finally:
-            del api.IMPLEMENTATIONS[self.name]
+            del choice.IMPLEMENTATIONS[self.name]
 
     def _serve(self, spec: ConvSpec) -> Implementation:
         """The implementation that serves a convolution; keeps a record of it."""

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from experiments.bench.gpu import tiles
-from pallas_kernels.block_sparse_conv import ConvSpec
-from pallas_kernels.block_sparse_conv.xla import kernels as xla
+from pallas_kernels.block_sparse_conv import ConvSpec, xla
 
 KERNELS = Path(xla.__file__).parents[1]  # the folder with one folder for each backend
 
@@ -41,7 +40,11 @@ def backend_fingerprint(name: str) -> str:
 
 @functools.cache
 def _implementation_fingerprint(name: str) -> str:
-    shared = [*KERNELS.glob("*.py"), *(KERNELS / "xla").glob("*.py")]
+    shared = [
+        path
+        for folder in (KERNELS.parent, KERNELS, KERNELS / "xla")
+        for path in folder.glob("*.py")
+    ]
     return fingerprint({*shared, *(KERNELS / name).glob("*.py")})
 
 

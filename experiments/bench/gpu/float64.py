@@ -48,7 +48,7 @@ def check_error(
     """Compares the result of a pass with float64.
 
     Args:
-      pass_name: one of `PASSES`.
+      pass_name: one of `PASS_NAMES`.
       result: of the pass.
       expected: in float64.
       kind: of `KINDS`, for the limit.

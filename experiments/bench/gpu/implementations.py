@@ -9,9 +9,8 @@ from unittest import mock
 
 import jax
 
-from experiments.bench.gpu.tiles import PASS_FIELDS, TILED
-from pallas_kernels.block_sparse_conv import Implementation
-from pallas_kernels.block_sparse_conv.xla import kernels as xla
+from experiments.bench.gpu.tiles import TILED
+from pallas_kernels.block_sparse_conv import PASSES, Implementation, xla
 
 WIDE = "wide"  # the variant with 64-bit offsets
 
@@ -29,7 +28,7 @@ def implementations() -> dict[str, Implementation | str]:
     records: dict[str, Implementation | str] = {}
     for name in TILED:
         try:
-            module = importlib.import_module(f"pallas_kernels.block_sparse_conv.{name}.launch")
+            module = importlib.import_module(f"pallas_kernels.block_sparse_conv.{name}")
             records[name] = module.unavailable() or module.IMPLEMENTATION
         except ImportError as error:
             records[name] = f"does not import: {error}"
@@ -52,7 +51,7 @@ def variant(implementation: Implementation, name: str) -> Implementation:
       The record that does so.
     """
     if name == WIDE:
-        passes: Any = {field: _wide(getattr(implementation, field)) for field in PASS_FIELDS}
+        passes: Any = {field: _wide(getattr(implementation, field)) for field in PASSES}
         return dataclasses.replace(implementation, **passes)
     if name:
         return dataclasses.replace(
@@ -63,11 +62,14 @@ def variant(implementation: Implementation, name: str) -> Implementation:
 
 
 def _wide(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    triton = importlib.import_module("pallas_kernels.block_sparse_conv.triton.launch")
-    constants = triton._constants
+    calls = importlib.import_module("pallas_kernels.block_sparse_conv.triton.calls")
+    constants = calls.geometry_constants
+
+    def wide_constants(*arguments: Any, **options: Any) -> dict[str, Any]:
+        return constants(*arguments, **options) | {WIDE: True}
 
     def wide(*operands: Any) -> jax.Array:
-        with mock.patch.object(triton, "_constants", lambda *a: constants(*a) | {WIDE: True}):
+        with mock.patch.object(calls, "geometry_constants", wide_constants):
             return run(*operands)
 
     return wide

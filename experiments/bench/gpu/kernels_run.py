@@ -20,7 +20,7 @@ from experiments.bench.shapes import describe
 from experiments.bench.summary import summary
 from experiments.reporting import results
 from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, choose_implementation
-from pallas_kernels.block_sparse_conv.devices import this_gpu
+from pallas_kernels.devices import this_gpu
 
 # Seconds that must be left for a unit, by its kind: the first word of its key.
 RESERVE = {"check": 20, "ceiling": 20, "dense": 40, "sparse": 40}

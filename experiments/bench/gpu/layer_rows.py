@@ -7,7 +7,7 @@ share in one program (the gathered dy, the lists) is counted twice in it.
 from typing import Any
 
 from experiments.bench.gpu.layers import DENSE, MASKED
-from experiments.bench.programs import PASSES
+from experiments.bench.programs import PASS_NAMES
 
 CHOSEN = "chosen"
 TOGETHER = "forward + gradients"
@@ -46,7 +46,7 @@ def rows(
         "refused": {name: r["refused"] for name, r in sparse.items() if "refused" in r},
     }
     report_rows = []
-    for mode in (*PASSES, TOGETHER):
+    for mode in (*PASS_NAMES, TOGETHER):
         ms = {name: passes[mode] for name, passes in times.items()}
         used_tiles = {name: r["tiles"].get(mode) for name, r in sparse.items() if r.get("tiles")}
         row = about | {"mode": mode, "ms": ms} | _comparison(ms, list(timed)) | shared
@@ -70,7 +70,7 @@ def _comparison(ms: Times, implementations: list[str]) -> dict[str, Any]:
 
 
 def _sum(passes: Times) -> dict[str, Any]:
-    records = [passes[name] for name in PASSES]
+    records = [passes[name] for name in PASS_NAMES]
     return {
         "median": round(sum(record["median"] for record in records), 6),
         "iqr": round(sum(record["iqr"] for record in records), 6),

@@ -15,7 +15,7 @@ from jax import lax
 
 from experiments.bench.gpu import clock, shapes, tiles
 from experiments.bench.gpu.check import check_slices
-from experiments.bench.gpu.rates import least_milliseconds
+from experiments.bench.gpu.estimate import least_milliseconds
 from experiments.bench.programs import single_passes
 from experiments.bench.shapes import convolve
 from pallas_kernels.block_sparse_conv import ConvSpec, Implementation

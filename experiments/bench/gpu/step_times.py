@@ -20,7 +20,7 @@ from experiments.training.execution import masks_of, to_form
 from experiments.training.length import Length
 from experiments.training.loop import Trainer, stepper
 from experiments.training.methods import Hrbp
-from pallas_kernels.block_sparse_conv.devices import this_gpu
+from pallas_kernels.devices import this_gpu
 
 LENGTH = Length(steps_per_epoch=390, total=390 * 160)
 STEP = 1  # the number that every timed step has: the masks do not change there

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from experiments.bench.gpu import clock, shapes
-from experiments.bench.gpu.rates import least_milliseconds
+from experiments.bench.gpu.estimate import least_milliseconds
 from experiments.bench.gpu.tiles import Tunable, tiles_to_time
 from pallas_kernels.block_sparse_conv import ConvSpec, Implementation
-from pallas_kernels.block_sparse_conv.devices import this_gpu
+from pallas_kernels.devices import this_gpu
 
 # How far a tile's result may be from the default tile's, relative to the norm; float32 may be tf32.
 TOLERANCES = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-3}
@@ -35,7 +35,7 @@ def measure_pass(
     Args:
       which: the implementation.
       spec: the static sizes.
-      pass_name: one of `PASS_FIELDS`.
+      pass_name: one of `PASSES`.
       threads: how many programs compile at once.
       repetitions: of each tile.
       first_run: `(tile's name, function)` -> the function's result, or the text of its error, now

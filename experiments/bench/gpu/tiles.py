@@ -9,12 +9,10 @@ from typing import Any
 
 import jax
 
-from experiments.bench.programs import PASSES
-from pallas_kernels.block_sparse_conv import ConvSpec, Implementation
-from pallas_kernels.block_sparse_conv.xla import kernels as xla
+from experiments.bench.programs import PASS_NAMES
+from pallas_kernels.block_sparse_conv import PASSES, ConvSpec, Implementation, tuned_tables, xla
 from pallas_kernels.block_sparse_conv.xla import tiles as xla_tiles
 
-PASS_FIELDS = ("forward", "input_gradient", "weight_gradient")  # of an Implementation
 MOST = 6  # tiles that are timed for a pass
 TILED = ("mosaic_gpu", "triton")
 
@@ -78,7 +76,6 @@ def _xla() -> Tunable:
     names = ("rows", "rows_batched", "taps")
     return Tunable(
         name="xla",
-        entries="tiles",
         implementation=xla.IMPLEMENTATION,
         candidates=lambda spec, _: [
             Formulation(name) for name in names if records[name].supports(spec) is None
@@ -90,29 +87,28 @@ def _xla() -> Tunable:
     )
 
 
-def _modules(name: str) -> tuple[Any, Any]:
-    """The launch and the tiles of a backend, which is imported only when it is asked for."""
-    package = f"pallas_kernels.block_sparse_conv.{name}"
-    return importlib.import_module(f"{package}.launch"), importlib.import_module(f"{package}.tiles")
+def _module(name: str) -> Any:
+    """A module of a backend, which is imported only when it is asked for."""
+    return importlib.import_module(f"pallas_kernels.block_sparse_conv.{name}")
 
 
 def _mosaic_gpu() -> Tunable:
-    launch, tiles = _modules("mosaic_gpu")
+    launch, tiles = _module("mosaic_gpu"), _module("mosaic_gpu.tiles")
     return Tunable(
         name="mosaic_gpu",
-        entries="entries",
         implementation=launch.IMPLEMENTATION,
         candidates=tiles.candidate_tiles,
         default=tiles.choose_tile,
         rules=lambda *_: [],
         build=lambda pass_name, tile: launch.implementation(tiles={pass_name: tile}),
-        key=tiles.key,
+        key=tuned_tables.key,
     )
 
 
 def _triton() -> Tunable:
-    launch, tiles = _modules("triton")
-    record = launch.IMPLEMENTATION
+    tiles = _module("triton.tiles")
+    products = _module("triton.products")
+    record = _module("triton").IMPLEMENTATION
     default = functools.partial(tiles.choose_tile, capability=capability())
 
     def build(pass_name: str, tile: Any) -> Implementation:
@@ -120,18 +116,17 @@ def _triton() -> Tunable:
         return dataclasses.replace(record, **{pass_name: run})
 
     def rules(spec: ConvSpec, pass_name: str) -> list[Any]:
-        methods = tiles.methods(spec) if pass_name == "input_gradient" else ()
+        methods = products.methods(spec) if pass_name == "input_gradient" else ()
         return [default(spec, pass_name, method=method) for method in methods]
 
     return Tunable(
         name="triton",
-        entries="tiles",
         implementation=record,
         candidates=functools.partial(tiles.candidate_tiles, capability=capability()),
         default=default,
         rules=rules,
         build=build,
-        key=tiles.key,
+        key=tiles.tuned_key,
     )
 
 
@@ -162,7 +157,7 @@ def chosen_tiles(name: str, spec: ConvSpec) -> dict[str, dict[str, Any]]:
         return {}
     return {
         pass_name: dataclasses.asdict(which.default(spec, field))
-        for pass_name, field in zip(PASSES, PASS_FIELDS, strict=True)
+        for pass_name, field in zip(PASS_NAMES, PASSES, strict=True)
     }
 
 
@@ -174,7 +169,7 @@ def tiles_to_time(which: Tunable, spec: ConvSpec, pass_name: str) -> list[Any]:
     Args:
       which: the implementation.
       spec: the static sizes.
-      pass_name: one of `PASS_FIELDS`.
+      pass_name: one of `PASSES`.
 
     Returns:
       At most `MOST` tiles, the default first.

@@ -9,7 +9,7 @@ from experiments.bench.environment import ROOT
 from experiments.bench.gpu import shapes, tiles
 from experiments.bench.gpu.fingerprint import fingerprint, implementation_key
 from experiments.bench.gpu.implementations import present_implementations
-from pallas_kernels.block_sparse_conv.devices import this_gpu
+from pallas_kernels.devices import this_gpu
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,9 +27,9 @@ from experiments.bench.gpu import clock, shapes
 from experiments.bench.gpu.fingerprint import backend_fingerprint
 from experiments.bench.gpu.journal import Journal, TimeUp
 from experiments.bench.gpu.tile_times import measure_pass
-from experiments.bench.gpu.tiles import PASS_FIELDS, Tunable, tunable
-from pallas_kernels.block_sparse_conv import ConvSpec
-from pallas_kernels.block_sparse_conv.devices import FOLDER, table, this_gpu
+from experiments.bench.gpu.tiles import Tunable, tunable
+from pallas_kernels.block_sparse_conv import PASSES, ConvSpec, tuned_tables
+from pallas_kernels.devices import this_gpu
 
 FIRST_RUN_SECONDS = 30  # after which the first run of a tile hangs
 RESERVE = 20  # seconds that must be left for a pass
@@ -142,7 +142,7 @@ def _units(config: Config, tunables: list[Tunable]) -> dict[str, Unit]:
                 if reason := which.implementation.supports(spec):
                     print(f"{case.name} {sparsity:.0%}: no {which.name}: {reason}", file=sys.stderr)
                     continue
-                for pass_name in PASS_FIELDS:
+                for pass_name in PASSES:
                     unit = Unit(which, spec, pass_name)
                     units.setdefault(unit.key, unit)
     return units
@@ -185,17 +185,13 @@ def write_table(which: Tunable, measured: list[dict[str, Any]], config: Config) 
     """
     if not measured or (config.quick and config.folder is None):
         return None
-    path = (config.folder or FOLDER) / table(which.name, this_gpu()).name
-    old = json.loads(path.read_text()) if path.exists() else {}
-    best = old.get(which.entries, {}) | {result["key"]: result["best"] for result in measured}
-    milliseconds = old.get("milliseconds", {}) | {
+    path = tuned_tables.path(which.name, this_gpu(), config.folder)
+    best = {result["key"]: result["best"] for result in measured}
+    milliseconds = {
         result["key"]: [result["milliseconds"], result["default_milliseconds"]]
         for result in measured
     }
-    head = {"environment": tuned_on(), "milliseconds": milliseconds}
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(tile)}" for key, tile in best.items())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{json.dumps(head)[:-1]},\n"{which.entries}": {{\n{lines}\n}}}}\n')
+    tuned_tables.write(path, best, milliseconds, tuned_on())
     return path
 
 

@@ -29,7 +29,7 @@ from experiments.bench.gpu.fingerprint import fingerprint
 from experiments.bench.gpu.float64 import as_float64
 from experiments.bench.gpu.journal import Journal, TimeUp
 from experiments.reporting import results
-from pallas_kernels.block_sparse_conv.devices import this_gpu
+from pallas_kernels.devices import this_gpu
 from pallas_kernels.two_of_four import cusparselt, handler
 from pallas_kernels.two_of_four.api import two_of_four_matmul
 
@@ -147,7 +147,7 @@ def cases(config: Config) -> list[bound.Product]:
     every = bound.products(config.batch)
     if config.quick:
         every = [bound.Product("small", 64, 32, 48), bound.Product("small wide", 32, 64, 8)]
-    multiple = cusparselt.SPARSE
+    multiple = cusparselt.WEIGHT_MULTIPLE
     chosen = [
         dataclasses.replace(product, m=-(-product.m // multiple) * multiple)
         for product in every

@@ -10,8 +10,12 @@ takes longer. It leaves out launches, tiles that do not fill the device, and the
 import argparse
 import dataclasses
 
-from experiments.bench.gpu.rates import BANDWIDTH, DENSE_RATE, SPARSE_RATE
 from experiments.reporting import markdown
+from pallas_kernels.devices import H200
+
+BANDWIDTH = H200.memory  # bytes/s
+DENSE_RATE = H200.half  # FLOP/s
+SPARSE_RATE = 2 * DENSE_RATE  # FLOP/s of the dense product, half of whose operations are left out
 
 # Of ResNet-50: width, blocks, and pixels of a side after the stride.
 STAGES = ((64, 3, 56), (128, 4, 28), (256, 6, 14), (512, 3, 7))
