@@ -4,7 +4,7 @@
 For each network and sparsity it times the masked, the sparse and the packed execution of static
 HRBP in turn with the dense step, in one process. Dense steps run in NHWC and in CHWN (the faster
 one is the baseline), each convolution as a matrix product for each tap where that is faster than
-XLA's convolution (`experiments/models/taps.py`). With `--torch PATH_TO_PYTHON`, PyTorch's dense
+XLA's convolution (`pallas_kernels/dense_conv.py`). With `--torch PATH_TO_PYTHON`, PyTorch's dense
 step is timed as well: the same network from the same weights on the same batch, channels_last, in a
 process of its own (see `torch_baseline/`).
 
