@@ -1,6 +1,6 @@
 """Times whole training steps: block-sparse against dense, masked-dense and PyTorch.
 
-`python -m experiments.bench.training` takes about 20 minutes on 2 CPU cores, `--quick` about one.
+`python -m experiments.bench.training` takes about 20 minutes on 2 CPU cores, `--quick` about two.
 For each network and sparsity it times the masked, the sparse and the packed execution of static
 HRBP in turn with the dense step, in one process. Dense steps run in NHWC and in CHWN (the faster
 one is the baseline), each convolution as a matrix product for each tap where that is faster than

@@ -42,7 +42,7 @@ def _ceilings(report: dict[str, Any]) -> str:
 
 def _totals(report: dict[str, Any]) -> str:
     columns = ["sparsity", "pass", "against cuDNN, geometric mean"]
-    columns += ["worst layer", "best layer", "slower than it"]
+    columns += ["worst layer", "best layer", "slower layers"]
     return markdown.table(
         columns, [summary_cells(line) for line in report["summary"]], text_columns=2
     )

@@ -19,7 +19,7 @@ def totals(report: dict[str, Any]) -> str:
       Markdown.
     """
     columns = ["against", "sparsity", "pass", "geometric mean"]
-    columns += ["worst layer", "best layer", "slower than it"]
+    columns += ["worst layer", "best layer", "slower layers"]
     rows = [[line["against"], *summary_cells(line)] for line in report["summary"]]
     return markdown.table(columns, rows, text_columns=3)
 
@@ -35,7 +35,7 @@ def table(report: dict[str, Any]) -> str:
     """
     regrets = sorted(row["regret"] for row in report["rows"])
     note = (
-        "What is picked against the fastest that was measured: median "
+        "The implementation that is picked, against the fastest one measured: median "
         f"{statistics.median(regrets):+.0%}, worst {regrets[-1]:+.0%}.\n"
     )
     return f"{totals(report)}\n{_layers(report)}\n{note}"
