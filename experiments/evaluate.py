@@ -9,7 +9,7 @@ from typing import Any
 import tyro
 
 import blocksparse_jax as bsj
-from experiments.data.resident import load
+from experiments.data import load
 from experiments.training.loop import Trainer
 from experiments.training.methods import Length
 from experiments.training.run_folder import RunFolder

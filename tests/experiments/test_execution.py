@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import blocksparse_jax as bsj
-from experiments.data.resident import load
+from experiments.data import load
 from experiments.training.config import TrainConfig, resolve
 from experiments.training.loop import Trainer
 from experiments.training.methods import METHODS, Length
