@@ -40,7 +40,7 @@ PRINTS = {  # page -> what its examples print
     "layers_and_formats.md": "hrbp-dynamic: sparse layers keep",
     "experiments_and_data.md": "(64, 8, 8, 1) (64,)",
     "channel_orders.md": "",
-    "write_your_own_method.md": "sparse layers keep 0.5000",
+    "write_your_own_method.md": "sensitivity: sparse layers keep",
 }
 
 
@@ -60,10 +60,13 @@ def test_the_examples_of_a_page_run_from_top_to_bottom(page, capsys):
     ("method", "density"),
     [
         ("bsj.hrbp_prune(0.9)", 0.1),
-        ("bsj.subp(0.75, start=0, end=3)", 0.25),
+        ("bsj.subp(0.75, schedule=bsj.between(0, 3))", 0.25),
         ("bsj.sr_ste(2, 4)", 0.5),
-        ("bsj.rigl(0.9, until=100, update_every=2)", 0.1),
-        ("bsj.gradual_magnitude(0.9, start=0, end=3, update_every=1)", 0.1),
+        ("bsj.rigl(0.9, schedule=bsj.every(2, until=100))", 0.1),
+        ("bsj.set_(0.9, schedule=bsj.every(2))", 0.1),
+        ("bsj.snfs(0.9, schedule=bsj.every(2))", 0.1),
+        ("bsj.gradual(0.9, schedule=bsj.between(0, 3))", 0.1),
+        ("bsj.magnitude(0.9)", 0.1),
     ],
 )
 def test_the_loop_serves_every_method(method, density, capsys):
@@ -129,7 +132,7 @@ def test_methods_and_models_are_those_of_the_registries():
 
 def test_the_reference_lists_every_public_name_once():
     page = PAGES["api.md"]
-    listed = re.findall(r"auto(?:function|class):: (\w+)", page)
+    listed = re.findall(r"auto(?:function|class):: (\w+)(?:\(\))?$", page, re.MULTILINE)
     listed += re.findall(r"automodule:: blocksparse_jax\.(\w+)", page)
     assert sorted(listed) == sorted(bsj.__all__)
 
@@ -155,8 +158,11 @@ def test_a_stale_block_figure_is_found(tmp_path):
         block_figure.main(block_figure.BlockFigureConfig(check=True, path=path))
 
 
-def test_the_readme_is_short():
+def test_the_readme_and_the_example_of_a_method_are_short():
     assert len(README.splitlines()) <= 150
+    page = PAGES["write_your_own_method.md"]
+    example = re.search(r"<!-- example:method -->\n```python\n(.*?)```", page, re.DOTALL)[1]
+    assert len(example.splitlines()) <= 33, "30 lines of code and blank lines between"
 
 
 def test_extras_and_name():
