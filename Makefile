@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test slow lint bench gpu-compilers
+.PHONY: train test slow lint docs bench gpu-compilers
 
 train: $(VENV)/installed
 	$(BIN)/python -m experiments.compare $(ARGS)
@@ -25,6 +25,11 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
+
+# HTML pages in docs/_build. A warning is an error. Once its packages are installed it needs no network.
+docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt furo myst-parser sphinx
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build $(ARGS)
 
 bench: $(VENV)/installed
 	$(BIN)/python -m experiments.bench.kernels --device cpu

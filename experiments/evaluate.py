@@ -10,7 +10,7 @@ from typing import Any
 import tyro
 
 import blocksparse_jax as bsj
-from experiments.data.resident import load
+from experiments.data import load
 from experiments.training.execution import is_dense, masks_of, to_form
 from experiments.training.run import first_batch, trainer_for
 from experiments.training.run_folder import RunFolder

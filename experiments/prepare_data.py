@@ -1,11 +1,11 @@
-"""Convert the original files of a data set to the TFDS layout, from which training reads; without
-TensorFlow.
+"""Converts the original files of a data set to the TFDS layout, which training reads.
 
-    python -m experiments.prepare_data --dataset cifar10 --source cifar-10-python.tar.gz --data-dir
-    data python -m experiments.prepare_data --dataset mnist --source FOLDER --data-dir data
+    python -m experiments.prepare_data --dataset cifar10 --source cifar-10-python.tar.gz
+    python -m experiments.prepare_data --dataset mnist --source FOLDER --data-dir data
 
 CIFAR and MNIST take seconds, tiny_imagenet a minute, imagenet2012 hours and 150 GB. Without
---source the official archive is downloaded (mnist, cifar10, cifar100, tiny_imagenet).
+--source the official archive is downloaded (mnist, cifar10, cifar100, tiny_imagenet). TensorFlow is
+not needed.
 """
 
 import dataclasses
@@ -31,27 +31,28 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to convert, from where, to where."""
+    """The data set to convert, its source and its destination."""
 
     dataset: Literal["mnist", "cifar10", "cifar100", "tiny_imagenet", "imagenet2012"]
     """name of the data set"""
     source: Path | None = None
-    """the original archive, folder or .npz of arrays; left out: download the official archive"""
+    """the original archive, folder or .npz of arrays; without it the official archive is
+    downloaded"""
     data_dir: Path = Path("data")
-    """the TFDS folder to write into, and to name in training"""
+    """the TFDS folder to write into; training takes the same --data-dir"""
     overwrite: bool = False
-    """replace an existing copy"""
+    """whether to replace an existing copy"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What was written.
+    """The result of a conversion.
 
-    Args:
-        folder: the folder of the version.
-        counts: number of examples in each split.
-        megabytes: size on disk, 10^6 bytes.
-        seconds: time it took.
+    Attributes:
+      folder: the folder of the version.
+      counts: number of examples in each split.
+      megabytes: size on disk, in units of 10^6 bytes.
+      seconds: duration of the conversion.
     """
 
     folder: Path
@@ -61,24 +62,25 @@ class Summary:
 
 
 def main(config: Config) -> Summary:
-    """Convert a data set.
+    """Converts a data set.
 
     Args:
-        config: what to convert.
+      config: the data set, its source and its destination.
 
     Returns:
-        A summary of what was written.
+      The folder, the number of examples, the size and the duration.
 
     Raises:
-        ValueError: unknown data set, wrong or corrupted source, or a prepared copy is there
-          already.
-        FileNotFoundError: the source, or a part of it, is missing.
+      ValueError: the data set is unknown, the source is wrong or corrupted, or a prepared copy
+        exists already.
+      FileNotFoundError: the source, or a part of it, is missing.
     """
     name = config.dataset
     choice("dataset", name, [key for key in SPECS if SPECS[key].source])
-    if (there := prepared_versions(name, config.data_dir)) and not config.overwrite:
+    versions = prepared_versions(name, config.data_dir)
+    if versions and not config.overwrite:
         raise ValueError(
-            f"data_dir: {str(there[-1])!r} exists already; pass --overwrite to replace it"
+            f"data_dir: {str(versions[-1])!r} exists already; pass --overwrite to replace it"
         )
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
@@ -90,35 +92,32 @@ def main(config: Config) -> Summary:
             )
     megabytes = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     summary = Summary(folder, counts, megabytes, time.perf_counter() - start)
-    _report(name, summary)
+    _print_summary(name, summary)
     return summary
 
 
-def _report(name: str, summary: Summary) -> None:
+def _print_summary(name: str, summary: Summary) -> None:
     print(f"{name}: {summary.folder}, {summary.megabytes:.1f} MB, {summary.seconds:.1f} s")
     for (split, count), official in zip(summary.counts.items(), SPECS[name].sizes, strict=True):
-        print(
-            f"  {split:<11}{count:>10,} examples"
-            + ("" if count == official else f" (the official set has {official:,})")
-        )
+        note = "" if count == official else f" (the official set has {official:,})"
+        print(f"  {split:<11}{count:>10,} examples{note}")
 
 
 def _progress(items: Iterable[T], total: int, label: str) -> Iterator[T]:
-    """The items, with a progress bar on a terminal."""
+    """Yields the items and, on a terminal, shows a progress bar."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(
-        *columns, console=Console(stderr=True), disable=not sys.stderr.isatty()
-    ) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
         yield from progress.track(items, total=total, description=label)
 
 
 def _download(name: str, folder: Path) -> Path:
-    """Fetch the official archive (or the folder of files) of a data set."""
+    """Downloads the official archive of a data set, or its folder of files, into `folder`."""
     urls = SPECS[name].urls
     if not urls:
         raise ValueError(
@@ -130,17 +129,16 @@ def _download(name: str, folder: Path) -> Path:
             urllib.request.urlretrieve(url, folder / url.rpartition("/")[2])
         except OSError as error:
             raise FileNotFoundError(
-                f"source: {url} cannot be fetched ({error}); fetch it by hand and pass --source"
+                f"source: {url} cannot be fetched ({error}); fetch it yourself and pass --source"
             ) from error
     return folder / urls[0].rpartition("/")[2] if len(urls) == 1 else folder
 
 
 def cli(args: list[str] | None = None) -> None:
-    """The command line; what is wrong with the arguments or the source ends it with one line and
-    exit code 2.
+    """Runs the command line. Wrong arguments or sources end it with one line and exit code 2.
 
     Args:
-        args: None takes the process's arguments.
+      args: the arguments; None takes those of the process.
     """
     config = tyro.cli(
         Config, args=args, prog="python -m experiments.prepare_data", description=__doc__

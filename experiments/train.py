@@ -14,14 +14,14 @@ import dataclasses
 import sys
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 import blocksparse_jax as bsj
 from experiments.bench.environment import device
 from experiments.bench.memory import steady_memory
-from experiments.training import command_line, registry
+from experiments.reporting import markdown
+from experiments.reporting.reports import methods
+from experiments.training import command_line
 from experiments.training.config import TrainConfig
 from experiments.training.execution import is_dense, to_form
 from experiments.training.run import Run
@@ -63,7 +63,7 @@ def cli(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     try:
         if command_line.method_of(args) == "list":
-            Console(width=None if sys.stdout.isatty() else 160).print(_methods())
+            markdown.show(methods.table())
             return
         config, resume = command_line.parse(args)
         print(
@@ -90,17 +90,6 @@ def cli(args: list[str] | None = None) -> None:
         dense = to_form("masked", run.state)
         summary = bsj.summarize(dense.params, dense.opt_state)
         print(dataclasses.replace(summary, method=config.method))
-
-
-def _methods() -> Table:
-    """The registry's table."""
-    rows = registry.rows()
-    table = Table(caption=registry.CAPTION, box=box.SIMPLE)
-    for column in rows[0]:
-        table.add_column(column, no_wrap=column == "method", overflow="fold")
-    for row in rows:
-        table.add_row(*row.values())
-    return table
 
 
 if __name__ == "__main__":

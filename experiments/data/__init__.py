@@ -1,5 +1,8 @@
-"""Data sets: specs, preparation, and batches."""
+"""Data sets: what they are, how they are prepared, and how they give batches.
 
-from experiments.data.resident import load
+`load("digits")` needs no files and imports neither tensorflow-datasets nor OpenCV.
+"""
+
+from experiments.data.loading import load
 
 __all__ = ["load"]

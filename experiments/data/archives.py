@@ -1,5 +1,6 @@
-"""The file formats in which data sets are published: folders, zip, tar, npz, idx and pickled
-arrays. Knows no data set.
+"""Readers of the file formats in which data sets are published.
+
+Folders, zip and tar archives, `.npz`, idx files and pickled arrays. Nothing here knows a data set.
 """
 
 import contextlib
@@ -24,9 +25,7 @@ Files = Mapping[str, Callable[[], bytes]]
 
 @contextlib.contextmanager
 def readable(path: Path, expected: str) -> Iterator[None]:
-    """Within the block, a corrupted archive or file becomes a ValueError that names `path` and what
-    was `expected`.
-    """
+    """Turns errors of corrupted files in the `with` block into a ValueError that names `path`."""
     try:
         yield
     except (
@@ -45,23 +44,21 @@ def readable(path: Path, expected: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_files(path: Path) -> Iterator[Files]:
-    """The files of a folder, a zip archive or a tar archive that fits into memory.
+    """Opens the files of a folder, a zip archive, or a tar archive that fits into memory.
 
     Args:
-        path: the folder or the archive.
+      path: the folder or the archive.
 
     Yields:
-        name -> function that reads the bytes, usable inside of the `with` block.
+      Name -> function that reads the bytes. It works only inside the `with` block.
 
     Raises:
-        tarfile.TarError, zipfile.BadZipFile: it is none of the three, or corrupted.
+      tarfile.TarError: the file is neither a zip nor a tar archive, or it is corrupted.
+      zipfile.BadZipFile: the zip archive is corrupted.
     """
     if path.is_dir():
-        yield {
-            p.relative_to(path).as_posix(): p.read_bytes
-            for p in sorted(path.rglob("*"))
-            if p.is_file()
-        }
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        yield {file.relative_to(path).as_posix(): file.read_bytes for file in files}
     elif path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
             yield {
@@ -74,17 +71,18 @@ def open_files(path: Path) -> Iterator[Files]:
 
 
 def tar_members(archive: Path | IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
-    """Name and open file of each file in a tar archive (compressed or not), in one pass."""
-    with (
-        tarfile.open(archive) if isinstance(archive, Path) else tarfile.open(fileobj=archive) as tar
-    ):
+    """Yields the name and the open file of each file in a tar archive, in one pass."""
+    source: dict[str, Any] = (
+        {"name": archive} if isinstance(archive, Path) else {"fileobj": archive}
+    )
+    with tarfile.open(**source) as tar:
         for entry in tar:
             if (file := tar.extractfile(entry)) is not None:
                 yield entry.name, file
 
 
 def find(files: Files, pattern: str) -> str:
-    """The first file whose path ends in the pattern; FileNotFoundError if there is none."""
+    """The first file whose path ends in the regular expression; FileNotFoundError if none does."""
     for entry in files:
         if re.search(rf"(^|/){pattern}$", entry):
             return entry
@@ -95,47 +93,52 @@ def find(files: Files, pattern: str) -> str:
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz; zipfile.BadZipFile if it is none, or holds Python objects."""
+    """Reads the arrays of an `.npz`; zipfile.BadZipFile if it is none or holds Python objects."""
     try:
         with path.open("rb") as file, np.load(file) as archive:
             return {key: archive[key] for key in archive.files}
-    except (ValueError, AttributeError) as error:  # what numpy makes of another file
+    except (ValueError, AttributeError) as error:  # NumPy raises these for other files
         raise zipfile.BadZipFile(str(error)) from error
 
 
 def read_idx(entry: str, data: bytes) -> UInt8[np.ndarray, "..."]:
-    r"""An idx file of bytes, gzipped or not: 0, 0, type 8, rank, the sizes as big-endian int32, the
-     values.
+    r"""Reads an idx file of unsigned bytes.
+
+    The file holds the bytes 0, 0, the type 8, the rank, the sizes as big-endian int32, the values.
 
     Args:
-        entry: its name; ends in .gz if it is gzipped.
-        data: bytes of the file.
+      entry: name of the file; it ends in .gz if the file is gzipped.
+      data: bytes of the file.
 
     Returns:
-        The array.
+      The array.
 
     Raises:
-        EOFError: it is no such file.
+      EOFError: this is no idx file of bytes, or it is cut short.
 
     Example:
-        >>> read_idx("a", b"\0\0\x08\x01" + b"\0\0\0\x02" + b"ab").tolist()
-        [97, 98]
+      >>> read_idx("a", b"\0\0\x08\x01" + b"\0\0\0\x02" + b"ab").tolist()
+      [97, 98]
 
     Reference: LeCun, Cortes and Burges, The MNIST database of handwritten digits.
     """
     if entry.endswith(".gz"):
         data = gzip.decompress(data)
-    header = 4 + 4 * data[3] if data[:3] == b"\0\0\x08" and len(data) > 3 else 0
-    shape = (
-        [int(n) for n in np.frombuffer(data[4:header], ">i4")] if 4 < header <= len(data) else []
-    )
-    if not shape or len(data) - header != math.prod(shape):
-        raise EOFError(f"{entry}: no idx file of bytes, or cut short")
+    error = EOFError(f"{entry}: no idx file of bytes, or cut short")
+    if len(data) < 4 or data[:3] != b"\0\0\x08":
+        raise error
+    rank = data[3]
+    header = 4 + 4 * rank
+    if rank == 0 or len(data) < header:
+        raise error
+    shape = [int(size) for size in np.frombuffer(data[4:header], ">i4")]
+    if len(data) - header != math.prod(shape):
+        raise error
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Admits lists, dicts, strings and NumPy arrays, and nothing that could run code."""
+    """An unpickler of lists, dicts, strings and NumPy arrays that never runs code of the file."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (
@@ -149,14 +152,16 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def read_pickle(data: bytes) -> Any:
-    """Unpickle containers of NumPy arrays, also of Python 2; pickle.UnpicklingError for anything
-    else.
+    """Unpickles containers of NumPy arrays, also those that Python 2 wrote.
+
+    Raises:
+      pickle.UnpicklingError: the bytes are no pickle, or hold anything else.
 
     Example:
-        >>> read_pickle(pickle.dumps({"labels": [1, 2]}))
-        {'labels': [1, 2]}
+      >>> read_pickle(pickle.dumps({"labels": [1, 2]}))
+      {'labels': [1, 2]}
     """
     try:
         return _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
-    except Exception as error:  # noise makes pickle raise nearly anything
+    except Exception as error:  # for random bytes pickle raises nearly any exception
         raise pickle.UnpicklingError(str(error)) from error

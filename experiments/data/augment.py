@@ -10,25 +10,24 @@ from jaxtyping import Array, Float, Key, UInt8
 def augment(
     key: Key[Array, ""], images: UInt8[Array, "n h w c"], *, pad: int, flip: bool
 ) -> UInt8[Array, "n h w c"]:
-    """Shift each image by up to `pad` pixels each way, zeros entering, and mirror half of them left
-    to right.
+    """Crops each image at random from its zero-padded copy, and mirrors half of them.
 
-    Equal to a random crop of the zero-padded image: out[n, i, j] = in[n, i + dy, ±j + dx] with dy,
-    dx uniform over -pad .. pad; a gather per axis, the mirror folded into the column indices.
+    `out[n, i, j] = in[n, i + dy, ±j + dx]` with dy, dx uniform over -pad .. pad, and 0 outside of
+    the image. Each axis takes one gather; the mirror is part of the column indices.
 
     Args:
-        key: random key.
-        images: pixels [n, h, w, c].
-        pad: largest shift, in pixels; 0 for none.
-        flip: whether images are mirrored, each with probability 1/2.
+      key: random key.
+      images: pixels `[n, h, w, c]`.
+      pad: largest shift in pixels; 0 for none.
+      flip: whether each image is mirrored left to right with probability 1/2.
 
     Returns:
-        Images of the same shape and dtype.
+      Images of the same shape and dtype.
 
     Example:
-        >>> images = jnp.ones((2, 4, 4, 1), jnp.uint8)
-        >>> augment(jax.random.key(0), images, pad=0, flip=True).tolist() == images.tolist()
-        True
+      >>> images = jnp.ones((2, 4, 4, 1), jnp.uint8)
+      >>> augment(jax.random.key(0), images, pad=0, flip=True).tolist() == images.tolist()
+      True
 
     Reference: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, section 4.2 (pad
     4, crop, flip).
@@ -46,29 +45,28 @@ def augment(
 
 
 def _take(images: Array, index: Array, axis: int) -> Array:
-    """`take_along_axis` where indices outside of the image read zeros."""
-    outside = images.shape[axis]
-    return jnp.take_along_axis(
-        images, jnp.where(index < 0, outside, index), axis, mode="fill", fill_value=0
-    )
+    """`jnp.take_along_axis`, except that indices outside of the image read zeros."""
+    size = images.shape[axis]
+    index = jnp.where(index < 0, size, index)  # a negative index would count from the end
+    return jnp.take_along_axis(images, index, axis, mode="fill", fill_value=0)
 
 
 def normalize(
     images: UInt8[Array, "n h w c"], mean: Sequence[float], std: Sequence[float]
 ) -> Float[Array, "n h w c"]:
-    """(images / 255 - mean) / std, per channel, in float32.
+    """Computes `(images / 255 - mean) / std` for each channel, in float32.
 
     Args:
-        images: pixels [n, h, w, c], 0..255.
-        mean: mean of each of the c channels, in units of the full range 0..1.
-        std: standard deviation of each channel, same units.
+      images: pixels `[n, h, w, c]`, 0..255.
+      mean: mean of each of the c channels, where 1 is the brightest pixel.
+      std: standard deviation of each channel, in the same units.
 
     Returns:
-        Float images [n, h, w, c].
+      Float images `[n, h, w, c]`.
 
     Example:
-        >>> normalize(jnp.full((1, 1, 1, 1), 255, jnp.uint8), (0.5,), (0.25,)).item()
-        2.0
+      >>> normalize(jnp.full((1, 1, 1, 1), 255, jnp.uint8), (0.5,), (0.25,)).item()
+      2.0
     """
     scale = 1 / jnp.asarray(std, jnp.float32)
     return images.astype(jnp.float32) * (scale / 255) - jnp.asarray(mean, jnp.float32) * scale

@@ -1,5 +1,6 @@
-"""ImageNet streamed from disk: decoded, cropped and batched on the host by Grain, normalised on the
-device.
+"""ImageNet streamed from disk.
+
+Grain decodes, crops and batches on the host; the device normalises.
 """
 
 import dataclasses
@@ -16,10 +17,12 @@ from absl import flags
 from jaxtyping import Array, Float, UInt8
 
 from experiments.data.augment import normalize
-from experiments.data.specs import SPECS, TestBatch, TrainBatch, count_steps, local_size, step_range
-from experiments.data.tfds_layout import Example, decode
+from experiments.data.batches import TestBatch, TrainBatch, count_steps, local_size, step_range
+from experiments.data.images import decode
+from experiments.data.specs import SPECS
+from experiments.data.tfds_layout import Example
 
-cv2.setNumThreads(0)  # the threads and processes of Grain are the parallelism
+cv2.setNumThreads(0)  # Grain's threads and processes already use all cores
 
 Pixels = UInt8[np.ndarray, "h w c"]
 
@@ -32,24 +35,25 @@ def random_resized_crop(
     area: tuple[float, float] = (0.08, 1.0),
     aspect: float = 4 / 3,
 ) -> Pixels:
-    """A random part of the image, resized to a square; half of the time mirrored.
+    """Cuts a random rectangle out of the image and resizes it to a square, mirrored half the time.
 
-    The part's share of the area is uniform over `area`, the logarithm of its width/height uniform
-    over ±log(aspect). If none of ten draws fits into the image, the largest centred square.
+    The rectangle's fraction of the area is uniform over `area`, the logarithm of its width/height
+    uniform over ±log(aspect). If none of ten draws fits into the image, it is the largest centred
+    square.
 
     Args:
-        rng: source of the draws.
-        image: pixels [h, w, c].
-        size: height and width of the result, in pixels.
-        area: smallest and largest share of the image's area.
-        aspect: largest ratio of width to height, or of height to width.
+      rng: source of the draws.
+      image: pixels `[h, w, c]`.
+      size: height and width of the result, in pixels.
+      area: smallest and largest fraction of the image's area.
+      aspect: largest ratio of width to height, or of height to width.
 
     Returns:
-        Pixels [size, size, c].
+      Pixels `[size, size, c]`.
 
     Example:
-        >>> random_resized_crop(np.random.default_rng(0), np.zeros((30, 40, 3), np.uint8), 8).shape
-        (8, 8, 3)
+      >>> random_resized_crop(np.random.default_rng(0), np.zeros((30, 40, 3), np.uint8), 8).shape
+      (8, 8, 3)
 
     Reference: Szegedy et al., Going Deeper with Convolutions, CVPR 2015, section 6.
     """
@@ -57,24 +61,28 @@ def random_resized_crop(
     for _ in range(10):
         ratio = math.exp(rng.uniform(-math.log(aspect), math.log(aspect)))
         pixels = h * w * rng.uniform(*area)
-        ch, cw = max(1, round(math.sqrt(pixels / ratio))), max(1, round(math.sqrt(pixels * ratio)))
-        if ch <= h and cw <= w:
-            top, left = rng.integers(h - ch + 1), rng.integers(w - cw + 1)
+        height = max(1, round(math.sqrt(pixels / ratio)))
+        width = max(1, round(math.sqrt(pixels * ratio)))
+        if height <= h and width <= w:
+            top = rng.integers(h - height + 1)
+            left = rng.integers(w - width + 1)
             break
     else:
-        ch = cw = min(h, w)
-        top, left = (h - ch) // 2, (w - cw) // 2
-    part = resize(image[top : top + ch, left : left + cw], size, size)
-    return part[:, ::-1] if rng.random() < 0.5 else part
+        height = width = min(h, w)
+        top = (h - height) // 2
+        left = (w - width) // 2
+    crop = resize(image[top : top + height, left : left + width], size, size)
+    return crop[:, ::-1] if rng.random() < 0.5 else crop
 
 
 def center_crop(image: Pixels, size: int, *, shorter: int) -> Pixels:
-    """The image with its shorter side resized to `shorter` pixels, of that the central square of
-    `size` pixels.
+    """Resizes the image so that its shorter side has `shorter` pixels; returns the central square.
+
+    The square has `size` x `size` pixels.
 
     Example:
-        >>> center_crop(np.zeros((30, 40, 3), np.uint8), 8, shorter=10).shape
-        (8, 8, 3)
+      >>> center_crop(np.zeros((30, 40, 3), np.uint8), 8, shorter=10).shape
+      (8, 8, 3)
 
     Reference: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, section 3.4 (256,
     224).
@@ -82,14 +90,13 @@ def center_crop(image: Pixels, size: int, *, shorter: int) -> Pixels:
     h, w, _ = image.shape
     scale = shorter / min(h, w)
     image = resize(image, max(shorter, round(h * scale)), max(shorter, round(w * scale)))
-    top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+    top = (image.shape[0] - size) // 2
+    left = (image.shape[1] - size) // 2
     return image[top : top + size, left : left + size]
 
 
 def resize(image: Pixels, height: int, width: int) -> Pixels:
-    """The image in another size, in pixels: the mean over areas where it shrinks, bilinear where it
-    grows.
-    """
+    """Resizes an image: averages over areas where it shrinks, interpolates where it grows."""
     shrinks = height * width < image.shape[0] * image.shape[1]
     return cv2.resize(
         image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
@@ -98,17 +105,19 @@ def resize(image: Pixels, height: int, width: int) -> Pixels:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageNet:
-    """ImageNet 2012 as a stream of batches, each a function of (seed, epoch, step): an epoch
-    resumes without reading what came before.
+    """ImageNet 2012 as a stream of batches.
 
-    Args:
-        train: random access to the training examples, as `tfds_layout.open_split` gives it: dicts
-          with "image" (bytes) and "label".
-        test: the same of the test examples.
-        process: (index, count) of the processes that share each batch; see `Data`.
-        threads: threads that read and decode, in each worker; each works on one batch, so as many
-          batches are held in memory.
-        workers: processes beside this one that read and decode; 0 for none.
+    A batch depends only on (seed, epoch, step), so that an epoch can resume without reading the
+    batches before.
+
+    Attributes:
+      train: the training examples as `tfds_layout.open_split` gives them: random access to dicts
+        with "image" (bytes) and "label".
+      test: the test examples in the same form.
+      process: `(index, count)` of the processes that share each batch; see `batches.Data`.
+      threads: number of threads that read and decode, in each worker. Each works on one batch, so
+        as many batches are in memory.
+      workers: number of additional processes that read and decode; 0 for none.
     """
 
     train: Sequence[Example]
@@ -122,71 +131,65 @@ class ImageNet:
     num_classes = SPECS["imagenet2012"].num_classes
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Number of full training batches in an epoch; ValueError if the batch is larger than the
-        training set.
-        """
+        """Number of full training batches in an epoch; ValueError if not even one is full."""
         return count_steps(len(self.train), batch_size, self.process[1])
 
     def train_batches(
         self, epoch: int, batch_size: int, seed: int, start_step: int = 0
     ) -> Iterator[TrainBatch]:
-        """Shuffled training batches of one epoch, each image through `random_resized_crop`;
-        arguments as in `data.Dataset`.
+        """Gives the shuffled training batches of one epoch, as `resident.Dataset` does.
+
+        Every image goes through `random_resized_crop`.
         """
         steps = step_range(start_step, self.steps_per_epoch(batch_size))
         index, count = self.process
-        stream = grain.MapDataset.source(self.train).seed(
-            int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-        )
-        stream = stream.shuffle().random_map(_train_example)[
-            index : steps.stop * batch_size : count
-        ]
-        return map(_to_device, self._read(stream.batch(local_size(batch_size, count))[start_step:]))
+        grain_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+        examples = grain.MapDataset.source(self.train).seed(grain_seed).shuffle()
+        examples = examples.random_map(_train_example)
+        rows = examples[index : steps.stop * batch_size : count]
+        batches = rows.batch(local_size(batch_size, count))[start_step:]
+        return map(_to_device, self._read(batches))
 
     def test_batches(self, batch_size: int) -> Iterator[TestBatch]:
-        """Every test example once, its central part, the last batch padded; arguments as in
-        `data.Dataset`.
-        """
+        """Gives the central square of every test example once, as `resident.Dataset` does."""
         index, count = self.process
         local = local_size(batch_size, count)
-        padded = -(-len(self.test) // batch_size) * batch_size
+        padded = math.ceil(len(self.test) / batch_size) * batch_size
         rows = grain.MapDataset.range(padded)[index::count]
-        return map(
-            _to_device,
-            self._read(rows.map(functools.partial(_test_example, self.test)).batch(local)),
-        )
+        batches = rows.map(functools.partial(_test_example, self.test)).batch(local)
+        return map(_to_device, self._read(batches))
 
     def _read(self, batches: grain.MapDataset) -> Iterator[tuple[np.ndarray, ...]]:
+        """Reads the batches in order, in threads and, with workers, in other processes."""
         stream = batches.to_iter_dataset(
             grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=self.threads)
         )
         if self.workers:
             if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags
+                flags.FLAGS.mark_as_parsed()  # else Grain's worker processes refuse to start
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers))
         return iter(stream)
 
 
 def _train_example(example: Example, rng: np.random.Generator) -> tuple[Any, ...]:
-    h, _, channels = ImageNet.image_shape
-    return random_resized_crop(rng, decode(example["image"], channels), h), np.int32(
-        example["label"]
-    )
+    """The cropped image and the label of a training example."""
+    size, _, channels = ImageNet.image_shape
+    image = random_resized_crop(rng, decode(example["image"], channels), size)
+    return image, np.int32(example["label"])
 
 
 def _test_example(source: Sequence[Example], row: int) -> tuple[Any, ...]:
-    h, _, channels = ImageNet.image_shape
+    """The image, the label and the weight of a test example; rows past the end are padding."""
+    size, _, channels = ImageNet.image_shape
     if row >= len(source):
         return np.zeros(ImageNet.image_shape, np.uint8), np.int32(0), np.float32(0)
     example = source[row]
-    return (
-        center_crop(decode(example["image"], channels), h, shorter=256),
-        np.int32(example["label"]),
-        np.float32(1),
-    )
+    image = center_crop(decode(example["image"], channels), size, shorter=256)
+    return image, np.int32(example["label"]), np.float32(1)
 
 
 def _to_device(batch: tuple[np.ndarray, ...]) -> tuple[Any, ...]:
+    """Copies a batch to the device and normalises its images there."""
     images, *rest = jax.device_put(batch)
     return _normalize(images), *rest
 

@@ -1,5 +1,6 @@
-"""The TFDS layout on disk, written and read without TensorFlow:
-DATA_DIR/NAME/VERSION/*.array_record with encoded images.
+"""The TFDS layout on disk, read and written without TensorFlow.
+
+`DATA_DIR/NAME/VERSION/*.array_record` hold the examples, with images as PNG or JPEG.
 """
 
 import itertools
@@ -10,69 +11,39 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int, UInt8
 
+from experiments.data.images import decode
 from experiments.data.specs import SPECS, prepare_command
 
 Example = dict[str, Any]
 _CHUNK = 500
 
 
-def png(image: UInt8[np.ndarray, "h w c"]) -> bytes:
-    """An RGB or grey image as PNG bytes (lossless)."""
-    pixels = image[..., ::-1] if image.shape[-1] == 3 else image
-    return cv2.imencode(".png", np.ascontiguousarray(pixels))[1].tobytes()
-
-
-def decode(data: bytes, channels: int) -> UInt8[np.ndarray, "h w c"]:
-    """PNG or JPEG bytes as an RGB (3 channels) or grey (1) image, EXIF orientation ignored;
-    ValueError if they are neither.
-
-    Example:
-        >>> decode(png(np.full((2, 3, 3), 7, np.uint8)), 3).tolist() == np.full((2, 3, 3), 7).tolist()
-        True
-    """
-    flags = (
-        cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
-    ) | cv2.IMREAD_IGNORE_ORIENTATION
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
-    if image is None:
-        raise ValueError(
-            f"image: expected PNG or JPEG bytes, got {len(data)} bytes that do not decode; prepare "
-            f"the data set again"
-        )
-    return image.reshape(*image.shape[:2], channels)
-
-
 def prepared_versions(name: str, data_dir: str | Path) -> list[Path]:
-    """The prepared versions of a data set under `data_dir`, oldest first."""
-    found = [
-        p.parent
-        for p in Path(data_dir, name).glob("*/dataset_info.json")
-        if re.fullmatch(r"\d+\.\d+\.\d+", p.parent.name)
-    ]
-    return sorted(found, key=lambda p: [int(part) for part in p.name.split(".")])
+    """The folders of the prepared versions of a data set, oldest version first."""
+    folders = [info.parent for info in Path(data_dir, name).glob("*/dataset_info.json")]
+    versions = [folder for folder in folders if re.fullmatch(r"\d+\.\d+\.\d+", folder.name)]
+    return sorted(versions, key=lambda folder: [int(part) for part in folder.name.split(".")])
 
 
 def open_split(name: str, data_dir: str | Path, split: str) -> Sequence[Example]:
-    """Random access to the examples of a prepared split, images left as PNG or JPEG bytes.
+    """Opens the examples of a prepared split for random access; images stay PNG or JPEG bytes.
 
     Args:
-        name: a name in `SPECS`.
-        data_dir: TFDS folder.
-        split: "train" or the set's `test_split`.
+      name: a name in `SPECS`.
+      data_dir: TFDS folder.
+      split: "train" or the set's `test_split`.
 
     Returns:
-        A TFDS data source; `source[i]` and `source.__getitems__([i, ...])` give dicts with at least
-        "image" and "label".
+      A TFDS data source. `source[i]` gives a dict with at least "image" and "label",
+      `source.__getitems__([i, ...])` a list of them.
 
     Raises:
-        FileNotFoundError: nothing is prepared there.
-        ValueError: what is there is not in the array_record format, or holds other images or
-          classes.
+      FileNotFoundError: the data set is not prepared in `data_dir`.
+      ValueError: its files are not in the array_record format, or the split is missing.
     """
     versions = prepared_versions(name, data_dir)
     if not versions:
@@ -87,10 +58,10 @@ def open_split(name: str, data_dir: str | Path, split: str) -> Sequence[Example]
         or file_format.value != "array_record"
         or split not in builder.info.splits
     ):
-        found = f"{file_format and file_format.value} with splits {list(builder.info.splits)}"
+        actual = f"{file_format and file_format.value} with splits {list(builder.info.splits)}"
         raise ValueError(
             f"data_dir: expected {str(versions[-1])!r} to hold array_record files with a split "
-            f"{split!r}, got {found}; "
+            f"{split!r}, got {actual}; "
             f"prepare it again, with --overwrite:\n{prepare_command(name, data_dir)}"
         )
     return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
@@ -99,36 +70,38 @@ def open_split(name: str, data_dir: str | Path, split: str) -> Sequence[Example]
 def read_arrays(
     name: str, data_dir: str | Path, split: str
 ) -> tuple[UInt8[np.ndarray, "n h w c"], Int[np.ndarray, " n"]]:
-    """A whole prepared split as arrays (about 2 s for CIFAR-10).
+    """Reads a whole prepared split into arrays (about 2 s for CIFAR-10).
 
     Args:
-        name: a name in `SPECS`, of images of one size.
-        data_dir: TFDS folder.
-        split: "train" or the set's `test_split`.
+      name: a name in `SPECS`, of a data set whose images all have one size.
+      data_dir: TFDS folder.
+      split: "train" or the set's `test_split`.
 
     Returns:
-        (pixels uint8 [n, h, w, c], labels int32 [n]).
+      `(pixels uint8 [n, h, w, c], labels int32 [n])`.
 
     Raises:
-        FileNotFoundError, ValueError: see `open_split`.
+      FileNotFoundError: see `open_split`.
+      ValueError: see `open_split`.
     """
-    source: Any = open_split(
-        name, data_dir, split
-    )  # `__getitems__` reads ten times faster than `source[i]`
-    shape = SPECS[name].image_shape
-    x = np.empty((len(source), *shape), np.uint8)
-    y = np.empty(len(source), np.int32)
-    for start in range(0, len(x), _CHUNK):
-        for i, example in enumerate(
-            source.__getitems__(range(start, min(start + _CHUNK, len(x)))), start
-        ):
-            x[i], y[i] = decode(example["image"], shape[-1]), example["label"]
+    source: Any = open_split(name, data_dir, split)
+    n = len(source)
+    height, width, channels = SPECS[name].image_shape
+    x = np.empty((n, height, width, channels), np.uint8)
+    y = np.empty(n, np.int32)
+    for start in range(0, n, _CHUNK):
+        rows = range(start, min(start + _CHUNK, n))
+        examples = source.__getitems__(rows)  # ten times faster than `source[i]` for each
+        for i, example in zip(rows, examples, strict=True):
+            x[i] = decode(example["image"], channels)
+            y[i] = example["label"]
     return x, y
 
 
 def _features(name: str, empty: str) -> tuple[str, tfds.features.FeaturesDict]:
-    """Version and features of TFDS's own builder, looked up in an empty folder, or ours where it
-    has none.
+    """The version and the features of TFDS's builder, or of this project where TFDS has none.
+
+    `empty` is an empty folder, in which TFDS looks the builder up.
     """
     if name in tfds.list_builders(with_community_datasets=False):
         builder = tfds.builder(name, data_dir=empty)
@@ -151,40 +124,43 @@ def write(
     *,
     overwrite: bool = False,
 ) -> tuple[Path, dict[str, int]]:
-    """Write a data set in the TFDS layout: into a temporary folder that takes its place when
-    everything is there.
+    """Writes a data set in the TFDS layout.
+
+    The files go into a temporary folder, which takes its final place when all of them are written:
+    a data set is complete or absent.
 
     Args:
-        name: a name in `SPECS`.
-        data_dir: TFDS folder; made if missing.
-        examples: pairs (split, example); images as PNG or JPEG bytes. Read once, in constant
-          memory.
-        class_names: names of the classes of each label feature, as far as they are known.
-        overwrite: replace what is there.
+      name: a name in `SPECS`.
+      data_dir: TFDS folder; created if missing.
+      examples: pairs `(split, example)`, images as PNG or JPEG bytes. Read once, in constant
+        memory.
+      class_names: label feature -> names of its classes, where they are known.
+      overwrite: whether to replace an existing copy.
 
     Returns:
-        (folder of the version, number of examples in each split).
+      The folder of the version and the number of examples in each split.
 
     Raises:
-        ValueError: the set is there already and `overwrite` is false, or a split stays empty.
+      ValueError: a copy exists already and `overwrite` is false, or a split stays empty.
     """
     data_dir = Path(data_dir)
     data_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=data_dir, prefix=f".{name}-") as scratch:
         version, features = _features(name, scratch)
-        folder, new = data_dir / name / version, Path(scratch, "new")
+        folder = data_dir / name / version
+        new_folder = Path(scratch, "new")
         if folder.exists() and not overwrite:
             raise ValueError(
                 f"data_dir: {str(folder)!r} exists already; pass --overwrite to replace it"
             )
         for label, names in class_names.items():
             features[label].names = list(names)
-        new.mkdir()
-        counts = _write_records(name, version, features, new, examples)
+        new_folder.mkdir()
+        counts = _write_records(name, version, features, new_folder, examples)
         folder.parent.mkdir(exist_ok=True)
         if folder.exists():
             folder.rename(Path(scratch, "old"))
-        new.rename(folder)
+        new_folder.rename(folder)
     return folder, counts
 
 
@@ -195,7 +171,7 @@ def _write_records(
     folder: Path,
     examples: Iterable[tuple[str, Example]],
 ) -> dict[str, int]:
-    """Write the records and their metadata, in shards of some 100 MB."""
+    """Writes the records and their metadata in shards of about 100 MB; returns the counts."""
     splits = ("train", SPECS[name].test_split)
     identity = tfds.core.dataset_info.DatasetIdentity(
         name=name, version=tfds.core.Version(version), data_dir=str(folder), module_name=__name__
@@ -224,7 +200,7 @@ def _write_records(
 
 
 def _chunks(examples: Iterable[tuple[str, Example]]) -> Iterator[list[tuple[str, Example]]]:
-    """Lists of up to `_CHUNK` examples: the writer renews its metadata at each call."""
+    """Groups examples into lists of up to `_CHUNK`: each call of the writer rewrites metadata."""
     iterator = iter(examples)
     while chunk := list(itertools.islice(iterator, _CHUNK)):
         yield chunk

@@ -1,15 +1,16 @@
-"""The model zoo: Flax linen networks whose convs are `BlockSparseConv`, in CHWN between stem and
-pool.
+"""The model zoo: Flax linen networks whose convolutions can be block-sparse.
 
-Every network takes NHWC images and gives logits: `model.apply(variables, images, train=False)`.
-Params are the same in both data formats. Names: the first conv is `stem`, the last layer
-`classifier`, 1x1 shortcut convs `downsample`, depthwise convs end in `_depthwise`.
+Every network takes NHWC images and returns logits: `model.apply(variables, images, train=False)`.
+Its parameters are the same in both data formats. The names are fixed: the first convolution is
+`stem`, the last layer `classifier`, the 1x1 convolutions of shortcuts are `downsample`, and the
+names of depthwise convolutions end in `_depthwise`.
 
-The networks keep CHWN to serve the sparse convolution. A network whose convs are all dense runs
-faster in NHWC on a CPU: XLA's dense convolution is an NHWC one and would transpose its activations.
-A stem runs as one matrix product in CHWN where it has at most twice as many rows (kernel area times
-3) as channels: a 3x3 stem of 14 channels or more. Narrower ones, and the 7x7 stem of the ImageNet
-ResNets up to 73 channels, run as XLA's convolution, which copies the stem's output.
+Between stem and pool the activations are in CHWN, the native layout of the sparse convolution. On a
+CPU a network whose convolutions are all dense runs faster in NHWC: XLA's dense convolution works in
+NHWC and transposes CHWN activations. A stem runs as one matrix product in CHWN if its rows (kernel
+area times 3) are at most twice its channels: a 3x3 stem of 14 channels or more. Narrower stems, and
+the 7x7 stem of the ImageNet ResNets up to 73 channels, run as XLA's convolution, which copies the
+stem's output.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from blocksparse_jax import _checks
+from blocksparse_jax._checks import choice
 from experiments.models.cnn import CNN
 from experiments.models.layers import Parts
 from experiments.models.mobilenet import MobileNetV1
@@ -28,7 +29,7 @@ __all__ = ["create", "names"]
 
 
 def names() -> tuple[str, ...]:
-    """The networks that `create` makes.
+    """Lists the networks that `create` knows.
 
     Returns:
       Their names.
@@ -51,25 +52,25 @@ def create(
     implementation: str | None = None,
     kernel_gradient: str = "masked",
 ) -> nn.Module:
-    """A network by name.
+    """Creates a network by name.
 
     Args:
       name: one of `names()`.
-      num_classes: outputs of the classifier.
-      width: factor on all channels; 2 gives GraSP's CIFAR ResNets (32-64-128).
-      stem: `"cifar"` for images up to 64x64, `"imagenet"` (strided) for resnet18/34/50,
+      num_classes: number of outputs of the classifier.
+      width: factor on all channel counts; 2 gives GraSP's CIFAR ResNets (32-64-128).
+      stem: `"cifar"` for images up to 64x64; `"imagenet"`, which is strided, for resnet18/34/50,
         resnet50_v1_5 and mobilenet_v1.
-      data_format: activation layout between stem and pool, `"CHWN"` or `"NHWC"`.
-      dtype: of the computation; params stay float32.
-      implementation: of the block-sparse convs, as in `blocksparse_jax.conv`.
+      data_format: layout of the activations between stem and pool, `"CHWN"` or `"NHWC"`.
+      dtype: dtype of the computation; the parameters stay float32.
+      implementation: backend of the block-sparse convolutions, as in `blocksparse_jax.conv`.
       kernel_gradient: `"masked"` or `"dense"`, as in `blocksparse_jax.conv`.
 
     Returns:
-      A linen module: `model.init(key, images)`, `model.apply(variables, images, train=True,
-      mutable=["batch_stats"])`.
+      A linen module. Call `model.init(key, images)`, then `model.apply(variables, images,
+      train=True, mutable=["batch_stats"])`.
 
     Raises:
-      ValueError: an unknown name, stem or data format; the message names the nearest.
+      ValueError: the name, stem or data format is unknown; the message suggests the nearest.
 
     Example:
       >>> create("resnet32", num_classes=10, width=2).blocks
@@ -77,9 +78,9 @@ def create(
 
     Reference: the networks of Ma et al., "HRBP", CPAL 2024 and Xiang et al., "SUBP", NeurIPS 2023.
     """
-    _checks.choice("name", name, names())
-    _checks.choice("stem", stem, ("cifar", "imagenet"))
-    _checks.choice("data_format", data_format, ("CHWN", "NHWC"))
+    choice("name", name, names())
+    choice("stem", stem, ("cifar", "imagenet"))
+    choice("data_format", data_format, ("CHWN", "NHWC"))
     if stem == "imagenet" and name not in (*IMAGENET_BLOCKS, "mobilenet_v1"):
         raise ValueError(
             f"stem: {name!r} has only the 'cifar' stem, got 'imagenet'; use resnet18/34/50, "
@@ -94,5 +95,6 @@ def create(
         return MobileNetV1(num_classes, width, stem, parts)
     if name in CIFAR_DEPTHS:
         return ResNet(num_classes, (CIFAR_DEPTHS[name],) * 3, (16, 32, 64), width, parts=parts)
-    blocks, kind = IMAGENET_BLOCKS[name]
-    return ResNet(num_classes, blocks, (64, 128, 256, 512), width, stem, parts=parts, **kind)
+    blocks, block_options = IMAGENET_BLOCKS[name]
+    features = (64, 128, 256, 512)
+    return ResNet(num_classes, blocks, features, width, stem, parts=parts, **block_options)

@@ -1,5 +1,6 @@
-"""A small CNN for images of 8x8 (digits) to 32x32 pixels, wide enough that blocks of 16 or 32
-filters pay.
+"""A small CNN for images of 8x8 (digits) to 32x32 pixels.
+
+Its layers are wide enough that blocks of 16 or 32 filters make them faster.
 """
 
 from flax import linen as nn
@@ -9,15 +10,15 @@ from experiments.models.layers import Parts, max_pool, scaled
 
 
 class CNN(nn.Module):
-    """Four 3x3 convs (64, 128, 128, 256 channels) with batch norm; max pools until the last two see
-    at most 8x8; mean pool; classifier.
+    """Four 3x3 convolutions with batch norm, a mean pool and the classifier.
 
-    A digit (8x8) is pooled once, after conv1; larger images (28x28, 32x32) also after the stem.
+    The convolutions have 64, 128, 128 and 256 channels. A max pool follows conv1 and, for images
+    larger than 16x16, the stem, so that the last two convolutions see at most 8x8 pixels.
 
     Attributes:
-      num_classes: of the classifier.
-      width: factor on all channels.
-      parts: the network's settings.
+      num_classes: number of outputs of the classifier.
+      width: factor on all channel counts.
+      parts: settings that all layers share.
     """
 
     num_classes: int
@@ -28,8 +29,9 @@ class CNN(nn.Module):
     def __call__(
         self, images: Float[Array, "n h w c"], train: bool = False
     ) -> Float[Array, "n classes"]:
-        """Logits of NHWC images."""
-        parts, x = self.parts, self.parts.images(images)
+        """Returns the logits of NHWC images."""
+        parts = self.parts
+        x = parts.images(images)
         for name, features in (("stem", 64), ("conv1", 128), ("conv2", 128), ("conv3", 256)):
             x = parts.conv_norm(x, scaled(features, self.width), 3, train=train, name=name)
             if name == "conv1" or (name == "stem" and images.shape[1] > 16):

@@ -1,4 +1,4 @@
-"""Where a model spends its work: how often each kernel is applied to one image."""
+"""Counts how often a model applies each kernel to one image, for FLOPs."""
 
 from typing import Any
 
@@ -10,26 +10,29 @@ from flax import linen as nn
 def conv_positions(
     model: nn.Module, variables: Any, image_shape: tuple[int, int, int]
 ) -> dict[str, int]:
-    """Output positions per image of every conv and dense kernel, found by tracing the model.
+    """Counts the output positions per image of every convolution and dense layer.
 
-    A kernel's multiply-adds per image are its size times its positions.
+    A kernel's multiply-adds per image are its size times its positions. The model is traced, not
+    run.
 
     Args:
-      model: a linen model over NHWC images.
+      model: a linen model that takes NHWC images.
       variables: its variables, with dense kernels.
-      image_shape: (height, width, channels).
+      image_shape: `(height, width, channels)`.
 
     Returns:
       "path/of/the/kernel" -> positions: output height times width for a convolution, 1 for a dense
-      layer behind a pool.
+      layer after a pool.
     """
     positions: dict[str, int] = {}
 
     def record(call, args, kwargs, context):
+        """Calls a module's method and records the positions of its kernel, if it has one."""
         out = call(*args, **kwargs)
-        if context.method_name == "__call__" and context.module.has_variable("params", "kernel"):
-            kernel = context.module.get_variable("params", "kernel")
-            positions["/".join((*context.module.path, "kernel"))] = out.size // kernel.shape[-1]
+        module = context.module
+        if context.method_name == "__call__" and module.has_variable("params", "kernel"):
+            kernel = module.get_variable("params", "kernel")
+            positions["/".join((*module.path, "kernel"))] = out.size // kernel.shape[-1]
         return out
 
     with nn.intercept_methods(record):

@@ -1,4 +1,4 @@
-"""MobileNet v1: its pointwise convs may be block-sparse, its depthwise convs stay dense."""
+"""MobileNet v1. Its pointwise convolutions may be block-sparse, its depthwise ones stay dense."""
 
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -15,17 +15,18 @@ BLOCKS = (
     *((512, 1),) * 5,
     (1024, 2),
     (1024, 1),
-)  # (channels, stride)
+)
+"""`(channels, stride)` of each block."""
 
 
 class MobileNetV1(nn.Module):
-    """A 3x3 stem, 13 blocks of a depthwise 3x3 and a pointwise conv, global mean pool, classifier.
+    """A 3x3 stem, 13 blocks of a depthwise 3x3 and a pointwise convolution, pool and classifier.
 
     Attributes:
-      num_classes: of the classifier.
-      width: factor on all channels.
+      num_classes: number of outputs of the classifier.
+      width: factor on all channel counts.
       stem_kind: `"cifar"` (stride 1) or `"imagenet"` (stride 2).
-      parts: the network's settings.
+      parts: settings that all layers share.
 
     Reference: Howard et al., "MobileNets", 2017, table 1.
     """
@@ -39,7 +40,7 @@ class MobileNetV1(nn.Module):
     def __call__(
         self, images: Float[Array, "n h w c"], train: bool = False
     ) -> Float[Array, "n classes"]:
-        """Logits of NHWC images."""
+        """Returns the logits of NHWC images."""
         parts = self.parts
         strides = 2 if self.stem_kind == "imagenet" else 1
         x = parts.conv_norm(

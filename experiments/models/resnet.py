@@ -1,9 +1,8 @@
-"""Residual networks: ResNet-18/34/50 and ResNet-50 v1.5 with ImageNet or CIFAR stems, and the CIFAR
-ResNets of depth 6n + 2.
+"""Residual networks: ResNet-18, 34, 50 and 50 v1.5, and the CIFAR ResNets of depth 6n + 2.
 
-Shortcuts that change shape are a 1x1 conv with batch norm (option B, as in GraSP's networks and
-torchvision). The last gamma of a block starts at 1, not 0: with 0 every gradient score (SNIP,
-GraSP, SynFlow) of a residual branch would be 0 at initialisation.
+A shortcut that changes the shape is a 1x1 convolution with batch norm (option B, as in GraSP's
+networks and in torchvision). The last gamma of a block starts at 1, not 0: with 0, every gradient
+score (SNIP, GraSP, SynFlow) of a residual branch would be 0 at initialisation.
 """
 
 from collections.abc import Sequence
@@ -15,16 +14,17 @@ from experiments.models.layers import Parts, max_pool, scaled
 
 
 class Block(nn.Module):
-    """One residual block: `relu(branch(x) + shortcut(x))`, two 3x3 convs or a 1x1-3x3-1x1
-    bottleneck.
+    """One residual block, `relu(branch(x) + shortcut(x))`.
+
+    The branch is two 3x3 convolutions, or a bottleneck of a 1x1, a 3x3 and a 1x1 convolution.
 
     Attributes:
-      features: channels of the 3x3 convs.
-      strides: of the block in pixels.
-      parts: the network's settings.
-      bottleneck: 1x1, 3x3, 1x1 to `4 * features` channels.
-      stride_in_3x3: a bottleneck's stride sits in its 3x3 conv (v1.5) and not in its first 1x1
-        (v1).
+      features: channels of the 3x3 convolutions.
+      strides: stride of the block in pixels.
+      parts: settings that all layers share.
+      bottleneck: whether the branch is a bottleneck, which has `4 * features` output channels.
+      stride_in_3x3: whether the 3x3 convolution of a bottleneck is strided (v1.5) and not its first
+        1x1 convolution (v1).
 
     Reference: He et al., "Deep residual learning", CVPR 2016; v1.5 as in torchvision.
     """
@@ -39,13 +39,12 @@ class Block(nn.Module):
     def __call__(
         self, x: Float[Array, "a h w b"], train: bool = False
     ) -> Float[Array, "a ho wo b"]:
-        """Activations in the network's format."""
+        """Applies the block to activations in the network's format."""
         parts = self.parts
         if self.bottleneck:
-            first, second = (1, self.strides) if self.stride_in_3x3 else (self.strides, 1)
             convs = [
-                (self.features, 1, first),
-                (self.features, 3, second),
+                (self.features, 1, 1 if self.stride_in_3x3 else self.strides),
+                (self.features, 3, self.strides if self.stride_in_3x3 else 1),
                 (4 * self.features, 1, 1),
             ]
         else:
@@ -74,19 +73,20 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stem, stages of residual blocks (each stage but the first halves the image), global pool,
-    classifier.
+    """A stem, stages of residual blocks, a mean pool and the classifier.
+
+    Each stage but the first halves the image.
 
     Attributes:
-      num_classes: of the classifier.
-      blocks: per stage.
-      features: per stage, channels of the 3x3 convs at width 1.
-      width: factor on all channels.
+      num_classes: number of outputs of the classifier.
+      blocks: number of blocks in each stage.
+      features: channels of the 3x3 convolutions in each stage, at width 1.
+      width: factor on all channel counts.
       stem_kind: `"cifar"` (3x3, stride 1) or `"imagenet"` (7x7, stride 2, then a 3x3 max pool of
         stride 2).
-      bottleneck: the stages use bottleneck blocks.
+      bottleneck: whether the blocks are bottlenecks.
       stride_in_3x3: as in `Block`.
-      parts: the network's settings.
+      parts: settings that all layers share.
 
     Reference: He et al., "Deep residual learning", CVPR 2016.
     """
@@ -104,7 +104,7 @@ class ResNet(nn.Module):
     def __call__(
         self, images: Float[Array, "n h w c"], train: bool = False
     ) -> Float[Array, "n classes"]:
-        """Logits of NHWC images."""
+        """Returns the logits of NHWC images."""
         parts = self.parts
         size, strides = (7, 2) if self.stem_kind == "imagenet" else (3, 1)
         x = parts.conv_norm(
@@ -120,7 +120,7 @@ class ResNet(nn.Module):
         for stage, (count, features) in enumerate(zip(self.blocks, self.features), 1):
             for block in range(1, count + 1):
                 strides = 2 if stage > 1 and block == 1 else 1
-                make = Block(
+                residual = Block(
                     scaled(features, self.width),
                     strides,
                     parts,
@@ -128,14 +128,17 @@ class ResNet(nn.Module):
                     self.stride_in_3x3,
                     name=f"stage{stage}_block{block}",
                 )
-                x = make(x, train)
+                x = residual(x, train)
         return parts.classifier(x, self.num_classes)
 
 
 CIFAR_DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet56": 9}
+"""Blocks in each of the three stages of a CIFAR ResNet."""
+
 IMAGENET_BLOCKS = {
     "resnet18": ((2, 2, 2, 2), {}),
     "resnet34": ((3, 4, 6, 3), {}),
     "resnet50": ((3, 4, 6, 3), {"bottleneck": True}),
     "resnet50_v1_5": ((3, 4, 6, 3), {"bottleneck": True, "stride_in_3x3": True}),
 }
+"""Blocks in each of the four stages of an ImageNet ResNet, and the options of the blocks."""

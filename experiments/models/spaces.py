@@ -1,5 +1,7 @@
-"""The channel spaces of the zoo: which axes of which parameters and batch statistics count the same
-channels.
+"""The channel spaces of the zoo.
+
+A channel space is the set of all axes, of parameters and of batch statistics, that index the same
+channels. Reordering channels must reorder all axes of a space alike.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,19 +13,19 @@ Entries = list[tuple[str, int]]
 
 
 def channel_spaces(params: Mapping[str, Any]) -> dict[str, Entries]:
-    """The channel spaces of a network of the zoo, read off the names of its parameters; images and
-    logits are in none.
+    """Derives the channel spaces of a network from the names of its parameters.
 
-    VGG-19 and the CNN are chains: a space behind every conv. A ResNet has a space for every
-    residual stream, named after the stem or the stage that begins it with a `downsample`, and one
-    behind every conv inside a block. In MobileNet a depthwise conv and what it reads are one space.
+    VGG-19 and the CNN are chains, with a space after every convolution. A ResNet has a space for
+    every residual stream, named after the stem or the stage whose `downsample` begins it, and a
+    space after every inner convolution of a block. In MobileNet a depthwise convolution and its
+    input share a space. The channels of images and logits belong to no space.
 
     Args:
-      params: of a network made by `experiments.models.create`, values or shapes.
+      params: parameters of a network that `experiments.models.create` made, values or shapes.
 
     Returns:
-      `{space: [(leaf name, axis), ...]}` as `blocksparse_jax.fold_channel_orders` takes it; the
-      statistics of the batch norms are named too.
+      `{space: [(leaf name, axis), ...]}`, as `blocksparse_jax.fold_channel_orders` takes it. The
+      statistics of batch norms are included.
 
     Raises:
       ValueError: the names are not those of a network of the zoo.
@@ -31,85 +33,87 @@ def channel_spaces(params: Mapping[str, Any]) -> dict[str, Entries]:
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from experiments.models import create
-      >>> variables = jax.eval_shape(create("cnn", num_classes=10).init, jax.random.key(0), jnp.ones((1, 8, 8, 1)))
+      >>> init = create("cnn", num_classes=10).init
+      >>> variables = jax.eval_shape(init, jax.random.key(0), jnp.ones((1, 8, 8, 1)))
       >>> channel_spaces(variables["params"])["conv3"][-1]
       ('classifier/kernel', 0)
     """
     if "stem" not in params or "classifier" not in params:
         raise ValueError(
-            f"params: expected those of a network of the zoo, got {list(params)[:8]}; write the "
-            f"spaces down by hand"
+            f"params: expected those of a network of the zoo, got {list(params)[:8]}; list the "
+            f"spaces of other networks yourself"
         )
     if "stage1_block1" in params:
         return _resnet(params)
     if "block1_depthwise" in params:
         return _chain(_numbered(params, "block{}_pointwise"), depthwise=True)
     if "stage1_conv2" in params:
-        return _chain(
-            [
-                name
-                for stage in range(1, len(params))
-                for name in _numbered(params, f"stage{stage}_conv{{}}")
-            ]
-        )
+        convs = []
+        for stage in range(1, len(params)):
+            convs += _numbered(params, f"stage{stage}_conv{{}}")
+        return _chain(convs)
     return _chain(_numbered(params, "conv{}"))
 
 
 def with_channel_orders(
     params: Mapping[str, Any], batch_stats: Mapping[str, Any], sparsity: float, **options: Any
 ) -> tuple[Any, Any]:
-    """The same network of the zoo with similar channels side by side.
+    """Reorders the channels of a network so that similar channels lie side by side.
+
+    The network computes the same function as before.
 
     Args:
-      params: of a network made by `experiments.models.create`.
-      batch_stats: its statistics.
-      sparsity: as for `hrbp_prune`.
-      **options: as for `blocksparse_jax.channel_orders`; `channel_block` is one.
+      params: parameters of a network that `experiments.models.create` made.
+      batch_stats: its batch statistics.
+      sparsity: as in `blocksparse_jax.hrbp_prune`.
+      **options: further options of `blocksparse_jax.channel_orders`, such as `channel_block`.
 
     Returns:
-      The params and the statistics, reordered.
+      The reordered parameters and statistics.
 
     Raises:
-      ValueError: the names are not those of a network of the zoo, or a size that `hrbp_prune`
-        refuses.
+      ValueError: the names are not those of a network of the zoo, or `hrbp_prune` would refuse a
+        size.
     """
     spaces = channel_spaces(params)
-    return bsj.fold_channel_orders(
-        spaces, bsj.channel_orders(params, spaces, sparsity, **options), params, batch_stats
-    )
+    orders = bsj.channel_orders(params, spaces, sparsity, **options)
+    return bsj.fold_channel_orders(spaces, orders, params, batch_stats)
 
 
 def _numbered(params: Mapping[str, Any], pattern: str) -> list[str]:
-    """The layers of that name with a number in it, in their order."""
+    """The names of existing layers that fit a pattern such as `"conv{}"`, by ascending number."""
     return [name for i in range(len(params)) if (name := pattern.format(i)) in params]
 
 
-def _made(conv: str, norm: str) -> Entries:
-    """What makes the channels: a conv's filters and the norm behind it."""
-    return [
-        (f"{conv}/kernel", 3),
-        *((f"{norm}/{leaf}", 0) for leaf in ("scale", "bias", "mean", "var")),
-    ]
+def _conv_outputs(conv: str, norm: str) -> Entries:
+    """The axes that index the output channels of a convolution and of the norm that follows it."""
+    norm_leaves = ("scale", "bias", "mean", "var")
+    return [(f"{conv}/kernel", 3), *((f"{norm}/{leaf}", 0) for leaf in norm_leaves)]
 
 
 def _chain(names: Iterable[str], depthwise: bool = False) -> dict[str, Entries]:
-    """A space behind the stem and behind every conv; a depthwise conv in front of a conv belongs to
-    the space that it reads.
+    """The spaces of convolutions in sequence: one after the stem and one after every convolution.
+
+    With `depthwise`, a depthwise convolution precedes each convolution and shares the space of its
+    input.
     """
-    last, spaces = "stem", {"stem": _made("stem", "stem_norm")}
+    spaces = {"stem": _conv_outputs("stem", "stem_norm")}
+    last = "stem"
     for name in names:
         if depthwise:
             front = name.replace("pointwise", "depthwise")
-            spaces[last] += _made(front, f"{front}_norm")
+            spaces[last] += _conv_outputs(front, f"{front}_norm")
         spaces[last].append((f"{name}/kernel", 2))
-        spaces[name] = _made(name, f"{name}_norm")
+        spaces[name] = _conv_outputs(name, f"{name}_norm")
         last = name
     spaces[last].append(("classifier/kernel", 0))
     return spaces
 
 
 def _resnet(params: Mapping[str, Any]) -> dict[str, Entries]:
-    stream, spaces = "stem", {"stem": _made("stem", "stem_norm")}
+    """The spaces of a ResNet: one for each residual stream and each inner convolution."""
+    spaces = {"stem": _conv_outputs("stem", "stem_norm")}
+    stream = "stem"
     for stage in range(1, len(params)):
         for block in _numbered(params, f"stage{stage}_block{{}}"):
             convs = _numbered(params[block], "conv{}")
@@ -117,14 +121,12 @@ def _resnet(params: Mapping[str, Any]) -> dict[str, Entries]:
             spaces[stream].append((f"{block}/{convs[0]}/kernel", 2))
             for space, following in zip(inner, convs[1:]):
                 number = space.removeprefix(f"{block}/conv")
-                spaces[space] = [
-                    *_made(space, f"{block}/norm{number}"),
-                    (f"{block}/{following}/kernel", 2),
-                ]
+                spaces[space] = _conv_outputs(space, f"{block}/norm{number}")
+                spaces[space].append((f"{block}/{following}/kernel", 2))
             if "downsample" in params[block]:
                 spaces[stream].append((f"{block}/downsample/kernel", 2))
                 stream = f"stage{stage}"
-                spaces[stream] = _made(f"{block}/downsample", f"{block}/downsample_norm")
-            spaces[stream] += _made(f"{block}/{convs[-1]}", f"{block}/norm{len(convs)}")
+                spaces[stream] = _conv_outputs(f"{block}/downsample", f"{block}/downsample_norm")
+            spaces[stream] += _conv_outputs(f"{block}/{convs[-1]}", f"{block}/norm{len(convs)}")
     spaces[stream].append(("classifier/kernel", 0))
     return spaces

@@ -5,23 +5,19 @@ from jaxtyping import Array, Float
 
 from experiments.models.layers import Parts, max_pool, scaled
 
-STAGES = (
-    (64, 2),
-    (128, 2),
-    (256, 4),
-    (512, 4),
-    (512, 4),
-)  # (channels, convs); a 2x2 max pool between stages
+STAGES = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))
+"""`(channels, convolutions)` of each stage; a 2x2 max pool lies between stages."""
 
 
 class VGG19(nn.Module):
-    """16 convs of 3x3 with batch norm in five stages, global mean pool, classifier; the first conv
-    is the stem.
+    """Sixteen 3x3 convolutions with batch norm in five stages, a mean pool and the classifier.
+
+    The first convolution is the stem.
 
     Attributes:
-      num_classes: of the classifier.
-      width: factor on all channels.
-      parts: the network's settings.
+      num_classes: number of outputs of the classifier.
+      width: factor on all channel counts.
+      parts: settings that all layers share.
 
     Reference: Simonyan & Zisserman, "Very deep convolutional networks", ICLR 2015; the CIFAR form
     of Wang et al., "GraSP", ICLR 2020.
@@ -35,8 +31,9 @@ class VGG19(nn.Module):
     def __call__(
         self, images: Float[Array, "n h w c"], train: bool = False
     ) -> Float[Array, "n classes"]:
-        """Logits of NHWC images."""
-        parts, x = self.parts, self.parts.images(images)
+        """Returns the logits of NHWC images."""
+        parts = self.parts
+        x = parts.images(images)
         for stage, (features, count) in enumerate(STAGES, 1):
             x = max_pool(x, 2, 2) if stage > 1 else x
             for i in range(1, count + 1):

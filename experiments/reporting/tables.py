@@ -2,8 +2,8 @@
 
 `python -m experiments.reporting.tables` rewrites what is stale, with `--check` it fails instead and
 writes nothing. A table stands between `<!-- table:NAME -->` and `<!-- /table -->` in README.md or
-in docs/*.md; NAME is a report without ".json", or the name of a summary (`SUMMARIES`). Nobody types
-a number by hand: cells, device, versions and commit come from the report.
+in docs/*.md; NAME is a report without ".json", the name of a summary (`SUMMARIES`), or of a table that
+the code itself gives (`GENERATED`). Nobody types a number by hand: cells, device, versions and commit come from the report.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from experiments.reporting.reports import (
     gpu_training,
     inference,
     kernels,
+    methods,
     parts,
     training,
 )
@@ -45,6 +46,7 @@ TABLES: dict[str, Table] = {  # by the start of the report's name; the first tha
 SUMMARIES: dict[str, tuple[str, Table]] = {  # name -> the report's name, and the table
     "training_summary": ("bench_training_cpu", training.summary),
 }
+GENERATED: dict[str, Callable[[], str]] = {"methods": methods.table}  # from the code, no report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,21 +107,23 @@ def table(name: str, results: Path = RESULTS) -> str:
     """Makes one table.
 
     Args:
-      name: of a report, without its ending, or of a summary.
+      name: of a report, without its ending, of a summary, or of a generated table.
       results: folder of the reports.
 
     Returns:
-      Markdown, with the device, the versions and the commit below.
+      Markdown; below that of a report the device, the versions and the commit.
 
     Raises:
       ValueError: there is no such table or report.
     """
+    if name in GENERATED:
+        return GENERATED[name]()
     report_name, make = SUMMARIES.get(name, (name, None))
     make = make or next((TABLES[start] for start in TABLES if name.startswith(start)), None)
     if make is None:
         raise ValueError(
             f"table: expected the name of a file in {results.name} that starts with "
-            f"{', '.join(TABLES)}, or one of {', '.join(SUMMARIES)}; got {name!r}; there: "
+            f"{', '.join(TABLES)}, or one of {', '.join(SUMMARIES | GENERATED)}; got {name!r}; there: "
             f"{', '.join(names(results)) or 'none'}"
         )
     report = read(report_name, results)

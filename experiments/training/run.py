@@ -9,7 +9,7 @@ import jax
 import blocksparse_jax as bsj
 from experiments.bench.environment import commit, device, versions
 from experiments.bench.timing import StepTimer, median_iqr
-from experiments.data.resident import load
+from experiments.data import load
 from experiments.models.flops import conv_positions
 from experiments.reporting import plots
 from experiments.training.config import TrainConfig, resolve

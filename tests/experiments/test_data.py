@@ -1,9 +1,12 @@
-"""Data on the device: batches deterministic, resumable, complete; augmentation keeps what it must;
-missing data is explained.
+"""Data on the device: batches are deterministic, resumable and complete; augmentation crops and
+mirrors and does nothing else; missing data is explained.
 """
 
 import dataclasses
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import data_files as files
 import jax
@@ -12,10 +15,12 @@ import numpy as np
 import pytest
 
 from experiments import prepare_data
-from experiments.data import augment
-from experiments.data import resident as data
+from experiments.data import augment, load
+from experiments.data.resident import Dataset, Split
 from experiments.data.specs import SPECS
 from experiments.prepare_data import Config
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # --- load
 
@@ -24,11 +29,11 @@ def test_missing_data_names_the_command(tmp_path):
     for name in ("mnist", "cifar10", "cifar100", "tiny_imagenet", "imagenet2012"):
         command = f"python -m experiments.prepare_data --dataset {name} --source PATH --data-dir"
         with pytest.raises(FileNotFoundError, match=f"{command} {tmp_path}\n"):
-            data.load(name, tmp_path)
+            load(name, tmp_path)
         with pytest.raises(ValueError, match=f"{command} DIR"):
-            data.load(name)
+            load(name)
     with pytest.raises(ValueError, match="'tiny-imagenet'; did you mean 'tiny_imagenet'"):
-        data.load("tiny-imagenet", tmp_path)
+        load("tiny-imagenet", tmp_path)
 
 
 def test_other_formats_are_refused(tmp_path):
@@ -45,11 +50,11 @@ def test_other_formats_are_refused(tmp_path):
         ValueError,
         match=r"array_record.*got tfrecord(.|\n)*--overwrite(.|\n)*prepare_data --dataset mnist",
     ):
-        data.load("mnist", tmp_path)
+        load("mnist", tmp_path)
 
 
 def test_digits():
-    digits = data.load("digits")
+    digits = load("digits")
     x, y, xt, yt = map(np.asarray, (*digits.train, *digits.test))
     assert x.shape == (1438, 8, 8, 1)
     assert xt.shape == (359, 8, 8, 1)
@@ -62,25 +67,36 @@ def test_digits():
         [*SPECS["digits"].mean, *SPECS["digits"].std],
         atol=1e-3,
     )
-    again = data.load("digits")
+    again = load("digits")
     np.testing.assert_array_equal(again.train.x, x)  # the split is fixed
+
+
+def test_digits_need_neither_tfds_nor_opencv():
+    code = (
+        "import sys; from experiments.data import load; load('digits'); "
+        "print({'cv2', 'PIL', 'grain', 'tensorflow_datasets'} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "set()\n"
 
 
 # --- batches
 
 
 def numbered(name="cifar10", train=50, test=23, process=(0, 1)):
-    """A data set whose images are constant, with the value of their label: their own number."""
+    """A data set in which image i is labelled i and has the value i in every pixel."""
     spec = SPECS[name]
 
     def split(n):
         y = np.arange(1, n + 1)
-        return data.Split(
+        return Split(
             jnp.asarray(np.broadcast_to(y[:, None, None, None], (n, *spec.image_shape)), jnp.uint8),
             jnp.asarray(y, jnp.int32),
         )
 
-    return data.Dataset(name, split(train), split(test), process)
+    return Dataset(name, split(train), split(test), process)
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
@@ -96,11 +112,11 @@ def test_train_batches(name):
             jnp.float32,
             jnp.int32,
         )
-        np.testing.assert_array_equal(
-            files.pixels(name, x).max((1, 2, 3)), y
-        )  # image and label still belong together
+        # the image still belongs to the label
+        np.testing.assert_array_equal(files.pixels(name, x).max((1, 2, 3)), y)
         np.testing.assert_array_equal(files.pixels(name, x)[:, 14, 14, 0], y)
-    for a, b in zip(epoch[4:], d.train_batches(3, 8, seed=1, start_step=4), strict=True):  # resumed
+    resumed = d.train_batches(3, 8, seed=1, start_step=4)
+    for a, b in zip(epoch[4:], resumed, strict=True):
         jax.tree.map(np.testing.assert_array_equal, a, b)
     assert list(d.train_batches(3, 8, seed=1, start_step=6)) == []
     for other in (d.train_batches(4, 8, seed=1), d.train_batches(3, 8, seed=2)):
@@ -130,9 +146,8 @@ def test_test_batches_give_every_example_once(batch_size):
     assert labels[weights == 1].tolist() == list(range(1, 24))
     assert weights.sum() == 23
     for x, y, _ in batches:
-        np.testing.assert_array_equal(
-            files.pixels("cifar10", x), np.broadcast_to(y[:, None, None, None], x.shape)
-        )  # not augmented
+        expected = np.broadcast_to(y[:, None, None, None], x.shape)  # not augmented
+        np.testing.assert_array_equal(files.pixels("cifar10", x), expected)
 
 
 def test_bad_batches():
@@ -158,7 +173,7 @@ def test_batches_transfer_nothing_implicitly():
 
 
 def variants(image, pad, flip):
-    """All crops of the zero-padded image, slowly."""
+    """All crops of the zero-padded image, one by one."""
     h, w, _ = image.shape
     for mirrored in [image, image[:, ::-1]][: 1 + flip]:
         padded = np.pad(mirrored, ((pad, pad), (pad, pad), (0, 0)))
@@ -170,27 +185,20 @@ def variants(image, pad, flip):
 def test_augment_is_a_crop_of_the_padded_image(pad, flip):
     image = files.RNG.integers(1, 256, (5, 7, 3), dtype=np.uint8)
     images = jnp.asarray(np.broadcast_to(image, (2000, 5, 7, 3)))
-    out = np.asarray(
-        jax.jit(augment.augment, static_argnames=("pad", "flip"))(
-            jax.random.key(0), images, pad=pad, flip=flip
-        )
-    )
+    jitted = jax.jit(augment.augment, static_argnames=("pad", "flip"))
+    out = np.asarray(jitted(jax.random.key(0), images, pad=pad, flip=flip))
     assert out.dtype == np.uint8
     assert out.shape == images.shape
-    assert {o.tobytes() for o in out} == set(
-        variants(image, pad, flip)
-    )  # all of them, and nothing else
+    assert {o.tobytes() for o in out} == set(variants(image, pad, flip))
 
 
 @pytest.mark.parametrize("name", ["digits", "mnist"])
 def test_digits_are_never_mirrored(name):
-    d = data.load("digits") if name == "digits" else numbered("mnist")
+    d = load("digits") if name == "digits" else numbered("mnist")
     if name == "mnist":
         d = dataclasses.replace(
             d,
-            train=data.Split(
-                jnp.asarray(files.arrays_for("mnist", train=50)["x_train"]), d.train.y
-            ),
+            train=Split(jnp.asarray(files.arrays_for("mnist", train=50)["x_train"]), d.train.y),
         )
     spec = SPECS[name]
     assert not spec.flip

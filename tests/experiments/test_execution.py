@@ -13,7 +13,7 @@ import pytest
 from small_runs import fixes_sparsity, small_options
 
 import blocksparse_jax as bsj
-from experiments.data.resident import load
+from experiments.data import load
 from experiments.training.config import TrainConfig, resolve
 from experiments.training.execution import masks_of, to_form
 from experiments.training.length import Length

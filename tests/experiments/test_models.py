@@ -1,5 +1,5 @@
-"""The zoo: published sizes, one function in both data formats, and no transposed activations
-between stem and pool.
+"""The zoo: networks have the published sizes, compute the same in both data formats, and transpose
+no activations between stem and pool.
 """
 
 import math
@@ -18,8 +18,8 @@ from blocksparse_jax.tree import conv_kernels, path_name
 from experiments.models import create, names
 from experiments.models.layers import DepthwiseConv, Parts, max_pool
 
-# options -> parameters: torchvision's for 1000 classes; the CIFAR ResNets of GraSP (1x1 conv and
-# norm as shortcuts)
+# (name, classes, width, stem) -> number of parameters: torchvision's for 1000 classes; the CIFAR
+# ResNets as GraSP has them (a 1x1 convolution and a norm in the shortcuts)
 PUBLISHED = {
     ("resnet20", 10, 1, "cifar"): 272_474,
     ("resnet32", 10, 2, "cifar"): 1_860_522,
@@ -33,22 +33,21 @@ PUBLISHED = {
 }
 
 
-def made(name, *, num_classes=10, blocks=None, **options):
-    """The model by name; `blocks` makes a ResNet shallower: every kind of block stays, and
-    compiling takes a fraction.
-    """
+def small_model(name, *, num_classes=10, blocks=None, **options):
+    """The model by name; `blocks` makes a ResNet shallower, which compiles in less time."""
     model = create(name, num_classes=num_classes, **options)
     return model if blocks is None else model.clone(blocks=blocks)
 
 
 def abstract(name, *, size=32, batch=2, **options):
     """The model, the shapes of its variables and of its images; nothing is computed."""
-    model, images = made(name, **options), jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32)
+    model = small_model(name, **options)
+    images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32)
     return model, jax.eval_shape(model.init, jax.random.key(0), images), images
 
 
 def block_layout(shape, seed=0):
-    """Random blocks: two groups, a quarter of the channels, a third of the taps."""
+    """Random blocks: two groups keep a quarter of the channels and a third of the taps each."""
     kh, kw, cin, cout = shape
     rng = np.random.default_rng(seed)
     channels = np.stack([np.sort(rng.permutation(cin)[: cin // 4]) for _ in range(2)])
@@ -60,7 +59,7 @@ def block_layout(shape, seed=0):
 
 
 def sparse_layouts(params):
-    """Blocks for the convs that are sparse by default; the 1x1 shortcuts stay dense."""
+    """Block layouts for the convolutions that are sparse by default, but for 1x1 shortcuts."""
 
     def layout(path, leaf):
         name = path_name(path)
@@ -78,7 +77,7 @@ def on_layouts(f, layouts, *trees):
 
 
 def random_variables(variables):
-    """Values for the shapes of `model.init`, small for kernels, around 1 for norms."""
+    """Random values for the shapes of `model.init`: small for kernels, around 1 for norms."""
     leaves, structure = jax.tree.flatten(variables)
     rng = np.random.default_rng(0)
     values = [
@@ -105,7 +104,7 @@ def test_parameter_counts_are_the_published_ones(options, expected):
 
 
 @pytest.mark.parametrize("name", names())
-def test_names_tell_what_stays_dense(name):
+def test_names_say_which_kernels_stay_dense(name):
     _, variables, _ = abstract(name, dtype=jnp.bfloat16)
     kernels = [
         (path_name(path), leaf)
@@ -140,13 +139,16 @@ def test_resnet50_v1_5_strides_in_the_3x3():
 
 
 @pytest.mark.parametrize(
-    "options", [{"nam": "resnt20"}, {"stem": "imagnet"}, {"data_format": "CHW"}]
+    ("options", "nearest"),
+    [
+        ({"name": "resnt20"}, "resnet20"),
+        ({"stem": "imagnet"}, "imagenet"),
+        ({"data_format": "CHW"}, "CHWN"),
+    ],
 )
-def test_a_typo_gets_the_nearest_option(options):
-    name = options.pop("nam", "cnn")
-    near = {"resnt20": "resnet20"}.get(name, "imagenet" if "stem" in options else "CHWN")
-    with pytest.raises(ValueError, match=f"did you mean '{near}'"):
-        create(name, num_classes=10, **options)
+def test_a_typo_gets_the_nearest_option(options, nearest):
+    with pytest.raises(ValueError, match=f"did you mean '{nearest}'"):
+        create(**{"name": "cnn", "num_classes": 10, **options})
 
 
 def test_the_imagenet_stem_is_refused_where_there_is_none():
@@ -157,37 +159,36 @@ def test_the_imagenet_stem_is_refused_where_there_is_none():
 @pytest.mark.parametrize(("size", "strides", "padding"), [(2, 2, 0), (3, 2, 1), (3, 1, 1)])
 @pytest.mark.parametrize("side", [6, 7])
 def test_max_pool_equals_reduce_window(size, strides, padding, side):
-    x, pads = (
-        jax.random.normal(jax.random.key(0), (2, side, side + 1, 3)),
-        ((padding, padding),) * 2,
+    x = jax.random.normal(jax.random.key(0), (2, side, side + 1, 3))
+    pads = ((padding, padding),) * 2
+    expected, expected_vjp = jax.vjp(
+        lambda x: nn.max_pool(x, (size, size), (strides, strides), pads), x
     )
-    want = nn.max_pool(x, (size, size), (strides, strides), pads)
-    weight = jax.random.normal(jax.random.key(1), want.shape)
-    want, pull = jax.vjp(lambda x: nn.max_pool(x, (size, size), (strides, strides), pads), x)
-    got, mine = jax.vjp(lambda x: max_pool(x, size, strides, padding), x)
-    np.testing.assert_array_equal(got, want)
-    np.testing.assert_allclose(mine(weight)[0], pull(weight)[0], rtol=1e-6, atol=1e-6)
+    actual, actual_vjp = jax.vjp(lambda x: max_pool(x, size, strides, padding), x)
+    cotangent = jax.random.normal(jax.random.key(1), expected.shape)
+    np.testing.assert_array_equal(actual, expected)
+    np.testing.assert_allclose(
+        actual_vjp(cotangent)[0], expected_vjp(cotangent)[0], rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("strides", [1, 2])
 def test_depthwise_conv_equals_the_grouped_convolution(strides):
-    x, kernel = (
-        jax.random.normal(jax.random.key(0), (2, 7, 6, 5)),
-        jax.random.normal(jax.random.key(1), (3, 3, 1, 5)),
-    )
-    pads, dimensions = ((1, 1), (1, 1)), ("NHWC", "HWIO", "NHWC")
-    want = lax.conv_general_dilated(
-        x, kernel, (strides, strides), pads, dimension_numbers=dimensions, feature_group_count=5
+    x = jax.random.normal(jax.random.key(0), (2, 7, 6, 5))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 1, 5))
+    expected = lax.conv_general_dilated(
+        x,
+        kernel,
+        (strides, strides),
+        ((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=5,
     )
     variables = {"params": {"kernel": kernel}}
     nhwc = DepthwiseConv(3, strides, Parts("NHWC")).apply(variables, x)
-    chwn = (
-        DepthwiseConv(3, strides, Parts("CHWN"))
-        .apply(variables, x.transpose(3, 1, 2, 0))
-        .transpose(3, 1, 2, 0)
-    )
-    np.testing.assert_allclose(nhwc, want, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(chwn, want, rtol=1e-5, atol=1e-5)
+    chwn = DepthwiseConv(3, strides, Parts("CHWN")).apply(variables, x.transpose(3, 1, 2, 0))
+    np.testing.assert_allclose(nhwc, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(chwn.transpose(3, 1, 2, 0), expected, rtol=1e-5, atol=1e-5)
 
 
 FAMILIES = [
@@ -205,16 +206,14 @@ FAMILIES = [
 @pytest.mark.parametrize(("name", "options", "size"), FAMILIES, ids=str)
 def test_both_data_formats_are_one_function(name, options, size):
     model, variables, _ = abstract(name, size=size, **options)
-    variables, images = (
-        random_variables(variables),
-        jax.random.normal(jax.random.key(0), (4, size, size, 3)),
-    )
+    variables = random_variables(variables)
+    images = jax.random.normal(jax.random.key(0), (4, size, size, 3))
 
     @jax.jit
     def outputs(variables, images):
         return [
             m.apply(variables, images, train=True, mutable=["batch_stats"])
-            for m in (model, made(name, data_format="NHWC", **options))
+            for m in (model, small_model(name, data_format="NHWC", **options))
         ]
 
     chwn, nhwc = outputs(variables, images)
@@ -223,17 +222,14 @@ def test_both_data_formats_are_one_function(name, options, size):
 
 
 def training_step(model):
-    """A whole step, `(params, batch_stats, layouts, images, labels) -> (params, batch_stats, loss,
-    grads)`: loss, gradients, SGD.
-    """
+    """A whole step of SGD, which returns `(params, batch_stats, loss, grads)`."""
 
     def step(params, batch_stats, layouts, images, labels):
         def loss_fn(params):
             variables = {"params": params, "batch_stats": batch_stats, "layouts": layouts}
             logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new[
-                "batch_stats"
-            ]
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), new["batch_stats"]
 
         (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), batch_stats, loss, grads
@@ -244,7 +240,8 @@ def training_step(model):
 def test_packed_sparse_and_masked_training_steps_agree():
     model, variables, _ = abstract("cnn", size=8, width=0.25)
     variables = random_variables(variables)
-    params, layouts = variables["params"], sparse_layouts(variables["params"])
+    params = variables["params"]
+    layouts = sparse_layouts(params)
     kept = on_layouts(
         lambda node, p: (
             bsj.layout_to_mask(node) if isinstance(node, bsj.BlockLayout) else jnp.asarray(True)
@@ -273,11 +270,10 @@ def test_packed_sparse_and_masked_training_steps_agree():
         layouts,
         packed_grads,
     )
-    for a, b, want, mask in zip(
-        *map(jax.tree.leaves, (sparse_grads, unpacked, grads, kept)), strict=True
-    ):
-        np.testing.assert_allclose(a, want * mask, rtol=1e-3, atol=2e-4)
-        np.testing.assert_allclose(b, want * mask, rtol=1e-3, atol=2e-4)
+    expected = jax.tree.map(lambda g, mask: g * mask, grads, kept)
+    for tree in (sparse_grads, unpacked):
+        for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4)
 
 
 INSTRUCTION = re.compile(
@@ -288,26 +284,27 @@ INSTRUCTION = re.compile(
 
 
 def moved_activations(text, least):
-    """The transposes and layout-changing copies of arrays of at least `least` elements in a
-    compiled program, fused ones too.
+    """The instructions of a compiled program that move arrays of at least `least` elements.
 
-    A transpose that only renames the axes of the same bytes (a bitcast) moves nothing and does not
-    count.
+    These are transposes and copies into another layout, also inside fusions. A transpose that only
+    renames the axes of the same bytes (a bitcast) moves nothing and does not count.
     """
-    found = {
+    instructions = {
         name: (_numbers(dims), _numbers(order), op, operand, rest)
         for name, dims, order, op, operand, rest in INSTRUCTION.findall(text)
     }
     moved = []
-    for name, (dims, order, op, operand, rest) in found.items():
-        if op not in ("transpose", "copy") or math.prod(dims) < least or operand not in found:
+    for name, (dims, order, op, operand, rest) in instructions.items():
+        if op not in ("transpose", "copy") or math.prod(dims) < least:
             continue
-        permutation = (
-            _numbers(re.search(r"dimensions=\{([\d,]*)\}", rest)[1])
-            if op == "transpose"
-            else list(range(len(dims)))
-        )
-        before = [axis for axis in found[operand][1] if found[operand][0][axis] > 1]
+        if operand not in instructions:
+            continue
+        if op == "transpose":
+            permutation = _numbers(re.search(r"dimensions=\{([\d,]*)\}", rest)[1])
+        else:
+            permutation = list(range(len(dims)))
+        operand_dims, operand_order, *_ = instructions[operand]
+        before = [axis for axis in operand_order if operand_dims[axis] > 1]
         after = [permutation[axis] for axis in order if dims[axis] > 1]
         if before != after:
             moved.append(f"{op} {name} {dims}")
@@ -343,20 +340,13 @@ def compiled_step(name, data_format, size, batch, **options):
 def test_moved_activations_counts_transposes_and_not_bitcasts():
     x = jax.ShapeDtypeStruct((8, 16, 32), jnp.float32)
 
-    def count(f):
-        return len(moved_activations(jax.jit(f).lower(x).compile().as_text(), 8 * 16 * 32))
+    def count(f, least=8 * 16 * 32):
+        return len(moved_activations(jax.jit(f).lower(x).compile().as_text(), least))
 
     assert count(lambda x: jnp.sin(x) + 1) == 0
     assert count(lambda x: jnp.sin(x).reshape(8, 1, 16, 32).transpose(1, 0, 2, 3)) == 0
     assert count(lambda x: jnp.sin(x).transpose(2, 0, 1)) > 0
-    assert (
-        len(
-            moved_activations(
-                jax.jit(lambda x: jnp.sin(x).T).lower(x).compile().as_text(), 8 * 16 * 32 + 1
-            )
-        )
-        == 0
-    )
+    assert count(lambda x: jnp.sin(x).T, least=8 * 16 * 32 + 1) == 0
 
 
 @pytest.mark.parametrize(
@@ -372,8 +362,9 @@ def test_moved_activations_counts_transposes_and_not_bitcasts():
     ],
 )
 def test_a_chwn_training_step_moves_no_activations(name, size, batch, least, options):
-    """`least` is the smallest activation between stem and pool; weights are smaller, and may be
-    transposed, and so may the images.
+    """`least` is the size of the smallest activation between stem and pool.
+
+    Weights are smaller; they may be transposed, and so may the images.
     """
     assert moved_but_images(name, size, batch, least, **options) == []
 
@@ -385,20 +376,19 @@ def moved_but_images(name, size, batch, least, **options):
 
 @pytest.mark.parametrize(("channels", "copies"), [(13, True), (14, False)])
 def test_a_stem_of_fewer_than_14_channels_is_copied(channels, copies):
-    """The limit that the docstring of the models gives."""
+    """The docstring of the models gives this limit."""
     moved = moved_but_images("cnn", 8, 64, channels * 8 * 8 * 64, width=channels / 64)
     assert any(f" [{channels}, 8, 8, 64]" in text for text in moved) == bool(moved) == copies
 
 
 def test_an_nhwc_training_step_moves_activations():
-    assert (
-        len(moved_activations(compiled_step("cnn", "NHWC", 8, 64, width=0.25), 16 * 16 * 64)) >= 6
-    )
+    step = compiled_step("cnn", "NHWC", 8, 64, width=0.25)
+    assert len(moved_activations(step, 16 * 16 * 64)) >= 6
 
 
 @pytest.mark.parametrize("name", ["cnn", "resnet20", "mobilenet_v1"])
-def test_at_inference_the_norms_are_lines_in_the_convs(name):
-    """The same logits as of a network that normalises after each conv, at random statistics."""
+def test_at_inference_the_convolutions_apply_the_norms(name):
+    """The logits equal those of a network that normalises after each convolution."""
     model = create(name, num_classes=4, width=0.25)
     images = jax.random.normal(jax.random.key(0), (3, 16, 16, 3))
     variables = model.init(jax.random.key(1), images)
@@ -409,7 +399,7 @@ def test_at_inference_the_norms_are_lines_in_the_convs(name):
     )
 
     def separate(next_call, args, kwargs, context):
-        """Calls the conv and the norm one after the other."""
+        """Calls the convolution and the norm one after the other."""
         if not isinstance(context.module, bsj.linen.BlockSparseConv) or kwargs.get("scale") is None:
             return next_call(*args, **kwargs)
         stats, params = variables["batch_stats"], variables["params"]
@@ -426,8 +416,9 @@ def test_at_inference_the_norms_are_lines_in_the_convs(name):
         return nn.relu(y) if kwargs["activation"] else y
 
     with nn.intercept_methods(separate):
-        wanted = model.apply(variables, images)
-    assert float(jnp.abs(wanted).max()) > 0.01
+        expected = model.apply(variables, images)
+    scale = float(jnp.abs(expected).max())
+    assert scale > 0.01
     np.testing.assert_allclose(
-        model.apply(variables, images), wanted, rtol=1e-4, atol=1e-4 * float(jnp.abs(wanted).max())
+        model.apply(variables, images), expected, rtol=1e-4, atol=1e-4 * scale
     )

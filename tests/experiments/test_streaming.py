@@ -1,5 +1,5 @@
-"""ImageNet: from tars like the official ones to a stream of batches, deterministic, resumable,
-shared by processes.
+"""ImageNet, from tars like the official ones to batches: deterministic, resumable, and the same for
+any number of processes.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from experiments import prepare_data
-from experiments.data import resident as data
-from experiments.data import streaming, tfds_layout
+from experiments.data import load, streaming, tfds_layout
+from experiments.data.images import decode, png
 from experiments.prepare_data import Config
 
 LABELS = tfds.core.tfds_path("datasets/imagenet2012/labels.txt").read_text().split()
@@ -27,8 +27,9 @@ ANSWERS = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt").rea
 
 @pytest.fixture(scope="module")
 def imagenet_dir(tmp_path_factory):
-    """Two classes of 10 images and 7 validation images, of one grey value each: 10 * their number,
-    in tars like the official ones.
+    """A folder of tars like the official ones: two classes of 10 images, and 7 validation images.
+
+    Image i is grey, of the value 10 i; the second class goes on at 100.
     """
     folder = tmp_path_factory.mktemp("imagenet")
 
@@ -61,15 +62,13 @@ def test_imagenet_files(imagenet_dir):
         with Image.open(io.BytesIO(example["image"])) as image:  # PNG and CMYK repaired
             assert image.format == "JPEG"
             assert image.mode == ("L" if i % 10 == 2 else "RGB")
-        np.testing.assert_allclose(
-            tfds_layout.decode(example["image"], 3).astype(int), 10 * i, atol=2
-        )
+        np.testing.assert_allclose(decode(example["image"], 3).astype(int), 10 * i, atol=2)
         assert example["file_name"] == f"{LABELS[3 + i // 10]}_{i % 10}.JPEG".encode()
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_imagenet_train(imagenet_dir, workers):
-    d = data.load("imagenet2012", imagenet_dir, threads=2, workers=workers)
+    d = load("imagenet2012", imagenet_dir, threads=2, workers=workers)
     assert d.steps_per_epoch(6) == 3
     epoch = list(d.train_batches(1, 6, seed=5))
     assert len(epoch) == 3
@@ -97,7 +96,7 @@ def test_imagenet_train(imagenet_dir, workers):
 
 
 def test_imagenet_test_batches_give_every_example_once(imagenet_dir):
-    d = data.load("imagenet2012", imagenet_dir, threads=2)
+    d = load("imagenet2012", imagenet_dir, threads=2)
     batches = list(d.test_batches(4))
     weights = np.concatenate([w for _, _, w in batches])
     assert weights.tolist() == [1] * 7 + [0]
@@ -146,7 +145,7 @@ def test_bad_imagenet(imagenet_dir, file, member, message, tmp_path):
 
 
 def test_random_resized_crop_statistics():
-    """The parts lie inside of the image, cover the stated areas and aspects, and half of them are
+    """The crops lie inside of the image, have the documented areas and aspects, and half are
     mirrored.
     """
     h, w = 80, 120
@@ -164,7 +163,7 @@ def test_random_resized_crop_statistics():
     assert 0.65 < aspect.min() < 0.82
     assert 1.22 < aspect.max() < 1.55
     assert 0.44 < (width < 0).mean() < 0.56
-    wide = np.zeros((4, 400, 3), np.uint8)  # no draw fits: the centred square
+    wide = np.zeros((4, 400, 3), np.uint8)  # no crop fits, so it is the centred square
     wide[:, 198:202] = 255
     assert streaming.random_resized_crop(rng, wide, 8, area=(1.0, 1.0)).min() == 255
 
@@ -180,7 +179,7 @@ def test_center_crop():
 
 def test_undecodable_image():
     with pytest.raises(ValueError, match="expected PNG or JPEG bytes, got 5 bytes"):
-        tfds_layout.decode(b"noise", 3)
+        decode(b"noise", 3)
     grey = np.arange(12, dtype=np.uint8).reshape(3, 4, 1)
-    np.testing.assert_array_equal(tfds_layout.decode(tfds_layout.png(grey), 1), grey)
-    assert cv2.getNumThreads() == 1  # the loader's own threads are the parallelism
+    np.testing.assert_array_equal(decode(png(grey), 1), grey)
+    assert cv2.getNumThreads() == 1  # the loader's threads already use all cores

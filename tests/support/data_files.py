@@ -1,5 +1,7 @@
-"""The original files of each data set, as small as they can be: each `..._source` writes `arrays`
-and returns what --source takes.
+"""Small copies of the original files of each data set.
+
+Each function `..._source(name, arrays, folder)` writes the arrays into the folder and returns the
+path that `prepare_data --source` takes.
 """
 
 import gzip
@@ -19,11 +21,11 @@ WNIDS = [f"n{i:08d}" for i in range(200)]
 
 def arrays_for(name, train=12, test=5):
     spec = SPECS[name]
-    made = {}
+    arrays = {}
     for split, n in (("train", train), ("test", test)):
-        made[f"x_{split}"] = RNG.integers(0, 256, (n, *spec.image_shape), dtype=np.uint8)
-        made[f"y_{split}"] = RNG.integers(0, spec.num_classes, n)
-    return made
+        arrays[f"x_{split}"] = RNG.integers(0, 256, (n, *spec.image_shape), dtype=np.uint8)
+        arrays[f"y_{split}"] = RNG.integers(0, spec.num_classes, n)
+    return arrays
 
 
 def jpeg(pixels, fmt="JPEG", mode=None):
@@ -72,7 +74,8 @@ def cifar_files(name, arrays):
             return {"data": rows, "labels": y.tolist()}
         return {"data": rows, "fine_labels": y.tolist(), "coarse_labels": (y // 5).tolist()}
 
-    def python2(content):  # the module names of the official files
+    def python2(content):
+        """A pickle with the module names of the official files."""
         return pickle.dumps(content, protocol=2).replace(b"numpy._core", b"numpy.core")
 
     if name == "cifar10":
@@ -111,8 +114,10 @@ def cifar_folder_source(name, arrays, folder):
 
 
 def tiny_files(arrays):
-    """The official layout; the pixels in `arrays` become what the JPEGs decode to, the order that
-    of the sorted names.
+    """The files of the official layout.
+
+    `arrays` changes in place to what a reader must get back: the pixels of the decoded JPEGs, in
+    the order of the sorted file names.
     """
     files, annotations = {}, ""
     order = np.argsort(arrays["y_train"], kind="stable")
@@ -145,8 +150,7 @@ def tiny_zip_source(name, arrays, folder):
 
 
 def pixels(name, images):
-    """Normalised images back to 0..255."""
+    """Normalised images as pixels 0..255."""
     spec = SPECS[name]
-    return np.round((np.asarray(images) * np.array(spec.std) + np.array(spec.mean)) * 255).astype(
-        int
-    )
+    fractions = np.asarray(images) * np.array(spec.std) + np.array(spec.mean)
+    return np.round(fractions * 255).astype(int)
