@@ -2,8 +2,9 @@
 
 `python -m experiments.reporting.tables` rewrites what is stale, with `--check` it fails instead and
 writes nothing. A table stands between `<!-- table:NAME -->` and `<!-- /table -->` in README.md or
-in docs/*.md; NAME is a report without ".json", the name of a summary (`SUMMARIES`), or of a table that
-the code itself gives (`GENERATED`). Nobody types a number by hand: cells, device, versions and commit come from the report.
+in docs/*.md. NAME is a report without ".json", the name of a summary (`SUMMARIES`), or of a table
+that the code itself gives (`GENERATED`). Nobody types a number by hand: cells, device, versions and
+commit come from the report.
 """
 
 import dataclasses
@@ -123,8 +124,8 @@ def table(name: str, results: Path = RESULTS) -> str:
     if make is None:
         raise ValueError(
             f"table: expected the name of a file in {results.name} that starts with "
-            f"{', '.join(TABLES)}, or one of {', '.join(SUMMARIES | GENERATED)}; got {name!r}; there: "
-            f"{', '.join(names(results)) or 'none'}"
+            f"{', '.join(TABLES)}, or one of {', '.join([*SUMMARIES, *GENERATED])}; got {name!r}; "
+            f"there: {', '.join(names(results)) or 'none'}"
         )
     report = read(report_name, results)
     return f"{make(report)}\n{_origin(report)}\n"
