@@ -19,7 +19,7 @@ from experiments.bench import shapes
 from pallas_kernels.block_sparse_conv import ConvSpec, triton
 from pallas_kernels.block_sparse_conv import reference as dense
 from pallas_kernels.block_sparse_conv.triton import calls, products
-from pallas_kernels.block_sparse_conv.triton.limits import Tile
+from pallas_kernels.block_sparse_conv.triton.fitting import Tile
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = needs(

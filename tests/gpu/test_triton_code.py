@@ -20,8 +20,8 @@ from described_gpu import needs, spec_of
 
 from experiments.bench import shapes
 from pallas_kernels.block_sparse_conv import PASSES, triton, tuned_tables
-from pallas_kernels.block_sparse_conv.triton import calls, kernels, limits, products, tiles
-from pallas_kernels.block_sparse_conv.triton.limits import Tile
+from pallas_kernels.block_sparse_conv.triton import calls, fitting, kernels, products, tiles
+from pallas_kernels.block_sparse_conv.triton.fitting import Tile
 from pallas_kernels.block_sparse_conv.triton.normal_form import normal
 from pallas_kernels.devices import shared_memory
 
@@ -140,7 +140,7 @@ def check_code(record, spec, name, capability=90, fused=False, around_loops=Fals
         record("compiled", f"triton sm_{capability} {what}")
         assert measured["in loops" if around_loops else "spilled"] == 0
         assert measured["shared"] <= min(
-            shared_memory(capability), limits.shared_bytes(tile, name, plain) + 1024
+            shared_memory(capability), fitting.shared_bytes(tile, name, plain) + 1024
         )
         steps = 8
         if name != "weight_gradient":
@@ -148,7 +148,7 @@ def check_code(record, spec, name, capability=90, fused=False, around_loops=Fals
         copies = re.findall(r"LDGSTS\S*", sass)
         step = tile.positions if name == "weight_gradient" else tile.depth
         # Bytes that a thread copies of the operand that is not gathered.
-        least = min(16, tile.rows * step * limits.itemsize(spec) // (32 * tile.warps))
+        least = min(16, tile.rows * step * fitting.itemsize(spec) // (32 * tile.warps))
         assert {copy.rsplit(".", 1)[1] for copy in copies} <= {"128", str(8 * least)}
         assert not re.search(r"LDG\S*\.U16", sass)
         if steps >= 3:
@@ -329,7 +329,7 @@ def check_tables(record):
             tile = Tile(**fields)
             assert tiles.tuned_key(spec, name) == key
             capability = CAPABILITY.get(gpu, 90)
-            assert tile.method == "dense" or limits.fits(tile, name, normal(spec), capability)
+            assert tile.method == "dense" or fitting.fits(tile, name, normal(spec), capability)
             check_code(record, spec, name, capability, tile=tile)
             count += 1
     tuned_tables.read.cache_clear()
@@ -397,7 +397,7 @@ def test_tiles_fit(capability, dtype):
                     candidates = tiles.candidate_tiles(spec, name, capability)
                     assert candidates
                     for tile in (*candidates, tiles.choose_tile(spec, name, capability)):
-                        assert limits.shared_bytes(tile, name, plain) < shared_memory(capability)
+                        assert fitting.shared_bytes(tile, name, plain) < shared_memory(capability)
                         assert (
                             tile.method == "dense"
                             or min(tile.rows, tile.positions, tile.depth) >= 16

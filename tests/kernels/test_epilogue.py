@@ -47,7 +47,7 @@ def defined(y, scale=None, bias=None, residual=None, relu=False):
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize(
-    "given",
+    "names",
     list(itertools.chain.from_iterable(itertools.combinations(PARTS, n) for n in range(4))),
     ids="+".join,
 )

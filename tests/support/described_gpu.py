@@ -210,7 +210,7 @@ def missing() -> str | None:
 
 
 @functools.cache
-def _described_h200() -> jax.sharding.Sharding:
+def described_h200() -> jax.sharding.Sharding:
     """Arrays on one H200 that is only described."""
     jax.devices()  # settles what this process computes on, before the plugin is loaded
     describe = functools.partial(
@@ -274,7 +274,7 @@ def _unique_kernel_names() -> Iterator[None]:
 def compile_for_h200(f, *shapes: jax.ShapeDtypeStruct | None) -> Report:
     """Lowers and compiles a function fully for compute capability 9.0a."""
     placed = [
-        None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_described_h200())
+        None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=described_h200())
         for a in shapes
     ]
     with (
