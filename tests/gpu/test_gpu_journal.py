@@ -89,11 +89,11 @@ def test_the_compiled_loop_holds_the_calls_and_nothing_else():
         return jnp.tanh(a) @ b
 
     shapes_ = (
-        jax.ShapeDtypeStruct((256, 128), "bfloat16", sharding=described_gpu._everywhere()),
+        jax.ShapeDtypeStruct((256, 128), "bfloat16", sharding=described_gpu.described_h200()),
     ) * 2
     shapes_ = (
         shapes_[0],
-        jax.ShapeDtypeStruct((128, 64), "bfloat16", sharding=described_gpu._everywhere()),
+        jax.ShapeDtypeStruct((128, 64), "bfloat16", sharding=described_gpu.described_h200()),
     )
     text = clock.chained(function, 7).lower(shapes_, shapes_, shapes_).compile().as_text()
     body = re.search(r"while\(.*body=%?([\w.-]+).*", text)

@@ -1,6 +1,4 @@
-"""The Mosaic GPU kernels' numbers without a GPU: the lists against NumPy, the kernels in the
-interpreter.
-"""
+"""The Mosaic GPU kernels' numbers without a GPU: lists against NumPy, kernels interpreted."""
 
 import dataclasses
 import functools
@@ -65,33 +63,33 @@ def operands(spec: ConvSpec, seed: int = 0):
     return x, dy, values, filters, channels, taps
 
 
-def gathered(rows: Gather, words: np.ndarray, source: np.ndarray) -> np.ndarray:
+def gathered(gather: Gather, words: np.ndarray, source: np.ndarray) -> np.ndarray:
     """The definition of a list: `[entries * run, pixels of a phase, images]`, zeros where there is
     nothing to read.
     """
-    height, width = rows.phase_size
-    image = source.reshape(-1, *rows.source, rows.images)
-    out = np.zeros((len(words), rows.run, height, width, rows.images), np.float32)
+    height, width = gather.phase_size
+    image = source.reshape(-1, *gather.source, gather.images)
+    out = np.zeros((len(words), gather.run, height, width, gather.images), np.float32)
     for e, word in enumerate(np.asarray(words, np.int64)):
         first, offset_y, offset_x = (
-            (word & 0xFFFF) * rows.run,
+            (word & 0xFFFF) * gather.run,
             (word >> 16 & 0xFF) - 128,
             word >> 24,
         )
         for y in range(height):
             for x in range(width):
-                at = y * rows.read_stride[0] + offset_y, x * rows.read_stride[1] + offset_x
+                at = y * gather.read_stride[0] + offset_y, x * gather.read_stride[1] + offset_x
                 if (
-                    0 <= at[0] < rows.source[0]
-                    and 0 <= at[1] < rows.source[1]
+                    0 <= at[0] < gather.source[0]
+                    and 0 <= at[1] < gather.source[1]
                     and first < len(image)
                 ):
-                    out[e, :, y, x] = image[first : first + rows.run, at[0], at[1]]
-    return out.reshape(-1, height, width, rows.images)
+                    out[e, :, y, x] = image[first : first + gather.run, at[0], at[1]]
+    return out.reshape(-1, height, width, gather.images)
 
 
 def plain_product(
-    rows,
+    gather,
     tile,
     counts,
     lists,
@@ -108,7 +106,7 @@ def plain_product(
     processors=0,
 ):
     """The definition of `gather_product`, in NumPy."""
-    dtype, blocks = source.dtype, len(weights) // rows.phases
+    dtype, blocks = source.dtype, len(weights) // gather.phases
     counts, lists, weights, source = (
         np.asarray(counts),
         np.asarray(lists),
@@ -120,10 +118,10 @@ def plain_product(
         if out_rows is None
         else np.asarray(out_rows)
     )
-    out = np.full((out_channels, *rows.output, rows.images), np.nan, np.float32)
+    out = np.full((out_channels, *gather.output, gather.images), np.nan, np.float32)
     for this in range(len(weights)):
         phase, block = divmod(this, blocks)
-        x = gathered(rows, lists[this, : counts[this] * tile.depth // rows.run], source)
+        x = gathered(gather, lists[this, : counts[this] * tile.depth // gather.run], source)
         y = np.tensordot(weights[this, :, : len(x)], x, 1)[: len(out_rows[block])]
         for vector, apply in ((scale, np.multiply), (bias, np.add)):
             y = (
@@ -131,24 +129,24 @@ def plain_product(
                 if vector is None
                 else apply(y, np.asarray(vector)[block, : len(y), None, None, None])
             )
-        first = divmod(phase, rows.write_stride[1])
+        first = divmod(phase, gather.write_stride[1])
         window = out[
-            out_rows[block], first[0] :: rows.write_stride[0], first[1] :: rows.write_stride[1]
+            out_rows[block], first[0] :: gather.write_stride[0], first[1] :: gather.write_stride[1]
         ]
-        out[out_rows[block], first[0] :: rows.write_stride[0], first[1] :: rows.write_stride[1]] = (
-            y[:, : window.shape[1], : window.shape[2]]
-        )
+        out[
+            out_rows[block], first[0] :: gather.write_stride[0], first[1] :: gather.write_stride[1]
+        ] = y[:, : window.shape[1], : window.shape[2]]
     out = out.reshape(out_channels, -1)
     out = out if residual is None else out + np.asarray(residual, np.float32)
     return jnp.asarray(np.maximum(out, 0) if relu else out, dtype)
 
 
-def plain_outer(rows, tile, lists, source, grouped, group, *, interpret=None):
+def plain_outer(gather, tile, lists, source, grouped, group, *, interpret=None):
     """The definition of `gather_outer`, in NumPy; one share."""
     lists, source = np.asarray(lists), np.asarray(source, np.float32)
     grouped = np.asarray(grouped, np.float32).reshape(len(lists), group, -1)
     parts = [
-        dy @ gathered(rows, words, source).reshape(-1, dy.shape[1]).T
+        dy @ gathered(gather, words, source).reshape(-1, dy.shape[1]).T
         for words, dy in zip(lists, grouped)
     ]
     return jnp.asarray(np.stack(parts))[None]
@@ -172,11 +170,11 @@ def reference(spec: ConvSpec, x, dy, values, *index) -> dict[str, jax.Array]:
     }
 
 
-def assert_close(ours, wanted, tolerance=1e-2):
-    assert ours.shape == wanted.shape
-    ours, wanted = np.asarray(ours, np.float32), np.asarray(wanted, np.float32)
+def assert_close(result, expected, tolerance=1e-2):
+    assert result.shape == expected.shape
+    result, expected = np.asarray(result, np.float32), np.asarray(expected, np.float32)
     np.testing.assert_allclose(
-        ours, wanted, rtol=0, atol=tolerance * np.abs(wanted).max(initial=1e-30)
+        result, expected, rtol=0, atol=tolerance * np.abs(expected).max(initial=1e-30)
     )
 
 
@@ -222,14 +220,14 @@ def check_lists(spec: ConvSpec, seed: int, pick):
     """All that XLA prepares for the kernels, with the kernels' definitions in their place."""
     assert mosaic_gpu.limits(spec) is None
     x, dy, values, *index = operands(spec, seed)
-    given_ = {"forward": (x, values), "input_gradient": (dy, values), "weight_gradient": (x, dy)}
+    inputs = {"forward": (x, values), "input_gradient": (dy, values), "weight_gradient": (x, dy)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "gather_product", plain_product)
         patch.setattr(kernels, "gather_outer", plain_outer)
-        for name, wanted in reference(spec, x, dy, values, *index).items():
+        for name, expected in reference(spec, x, dy, values, *index).items():
             assert_close(
-                RUNS[name](None, pick(candidate_tiles(spec, name)), spec, *given_[name], *index),
-                wanted,
+                RUNS[name](None, pick(candidate_tiles(spec, name)), spec, *inputs[name], *index),
+                expected,
             )
 
 
@@ -265,7 +263,7 @@ def test_only_pairs_that_reach_a_block_of_channels_are_walked():
 
 
 def product_operands(
-    rows: Gather,
+    gather: Gather,
     tile: Tile,
     blocks: int,
     group: int,
@@ -275,22 +273,22 @@ def product_operands(
 ):
     """Random operands of `gather_product`; some entries past the end."""
     rng = np.random.default_rng(seed)
-    lists = max(stages) * tile.depth // rows.run
-    shape = (blocks * rows.phases, lists)
-    ranges = (0, channels // rows.run + 1), (-2, 3), (-2, 3)
+    lists = max(stages) * tile.depth // gather.run
+    shape = (blocks * gather.phases, lists)
+    ranges = (0, channels // gather.run + 1), (-2, 3), (-2, 3)
     words = entry(*(jnp.asarray(rng.integers(low, high, shape), jnp.int32) for low, high in ranges))
     weights = jnp.asarray(
-        rng.standard_normal((shape[0], tile.rows, lists * rows.run)), jnp.bfloat16
+        rng.standard_normal((shape[0], tile.rows, lists * gather.run)), jnp.bfloat16
     )
-    source = jnp.asarray(rng.standard_normal((channels, rows.beyond)), jnp.bfloat16)
+    source = jnp.asarray(rng.standard_normal((channels, gather.beyond)), jnp.bfloat16)
     places = jnp.asarray(rng.permutation(blocks * group).reshape(blocks, group), jnp.int32)
     return jnp.asarray(stages, jnp.int32), words, weights, source, places
 
 
 def test_the_product_kernel_in_the_interpreter_with_everything_at_the_end(interpreted):
-    rows = Gather(8, (3, 1), (2, 3), (2, 1), (1, 1), 64)
+    gather = Gather(8, (3, 1), (2, 3), (2, 1), (1, 1), 64)
     tile = Tile(64, 128, 64, depth=64, stages=2)
-    given_ = product_operands(rows, tile, 2, 3, 16, [2, 1])
+    inputs = product_operands(gather, tile, 2, 3, 16, [2, 1])
     rng = np.random.default_rng(1)
     scale, bias = (jnp.asarray(rng.standard_normal((2, 64)), jnp.float32) for _ in range(2))
     residual = jnp.asarray(rng.standard_normal((6, 2 * 3 * 64)), jnp.bfloat16)
@@ -298,7 +296,7 @@ def test_the_product_kernel_in_the_interpreter_with_everything_at_the_end(interp
     run = jax.jit(
         functools.partial(
             kernels.gather_product,
-            rows,
+            gather,
             tile,
             out_channels=6,
             processors=2,
@@ -306,19 +304,19 @@ def test_the_product_kernel_in_the_interpreter_with_everything_at_the_end(interp
             **end,
         )
     )
-    ours = run(*given_)
-    assert_close(ours, plain_product(rows, tile, *given_, 6, **end))
-    assert 0.2 < float((ours == 0).mean()) < 0.8
+    result = run(*inputs)
+    assert_close(result, plain_product(gather, tile, *inputs, 6, **end))
+    assert 0.2 < float((result == 0).mean()) < 0.8
 
 
 def test_the_product_kernel_in_the_interpreter_with_phases_and_lists_of_any_length(interpreted):
-    rows = Gather(16, (2, 2), (3, 2), (1, 1), (2, 1), 64)
+    gather = Gather(16, (2, 2), (3, 2), (1, 1), (2, 1), 64)
     tile = Tile(64, 64, 64, depth=64, stages=3, consumers=1)
-    given_ = (*product_operands(rows, tile, 2, 64, 32, [2, 0, 1, 2])[:-1], None)
+    inputs = (*product_operands(gather, tile, 2, 64, 32, [2, 0, 1, 2])[:-1], None)
     run = jax.jit(
         functools.partial(
             kernels.gather_product,
-            rows,
+            gather,
             tile,
             out_rows=None,
             out_channels=128,
@@ -326,38 +324,38 @@ def test_the_product_kernel_in_the_interpreter_with_phases_and_lists_of_any_leng
             interpret=interpreter(),
         )
     )
-    assert_close(run(*given_[:-1]), plain_product(rows, tile, *given_, 128))
+    assert_close(run(*inputs[:-1]), plain_product(gather, tile, *inputs, 128))
 
 
 def test_the_outer_kernel_in_the_interpreter(interpreted):
-    rows = Gather(32, (2, 3), (1, 3), (2, 1), (1, 1), 64)
+    gather = Gather(32, (2, 3), (1, 3), (2, 1), (1, 1), 64)
     tile = Tile(64, 128, 64, depth=64, stages=2, splits=2)  # 3 steps: shares of 2 and 1
     _, words, _, source, _ = product_operands(
-        rows, dataclasses.replace(tile, depth=128), 1, 8, 64, [1]
+        gather, dataclasses.replace(tile, depth=128), 1, 8, 64, [1]
     )
     grouped = jnp.asarray(np.random.default_rng(1).standard_normal((24, 1 * 3 * 64)), jnp.bfloat16)
     parts = jax.jit(
-        functools.partial(kernels.gather_outer, rows, tile, group=24, interpret=interpreter())
+        functools.partial(kernels.gather_outer, gather, tile, group=24, interpret=interpreter())
     )(words, source, grouped)
     assert parts.shape[0] == 2
-    assert_close(parts.sum(0)[:, :24], plain_outer(rows, tile, words, source, grouped, 24)[0])
+    assert_close(parts.sum(0)[:, :24], plain_outer(gather, tile, words, source, grouped, 24)[0])
 
 
 def tiny_product():
-    """One block of threads writes two tiles, one after the other through the same staging memory."""
-    rows = Gather(64, (1, 1), (1, 1), (1, 1), (1, 1), 64)
+    """One thread block writes two tiles, one after the other through the same staging memory."""
+    gather = Gather(64, (1, 1), (1, 1), (1, 1), (1, 1), 64)
     tile = Tile(64, 64, 64, depth=64, stages=2, consumers=1)
-    given_ = product_operands(rows, tile, 2, 64, 64, [1, 1])[:-1]
+    inputs = product_operands(gather, tile, 2, 64, 64, [1, 1])[:-1]
     run = functools.partial(
         kernels.gather_product,
-        rows,
+        gather,
         tile,
         out_rows=None,
         out_channels=128,
         processors=1,
         interpret=interpreter(),
     )
-    return jax.jit(run)(*given_)
+    return jax.jit(run)(*inputs)
 
 
 @pytest.mark.parametrize(
@@ -419,13 +417,13 @@ def test_all_passes_in_the_interpreter(case, name, interpreted):
     x, dy, values, *index = operands(spec)
     record = mosaic_gpu.implementation(interpreter())
     assert record.supports(spec) is None
-    given_ = {"forward": (x, values), "input_gradient": (dy, values), "weight_gradient": (x, dy)}[
+    inputs = {"forward": (x, values), "input_gradient": (dy, values), "weight_gradient": (x, dy)}[
         name
     ]
-    wanted = reference(spec, x, dy, values, *index)[name]
-    ours = jax.jit(functools.partial(getattr(record, name), spec))(*given_, *index)
-    assert ours.dtype == (jnp.float32 if name == "weight_gradient" else jnp.dtype(spec.dtype))
-    assert_close(ours, jnp.maximum(wanted, 0) if spec.relu and name == "forward" else wanted)
+    expected = reference(spec, x, dy, values, *index)[name]
+    result = jax.jit(functools.partial(getattr(record, name), spec))(*inputs, *index)
+    assert result.dtype == (jnp.float32 if name == "weight_gradient" else jnp.dtype(spec.dtype))
+    assert_close(result, jnp.maximum(expected, 0) if spec.relu and name == "forward" else expected)
 
 
 def door(spec: ConvSpec, implementation, x, values, *index):
@@ -478,10 +476,10 @@ def test_second_derivatives_through_the_door(interpreted):
         return sum((g.astype(jnp.float32) ** 2).sum() for g in jax.grad(loss, (0, 1))(x, values))
 
     which = (mosaic_gpu.implementation(interpreter()), "xla")
-    ours, wanted = (
+    result, expected = (
         jax.jit(jax.grad(functools.partial(penalty, one), (0, 1)))(x, values) for one in which
     )
-    for a, b in zip(ours, wanted, strict=True):
+    for a, b in zip(result, expected, strict=True):
         assert_close(a, b, 2e-2)
 
 
@@ -508,12 +506,12 @@ def test_through_the_door_and_under_vmap(interpreted):
         y, pullback = jax.vjp(lambda x, v: door(spec, implementation, x, v, *index), x, values)
         return y, *pullback(dy)
 
-    wanted = [jax.jit(functools.partial(run, "xla"))(factor * x, values) for factor in (1, 2)]
-    ours = jax.jit(jax.vmap(functools.partial(run, record), in_axes=(0, None)))(
+    expected = [jax.jit(functools.partial(run, "xla"))(factor * x, values) for factor in (1, 2)]
+    result = jax.jit(jax.vmap(functools.partial(run, record), in_axes=(0, None)))(
         jnp.stack([x, 2 * x]), values
     )
     for i in range(2):
-        for a, b in zip(ours, wanted[i], strict=True):
+        for a, b in zip(result, expected[i], strict=True):
             assert_close(a[i], b)
 
 

@@ -82,20 +82,16 @@ def compiled(
             (spec.groups, spec.kept_taps),
         )
     ]
-    given_ = {"forward": (x, values), "input_gradient": (dy, values), "weight_gradient": (x, dy)}[
-        name
-    ]
+    inputs = {"forward": (x, values), "input_gradient": (dy, values), "weight_gradient": (x, dy)}
     vector = struct((spec.cout,), jnp.float32)
-    end = (vector, vector, dy) if fused else ()
-    report = compile_for_h200(
-        functools.partial(RUNS[name], None, tile, spec), *given_, *index, *end
-    )
+    epilogue = (vector, vector, dy) if fused else ()
+    one_pass = functools.partial(RUNS[name], None, tile, spec)
+    report = compile_for_h200(one_pass, *inputs[name], *index, *epilogue)
     tile = tile or choose_tile(spec, name)
-    used = f"{report.registers} registers, {report.spills} bytes of spills, {tiles.shared_memory(tile, name)} bytes shared"
-    record(
-        "compiled",
-        f"mosaic_gpu sm_90a {spec.dtype} {tuned_tables.key(spec, name)}{' fused' * fused}: {tile}: {used}",
-    )
+    shared = tiles.shared_memory(tile, name)
+    used = f"{report.registers} registers, {report.spills} bytes of spills, {shared} bytes shared"
+    what = f"{spec.dtype} {tuned_tables.key(spec, name)}{' fused' * fused}: {tile}: {used}"
+    record("compiled", f"mosaic_gpu sm_90a {what}")
     assert report.kernels == 1
     assert (report.stack, report.spills) == (0, 0)
     assert report.count(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32") >= tile.depth // 16

@@ -19,76 +19,26 @@ from experiments.bench import shapes
 from pallas_kernels.block_sparse_conv import ConvSpec, triton
 from pallas_kernels.block_sparse_conv import reference as dense
 from pallas_kernels.block_sparse_conv.triton import calls, products
-from pallas_kernels.block_sparse_conv.triton.limits import Tile
+from pallas_kernels.block_sparse_conv.triton.fitting import Tile
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = needs(
     "the package triton is not installed" if importlib.util.find_spec("triton") is None else None
 )
 
-# Kernels are interpreted in a process of their own: Triton decides at import. There, arrays stand
-# in for tensors; what no operand holds must not be read or written; results begin as NaN; and
-# bfloat16 products are mended (the interpreter multiplies their bits as integers).
-WORKER = """
-import os, pickle, sys
-os.environ["TRITON_INTERPRET"] = "1"
-pipe, sys.stdout = os.fdopen(os.dup(1), "wb"), sys.stderr
-import ml_dtypes, numpy as np, triton.language as tl
-from triton.runtime import interpreter
-from pallas_kernels.block_sparse_conv.triton import kernels
-
-class Tensor:
-    types = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16, "int32": tl.int32}
-    def __init__(self, array): self.array, self.dtype = array, self.types[array.dtype.name]
-    def data_ptr(self): return self.array.ctypes.data
-    def cpu(self): return self
-    def copy_(self, other): pass
-    def untyped_storage(self): return self
-    def new_empty(self, *_, **__): return Tensor(self.array)
-    def set_(self, storage, *_): self.array = storage.array; return self
-    def storage_offset(self): return 0
-    def size(self): return self.array.shape
-    def stride(self): return self.array.strides
-
-held = []
-def guarded(name, mask_at):
-    plain = getattr(interpreter.InterpreterBuilder, name)
-    def checked(self, *args):
-        pointers = next(a for a in args if isinstance(a, interpreter.TensorHandle))
-        at = np.asarray(pointers.data)[np.broadcast_to(np.asarray(args[mask_at].data, bool), np.shape(pointers.data))].astype(np.int64)
-        inside = np.zeros(at.shape, bool)
-        for array in held:
-            inside |= (at >= array.ctypes.data) & (at < array.ctypes.data + array.nbytes)
-        assert inside.all(), f"{name}: {(~inside).sum()} of {at.size} addresses lie outside of the operands"
-        return plain(self, *args)
-    setattr(interpreter.InterpreterBuilder, name, checked)
-guarded("create_masked_load", 1)
-guarded("create_masked_store", 2)
-guarded("create_atomic_rmw", 3)
-
-def dot(self, a, b, d, *_):
-    a, b = (np.asarray(t.data).view(ml_dtypes.bfloat16) if t.dtype.scalar == tl.bfloat16 else np.asarray(t.data) for t in (a, b))
-    return interpreter.TensorHandle(a.astype(np.float32) @ b.astype(np.float32) + d.data, d.dtype.scalar)
-interpreter.InterpreterBuilder.create_dot = dot
-
-patch = interpreter._patch_lang_tensor
-def patched(tensor, *scope):
-    patch(tensor, *scope)
-    tensor.__index__ = lambda self: int(np.asarray(self.handle.data).item())  # Triton 3.6 takes int([n]), which NumPy 2.5 refuses
-interpreter._patch_lang_tensor = patched
-
-while True:
-    kernel, programs, constants, shape, dtype, zeroed, arrays = pickle.load(sys.stdin.buffer)
-    out = np.full(shape, 0 if zeroed else np.nan, dtype)
-    held[:] = [*arrays, out]
-    try:
-        getattr(kernels, kernel)[(programs,)](*map(Tensor, held), **constants)
-    except Exception as error:
-        out = repr(error)
-    pickle.dump(out, pipe)
-    pipe.flush()
-"""
 _WORKER: list[subprocess.Popen] = []
+
+
+def start_interpreter() -> subprocess.Popen:
+    """Triton decides at import whether it interprets: kernels run in a process of their own."""
+    script = ROOT / "tests" / "support" / "triton_interpreter.py"
+    env = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "TRITON_INTERPRET": "1"}
+    return subprocess.Popen(
+        [sys.executable, script],
+        env=os.environ | env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
 
 
 def interpret(launch: calls.Launch, *operands):
@@ -96,15 +46,7 @@ def interpret(launch: calls.Launch, *operands):
 
     def call(*arrays):
         if not _WORKER:
-            env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-            _WORKER.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", WORKER],
-                    env=env,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                )
-            )
+            _WORKER.append(start_interpreter())
         arrays = [np.array(a) for a in arrays]
         message = (
             launch.kernel,
@@ -321,17 +263,22 @@ def test_the_epilogue_is_fused(spec, dtype):
     sums = dense.IMPLEMENTATION.forward(
         dataclasses.replace(spec, dtype="float32", precision="highest"), *single, *index
     )
-    for given in (
+    tolerance = 1e-5 if dtype == "float32" else 1e-2
+    for epilogue in (
         {"scale": scale, "bias": bias, "residual": residual},
         {"bias": bias},
         {"scale": scale},
         {"residual": residual},
     ):
-        wanted = sums * given["scale"][:, None, None, None] if "scale" in given else sums
-        wanted = wanted + given["bias"][:, None, None, None] if "bias" in given else wanted
-        wanted = wanted + given["residual"].astype(jnp.float32) if "residual" in given else wanted
-        y = jax.jit(lambda given: TRITON.forward(spec, x, values, *index, **given))(given)
-        assert_close(y, jnp.maximum(wanted, 0).astype(dtype), 1e-5 if dtype == "float32" else 1e-2)
+        expected = sums
+        if "scale" in epilogue:
+            expected = expected * scale[:, None, None, None]
+        if "bias" in epilogue:
+            expected = expected + bias[:, None, None, None]
+        if "residual" in epilogue:
+            expected = expected + residual.astype(jnp.float32)
+        y = jax.jit(lambda parts: TRITON.forward(spec, x, values, *index, **parts))(epilogue)
+        assert_close(y, jnp.maximum(expected, 0).astype(dtype), tolerance)
     y = TRITON.forward(spec, x, values, *index, None, None, residual.at[3, 2, 1, 0].set(jnp.nan))
     assert np.argwhere(np.isnan(np.asarray(y, np.float32))).tolist() == [[3, 2, 1, 0]]
 
@@ -373,12 +320,12 @@ def test_second_derivatives_through_the_door():
 
         return sum((g**2).sum() for g in jax.grad(loss, (0, 1))(x, values))
 
-    ours_, reference = (
+    results, reference = (
         jax.jit(jax.grad(lambda *a, which=which: penalty(which, *a), (0, 1)))(x, values)
         for which in (TRITON, "dense")
     )
-    for result, wanted in zip(ours_, reference, strict=True):
-        assert_close(result, wanted, 1e-4)
+    for result, expected in zip(results, reference, strict=True):
+        assert_close(result, expected, 1e-4)
 
 
 @needs_triton

@@ -1,5 +1,6 @@
-"""The Triton kernels' machine code for Hopper and Ampere, their lowering through JAX, and the
-choice of tiles: no GPU needed.
+"""The Triton kernels' machine code, their lowering through JAX, and the choice of tiles.
+
+All of it is compiled for Hopper and Ampere on a machine without a GPU.
 """
 
 import dataclasses
@@ -19,8 +20,8 @@ from described_gpu import needs, spec_of
 
 from experiments.bench import shapes
 from pallas_kernels.block_sparse_conv import PASSES, triton, tuned_tables
-from pallas_kernels.block_sparse_conv.triton import calls, kernels, limits, products, tiles
-from pallas_kernels.block_sparse_conv.triton.limits import Tile
+from pallas_kernels.block_sparse_conv.triton import calls, fitting, kernels, products, tiles
+from pallas_kernels.block_sparse_conv.triton.fitting import Tile
 from pallas_kernels.block_sparse_conv.triton.normal_form import normal
 from pallas_kernels.devices import shared_memory
 
@@ -39,10 +40,10 @@ SHAPES += [(layer, batch) for batch in (128, 1024) for layer in shapes.VGG19 + s
 
 def launches(spec, name, capability=90, fused=False, **private):
     """The kernel calls of a pass on such a GPU, with the operands' dtypes."""
-    found = []
+    calls_made = []
 
-    def record(launch, *given):
-        found.append((launch, [a.dtype.name for a in given]))
+    def record(launch, *operands):
+        calls_made.append((launch, [a.dtype.name for a in operands]))
         return jnp.zeros(launch.out.shape, launch.out.dtype)
 
     lists = (
@@ -55,18 +56,16 @@ def launches(spec, name, capability=90, fused=False, **private):
         jax.ShapeDtypeStruct(shape, spec.dtype)
         for shape in (spec.in_shape, spec.out_shape, spec.packed_shape)
     )
-    numbers = jax.ShapeDtypeStruct((spec.cout,), jnp.float32)
-    given = {"forward": (x, values), "input_gradient": (dy, values), "weight_gradient": (x, dy)}[
-        name
-    ]
+    inputs = {"forward": (x, values), "input_gradient": (dy, values), "weight_gradient": (x, dy)}
     if fused:
-        spec, index = dataclasses.replace(spec, relu=True), [*index, numbers, numbers, dy]
+        vector = jax.ShapeDtypeStruct((spec.cout,), jnp.float32)
+        spec, index = dataclasses.replace(spec, relu=True), [*index, vector, vector, dy]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calls, "run", record)
         patch.setattr(calls, "capability", lambda: capability)
         run = getattr(triton.IMPLEMENTATION, name)
-        jax.eval_shape(lambda *a: run(spec, *a, **private), *given, *index)
-    return found
+        jax.eval_shape(lambda *a: run(spec, *a, **private), *inputs[name], *index)
+    return calls_made
 
 
 def machine_code(launch, dtypes, capability):
@@ -76,10 +75,8 @@ def machine_code(launch, dtypes, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, types = (
-        getattr(kernels, launch.kernel),
-        [TYPES[name] for name in (*dtypes, launch.out.dtype.name)],
-    )
+    kernel = getattr(kernels, launch.kernel)
+    types = [TYPES[name] for name in (*dtypes, launch.out.dtype.name)]
     names = kernel.arg_names
     source = ASTSource(
         fn=kernel,
@@ -101,15 +98,14 @@ def machine_code(launch, dtypes, capability):
             for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
         )
     registers, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "LOCAL"))
-    spilled, looped = (
+    local_accesses, in_loops = (
         len(re.findall(r"\b(?:LDL|STL)\b", code)) for code in (sass, loops(sass))
-    )  # loads and stores of local memory
-    spilled += local  # a frame on the stack, which may go unused
+    )
     waits = [int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", compiled.asm["ptx"])]
     return {
         "registers": registers,
-        "spilled": spilled,
-        "in loops": looped,
+        "spilled": local_accesses + local,  # a frame on the stack counts, though it may go unused
+        "in loops": in_loops,
         "shared": compiled.metadata.shared,
         "waits": waits,
     }, sass
@@ -118,50 +114,41 @@ def machine_code(launch, dtypes, capability):
 def loops(sass):
     """The lines of machine code that a branch can come back to."""
     lines = sass.splitlines()
-    labels = {
-        found[1]: i for i, line in enumerate(lines) if (found := re.match(r"\s*(\.L_x_\d+):", line))
-    }
-    ends = (
-        (labels.get(found[1], len(lines)), i)
-        for i, line in enumerate(lines)
-        if (found := re.search(r"BRA\b.*`\((\S+?)\)", line))
-    )
-    return "\n".join(
-        lines[i] for i in sorted({i for start, end in ends for i in range(start, end)})
-    )
+    labels, inside = {}, set()
+    for i, line in enumerate(lines):
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = i
+    for i, line in enumerate(lines):
+        if branch := re.search(r"BRA\b.*`\((\S+?)\)", line):
+            inside.update(range(labels.get(branch[1], len(lines)), i))
+    return "\n".join(lines[i] for i in sorted(inside))
 
 
 def check_code(record, spec, name, capability=90, fused=False, around_loops=False, **private):
-    """No spill (`around_loops`: in a loop), what was promised of shared memory, 16-byte copies,
-    tensor cores, no early wait for loads.
+    """Compiles a pass, and checks the machine code.
+
+    No spill (with `around_loops`: none in a loop), as much shared memory as predicted, 16-byte
+    copies, tensor cores, no early wait for loads.
     """
-    found = launches(spec, name, capability, fused, **private)
-    assert len(found) == (
-        private.get("method", "") != "dense"
-        and getattr(private.get("tile"), "method", "") != "dense"
-    )
-    for launch, dtypes in found:
+    kernel_calls = launches(spec, name, capability, fused, **private)
+    is_dense = "dense" in (private.get("method"), getattr(private.get("tile"), "method", ""))
+    assert len(kernel_calls) == (0 if is_dense else 1)
+    for launch, dtypes in kernel_calls:
         measured, sass = machine_code(launch, dtypes, capability)
-        record(
-            "compiled",
-            f"triton sm_{capability} {tiles.tuned_key(spec, name)}{' fused' * fused}: {launch.tile}: "
-            f"{measured}",
-        )
         tile, plain = launch.tile, normal(spec)
+        what = f"{tiles.tuned_key(spec, name)}{' fused' * fused}: {tile}: {measured}"
+        record("compiled", f"triton sm_{capability} {what}")
         assert measured["in loops" if around_loops else "spilled"] == 0
         assert measured["shared"] <= min(
-            shared_memory(capability), limits.shared_bytes(tile, name, plain) + 1024
+            shared_memory(capability), fitting.shared_bytes(tile, name, plain) + 1024
         )
-        steps = (
-            -(-products.product(plain, name, tile.method).depth // tile.depth)
-            if name != "weight_gradient"
-            else 8
-        )
+        steps = 8
+        if name != "weight_gradient":
+            steps = -(-products.product(plain, name, tile.method).depth // tile.depth)
         copies = re.findall(r"LDGSTS\S*", sass)
         step = tile.positions if name == "weight_gradient" else tile.depth
-        least = min(
-            16, tile.rows * step * limits.itemsize(spec) // (32 * tile.warps)
-        )  # bytes a thread copies of the operand not gathered
+        # Bytes that a thread copies of the operand that is not gathered.
+        least = min(16, tile.rows * step * fitting.itemsize(spec) // (32 * tile.warps))
         assert {copy.rsplit(".", 1)[1] for copy in copies} <= {"128", str(8 * least)}
         assert not re.search(r"LDG\S*\.U16", sass)
         if steps >= 3:
@@ -174,12 +161,12 @@ def check_code(record, spec, name, capability=90, fused=False, around_loops=Fals
             )
         else:
             assert re.search(r"(LDGSTS|LDG)\S*\.128", sass)
-        wanted = {
+        multiply = {
             "half": "HGMMA" if capability == 90 else r"HMMA\.16816",
             "tf32": r"H(G)?MMA\S*TF32",
             "ieee": "FFMA",
         }[plain.precision]
-        assert re.search(wanted, sass)
+        assert re.search(multiply, sass)
         instructions = set(re.findall(r"\bHG?MMA\S*", sass))
         assert all(re.search(r"\.F32(\.|$)", one) for one in instructions), (
             f"sums in single precision: {instructions}"
@@ -342,7 +329,7 @@ def check_tables(record):
             tile = Tile(**fields)
             assert tiles.tuned_key(spec, name) == key
             capability = CAPABILITY.get(gpu, 90)
-            assert tile.method == "dense" or limits.fits(tile, name, normal(spec), capability)
+            assert tile.method == "dense" or fitting.fits(tile, name, normal(spec), capability)
             check_code(record, spec, name, capability, tile=tile)
             count += 1
     tuned_tables.read.cache_clear()
@@ -410,7 +397,7 @@ def test_tiles_fit(capability, dtype):
                     candidates = tiles.candidate_tiles(spec, name, capability)
                     assert candidates
                     for tile in (*candidates, tiles.choose_tile(spec, name, capability)):
-                        assert limits.shared_bytes(tile, name, plain) < shared_memory(capability)
+                        assert fitting.shared_bytes(tile, name, plain) < shared_memory(capability)
                         assert (
                             tile.method == "dense"
                             or min(tile.rows, tile.positions, tile.depth) >= 16

@@ -1,6 +1,4 @@
-"""2:4 products: values and gradients, the bounds, and the handler of cuSPARSELt as far as a machine
-without a GPU can check it.
-"""
+"""2:4 products: values, gradients, bounds, and what of cuSPARSELt's handler needs no GPU."""
 
 import ctypes
 import functools
@@ -63,21 +61,17 @@ def test_values_and_gradients_are_those_of_the_masked_dense_product(channel_majo
     )
     columns = x64.T if channel_major else x64
     slopes = dy64.T if channel_major else dy64
-    wanted_y, wanted_dx = columns @ w64, slopes @ w64.T
-    wanted = (
-        (wanted_y.T, columns.T @ slopes, wanted_dx.T)
-        if channel_major
-        else (wanted_y, columns.T @ slopes, wanted_dx)
-    )
+    expected = [columns @ w64, columns.T @ slopes, slopes @ w64.T]
+    if channel_major:
+        expected[0], expected[2] = expected[0].T, expected[2].T
     low = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 5e-4}[dtype]
-    for got, want, limit, kind in zip(
-        (y, *pull(dy)), wanted, (low, 1e-6, low), (dtype, "float32", dtype), strict=True
+    for result, reference, limit, kind in zip(
+        (y, *pull(dy)), expected, (low, 1e-6, low), (dtype, "float32", dtype), strict=True
     ):
-        assert got.shape == want.shape
-        assert got.dtype == kind
-        assert np.linalg.norm(np.asarray(got.astype(jnp.float32)) - want) <= limit * np.linalg.norm(
-            want
-        )
+        assert result.shape == reference.shape
+        assert result.dtype == kind
+        error = np.linalg.norm(np.asarray(result.astype(jnp.float32)) - reference)
+        assert error <= limit * np.linalg.norm(reference)
     assert jnp.all(pull(dy)[0] != 0)  # straight through: the pruned weights have gradients too
 
 
@@ -85,10 +79,10 @@ def test_a_1x1_convolution_and_a_batched_dense_layer():
     weights, x = masked(), jax.random.normal(jax.random.key(3), (K, 3, 2, 4))
     y = two_of_four_matmul(weights, x, channel_major=True)
     numbers = ("CHWN", "HWIO", "CHWN")
-    wanted = jax.lax.conv_general_dilated(
+    expected = jax.lax.conv_general_dilated(
         x, weights[None, None], (1, 1), "VALID", dimension_numbers=numbers
     )
-    np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(
         two_of_four_matmul(weights, x.transpose(1, 2, 3, 0)),
         y.transpose(1, 2, 3, 0),
@@ -249,7 +243,7 @@ def test_the_benchmark_compares_with_float64():
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The handler, and libraries that stand in for cuSPARSELt: one right, one of another version."""
+    """The handler, and stand-ins for cuSPARSELt: one of its version, one of another."""
     if WITHOUT:
         pytest.skip(f"the handler cannot be built: {WITHOUT}")
     folder = tmp_path_factory.mktemp("two_of_four")
@@ -299,13 +293,13 @@ def test_the_handler_describes_the_product_in_both_layouts(built, channel_major,
     assert loaded.TwoOfFourOpen(str(folder / "right.so").encode()) == b""
     assert loaded.TwoOfFourVersion().count(b".") == 2
     weights, x = masked("bfloat16"), activations(channel_major, "bfloat16")
-    wanted = two_of_four_matmul(weights, x, channel_major=channel_major)
+    expected = two_of_four_matmul(weights, x, channel_major=channel_major)
     stand_in = ctypes.CDLL(str(folder / "right.so"))
     plans, searches = stand_in.StandInPlans(), stand_in.StandInSearches()
     for _ in range(2):
         y = run(loaded, weights, x, channel_major, search)
         np.testing.assert_allclose(
-            y.astype(np.float32), np.asarray(wanted, np.float32), rtol=1e-2, atol=1e-2
+            y.astype(np.float32), np.asarray(expected, np.float32), rtol=1e-2, atol=1e-2
         )
     assert stand_in.StandInPlans() == plans + 1  # made once for each shape
     assert stand_in.StandInSearches() == searches + search

@@ -47,16 +47,16 @@ def defined(y, scale=None, bias=None, residual=None, relu=False):
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize(
-    "given",
+    "names",
     list(itertools.chain.from_iterable(itertools.combinations(PARTS, n) for n in range(4))),
     ids="+".join,
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_value_and_gradients_are_those_of_the_definition(name, given, relu):
+def test_value_and_gradients_are_those_of_the_definition(name, names, relu):
     x, dy, values, *index = shapes.random_operands(SPEC)
-    parts = {part: value for part, value in random_parts().items() if part in given}
+    parts = {part: value for part, value in random_parts().items() if part in names}
 
-    def ours(x, values, parts):
+    def fused(x, values, parts):
         return shapes.convolve(SPEC, name, x, values, *index, **parts, relu=relu)
 
     def reference(x, values, parts):
@@ -67,7 +67,7 @@ def test_value_and_gradients_are_those_of_the_definition(name, given, relu):
         return y, pullback(dy)
 
     for a, b in zip(
-        *(jax.tree.leaves(jax.jit(results, static_argnums=0)(f)) for f in (ours, reference)),
+        *(jax.tree.leaves(jax.jit(results, static_argnums=0)(f)) for f in (fused, reference)),
         strict=True,
     ):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
@@ -84,11 +84,11 @@ def test_half_precision_is_rounded_once_or_twice(name):
     exact = shapes.convolve(
         SPEC, "dense", x.astype(jnp.float32), values.astype(jnp.float32), *index
     )
-    wanted = defined(
+    expected = defined(
         exact, **{part: value.astype(jnp.float32) for part, value in parts.items()}, relu=True
     )
     np.testing.assert_allclose(
-        y.astype(jnp.float32), wanted, rtol=0, atol=2e-2 * float(wanted.max())
+        y.astype(jnp.float32), expected, rtol=0, atol=2e-2 * float(expected.max())
     )
 
 
@@ -127,9 +127,9 @@ def test_every_door_of_conv(door, data_format):
     scale, bias = jnp.linspace(-1, 2, 32), jnp.linspace(1, -1, 32)
     mask = jnp.ones(kernel.shape, bool) if door == "Dense()" else bsj.layout_to_mask(LAYOUT)
     plain = bsj.conv(x, kernel * mask, DENSE)
-    wanted = jax.nn.relu(scale * plain + bias + residual)
+    expected = jax.nn.relu(scale * plain + bias + residual)
     if data_format == "CHWN":
-        x, residual, wanted = (a.transpose(3, 1, 2, 0) for a in (x, residual, wanted))
+        x, residual, expected = (a.transpose(3, 1, 2, 0) for a in (x, residual, expected))
     options = {
         "full gradient": {"kernel_gradient": "dense"},
         "masked dense": {"implementation": "dense"},
@@ -139,8 +139,8 @@ def test_every_door_of_conv(door, data_format):
         DENSE if door == "Dense()" else LAYOUT,
     )
     epilogue = {"scale": scale, "bias": bias, "residual": residual, "activation": "relu"}
-    ours = bsj.conv(x, values, layout, data_format=data_format, **epilogue, **options)
-    np.testing.assert_allclose(ours, wanted, atol=1e-4)
+    fused = bsj.conv(x, values, layout, data_format=data_format, **epilogue, **options)
+    np.testing.assert_allclose(fused, expected, atol=1e-4)
     for part, bad, message in (
         (
             "scale",

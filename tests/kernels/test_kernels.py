@@ -1,6 +1,4 @@
-"""One suite for all implementations of the block-sparse convolution, and for each formulation of
-the XLA one.
-"""
+"""One suite for all implementations of the convolution, and for each formulation of XLA's."""
 
 import dataclasses
 import functools
@@ -121,8 +119,8 @@ def results(f, x, values, dy):
         return run(x, values, dy)
 
 
-def assert_close(ours, reference, tolerance):
-    for a, b in zip(ours, reference, strict=True):
+def assert_close(arrays, reference, tolerance):
+    for a, b in zip(arrays, reference, strict=True):
         assert a.shape == b.shape
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(initial=1e-30))
@@ -130,11 +128,11 @@ def assert_close(ours, reference, tolerance):
 
 def check(spec: ConvSpec, name: str, seed: int = 0, tolerance: float = 1e-5):
     x, dy, values, *index = shapes.random_operands(spec, seed)
-    ours = results(lambda x, v: conv(spec, name, x, v, *index), x, values, dy)
-    assert [a.dtype for a in ours] == [x.dtype, x.dtype, values.dtype]
+    arrays = results(lambda x, v: conv(spec, name, x, v, *index), x, values, dy)
+    assert [a.dtype for a in arrays] == [x.dtype, x.dtype, values.dtype]
     x, dy, values = (a.astype(jnp.float32) for a in (x, dy, values))
     assert_close(
-        ours, results(lambda x, v: masked_dense(spec, x, v, *index), x, values, dy), tolerance
+        arrays, results(lambda x, v: masked_dense(spec, x, v, *index), x, values, dy), tolerance
     )
 
 
@@ -258,15 +256,22 @@ x, dy, values, *index = shapes.random_operands(spec)
 assert jax.device_count() == 2
 images = P(None, None, None, "batch")
 for name in IMPLEMENTATIONS:
-    wanted = jax.jit(jax.grad(lambda x, v: (conv(spec, name, x, v, *index) * dy).sum(), (0, 1)))(x, values)
+    def whole(x, v):
+        return (conv(spec, name, x, v, *index) * dy).sum()
+    expected = jax.jit(jax.grad(whole, (0, 1)))(x, values)
     half = dataclasses.replace(spec, batch=2)
     def loss(x, v, dy, *index):
         return jax.lax.psum((conv(half, name, x, v, *index) * dy).sum(), "batch")
     for inside in (True, False):
         body = jax.grad(loss, (0, 1)) if inside else loss
-        f = jax.shard_map(body, mesh=Mesh(np.array(jax.devices()), ("batch",)), in_specs=(images, P(), images, P(), P(), P()),
-                          out_specs=(images, P()) if inside else P())
-        assert_close(jax.jit(f if inside else jax.grad(f, (0, 1)))(x, values, dy, *index), wanted, 1e-5)
+        f = jax.shard_map(
+            body,
+            mesh=Mesh(np.array(jax.devices()), ("batch",)),
+            in_specs=(images, P(), images, P(), P(), P()),
+            out_specs=(images, P()) if inside else P(),
+        )
+        gradients = jax.jit(f if inside else jax.grad(f, (0, 1)))(x, values, dy, *index)
+        assert_close(gradients, expected, 1e-5)
     print(name, "agrees")
 """
 
@@ -424,13 +429,13 @@ def test_the_seam_takes_any_implementation():
 
         return run
 
-    mine = Implementation(
-        "mine", lambda spec: "no batches of 3" if spec.batch == 3 else None, *map(spy, PASSES)
+    custom = Implementation(
+        "custom", lambda spec: "no batches of 3" if spec.batch == 3 else None, *map(spy, PASSES)
     )
     x, dy, values, *index = shapes.random_operands(dataclasses.replace(BASE, batch=2))
-    run = functools.partial(block_sparse_conv, kernel_shape=(3, 3, 9, 8), implementation=mine)
+    run = functools.partial(block_sparse_conv, kernel_shape=(3, 3, 9, 8), implementation=custom)
     jax.jit(lambda x, v, dy: jax.vjp(lambda x, v: run(x, v, *index), x, v)[1](dy))(x, values, dy)
     assert sorted(calls) == sorted(PASSES)
     x, _, values, *index = shapes.random_operands(BASE)
-    with pytest.raises(NotImplementedError, match="'mine': no batches of 3"):
+    with pytest.raises(NotImplementedError, match="'custom': no batches of 3"):
         run(x, values, *index)

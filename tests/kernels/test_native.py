@@ -278,12 +278,14 @@ def test_a_weight_that_is_not_finite_meets_the_zeros_around_the_image_as_in_dens
     spec = dataclasses.replace(SPEC, **sizes, kernel=(3, 3), strides=strides)
     x, dy, values, *index = shapes.random_operands(spec)
     values = values.at[1, 4, 2, 3].set(bad)
-    wanted, dense_pullback = jax.vjp(lambda x: shapes.convolve(spec, "dense", x, values, *index), x)
-    ours, pullback = jax.vjp(lambda x: shapes.convolve(spec, "cpu", x, values, *index), x)
-    hit = ~np.isfinite(np.asarray(wanted))
-    assert np.array_equal(~np.isfinite(np.asarray(ours)), hit)
+    expected, dense_pullback = jax.vjp(
+        lambda x: shapes.convolve(spec, "dense", x, values, *index), x
+    )
+    result, pullback = jax.vjp(lambda x: shapes.convolve(spec, "cpu", x, values, *index), x)
+    hit = ~np.isfinite(np.asarray(expected))
+    assert np.array_equal(~np.isfinite(np.asarray(result)), hit)
     assert hit.any(axis=(1, 2, 3)).sum() == 1, "one filter"
-    np.testing.assert_allclose(np.where(hit, 0, ours), np.where(hit, 0, wanted), atol=1e-4)
+    np.testing.assert_allclose(np.where(hit, 0, result), np.where(hit, 0, expected), atol=1e-4)
     hit = ~np.isfinite(np.asarray(dense_pullback(dy)[0]))
     assert np.array_equal(~np.isfinite(np.asarray(pullback(dy)[0])), hit)
     assert hit.any(axis=(1, 2, 3)).sum() == 1, "one channel"
@@ -304,18 +306,18 @@ def test_two_threads_at_once():
         y, pullback = jax.vjp(lambda x, v: shapes.convolve(spec, "cpu", x, v, *index), x, values)
         return y, *pullback(dy)
 
-    wanted, seen = [np.asarray(a) for a in run(x, values, dy)], []
+    expected, agreed = [np.asarray(a) for a in run(x, values, dy)], []
 
     def work():
         for _ in range(20):
-            seen.append(all(np.array_equal(a, b) for a, b in zip(run(x, values, dy), wanted)))
+            agreed.append(all(np.array_equal(a, b) for a, b in zip(run(x, values, dy), expected)))
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert seen == [True] * 40
+    assert agreed == [True] * 40
 
 
 def digest() -> str:
@@ -346,7 +348,10 @@ def digest() -> str:
     len(getattr(os, "sched_getaffinity", lambda _: ())(0)) < 2, reason="needs two cores"
 )
 def test_bits_do_not_depend_on_the_number_of_threads():
-    script = "import os, sys; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1]); import test_native; print(test_native.digest())"
+    script = (
+        "import os; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1]); "
+        "import test_native; print(test_native.digest())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=environment(),

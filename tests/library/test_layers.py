@@ -1,6 +1,4 @@
-"""The Flax layers: drop-ins for `Conv` where the kernel is dense, masked-dense results where it is
-block-sparse.
-"""
+"""The Flax layers: `Conv` where the kernel is dense, masked-dense results where it is sparse."""
 
 import flax.linen as nn
 import jax
@@ -54,20 +52,18 @@ def normal(seed, shape):
 
 
 def conv_options(options):
-    """The options of a `BlockSparseConv`, and the same for Flax's own layer, where an integer
-    kernel_size means 1-D.
-    """
+    """The options of a `BlockSparseConv`, and of Flax's `Conv`, where one integer means 1-D."""
     options = {"kernel_size": (3, 3)} | options
     return options, options | ({"kernel_size": (3, 3)} if options["kernel_size"] == 3 else {})
 
 
 def test_linen_layer_has_the_params_and_batch_axes_of_conv():
-    mine, conv, x = bs_linen.BlockSparseConv(8, 3), nn.Conv(8, (3, 3)), normal(0, (2, 7, 9, 6))
+    layer, conv, x = bs_linen.BlockSparseConv(8, 3), nn.Conv(8, (3, 3)), normal(0, (2, 7, 9, 6))
     params = jax.jit(conv.init)(jax.random.key(1), x)
-    jax.tree.map(np.testing.assert_array_equal, jax.jit(mine.init)(jax.random.key(1), x), params)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(layer.init)(jax.random.key(1), x), params)
     apply = jax.jit(lambda layer, x: layer.apply(params, x), static_argnums=0)
     for image in (x, x[0], x[:, None]):
-        np.testing.assert_array_equal(apply(mine, image), apply(conv, image))
+        np.testing.assert_array_equal(apply(layer, image), apply(conv, image))
 
 
 @pytest.mark.parametrize(
@@ -76,13 +72,11 @@ def test_linen_layer_has_the_params_and_batch_axes_of_conv():
     ids=str,
 )
 def test_linen_dense_layer_equals_conv_in_both_formats(features, options):
-    """With 32 features the rows in CHWN are few and one matrix product serves; with 4 XLA's
-    convolution does.
-    """
-    mine, theirs = conv_options(options)
+    """In CHWN 32 features run as one matrix product of the rows, 4 as XLA's convolution."""
+    layer_options, flax_options = conv_options(options)
     layer, conv, x = (
-        bs_linen.BlockSparseConv(features, **mine),
-        nn.Conv(features, **theirs),
+        bs_linen.BlockSparseConv(features, **layer_options),
+        nn.Conv(features, **flax_options),
         normal(0, (2, 7, 9, 6)),
     )
     shapes = jax.eval_shape(conv.init, jax.random.key(1), x)
@@ -97,11 +91,11 @@ def test_linen_dense_layer_equals_conv_in_both_formats(features, options):
         )
         return conv.apply(params, x), layer.apply(params, x), native
 
-    want, nhwc, chwn = outputs(params, x)
-    assert want.dtype == nhwc.dtype == chwn.dtype
+    expected, nhwc, chwn = outputs(params, x)
+    assert expected.dtype == nhwc.dtype == chwn.dtype
     tolerance = {"rtol": 2e-2, "atol": 2e-1} if "dtype" in options else {"rtol": 1e-5, "atol": 1e-4}
-    np.testing.assert_allclose(nhwc.astype(float), want.astype(float), **tolerance)
-    np.testing.assert_allclose(chwn.astype(float), want.astype(float), **tolerance)
+    np.testing.assert_allclose(nhwc.astype(float), expected.astype(float), **tolerance)
+    np.testing.assert_allclose(chwn.astype(float), expected.astype(float), **tolerance)
 
 
 def test_dense_chwn_layer_is_a_matrix_product_where_the_rows_are_few():
@@ -142,19 +136,21 @@ def test_linen_sparse_layer_equals_masked_dense(data_format, packed):
             ).sum()
         return (sparse.apply(variables, x) * weight).sum()
 
-    want, (want_params, want_x) = jax.jit(jax.value_and_grad(dense_loss, (0, 1)))(masked, x)
+    expected, (expected_params, expected_x) = jax.jit(jax.value_and_grad(dense_loss, (0, 1)))(
+        masked, x
+    )
     inputs = params | {"kernel": pack(params["kernel"], layout)} if packed else params
-    got, (got_params, got_x) = jax.jit(jax.value_and_grad(sparse_loss, (0, 1)))(inputs, x)
-    want_kernel = (
-        pack(want_params["kernel"], layout)
+    result, (result_params, result_x) = jax.jit(jax.value_and_grad(sparse_loss, (0, 1)))(inputs, x)
+    expected_kernel = (
+        pack(expected_params["kernel"], layout)
         if packed
-        else jnp.where(layout_to_mask(layout), want_params["kernel"], 0)
+        else jnp.where(layout_to_mask(layout), expected_params["kernel"], 0)
     )
     for a, b in (
-        (got, want),
-        (got_x, want_x),
-        (got_params["bias"], want_params["bias"]),
-        (got_params["kernel"], want_kernel),
+        (result, expected),
+        (result_x, expected_x),
+        (result_params["bias"], expected_params["bias"]),
+        (result_params["kernel"], expected_kernel),
     ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
 
@@ -170,10 +166,10 @@ def test_linen_sparse_layer_in_bfloat16_gives_float32_gradients():
         return (y.astype(jnp.float32) ** 2).sum()
 
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
-    got, want = gradient(values, layer), gradient(values, layer.clone(dtype=None))
-    assert got.dtype == want.dtype == jnp.float32
-    assert jnp.linalg.norm(got - want) < 2e-2 * jnp.linalg.norm(want)
-    assert (got != got.astype(jnp.bfloat16)).any()  # not rounded on the way
+    result, expected = gradient(values, layer), gradient(values, layer.clone(dtype=None))
+    assert result.dtype == expected.dtype == jnp.float32
+    assert jnp.linalg.norm(result - expected) < 2e-2 * jnp.linalg.norm(expected)
+    assert (result != result.astype(jnp.bfloat16)).any()  # not rounded on the way
 
 
 def test_linen_kernel_gradient_dense_gives_the_full_gradient():
@@ -279,10 +275,10 @@ def test_chwn_needs_its_batch_axis():
     ids=str,
 )
 def test_nnx_layer_is_a_drop_in_for_conv(options):
-    mine, theirs = conv_options(options)
+    layer_options, flax_options = conv_options(options)
     layer, conv = (
-        bs_nnx.BlockSparseConv(6, 8, **mine, rngs=nnx.Rngs(0)),
-        nnx.Conv(6, 8, **theirs, rngs=nnx.Rngs(0)),
+        bs_nnx.BlockSparseConv(6, 8, **layer_options, rngs=nnx.Rngs(0)),
+        nnx.Conv(6, 8, **flax_options, rngs=nnx.Rngs(0)),
     )
     np.testing.assert_array_equal(layer.kernel[...], conv.kernel[...])
     x = normal(0, (2, 7, 9, 6))

@@ -1,6 +1,4 @@
-"""Compile for an H200 on a machine without a GPU; and the interpreter of Mosaic GPU kernels in
-either generation of JAX.
-"""
+"""Compiling for an H200 on a machine without a GPU, and the interpreter of Mosaic GPU kernels."""
 
 import contextlib
 import ctypes
@@ -50,8 +48,13 @@ _NUMBERS = itertools.count()
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What the compiler made: the most registers of a thread, bytes of stack and spills over all
-    kernels, and the PTX.
+    """What the compiler reports.
+
+    Attributes:
+      kernels: how many kernels were compiled.
+      registers: of a thread, in the kernel that has most.
+      stack, spills: bytes, over all kernels.
+      ptx: the code of all kernels.
     """
 
     kernels: int
@@ -61,13 +64,14 @@ class Report:
     ptx: str
 
     def count(self, instruction: str) -> int:
-        """How often an instruction (a regular expression) stands in the PTX."""
+        """How often an instruction (a regular expression) occurs in the PTX."""
         return len(re.findall(instruction, self.ptx))
 
 
 def interpreter(**options):
-    """Parameters of the interpreter of Mosaic GPU kernels, with its race detector on; to be used
-    inside `no_races`.
+    """Parameters of the interpreter of Mosaic GPU kernels, with its race detector on.
+
+    Use them inside `no_races`. Either generation of JAX will do.
     """
     try:
         from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
@@ -87,71 +91,55 @@ def interpreter(**options):
 def no_races() -> Iterator[None]:
     """Fails if any kernel that is interpreted inside has a race.
 
-    Memory that nobody wrote is NaN here, and reads outside of an array give zeros, as the copy
-    engine's do: the interpreter alone has one value for both. Its detector is also shown what the
-    matrix products read, which it does not look at by itself.
+    Inside, memory that nobody wrote is NaN, and reads outside of an array give zeros, as the copy
+    engine's do: the interpreter by itself has one value for both. Its race detector also sees what
+    the matrix products read, which it does not look at by itself.
     """
     callbacks = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
     (detector,) = (name for name in vars(callbacks) if name.endswith("RaceDetectionState"))
-    made, plain, multiply, utils = (
-        [],
-        getattr(callbacks, detector),
-        callbacks.wgmma,
-        callbacks.interpret_utils,
-    )
+    new_state, multiply = getattr(callbacks, detector), callbacks.wgmma
+    states = []
 
-    def kept(*args, **kwargs):
-        made.append(plain(*args, **kwargs))
-        return made[-1]
+    def recorded_state(*args, **kwargs):
+        states.append(new_state(*args, **kwargs))
+        return states[-1]
 
-    def shown(**given):
-        token = multiply(**given)
+    def multiply_and_report(**call):
+        token = multiply(**call)
         for operand in "ab":
-            key = callbacks.HostAllocationKey.from_array(
-                given[f"{operand}_allocation_key_as_array"]
-            )
-            _show_read(
-                callbacks,
-                key,
-                jax.tree.map(
-                    int, callbacks._remove_noop_transforms(given[f"{operand}_transforms"])
-                ),
-                given,
-            )
+            key = callbacks.HostAllocationKey.from_array(call[f"{operand}_allocation_key_as_array"])
+            transforms = callbacks._remove_noop_transforms(call[f"{operand}_transforms"])
+            _report_read(callbacks, key, jax.tree.map(int, transforms), call)
         return token
 
+    zeros_outside = vars(callbacks.interpret_utils) | {"get_uninitialized_value": lambda *_: 0}
+    catch = getattr(callbacks, "fail_on_exception", lambda f: f)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            callbacks,
-            "interpret_utils",
-            types.SimpleNamespace(**vars(utils) | {"get_uninitialized_value": lambda *_: 0}),
-        )
-        patch.setattr(callbacks, detector, kept)
-        patch.setattr(
-            callbacks, "wgmma", getattr(callbacks, "fail_on_exception", lambda f: f)(shown)
-        )
+        patch.setattr(callbacks, "interpret_utils", types.SimpleNamespace(**zeros_outside))
+        patch.setattr(callbacks, detector, recorded_state)
+        patch.setattr(callbacks, "wgmma", catch(multiply_and_report))
         yield
-    assert not any(state.races_found for state in made), "the interpreter found a race"
+    assert not any(state.races_found for state in states), "the interpreter found a race"
 
 
-def _show_read(callbacks, key, transforms, given) -> None:
-    """Tells the race detector that a warpgroup read shared memory as wgmma does, past the caches:
-    without a fence in between.
+def _report_read(callbacks, key, transforms, call) -> None:
+    """Reports to the race detector that a warpgroup read shared memory as wgmma does.
+
+    Such a read goes past the caches, without a fence in between.
     """
     memory, races, where = (
         callbacks._get_shared_memory(),
         callbacks.get_races(),
-        given["source_info"],
+        call["source_info"],
     )
-    if "thread_id" in given:  # jax 0.10
-        device, thread = int(given["device_id"]), int(given["thread_id"])
+    if "thread_id" in call:  # jax 0.10
+        device, thread = int(call["device_id"]), int(call["thread_id"])
         with memory.lock:
             clock = memory.clocks[memory.get_global_thread_id(device, thread)].copy()
-        races.check_read(
-            device, thread, clock, key, callbacks.interpret_utils.to_range(transforms), where
-        )
+        ranges = callbacks.interpret_utils.to_range(transforms)
+        races.check_read(device, thread, clock, key, ranges, where)
         return
-    thread = given["thread"]
+    thread = call["thread"]
     with memory.lock:
         memory.clocks[thread].inc(memory.thread_to_vc_position(thread))
         clock = memory.clocks[thread].copy()
@@ -192,9 +180,7 @@ def _numbers(word: str) -> tuple[int, ...]:
 
 
 def needs(reason: str | None) -> pytest.MarkDecorator:
-    """Skips where something is missing; with BLOCKSPARSE_JAX_NO_SKIP=1, where nothing may be,
-    fails.
-    """
+    """Skips a test where something is missing; with BLOCKSPARSE_JAX_NO_SKIP=1 that is an error."""
     if reason and os.environ.get("BLOCKSPARSE_JAX_NO_SKIP") == "1":
         raise RuntimeError(f"BLOCKSPARSE_JAX_NO_SKIP=1, and a test cannot run: {reason}")
     return pytest.mark.skipif(bool(reason), reason=str(reason))
@@ -202,7 +188,8 @@ def needs(reason: str | None) -> pytest.MarkDecorator:
 
 def pytest_terminal_summary(terminalreporter) -> None:
     """Lists what tests recorded as `compiled`: registers, spills and shared memory of each kernel.
-    A hook, for conftest.py.
+
+    A hook of pytest, for conftest.py.
     """
     tests = terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", [])
     lines = [line for test in tests for name, line in test.user_properties if name == "compiled"]
@@ -212,16 +199,20 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 
 def missing() -> str | None:
-    """Why nothing can be compiled for a described GPU here: None where it can."""
-    found = importlib.util.find_spec("jax_plugins")
-    if found is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
-        return "needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt of this JAX's version (install them with --no-deps)"
-    return None
+    """Why nothing can be compiled for a described GPU here; None where it can."""
+    has_plugins = importlib.util.find_spec("jax_plugins") is not None
+    if has_plugins and importlib.util.find_spec("jax_plugins.xla_cuda13") is not None:
+        return None
+    return (
+        "needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt of this JAX's version (install "
+        "them with --no-deps)"
+    )
 
 
 @functools.cache
-def _everywhere() -> jax.sharding.Sharding:
-    jax.devices()  # settles what this process computes on, before the plugin is there
+def described_h200() -> jax.sharding.Sharding:
+    """Arrays on one H200 that is only described."""
+    jax.devices()  # settles what this process computes on, before the plugin is loaded
     describe = functools.partial(
         topologies.get_topology_desc, platform="cuda", target_config=H200, topology="1x1x1"
     )
@@ -238,27 +229,30 @@ def _everywhere() -> jax.sharding.Sharding:
 
 @contextlib.contextmanager
 def _what_the_compiler_prints(*switches: str) -> Iterator[list[str]]:
-    """The compiler writes to the file of standard output, past Python."""
+    """Collects what the compiler writes to standard output's file descriptor, past Python."""
     printed: list[str] = []
     before = {name: os.environ.get(name) for name in switches}
     with tempfile.TemporaryFile() as file:
-        own = os.dup(1)
+        stdout = os.dup(1)
         os.environ.update(dict.fromkeys(switches, "1"))
         os.dup2(file.fileno(), 1)
         try:
             yield printed
         finally:
             ctypes.CDLL(None).fflush(None)
-            os.dup2(own, 1)
-            os.close(own)
+            os.dup2(stdout, 1)
+            os.close(stdout)
             for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
             file.seek(0)
             printed.append(file.read().decode(errors="replace"))
 
 
 @contextlib.contextmanager
-def _names_of_their_own() -> Iterator[None]:
+def _unique_kernel_names() -> Iterator[None]:
     """JAX keeps the code of a Mosaic GPU kernel for as long as the process runs: under another name
     it is compiled again.
     """
@@ -280,11 +274,11 @@ def _names_of_their_own() -> Iterator[None]:
 def compile_for_h200(f, *shapes: jax.ShapeDtypeStruct | None) -> Report:
     """Lowers and compiles a function fully for compute capability 9.0a."""
     placed = [
-        None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_everywhere())
+        None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=described_h200())
         for a in shapes
     ]
     with (
-        _names_of_their_own(),
+        _unique_kernel_names(),
         _what_the_compiler_prints("MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS") as printed,
     ):
         jax.jit(f).lower(*placed).compile()

@@ -136,9 +136,9 @@ def disagreement(
         ("output", "dx", "dvalues", f"output with {', '.join(epilogue)} and relu={relu}"),
         (0.0, ""),
     )
-    for name, ours, wanted in zip(names, run(x, values, dy, epilogue, *index), references):
-        error = np.abs(np.asarray(ours, np.float64) - wanted).max() / max(
-            np.abs(wanted).max(), 1e-30
+    for name, result, expected in zip(names, run(x, values, dy, epilogue, *index), references):
+        error = np.abs(np.asarray(result, np.float64) - expected).max() / max(
+            np.abs(expected).max(), 1e-30
         )
         worst = max(worst, (float(error) if np.isfinite(error) else np.inf, name))
     return worst

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels.block_sparse_conv.epilogue import Epilogue
 from pallas_kernels.block_sparse_conv.spec import ConvSpec
 from pallas_kernels.block_sparse_conv.triton import kernels
-from pallas_kernels.block_sparse_conv.triton.limits import Tile
+from pallas_kernels.block_sparse_conv.triton.fitting import Tile
 from pallas_kernels.devices import DEFAULT
 from pallas_kernels.padding import pad_to, round_up
 

@@ -11,7 +11,7 @@ from pallas_kernels.block_sparse_conv.index import Index
 from pallas_kernels.block_sparse_conv.pixels import dilate_output
 from pallas_kernels.block_sparse_conv.spec import ConvSpec
 from pallas_kernels.block_sparse_conv.triton import calls
-from pallas_kernels.block_sparse_conv.triton.limits import Tile
+from pallas_kernels.block_sparse_conv.triton.fitting import Tile
 from pallas_kernels.block_sparse_conv.triton.normal_form import fit, normal, restore
 from pallas_kernels.block_sparse_conv.triton.products import methods
 from pallas_kernels.block_sparse_conv.triton.tiles import choose_tile

@@ -9,8 +9,8 @@ from pallas_kernels.block_sparse_conv.epilogue import Epilogue
 from pallas_kernels.block_sparse_conv.index import Index
 from pallas_kernels.block_sparse_conv.spec import ConvSpec, Implementation
 from pallas_kernels.block_sparse_conv.triton import calls, kernels
+from pallas_kernels.block_sparse_conv.triton.fitting import Tile
 from pallas_kernels.block_sparse_conv.triton.input_gradient import input_gradient
-from pallas_kernels.block_sparse_conv.triton.limits import Tile
 from pallas_kernels.block_sparse_conv.triton.normal_form import fit, normal, restore
 from pallas_kernels.block_sparse_conv.triton.tiles import choose_tile
 from pallas_kernels.padding import round_up

@@ -11,7 +11,7 @@ import jax
 
 from pallas_kernels.block_sparse_conv.arithmetic import arithmetic
 from pallas_kernels.block_sparse_conv.spec import NO_PADDING, ConvSpec
-from pallas_kernels.block_sparse_conv.triton.limits import itemsize
+from pallas_kernels.block_sparse_conv.triton.fitting import itemsize
 from pallas_kernels.padding import pad_to, round_up
 
 VECTOR_BYTES = 16

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from pallas_kernels.block_sparse_conv.spec import ConvSpec
-from pallas_kernels.block_sparse_conv.triton.limits import itemsize
+from pallas_kernels.block_sparse_conv.triton.fitting import itemsize
 from pallas_kernels.block_sparse_conv.triton.normal_form import normal
 from pallas_kernels.devices import this_device
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from pallas_kernels.block_sparse_conv import tuned_tables
 from pallas_kernels.block_sparse_conv.spec import ConvSpec
-from pallas_kernels.block_sparse_conv.triton.limits import Tile, fits, multiplies_wide, smaller
+from pallas_kernels.block_sparse_conv.triton.fitting import Tile, fits, multiplies_wide, smaller
 from pallas_kernels.block_sparse_conv.triton.normal_form import computed_spec, normal
 from pallas_kernels.block_sparse_conv.triton.products import (
     Product,
