@@ -1,6 +1,7 @@
 # The two commands of a fresh machine: `make train` runs the main job, `make test` passes the tests.
 PYTHON ?= python3
 VENV ?= .venv
+INSTALL ?= --editable '.[test]'
 BIN := $(VENV)/bin
 
 .PHONY: train test slow lint docs bench gpu-compilers
@@ -40,6 +41,6 @@ bench: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard cpu_kernels/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(INSTALL)
 	$(BIN)/python -c "import blocksparse_jax as bsj; print('kernels:', {name: reason or 'ready' for name, reason in bsj.available_implementations().items()})"
 	touch $@
