@@ -50,7 +50,7 @@ def er_densities(shapes, density):
     `kh * kw` taps alike; layers above 1 become dense and eps is solved again (Mocanu et al., SET,
     2018).
     """
-    raw = [(s[2] + s[3]) / (s[2] * s[3]) for s in shapes]
+    raw = [(cin + cout) / (cin * cout) for *_, cin, cout in shapes]
     sizes = [math.prod(s) for s in shapes]
     dense = set()
     while True:
