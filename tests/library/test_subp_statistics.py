@@ -127,7 +127,7 @@ def test_version_2_draws_former_pruned_blocks_at_score_zero():
 
 
 def test_tau_moves_the_draw_from_the_best_to_the_even():
-    """The best removed block comes almost always at a small tau, one time in four at a large one."""
+    """The best of four removed blocks comes almost always at a small tau, else one time in four."""
     sharp, even = (draws(WEIGHTS, 3, tau=tau)[1][:, 5].mean() for tau in (0.02, 100.0))
     assert sharp > 0.999
     assert abs(even - 0.25) < 0.05
