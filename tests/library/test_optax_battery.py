@@ -28,6 +28,14 @@ METHODS = {
     ),
     "rigl": lambda p: bsj.rigl(0.7, update_every=3, until=1000, drop_fraction=0.6),
     "gradual": lambda p: bsj.gradual_magnitude(0.7, start=2, end=20, update_every=3),
+    "set": lambda p: bsj.set_(0.7, schedule=bsj.every(3), drop_fraction=0.6),
+    "snfs": lambda p: bsj.snfs(0.7, schedule=bsj.every(3), drop_fraction=0.6),
+    "gradual-blocks": lambda p: bsj.gradual(
+        0.7,
+        pattern=bsj.patterns.one_by_n(16),
+        schedule=bsj.between(2, 20, every=3),
+    ),
+    "magnitude": lambda p: bsj.magnitude(0.7),
     "subp-hard": lambda p: bsj.subp(0.5, block=16, start=2, end=20, update_every=3, soft=False),
     "fixed": _fixed,
     "random-channel": lambda p: bsj.fixed_masks(
