@@ -15,19 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import small_tree
-from test_optax_battery import EVERY, HARD, METHODS
+from sparse_methods import EXCHANGING, HARD, MOVING, STATIC, chain, noise, small_tree
+from test_optax_battery import EVERY
 
 import blocksparse_jax as bsj
 
-# Methods whose masks never change after init.
-STATIC = ("hrbp", "fixed", "random-channel", "magnitude")
-MOVING = [name for name in HARD if name not in (*STATIC, "hrbp-gradient")]
 RATE = 0.1
-
-
-def chain(name, *optimizer):
-    return optax.chain(METHODS[name](small_tree()), *optimizer)
 
 
 @functools.cache
@@ -35,14 +28,6 @@ def momentum_sgd(name):
     """The method with momentum under keep_zeros, and its jitted step; shared by the tests."""
     tx = bsj.keep_zeros(chain(name, optax.sgd(RATE, momentum=0.9)))
     return tx, compiled(tx)[0]
-
-
-def noise(params, step):
-    """Fresh, full gradients that know nothing of masks."""
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(11), step), len(leaves))
-    drawn = [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves)]
-    return jax.tree.unflatten(structure, drawn)
 
 
 def compiled(tx):
@@ -202,7 +187,7 @@ def test_schedule_free_inside_keep_zeros(name, params):
     step, traces = compiled(tx)
     first = state
     for t in range(9):
-        before, old_masks = params, bsj.get_masks(state)
+        before, old_z, old_masks = params, state.z, bsj.get_masks(state)
         params, state = step(params, state, noise(params, t))
         masks = bsj.get_masks(state)
         evaluated = optax.contrib.schedule_free_eval_params(state, params)
@@ -214,6 +199,8 @@ def test_schedule_free_inside_keep_zeros(name, params):
             assert not pruned_values(values, old_masks).any() or not skips(state)
         if skips(state):
             chex.assert_trees_all_equal(params, bsj.apply_masks(before, masks))
+            stays = jax.tree.map(jnp.logical_and, old_masks, masks)
+            chex.assert_trees_all_equal(state.z, bsj.apply_masks(old_z, stays))
     assert np.any(evaluated["conv1"]["kernel"] != first.z["conv1"]["kernel"])
     assert len(traces) == 1
 
@@ -272,7 +259,7 @@ def check_that_rejected_steps_leave_no_trace(tx, name, params):
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("name", [name for name in MOVING if "gradual" not in name])
+@pytest.mark.parametrize("name", EXCHANGING)
 def test_counts_stay_exact_where_apply_if_finite_gives_up(name, params):
     """After two errors in a row it lets the third through: the weights are lost, the counts not."""
     tx = optax.apply_if_finite(momentum_sgd(name)[0], max_consecutive_errors=2)
@@ -283,6 +270,5 @@ def test_counts_stay_exact_where_apply_if_finite_gives_up(name, params):
     for _ in range(6):
         params, state = step(params, state, bad)
     assert int(state.notfinite_count) == 6
-    if name != "subp-hard":  # its counts change by schedule
-        assert counts(bsj.get_masks(state)) == expected
+    assert counts(bsj.get_masks(state)) == expected
     assert np.isnan(params["conv1"]["bias"]).all()
