@@ -71,7 +71,8 @@ def check_layout(layout, case):
     assert (np.diff(layout.filters, axis=1) > 0).all()
     assert (np.diff(layout.filters[:, 0]) > 0).all()
     mask = np.asarray(mask_of(layout)).reshape(-1, *shape[2:])
-    assert (mask.any((0, 2)).sum(), mask.any((1, 2)).sum()) >= (kept, kept_taps)
+    assert mask.any((0, 2)).sum() >= kept
+    assert mask.any((1, 2)).sum() >= kept_taps
     for members in np.asarray(layout.filters):
         block = mask[:, :, members]
         assert (block == block[:, :, :1]).all()
@@ -108,10 +109,10 @@ def test_hrbp_groups_never_keeps_less_than_consecutive_or_random_groups(case):
         scores = draw(kind, shape, seed)
         groupings = [np.arange(shape[3]), *(rng.permutation(shape[3]) for _ in range(10))]
         others = fixed(scores, np.stack(groupings).reshape(len(groupings), -1, group_size))
-        ours = float(score_of(scores, hrbp_groups(scores, **options)))
-        assert ours >= float(others.max()) * (1 - 1e-5), (kind, seed)
-        gains.append(ours > float(others.mean()) * 1.01)
-    assert np.mean(gains) > 0.3  # it searches at all
+        kept = float(score_of(scores, hrbp_groups(scores, **options)))
+        assert kept >= float(others.max()) * (1 - 1e-5), (kind, seed)
+        gains.append(kept > float(others.mean()) * 1.01)
+    assert np.mean(gains) > 0.3, "the search improves on other groups"
 
 
 def optimum(scores, group_size, kept, kept_taps):
@@ -126,13 +127,13 @@ def optimum(scores, group_size, kept, kept_taps):
         for group in itertools.combinations(filters, group_size)
     }
 
-    def best(left):
-        if not left:
+    def best(remaining):
+        if not remaining:
             return 0.0
-        rest = itertools.combinations(left[1:], group_size - 1)
+        first, *others = remaining
         return max(
-            values[(left[0], *r)] + best(tuple(f for f in left if f != left[0] and f not in r))
-            for r in rest
+            values[(first, *group)] + best(tuple(f for f in others if f not in group))
+            for group in itertools.combinations(others, group_size - 1)
         )
 
     return best(tuple(filters))
@@ -255,8 +256,8 @@ def test_hrbp_groups_finds_clusters_in_a_layer_too_large_for_random_starts(profi
 def test_hrbp_groups_recovers_planted_blocks(case):
     planted = random_groups(jax.random.key(3), case[0], **sizes(case))
     scores = layout_to_mask(planted) + 0.3 * jax.random.uniform(jax.random.key(4), case[0])
-    found = hrbp_groups(scores, **sizes(case))
-    np.testing.assert_array_equal(mask_of(found), mask_of(planted))
+    layout = hrbp_groups(scores, **sizes(case))
+    np.testing.assert_array_equal(mask_of(layout), mask_of(planted))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
@@ -299,7 +300,7 @@ def test_channel_blocks_are_aligned_runs(kept_taps):
     runs = np.asarray(layout.channels).reshape(2, 2, 8)
     assert (runs % 8 == np.arange(8)).all()
     free = hrbp_groups(scores, group_size=8, kept=16, kept_taps=kept_taps, filters=layout.filters)
-    assert kept_score(scores, free) > kept_score(scores, layout)  # runs bind
+    assert kept_score(scores, free) > kept_score(scores, layout), "runs cost score"
 
 
 def test_jit_changes_nothing_and_new_scores_do_not_recompile():
@@ -457,7 +458,7 @@ def test_kept_score_of_another_kernel_is_refused():
         kept_score(jnp.ones((3, 3, 8, 8)), layout)
 
 
-# Column blocks and block fill.
+# Column blocks and block fill
 
 
 def random_columns(sparsity, shape=(3, 3, 64, 64), rows=16, seed=0):
@@ -516,7 +517,7 @@ def test_a_pattern_without_blocks_has_no_fill():
 
 
 def planted_mask(groups, columns, shape, seed=0):
-    """Filters shuffled into groups; each group keeps its own columns of the forward matrix."""
+    """Filters shuffled into groups; each group keeps other columns of the forward matrix."""
     rng = np.random.default_rng(seed)
     width = shape[0] * shape[1] * shape[2]
     rows = np.array_split(rng.permutation(shape[3]), groups)
@@ -527,19 +528,19 @@ def planted_mask(groups, columns, shape, seed=0):
 
 def test_rumi_recovers_planted_blocks():
     mask = planted_mask(3, 10, (3, 3, 8, 72))
-    found = rumi_groups(mask)
-    assert [len(rows) for rows, _ in found.blocks] == [24, 24, 24]
-    assert (found.mask() == mask).all()
+    blocks = rumi_groups(mask)
+    assert [len(rows) for rows, _ in blocks.blocks] == [24, 24, 24]
+    assert (blocks.mask() == mask).all()
 
 
 def test_rumi_splits_large_clusters_and_drops_small_ones():
     mask = np.zeros((1, 1, 8, 64), bool)
     mask[0, 0, :2, :40] = True  # one cluster of 40
     mask[0, 0, 4:6, 40:50] = True  # one of 10
-    found = rumi_groups(mask)  # the other 14 filters are empty rows
-    assert [len(rows) for rows, _ in found.blocks] == [20, 20]
-    assert all(columns.tolist() == [0, 1] for _, columns in found.blocks)
-    assert np.concatenate([rows for rows, _ in found.blocks]).max() < 40
+    blocks = rumi_groups(mask)  # the other 14 filters are empty rows
+    assert [len(rows) for rows, _ in blocks.blocks] == [20, 20]
+    assert all(columns.tolist() == [0, 1] for _, columns in blocks.blocks)
+    assert np.concatenate([rows for rows, _ in blocks.blocks]).max() < 40
 
 
 def test_rumi_takes_columns_while_a_row_gains():
@@ -558,9 +559,9 @@ def test_dsb_keeps_the_heaviest_squares():
     weights = np.where(planted, 1.0, 0.01) * np.random.default_rng(1).uniform(
         0.5, 1.0, planted.shape
     )
-    found = dsb_groups(weights, sparsity=0.75)
-    assert [(len(r), len(c)) for r, c in found.blocks] == [(16, 16)] * 4
-    assert (found.mask() == planted).all()
+    blocks = dsb_groups(weights, sparsity=0.75)
+    assert [(len(r), len(c)) for r, c in blocks.blocks] == [(16, 16)] * 4
+    assert (blocks.mask() == planted).all()
 
 
 @pytest.mark.parametrize(
@@ -568,9 +569,9 @@ def test_dsb_keeps_the_heaviest_squares():
     [((3, 3, 64, 64), 0.9, 15), ((3, 3, 64, 64), 0.0, 144), ((1, 1, 32, 32), 0.75, 1)],
 )
 def test_dsb_counts_squares(shape, sparsity, count):
-    found = dsb_groups(np.random.default_rng(0).normal(size=shape), sparsity=sparsity)
-    assert len(found.blocks) == count
-    assert found.mask().sum() == count * 256
+    blocks = dsb_groups(np.random.default_rng(0).normal(size=shape), sparsity=sparsity)
+    assert len(blocks.blocks) == count
+    assert blocks.mask().sum() == count * 256
 
 
 def test_dsb_short_blocks_still_cover_the_kernel():
@@ -583,8 +584,8 @@ def test_complete_linkage_agrees_with_scipy(rows, clusters):
     distance = np.linalg.norm(points[:, None] - points, axis=-1)
     labels = fcluster(linkage(squareform(distance, checks=False), "complete"), clusters, "maxclust")
     expected = {frozenset(np.flatnonzero(labels == label).tolist()) for label in set(labels)}
-    found = column_grouping._complete_linkage(distance, clusters)
-    assert {frozenset(members.tolist()) for members in found} == expected
+    actual = column_grouping._complete_linkage(distance, clusters)
+    assert {frozenset(members.tolist()) for members in actual} == expected
 
 
 @pytest.mark.parametrize(

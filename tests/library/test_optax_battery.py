@@ -1,4 +1,4 @@
-"""Every transformation under everything that optax users do to it."""
+"""Every method under what optax users do to a transformation."""
 
 import functools
 
@@ -110,13 +110,13 @@ def test_jit_equals_eager_keeps_dtypes_and_never_recompiles(name, dtype, params)
     [(n, o) for n in HARD for o in OPTIMIZERS if o == "adamw" or n in ("rigl", "fixed")],
 )
 def test_zeros_are_exact_after_noisy_steps(name, optimizer, params):
-    """200 steps of full noise through momentum, Adam and weight decay; every step's zeros are
-    checked in the end of each leg.
+    """200 steps of full noise through momentum, Adam and weight decay; zeros are checked every 50
+    steps.
     """
     tx, update, _ = _with_optimizer(name, optimizer)
     state = None
-    for leg in range(4):
-        params, state = _train(tx, params, 50, 50 * leg, state, update)
+    for start in range(0, 200, 50):
+        params, state = _train(tx, params, 50, start, state, update)
         masks = bsj.get_masks(state)
         _assert_zeros(params, masks)
         assert any(not bool(m.all()) for m in jax.tree.leaves(masks))
@@ -222,8 +222,8 @@ def test_multi_steps_inside_keep_zeros(params):
 
 @pytest.mark.parametrize("name", [n for n in EVERY if n not in ("fixed", "random-channel")])
 def test_multi_transform_outside(name, params):
-    """Two labels, two optimizers: the method sees its own leaves only, and masks come back for the
-    whole tree.
+    """Two labels, two optimizers: the method sees only the leaves of its label, and masks come back
+    for the whole tree.
     """
     labels = {"stem": "plain", "conv1": "sparse", "conv2": "sparse", "classifier": "plain"}
     inner = bsj.keep_zeros(optax.chain(METHODS[name](params), optax.adam(1e-2)))
@@ -269,7 +269,7 @@ def test_two_methods_in_multi_transform_merge(params):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_extra_args_pass_through(name, params):
-    """A transformation behind the method gets its extra argument; `params` may be given by name."""
+    """A transformation behind the method gets its extra argument; `params` may be a keyword."""
     tx = bsj.keep_zeros(
         optax.chain(
             METHODS[name](params), optax.scale_by_backtracking_linesearch(max_backtracking_steps=2)
@@ -333,15 +333,36 @@ def test_init_and_update_trace_abstractly(name, params):
     chex.assert_trees_all_equal(bsj.get_masks(jitted), bsj.get_masks(state))
 
 
-@pytest.mark.parametrize("name", ["rigl", "hrbp-dynamic", "hrbp-gradient", "gradual"])
-def test_counts_stay_exact_when_a_gradient_is_nan(name, params):
+NAN_CASES = [
+    (part, name)
+    for part in ("gradient", "weights")
+    for name in (*EXCHANGING, "hrbp-gradient", "gradual", "subp-hard")
+]
+NAN_CASES[-1] = pytest.param(
+    *NAN_CASES[-1],
+    marks=pytest.mark.xfail(
+        reason="block scores of NaN weights are NaN, so no removed block comes back", strict=True
+    ),
+)
+
+
+@pytest.mark.parametrize(("part", "name"), NAN_CASES)
+def test_counts_stay_exact_where_values_are_nan(part, name, params):
+    """The counts after each update are those of a run with finite values."""
     tx, update, _ = _with_optimizer(name, "scheduled")
-    state, counts = tx.init(params), []
-    for _ in range(5):
-        _, state = update(jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params), state, params)
-        counts.append([int(m.sum()) for m in jax.tree.leaves(bsj.get_masks(state))])
-    assert name == "gradual" or all(c == counts[0] for c in counts)
-    assert all(min(c) > 0 for c in counts)
+    nans = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
+    histories = []
+    for grads, weights in (
+        (_noise(params, 0), params),
+        (nans, params) if part == "gradient" else (_noise(params, 0), nans),
+    ):
+        state, counts = tx.init(params), []
+        for _ in range(5):
+            _, state = update(grads, state, weights)
+            counts.append([int(m.sum()) for m in jax.tree.leaves(bsj.get_masks(state)) if m.ndim])
+        histories.append(counts)
+    assert histories[0] == histories[1]
+    assert min(map(min, histories[0])) > 0
 
 
 def test_masks_are_the_same_for_the_same_key(params):

@@ -36,7 +36,7 @@ CHECKS = {}
 
 
 def check(function):
-    """Registers a check under the public name that its own name stands for."""
+    """Registers a check under the public name for which the name of the function stands."""
     CHECKS[function.__name__.replace("__", ".")] = function
     return function
 
@@ -69,8 +69,8 @@ def test_a_public_name_does_what_it_says(name):
 
 
 def codes_of(value):
-    """The code objects of which one runs when a function is called or a class is used. None for
-    what Python code cannot show: classes without a method of their own.
+    """The code objects of which one runs when a function is called or a class is used; none for a
+    class that defines no method.
     """
     value = inspect.unwrap(value)
     if not inspect.isclass(value):
@@ -193,7 +193,7 @@ def block_fill():
 
 @check
 def hrbp_groups():
-    """Even filters want even channels."""
+    """Even filters score even channels, odd ones odd channels."""
     scores = jnp.eye(2)[jnp.arange(8)[:, None] % 2, jnp.arange(8) % 2][None, None]
     groups = bsj.hrbp_groups(scores, group_size=4, kept=4, kept_taps=1)
     assert groups.filters.tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
@@ -431,7 +431,7 @@ def SparseState():
 
 @check
 def Spec():
-    spec = bsj.Spec("mine", 0.5, schedule=bsj.every(2))
+    spec = bsj.Spec("half", 0.5, schedule=bsj.every(2))
     assert spec.changes(2)
     assert not spec.changes(3)
     assert not spec.dense_gradient(2)
@@ -719,7 +719,7 @@ def transforms__sparse_transformation():
 
 @check
 def transforms__Leaf():
-    """A method of one's own that sees a leaf: it pulls weights towards zero."""
+    """A new method whose penalty sees a leaf: it pulls weights towards zero."""
 
     def pull(leaf):
         assert isinstance(leaf, bsj.transforms.Leaf)
@@ -736,7 +736,7 @@ def transforms__Leaf():
 
 @check
 def transforms__Step():
-    """A method of one's own that counts updates and reads an extra argument."""
+    """A new method that counts updates and reads an extra argument."""
 
     def remember(step, leaf):
         assert isinstance(bsj.transforms.Step(*step), bsj.transforms.Step)

@@ -1,6 +1,6 @@
 """Optimizer states on 8 devices: the same masks, bit for bit, as on one.
 
-The devices are host devices of a process of its own, as XLA counts them once at its start.
+The devices are host devices of a new process, as XLA counts them once at its start.
 """
 
 import json

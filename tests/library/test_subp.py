@@ -232,13 +232,13 @@ def test_floor_of_an_exact_product():
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "cin", "step", "left"), [(0.9, 100, 178, 1), (0.6, 300, 175, 5)]
+    ("sparsity", "cin", "step", "regrown"), [(0.9, 100, 178, 1), (0.6, 300, 175, 5)]
 )
-def test_float32_does_not_lose_a_block_of_a_wide_layer(sparsity, cin, step, left):
+def test_float32_does_not_lose_a_block_of_a_wide_layer(sparsity, cin, step, regrown):
     """`P (1 - step / 180) C` is a whole number here, and a bit less in float32."""
     scores = jnp.asarray(normal(0, (3, cin)))
     kept = soft_blocks(jax.random.key(0), scores, sparsity, progress("linear", step, 0, 180))
-    assert kept.sum(1).tolist() == [cin - round(sparsity * cin) + left] * 3
+    assert kept.sum(1).tolist() == [cin - round(sparsity * cin) + regrown] * 3
 
 
 @pytest.mark.parametrize(("cout", "block", "used"), [(20, 16, 10), (7, 16, 7), (13, 4, 1)])

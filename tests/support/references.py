@@ -22,7 +22,7 @@ def largest(scores, count):
 
 
 def floor(number):
-    """The floor of a real number given in floating point: 28.999999 stands for 29."""
+    """The floor of a real number in floating point, where 28.999999 stands for 29."""
     return math.floor(number + 1e-4)
 
 
@@ -265,10 +265,11 @@ def draws_without_replacement(probabilities, count):
     """
     sets = {frozenset(s): 0.0 for s in itertools.combinations(range(len(probabilities)), count)}
     for order in itertools.permutations(range(len(probabilities)), count):
-        chance, left = 1.0, 1.0
+        chance = 1.0
+        remaining = 1.0  # of the probability, of all items not yet drawn
         for item in order:
-            chance *= probabilities[item] / left
-            left -= probabilities[item]
+            chance *= probabilities[item] / remaining
+            remaining -= probabilities[item]
         sets[frozenset(order)] += chance
     return sets
 
