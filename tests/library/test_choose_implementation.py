@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import blocksparse_jax as bsj
-from pallas_kernels.block_sparse_conv import ConvSpec
-from pallas_kernels.block_sparse_conv.api import IMPLEMENTATIONS
+from pallas_kernels.block_sparse_conv import IMPLEMENTATIONS, ConvSpec
 
 
 @pytest.fixture
