@@ -1,5 +1,5 @@
-"""Signatures tell the truth: jaxtyping and beartype check each argument and result while the
-examples of all docstrings run.
+"""Signatures are right: jaxtyping and beartype check each argument and result while the examples
+of all docstrings run.
 """
 
 import doctest
@@ -16,21 +16,20 @@ import pytest
 from beartype import BeartypeConf, beartype
 
 PACKAGE = "blocksparse_jax"
-_checks = beartype(
-    conf=BeartypeConf(is_pep484_tower=True)
-)  # an int serves where a float is asked for
+# An int serves where a float is expected.
+_checks = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def checked(function):
-    """The import hook's type checker. Fields of pytree dataclasses stay unchecked: JAX rebuilds
-    them with placeholders.
+    """The type checker for the import hook. It skips the fields of pytree dataclasses, which JAX
+    rebuilds with placeholders.
     """
     return function if function.__name__ == "__init__" else _checks(function)
 
 
 @pytest.mark.slow
 def test_the_examples_run_with_checked_signatures():
-    """In a process of its own: the hook must be there before the library is imported."""
+    """In a new process, since the hook must be installed before the library is imported."""
     cached = {
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
@@ -40,7 +39,7 @@ def test_the_examples_run_with_checked_signatures():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     examples = int(done.stdout.split()[-1])
-    assert examples > 100, "most examples were not found"
+    assert examples > 100, "most examples did not run"
 
 
 def run_examples():
@@ -50,9 +49,8 @@ def run_examples():
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(verbose=False)
     for info in pkgutil.walk_packages(bsj.__path__, f"{PACKAGE}."):
         module = importlib.import_module(info.name)
-        for name, value in sorted(
-            vars(module).items()
-        ):  # the hook's wrappers hide their module from `doctest.testmod`
+        # `doctest.testmod` would find nothing: the hook's wrappers hide their module from it.
+        for name, value in sorted(vars(module).items()):
             if callable(value) and getattr(value, "__module__", None) == info.name:
                 for test in finder.find(
                     value, f"{info.name}.{name}", module=False, globs=dict(vars(module))

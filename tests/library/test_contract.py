@@ -1,4 +1,4 @@
-"""The snippets that users are promised run as written."""
+"""The snippets of the documentation run as written, on any pytree."""
 
 import jax
 import jax.numpy as jnp

@@ -97,16 +97,15 @@ BAD_METHODS = {
     "until: expected a step, an integer of at least 0, got inf": lambda: bsj.periodic(
         2, until=float("inf")
     ),
-    "until: expected a step, an integer of at least 0 (static: inject_hyperparams(..., static_args=": lambda: (
+    "until: expected a step, an integer of at least 0 (static: inject_hyperparams(...": lambda: (
         optax.inject_hyperparams(
             bsj.rigl, static_args=("sparsity", "update_every", "start", "drop_fraction")
         )(sparsity=0.5, until=9).init({"w": KERNEL})
     ),
-    "inner: expected an optax transformation such as optax.chain(rigl(...), optax.sgd(0.1)), got 3": lambda: (
-        bsj.keep_zeros(3)
-    ),
-    "inner: expected an optax transformation such as optax.chain(rigl(...), optax.sgd(0.1)), got "
-    "<function": lambda: bsj.keep_zeros(optax.sgd),
+    "inner: expected an optax transformation such as optax.chain(rigl(...), "
+    "optax.sgd(0.1)), got 3": lambda: bsj.keep_zeros(3),
+    "inner: expected an optax transformation such as optax.chain(rigl(...), "
+    "optax.sgd(0.1)), got <function": lambda: bsj.keep_zeros(optax.sgd),
     "power: expected a number above 0, got 0": lambda: bsj.gradual_magnitude(
         0.5, start=0, end=5, power=0
     ),
@@ -118,7 +117,7 @@ BAD_METHODS = {
     "key: expected one JAX random key such as jax.random.key(0), got key<fry>[2]": lambda: (
         bsj.hrbp_prune(0.5, key=jax.random.split(jax.random.key(0)))
     ),
-    "group_size: expected an integer of at least 1 (static: inject_hyperparams(..., static_args=": lambda: (
+    "group_size: expected an integer of at least 1 (static: inject_hyperparams(...": lambda: (
         optax.inject_hyperparams(bsj.hrbp_prune)(sparsity=0.5).init({"w": KERNEL})
     ),
     "where: expected a predicate of two arguments": lambda: bsj.rigl(
@@ -196,7 +195,8 @@ def test_nothing_to_prune_lists_the_leaves():
     [
         (
             "erkk",
-            "budget: expected one of 'uniform', 'erk', 'er', 'global', got 'erkk'; did you mean 'erk'",
+            "budget: expected one of 'uniform', 'erk', 'er', 'global', got 'erkk'; did you mean "
+            "'erk'",
         ),
         (None, "budget: expected one of 'uniform', 'erk', 'er', 'global', got None"),
         ({"w": 1.5}, r"budget\['w'\]: expected a number in \[0.0, 1.0\), got 1.5"),
@@ -211,8 +211,8 @@ def test_a_wrong_budget_is_named_before_the_first_use(make, budget, message):
 def test_unknown_budget(budget):
     with pytest.raises(
         ValueError,
-        match=r"budget: ('conv9' is no sparse layer|expected one of 'uniform', 'erk', 'er', 'global', got "
-        r"'erkk'; did you mean 'erk')",
+        match=r"budget: ('conv9' is no sparse layer|expected one of 'uniform', 'erk', 'er', "
+        r"'global', got 'erkk'; did you mean 'erk')",
     ):
         bsj.rigl(0.5, until=10, budget=budget).init({"conv": KERNEL})
 

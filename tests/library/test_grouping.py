@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import references as ref
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
 from blocksparse_jax.grouping import column_blocks as column_grouping
+from blocksparse_jax.grouping import search
 from blocksparse_jax.grouping.column_blocks import ColumnBlocks, block_fill, dsb_groups, rumi_groups
 from blocksparse_jax.grouping.search import hrbp_groups, kept_score, random_groups
 from blocksparse_jax.layout import layout_to_mask, validate
@@ -69,7 +71,8 @@ def check_layout(layout, case):
     assert (np.diff(layout.filters, axis=1) > 0).all()
     assert (np.diff(layout.filters[:, 0]) > 0).all()
     mask = np.asarray(mask_of(layout)).reshape(-1, *shape[2:])
-    assert (mask.any((0, 2)).sum(), mask.any((1, 2)).sum()) >= (kept, kept_taps)
+    assert mask.any((0, 2)).sum() >= kept
+    assert mask.any((1, 2)).sum() >= kept_taps
     for members in np.asarray(layout.filters):
         block = mask[:, :, members]
         assert (block == block[:, :, :1]).all()
@@ -106,10 +109,10 @@ def test_hrbp_groups_never_keeps_less_than_consecutive_or_random_groups(case):
         scores = draw(kind, shape, seed)
         groupings = [np.arange(shape[3]), *(rng.permutation(shape[3]) for _ in range(10))]
         others = fixed(scores, np.stack(groupings).reshape(len(groupings), -1, group_size))
-        ours = float(score_of(scores, hrbp_groups(scores, **options)))
-        assert ours >= float(others.max()) * (1 - 1e-5), (kind, seed)
-        gains.append(ours > float(others.mean()) * 1.01)
-    assert np.mean(gains) > 0.3  # it searches at all
+        kept = float(score_of(scores, hrbp_groups(scores, **options)))
+        assert kept >= float(others.max()) * (1 - 1e-5), (kind, seed)
+        gains.append(kept > float(others.mean()) * 1.01)
+    assert np.mean(gains) > 0.3, "the search improves on other groups"
 
 
 def optimum(scores, group_size, kept, kept_taps):
@@ -124,13 +127,13 @@ def optimum(scores, group_size, kept, kept_taps):
         for group in itertools.combinations(filters, group_size)
     }
 
-    def best(left):
-        if not left:
+    def best(remaining):
+        if not remaining:
             return 0.0
-        rest = itertools.combinations(left[1:], group_size - 1)
+        first, *others = remaining
         return max(
-            values[(left[0], *r)] + best(tuple(f for f in left if f != left[0] and f not in r))
-            for r in rest
+            values[(first, *group)] + best(tuple(f for f in others if f not in group))
+            for group in itertools.combinations(others, group_size - 1)
         )
 
     return best(tuple(filters))
@@ -148,12 +151,113 @@ def test_hrbp_groups_finds_the_optimum_of_small_layers(case):
     assert np.mean(np.array(ratios) > 1 - 1e-5) > 0.7
 
 
+def index_arrays(layout):
+    return [np.asarray(array) for array in (layout.filters, layout.channels, layout.taps)]
+
+
+def gains_with_new_channels(scores, layout):
+    """What every exchange of two filters of different groups adds to the score of both groups,
+    relatively, where each then takes its best channels; the taps stay.
+    """
+    flat = np.asarray(scores, np.float64).reshape(-1, *scores.shape[2:])
+    kept = layout.channels.shape[1]
+    groups = [(members, flat[taps].sum(0)) for members, _, taps in zip(*index_arrays(layout))]
+
+    def best(table, members):
+        return np.sort(table[:, members].sum(1))[-kept:].sum()
+
+    for (first, table), (second, other_table) in itertools.combinations(groups, 2):
+        before = best(table, first) + best(other_table, second)
+        for i, j in itertools.product(range(len(first)), range(len(second))):
+            here, there = first.copy(), second.copy()
+            here[i], there[j] = second[j], first[i]
+            yield (best(table, here) + best(other_table, there) - before) / before
+
+
+def gains_with_the_same_channels(scores, layout):
+    """What every exchange of two filters adds to the score, relatively, where all groups keep their
+    channels and taps.
+    """
+    flat = np.asarray(scores, np.float64).reshape(-1, *scores.shape[2:])
+    filters, channels, taps = index_arrays(layout)
+    kept = np.stack([flat[t][:, c].sum((0, 1)) for c, t in zip(channels, taps)])  # [groups, cout]
+    owner = np.empty(flat.shape[2], int)
+    for group, members in enumerate(filters):
+        owner[members] = group
+    change = (
+        kept[owner].T - kept[owner, np.arange(len(owner))][:, None]
+    )  # [filter, to the group of]
+    return (change + change.T).reshape(-1) / kept.max()
+
+
+@pytest.mark.parametrize("kind", ["iid", "heavy", "clusters"])
+@pytest.mark.parametrize(
+    ("case", "gains"),
+    [
+        (((1, 1, 8, 12), 3, 2, 1, 1), gains_with_new_channels),
+        (((2, 2, 6, 12), 4, 2, 2, 1), gains_with_new_channels),
+        (((1, 1, 32, 96), 16, 5, 1, 1), gains_with_the_same_channels),  # too large for the former
+    ],
+)
+def test_no_exchange_of_two_filters_is_left_that_gains(case, gains, kind):
+    for seed in range(6):
+        scores = draw(kind, case[0], seed)
+        layout = hrbp_groups(scores, **sizes(case))
+        assert max(gains(scores, layout)) < 1e-4, seed
+
+
+def clustered(profile, shape, groups, seed):
+    """Filters in `groups` equal clusters, shuffled; `labels` says which. The filters of one cluster
+    are large at the same places.
+    """
+    rng = np.random.default_rng(seed)
+    kh, kw, cin, cout = shape
+    labels = rng.permutation(np.repeat(np.arange(groups), cout // groups))
+    noise = 0.3 * np.abs(rng.normal(size=shape))
+    places = {
+        "channels and taps": (kh, kw, cin, groups),
+        "taps": (kh, kw, 1, groups),
+        "channels": (1, 1, cin, groups),
+    }[profile]
+    return (noise + np.abs(rng.normal(size=places) ** 3)[..., labels]).astype(np.float32), labels
+
+
+def kept_by_clusters(scores, labels, kept, kept_taps):
+    """The kept score of the clusters as groups, with their best channels and taps: all choices of
+    taps are tried.
+    """
+    flat = np.asarray(scores, np.float64).reshape(-1, *scores.shape[2:])
+    total = 0.0
+    for label in np.unique(labels):
+        sums = flat[:, :, labels == label].sum(2)
+        total += max(
+            np.sort(sums[list(taps)].sum(0))[-kept:].sum()
+            for taps in itertools.combinations(range(len(sums)), kept_taps)
+        )
+    return total
+
+
+@pytest.mark.parametrize("profile", ["channels and taps", "taps", "channels"])
+def test_hrbp_groups_finds_clusters_in_a_layer_too_large_for_random_starts(profile):
+    """A layer of this size is searched from the consecutive groups and from the greedy cosine
+    groups; without the latter up to 8% of the score are lost.
+    """
+    case = ((3, 3, 64, 128), 16, 19, 3, 1)
+    ratios = []
+    for seed in range(3):
+        scores, labels = clustered(profile, case[0], 8, seed)
+        layout = hrbp_groups(jnp.asarray(scores), **sizes(case))
+        kept = scores[np.asarray(mask_of(layout))].sum(dtype=np.float64)
+        ratios.append(kept / kept_by_clusters(scores, labels, *case[2:4]))
+    assert min(ratios) > 0.992
+
+
 @pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[4]])
 def test_hrbp_groups_recovers_planted_blocks(case):
     planted = random_groups(jax.random.key(3), case[0], **sizes(case))
     scores = layout_to_mask(planted) + 0.3 * jax.random.uniform(jax.random.key(4), case[0])
-    found = hrbp_groups(scores, **sizes(case))
-    np.testing.assert_array_equal(mask_of(found), mask_of(planted))
+    layout = hrbp_groups(scores, **sizes(case))
+    np.testing.assert_array_equal(mask_of(layout), mask_of(planted))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
@@ -196,7 +300,7 @@ def test_channel_blocks_are_aligned_runs(kept_taps):
     runs = np.asarray(layout.channels).reshape(2, 2, 8)
     assert (runs % 8 == np.arange(8)).all()
     free = hrbp_groups(scores, group_size=8, kept=16, kept_taps=kept_taps, filters=layout.filters)
-    assert kept_score(scores, free) > kept_score(scores, layout)  # runs bind
+    assert kept_score(scores, free) > kept_score(scores, layout), "runs cost score"
 
 
 def test_jit_changes_nothing_and_new_scores_do_not_recompile():
@@ -246,6 +350,83 @@ def test_random_groups(case):
     assert abs(together - (case[1] - 1) / (case[0][3] - 1)) < 0.2
 
 
+# From 2^15 values on, the largest are found by bisection.
+ROWS = {
+    "normal": lambda rng, shape: rng.normal(size=shape),
+    "negative": lambda rng, shape: -np.abs(rng.normal(size=shape)),
+    "ties": lambda rng, shape: rng.integers(-3, 4, shape) / 4,
+    "two values": lambda rng, shape: (rng.random(shape) < 0.1) * 1.0,
+    "equal": lambda rng, shape: np.full(shape, -0.25),
+    "wide range": lambda rng, shape: rng.normal(size=shape) * 10.0 ** rng.integers(-30, 30, shape),
+    "infinite": lambda rng, shape: rng.choice([-np.inf, -1.0, 0.0, 1.0, np.inf], shape),
+}
+
+
+@pytest.mark.parametrize("count", [1, 77, 511, 512])
+@pytest.mark.parametrize("kind", ROWS)
+def test_the_largest_found_by_bisection_are_those_found_by_sorting(kind, count):
+    values = ROWS[kind](np.random.default_rng(0), (64, 512)).astype(np.float32)
+    assert values.size >= search._BISECTED > values[:32].size
+    largest = jax.jit(search._multi_hot, static_argnums=1)
+    hot = np.asarray(largest(values, count))
+    assert hot.dtype == np.float32
+    np.testing.assert_array_equal(hot, [ref.largest(row, count) for row in values])
+    np.testing.assert_array_equal(hot[:32], largest(values[:32], count))
+
+
+@pytest.mark.xfail(reason="top_k and the bisection both put 0.0 before -0.0", strict=True)
+@pytest.mark.parametrize(
+    ("filters", "channels"), [(1, [0, 2]), (8192, [0])], ids=["top_k", "bisection"]
+)
+def test_negative_zero_is_as_large_as_zero(filters, channels):
+    """Groups of one filter: there no sum turns -0.0 into 0.0."""
+    scores = jnp.array([-0.0, -1.0, 0.0, -2.0]).reshape(1, 1, 4, 1) * jnp.ones(filters)
+    alone = jnp.arange(filters)[:, None]
+    layout = hrbp_groups(scores, group_size=1, kept=len(channels), kept_taps=1, filters=alone)
+    assert layout.channels[0].tolist() == channels
+
+
+@pytest.mark.parametrize("kind", ["iid", "binary", "equal"])
+def test_a_wide_layer_keeps_the_largest_channels_of_each_group(kind):
+    """64 groups x 512 channels are 2^15 sums: the channels are found by bisection."""
+    case = ((1, 1, 512, 128), 2, 51, 1, 1)
+    scores = draw(kind, case[0], 0)
+    filters = np.random.default_rng(1).permutation(128).reshape(64, 2)
+    assert search._BISECTED <= 64 * 512
+    layout = hrbp_groups(scores, **sizes(case), filters=jnp.asarray(filters))
+    sums = np.asarray(scores)[0, 0][:, filters].sum(-1).T
+    expected = [np.flatnonzero(ref.largest(row, 51)) for row in sums]
+    np.testing.assert_array_equal(layout.channels, expected)
+
+
+def test_the_search_of_a_wide_layer_has_exact_counts():
+    case = ((3, 3, 64, 256), 4, 19, 3, 1)
+    assert search._BISECTED <= 11 * 64 * 64  # starts x groups x channels of the last choice
+    scores = draw("clusters", case[0], 0)
+    layout = hrbp_groups(scores, **sizes(case))
+    check_layout(layout, case)
+    mask = np.asarray(mask_of(layout))
+    consecutive = hrbp_groups(scores, **sizes(case), filters=jnp.arange(256).reshape(64, 4))
+    kept = np.asarray(scores)[mask].sum(dtype=np.float64)
+    assert kept > 1.1 * np.asarray(scores)[np.asarray(mask_of(consecutive))].sum(dtype=np.float64)
+    for members, channels, taps in zip(*index_arrays(layout)):
+        # The channels are the best for the taps, and the taps for the channels.
+        sums = np.asarray(scores, np.float64).reshape(9, 64, 256)[:, :, members].sum(2)
+        assert sums[taps][:, channels].sum() == pytest.approx(
+            np.sort(sums[taps].sum(0))[-19:].sum()
+        )
+        assert sums[:, channels].sum(1)[taps].sum() == pytest.approx(
+            np.sort(sums[:, channels].sum(1))[-3:].sum()
+        )
+
+
+def test_random_groups_of_a_wide_layer_keep_exact_counts():
+    """Its channels are the largest of 2^15 random numbers, found by bisection."""
+    case = ((1, 1, 512, 64), 1, 51, 1, 1)
+    assert search._BISECTED <= 64 * 512
+    check_layout(random_groups(jax.random.key(0), case[0], **sizes(case)), case)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -277,7 +458,7 @@ def test_kept_score_of_another_kernel_is_refused():
         kept_score(jnp.ones((3, 3, 8, 8)), layout)
 
 
-# Column blocks and block fill.
+# Column blocks and block fill
 
 
 def random_columns(sparsity, shape=(3, 3, 64, 64), rows=16, seed=0):
@@ -336,7 +517,7 @@ def test_a_pattern_without_blocks_has_no_fill():
 
 
 def planted_mask(groups, columns, shape, seed=0):
-    """Filters shuffled into groups; each group keeps its own columns of the forward matrix."""
+    """Filters shuffled into groups; each group keeps other columns of the forward matrix."""
     rng = np.random.default_rng(seed)
     width = shape[0] * shape[1] * shape[2]
     rows = np.array_split(rng.permutation(shape[3]), groups)
@@ -347,19 +528,19 @@ def planted_mask(groups, columns, shape, seed=0):
 
 def test_rumi_recovers_planted_blocks():
     mask = planted_mask(3, 10, (3, 3, 8, 72))
-    found = rumi_groups(mask)
-    assert [len(rows) for rows, _ in found.blocks] == [24, 24, 24]
-    assert (found.mask() == mask).all()
+    blocks = rumi_groups(mask)
+    assert [len(rows) for rows, _ in blocks.blocks] == [24, 24, 24]
+    assert (blocks.mask() == mask).all()
 
 
 def test_rumi_splits_large_clusters_and_drops_small_ones():
     mask = np.zeros((1, 1, 8, 64), bool)
     mask[0, 0, :2, :40] = True  # one cluster of 40
     mask[0, 0, 4:6, 40:50] = True  # one of 10
-    found = rumi_groups(mask)  # the other 14 filters are empty rows
-    assert [len(rows) for rows, _ in found.blocks] == [20, 20]
-    assert all(columns.tolist() == [0, 1] for _, columns in found.blocks)
-    assert np.concatenate([rows for rows, _ in found.blocks]).max() < 40
+    blocks = rumi_groups(mask)  # the other 14 filters are empty rows
+    assert [len(rows) for rows, _ in blocks.blocks] == [20, 20]
+    assert all(columns.tolist() == [0, 1] for _, columns in blocks.blocks)
+    assert np.concatenate([rows for rows, _ in blocks.blocks]).max() < 40
 
 
 def test_rumi_takes_columns_while_a_row_gains():
@@ -378,9 +559,9 @@ def test_dsb_keeps_the_heaviest_squares():
     weights = np.where(planted, 1.0, 0.01) * np.random.default_rng(1).uniform(
         0.5, 1.0, planted.shape
     )
-    found = dsb_groups(weights, sparsity=0.75)
-    assert [(len(r), len(c)) for r, c in found.blocks] == [(16, 16)] * 4
-    assert (found.mask() == planted).all()
+    blocks = dsb_groups(weights, sparsity=0.75)
+    assert [(len(r), len(c)) for r, c in blocks.blocks] == [(16, 16)] * 4
+    assert (blocks.mask() == planted).all()
 
 
 @pytest.mark.parametrize(
@@ -388,9 +569,9 @@ def test_dsb_keeps_the_heaviest_squares():
     [((3, 3, 64, 64), 0.9, 15), ((3, 3, 64, 64), 0.0, 144), ((1, 1, 32, 32), 0.75, 1)],
 )
 def test_dsb_counts_squares(shape, sparsity, count):
-    found = dsb_groups(np.random.default_rng(0).normal(size=shape), sparsity=sparsity)
-    assert len(found.blocks) == count
-    assert found.mask().sum() == count * 256
+    blocks = dsb_groups(np.random.default_rng(0).normal(size=shape), sparsity=sparsity)
+    assert len(blocks.blocks) == count
+    assert blocks.mask().sum() == count * 256
 
 
 def test_dsb_short_blocks_still_cover_the_kernel():
@@ -403,8 +584,8 @@ def test_complete_linkage_agrees_with_scipy(rows, clusters):
     distance = np.linalg.norm(points[:, None] - points, axis=-1)
     labels = fcluster(linkage(squareform(distance, checks=False), "complete"), clusters, "maxclust")
     expected = {frozenset(np.flatnonzero(labels == label).tolist()) for label in set(labels)}
-    found = column_grouping._complete_linkage(distance, clusters)
-    assert {frozenset(members.tolist()) for members in found} == expected
+    actual = column_grouping._complete_linkage(distance, clusters)
+    assert {frozenset(members.tolist()) for members in actual} == expected
 
 
 @pytest.mark.parametrize(

@@ -104,15 +104,15 @@ def check_partition(layout):
     bsj.validate(layout)
     kh, kw, cin, cout = layout.shape
     mask = np.asarray(mask_of(layout)).reshape(kh * kw, cin, cout)
-    seen = np.zeros(cout, int)
+    times_in_a_group = np.zeros(cout, int)
     for filters, channels, taps in zip(
         *(np.asarray(a) for a in (layout.filters, layout.channels, layout.taps)), strict=True
     ):
-        seen[filters] += 1
+        times_in_a_group[filters] += 1
         block = mask[:, :, filters]
         assert (block.any((0, 2)).sum(), block.any((1, 2)).sum()) == layout.packed_shape[1:3]
         assert block.all(2).sum() == block.any(2).sum() == len(channels) * len(taps)
-    assert (seen == 1).all()
+    assert (times_in_a_group == 1).all()
     assert mask.mean() == pytest.approx(layout.density)
     again = bsj.mask_to_layout(mask.reshape(layout.shape), layout.filters)
     for name in ("filters", "channels", "taps"):
@@ -136,8 +136,8 @@ def test_laws_of_layouts_of_any_size(layout, dtype):
 
 
 def _reference(x, kernel, mask, strides, padding, dilation):
-    """Explicit zeros: past the kernel's reach, XLA's CPU gradient of a padded convolution reads
-    memory that nobody wrote (jax 0.10.2).
+    """Pads explicitly: where padding exceeds the kernel's reach, XLA's CPU gradient of a padded
+    convolution reads memory that was never written (jax 0.10.2).
     """
     if not isinstance(padding, str):
         x, padding = jnp.pad(x, ((0, 0), *padding, (0, 0))), "VALID"
@@ -152,19 +152,19 @@ def _reference(x, kernel, mask, strides, padding, dilation):
     )
 
 
-def _close(got, want, tolerance, what):
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    assert got.shape == want.shape, what
-    assert np.abs(got - want).max(initial=0) <= tolerance * max(1.0, np.abs(want).max(initial=0)), (
-        what
-    )
+def _assert_close(actual, expected, tolerance, what):
+    """Equal shapes, and differences within a tolerance relative to the largest expected value."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, what
+    largest = max(1.0, np.abs(expected).max(initial=0))
+    assert np.abs(actual - expected).max(initial=0) <= tolerance * largest, what
 
 
 @functools.partial(
     jax.jit,
     static_argnames=("strides", "padding", "dilation", "data_format", "form", "implementation"),
 )
-def _ours(dy, x, kernel, layout, *, data_format, form, **options):
+def _block_sparse(dy, x, kernel, layout, *, data_format, form, **options):
     if form == "full-gradient":
         options["kernel_gradient"] = "dense"
 
@@ -180,7 +180,7 @@ def _ours(dy, x, kernel, layout, *, data_format, form, **options):
 
 
 @functools.partial(jax.jit, static_argnames=("strides", "padding", "dilation"))
-def _wanted(dy, x, kernel, mask, **options):
+def _masked_dense(dy, x, kernel, mask, **options):
     y, pull = jax.vjp(lambda x, kernel: _reference(x, kernel, mask, **options), x, kernel)
     return y, *pull(dy)
 
@@ -198,7 +198,7 @@ def check_conv(
     implementation,
     seed=2,
 ):
-    """Every option of the door against `lax.conv_general_dilated` on masked weights; the reference
+    """Every option of `conv` against `lax.conv_general_dilated` on masked weights; the reference
     runs in float32.
     """
     rng, window = (
@@ -213,7 +213,7 @@ def check_conv(
     wide = x.astype(jnp.float32), kernel.astype(jnp.float32)
     shape = jax.eval_shape(functools.partial(_reference, **window), *wide, mask).shape
     dy = jnp.asarray(rng.normal(size=shape), dtype)
-    y, dx, dkernel = _ours(
+    y, dx, dkernel = _block_sparse(
         dy,
         x,
         kernel,
@@ -223,20 +223,21 @@ def check_conv(
         implementation=implementation,
         **window,
     )
-    want, want_dx, want_dkernel = _wanted(dy.astype(jnp.float32), *wide, mask, **window)
+    dy = dy.astype(jnp.float32)
+    expected_y, expected_dx, expected_dkernel = _masked_dense(dy, *wide, mask, **window)
     if form == "full-gradient":
-        _, _, want_dkernel = _wanted(dy.astype(jnp.float32), *wide, jnp.ones_like(mask), **window)
+        _, _, expected_dkernel = _masked_dense(dy, *wide, jnp.ones_like(mask), **window)
     tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
     assert (y.dtype, dx.dtype, dkernel.dtype) == (dtype, dtype, dtype)
-    _close(y, want, tolerance, "values")
-    _close(dx, want_dx, tolerance, "input gradient")
-    _close(dkernel, want_dkernel, tolerance, "kernel gradient")
+    _assert_close(y, expected_y, tolerance, "values")
+    _assert_close(dx, expected_dx, tolerance, "input gradient")
+    _assert_close(dkernel, expected_dkernel, tolerance, "kernel gradient")
     if form != "full-gradient":
         assert not np.any(np.asarray(dkernel, np.float32)[~np.asarray(mask)])
 
 
-# layout's sizes, image, batch, strides, dilation, padding, data format, form, dtype,
-# implementation: every value of each, in many pairs
+# sizes of the layout, image, batch, strides, dilation, padding, data format, form, dtype,
+# implementation: every value of each occurs, and many pairs of values
 CONVS = [
     (SIZES[0], (5, 9), 2, (2, 1), (1, 2), "SAME", "NHWC", "dense", jnp.float32, None),
     (SIZES[0], (8, 6), 5, (1, 1), (1, 1), ((0, 2), (1, 0)), "CHWN", "packed", jnp.bfloat16, "xla"),
@@ -341,12 +342,12 @@ def test_new_layouts_of_one_shape_do_not_recompile():
     x, kernel = jnp.ones((1, 6, 6, 8)), jax.random.normal(jax.random.key(0), (3, 3, 8, 8))
     for seed in range(4):
         layout = drawing((3, 3, 8, 8), 4, 3, 4, 1)(jax.random.key(seed))
-        want = _reference(x, kernel, bsj.layout_to_mask(layout), (1, 1), "SAME", (1, 1))
-        np.testing.assert_allclose(step(x, kernel, layout), want, rtol=1e-5, atol=1e-5)
+        expected = _reference(x, kernel, bsj.layout_to_mask(layout), (1, 1), "SAME", (1, 1))
+        np.testing.assert_allclose(step(x, kernel, layout), expected, rtol=1e-5, atol=1e-5)
     assert len(traces) == 1
 
 
-def test_the_choice_can_be_told():
+def test_the_choice_has_a_reason_for_each_mode():
     layout = bsj.random_groups(
         jax.random.key(0), (3, 3, 64, 64), group_size=32, kept=19, kept_taps=3
     )

@@ -183,8 +183,8 @@ def compiled(method, *args, **options):
 
 
 def masks_over(functions, params_at, grads_at, steps):
-    """Runs `update` at steps 0, 1, ... with given params and gradients; yields step, masks before
-    and after, updates, state.
+    """Runs `update` at steps 0, 1, ... with the params and gradients of each step; yields step,
+    masks before and after, updates, state.
     """
     init, update = functions
     state = init(params_at(0))

@@ -1,4 +1,4 @@
-"""Every transformation under everything that optax users do to it."""
+"""Every method under what optax users do to a transformation."""
 
 import functools
 
@@ -8,88 +8,33 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import small_tree
+from sparse_methods import EXCHANGING, HARD, METHODS, chain, noise
 
 import blocksparse_jax as bsj
 
-
-def _fixed(params):
-    return bsj.fixed_masks(bsj.random_masks(jax.random.key(3), params, 0.7))
-
-
-METHODS = {
-    "hrbp": lambda p: bsj.hrbp_prune(0.7, group_size=16),
-    # One layer: its updates hold the whole search for groups, which takes long to compile.
-    "hrbp-gradient": lambda p: bsj.hrbp_prune(
-        0.75, group_size=16, scores="gradient", where=lambda name, leaf: name == "conv1/kernel"
-    ),
-    "hrbp-dynamic": lambda p: bsj.hrbp_prune(
-        0.75, group_size=16, block_density=1.0, update=bsj.periodic(3), drop_fraction=0.6
-    ),
-    "rigl": lambda p: bsj.rigl(0.7, update_every=3, until=1000, drop_fraction=0.6),
-    "gradual": lambda p: bsj.gradual_magnitude(0.7, start=2, end=20, update_every=3),
-    "subp-hard": lambda p: bsj.subp(0.5, block=16, start=2, end=20, update_every=3, soft=False),
-    "fixed": _fixed,
-    "random-channel": lambda p: bsj.fixed_masks(
-        layouts=bsj.random_channel_layouts(jax.random.key(0), p, 0.7)
-    ),
-    "subp": lambda p: bsj.subp(0.5, block=16, start=2, end=20, update_every=3),
-    "sr-ste": lambda p: bsj.sr_ste(2, 4),
-    "ste": lambda p: bsj.ste(1, 4, axis="kernel"),
-}
-# Slow where the scores of the gradient make no difference: its update holds the search for groups,
-# long to compile.
+# "hrbp-gradient" takes long to compile: where its scores make no difference, it is a slow test.
 EVERY = [
     pytest.param(name, marks=pytest.mark.slow) if name == "hrbp-gradient" else name
     for name in METHODS
 ]
-HARD = [name for name in METHODS if name not in ("subp", "sr-ste", "ste")]
-DYNAMIC = ["hrbp-dynamic", "rigl", "subp-hard", "gradual"]
 OPTIMIZERS = {
     "sgd": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
     "adamw": lambda: optax.adamw(1e-2, weight_decay=1e-2),
     "lion": lambda: optax.lion(1e-3),
     "lamb": lambda: optax.lamb(1e-3),
+    "scheduled": lambda: optax.sgd(optax.piecewise_constant_schedule(0.1, {3: 0.1}), momentum=0.9),
 }
-
-
-OPTIMIZERS["scheduled"] = lambda: optax.sgd(
-    optax.piecewise_constant_schedule(0.1, {3: 0.1}), momentum=0.9
-)
-
-
-@jax.jit
-def _noise(params, step):
-    """Fresh, full gradients: nothing in them knows about masks."""
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(11), step), len(leaves))
-    return jax.tree.unflatten(
-        structure,
-        [
-            jax.random.normal(k, leaf.shape, leaf.dtype)
-            for k, leaf in zip(keys, leaves, strict=True)
-        ],
-    )
-
-
+_noise = jax.jit(noise)
 _apply = jax.jit(optax.apply_updates)
 
 
 @functools.cache
-def _made(name, optimizer, decay=1e-2):
+def _with_optimizer(name, optimizer):
     """A transformation, its jitted update and a list that grows when that is traced; shared, so
     that tests do not compile again.
     """
-    tx, traces = (
-        bsj.keep_zeros(
-            optax.chain(
-                METHODS[name](small_tree()),
-                optax.add_decayed_weights(decay),
-                OPTIMIZERS[optimizer](),
-            )
-        ),
-        [],
-    )
+    traces = []
+    tx = bsj.keep_zeros(chain(name, optax.add_decayed_weights(1e-2), OPTIMIZERS[optimizer]()))
 
     def update(grads, state, params):
         traces.append(name)
@@ -112,13 +57,17 @@ def _assert_zeros(params, masks):
         assert not np.any(np.asarray(p)[~np.broadcast_to(m, p.shape)])
 
 
+# Slow in bfloat16: the kinds of their updates are among those of the other methods.
 ALIKE = (
     "hrbp",
     "hrbp-gradient",
     "subp-hard",
     "random-channel",
     "ste",
-)  # in bf16: the others hold their kinds of update
+    "set",
+    "magnitude",
+    "gradual-blocks",
+)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +86,7 @@ ALIKE = (
 def test_jit_equals_eager_keeps_dtypes_and_never_recompiles(name, dtype, params):
     """Over two updates of the masks; the step that moves them runs eagerly too."""
     params = jax.tree.map(lambda p: p.astype(dtype), params)
-    tx, update, traces = _made(name, "scheduled")
+    tx, update, traces = _with_optimizer(name, "scheduled")
     state = first = tx.init(params)
     update(_noise(params, 0), state, params)
     traced = len(traces)
@@ -161,24 +110,27 @@ def test_jit_equals_eager_keeps_dtypes_and_never_recompiles(name, dtype, params)
     [(n, o) for n in HARD for o in OPTIMIZERS if o == "adamw" or n in ("rigl", "fixed")],
 )
 def test_zeros_are_exact_after_noisy_steps(name, optimizer, params):
-    """200 steps of full noise through momentum, Adam and weight decay; every step's zeros are
-    checked in the end of each leg.
+    """200 steps of full noise through momentum, Adam and weight decay; zeros are checked every 50
+    steps.
     """
-    tx, update, _ = _made(name, optimizer)
+    tx, update, _ = _with_optimizer(name, optimizer)
     state = None
-    for leg in range(4):
-        params, state = _train(tx, params, 50, 50 * leg, state, update)
+    for start in range(0, 200, 50):
+        params, state = _train(tx, params, 50, start, state, update)
         masks = bsj.get_masks(state)
         _assert_zeros(params, masks)
         assert any(not bool(m.all()) for m in jax.tree.leaves(masks))
 
 
+GROWING = [*EXCHANGING, "subp-hard", "gradual"]
+
+
 @pytest.mark.parametrize(
     ("name", "optimizer"),
-    [(n, o) for n in DYNAMIC for o in OPTIMIZERS if o == "adamw" or n == "rigl"],
+    [(n, o) for n in GROWING for o in OPTIMIZERS if o == "adamw" or n == "rigl"],
 )
 def test_moments_of_pruned_and_regrown_weights_are_reset(name, optimizer, params):
-    tx, update, _ = _made(name, optimizer)
+    tx, update, _ = _with_optimizer(name, optimizer)
     state = tx.init(params)
     grown_ever = 0
     for step in range(10):
@@ -203,7 +155,7 @@ def test_a_topology_step_applies_no_gradient(name, optimizer, params):
     """Weights that stay do not move, nor do their moments, whatever momentum and weight decay would
     do; dense leaves too.
     """
-    tx, update, _ = _made(name, optimizer)
+    tx, update, _ = _with_optimizer(name, optimizer)
     params, state = _train(tx, params, 3, update=update)
     updates, after = update(_noise(params, 3), state, params)
     assert bool(after[0].skip_gradient)
@@ -223,7 +175,7 @@ def test_inject_hyperparams_inside_with_a_schedule(name, params):
     tx = bsj.keep_zeros(
         optax.chain(METHODS[name](params), optax.add_decayed_weights(1e-2), injected)
     )
-    plain, update, _ = _made(name, "scheduled")
+    plain, update, _ = _with_optimizer(name, "scheduled")
     (a, state), (b, _) = _train(tx, params, 6), _train(plain, params, 6, update=update)
     chex.assert_trees_all_close(a, b, rtol=1e-6, atol=1e-6)
     assert float(state[2].hyperparams["learning_rate"]) == pytest.approx(0.01)
@@ -236,7 +188,7 @@ def test_multi_steps_outside(name, params):
     """Gradients accumulated over two micro-steps equal one step on their mean; masks are read
     through the wrapper.
     """
-    tx, update, _ = _made(name, "scheduled")
+    tx, update, _ = _with_optimizer(name, "scheduled")
     multi = optax.MultiSteps(tx, every_k_schedule=2)
     params_multi, state_multi = _train(multi, params, 10)
     state = tx.init(params)
@@ -253,10 +205,25 @@ def test_multi_steps_outside(name, params):
     chex.assert_trees_all_equal(bsj.get_masks(state_multi), bsj.get_masks(state))
 
 
+@pytest.mark.xfail(
+    reason="keep_zeros takes the accumulator for a moment: it drops gradients of pruned weights, "
+    "and all that is accumulated after a step that changed masks",
+    strict=True,
+)
+def test_multi_steps_inside_keep_zeros(params):
+    """Gradients accumulated inside of keep_zeros grow and move the same weights as outside."""
+    rigl = chain("rigl", optax.sgd(0.1))
+    outside = optax.MultiSteps(bsj.keep_zeros(rigl), every_k_schedule=2)
+    inside = bsj.keep_zeros(optax.MultiSteps(rigl, every_k_schedule=2).gradient_transformation())
+    (a, state_a), (b, state_b) = _train(outside, params, 12), _train(inside, params, 12)
+    chex.assert_trees_all_equal(bsj.get_masks(state_a), bsj.get_masks(state_b))
+    chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", [n for n in EVERY if n not in ("fixed", "random-channel")])
 def test_multi_transform_outside(name, params):
-    """Two labels, two optimizers: the method sees its own leaves only, and masks come back for the
-    whole tree.
+    """Two labels, two optimizers: the method sees only the leaves of its label, and masks come back
+    for the whole tree.
     """
     labels = {"stem": "plain", "conv1": "sparse", "conv2": "sparse", "classifier": "plain"}
     inner = bsj.keep_zeros(optax.chain(METHODS[name](params), optax.adam(1e-2)))
@@ -302,7 +269,7 @@ def test_two_methods_in_multi_transform_merge(params):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_extra_args_pass_through(name, params):
-    """A transformation behind the method gets its extra argument; `params` may be given by name."""
+    """A transformation behind the method gets its extra argument; `params` may be a keyword."""
     tx = bsj.keep_zeros(
         optax.chain(
             METHODS[name](params), optax.scale_by_backtracking_linesearch(max_backtracking_steps=2)
@@ -366,15 +333,36 @@ def test_init_and_update_trace_abstractly(name, params):
     chex.assert_trees_all_equal(bsj.get_masks(jitted), bsj.get_masks(state))
 
 
-@pytest.mark.parametrize("name", ["rigl", "hrbp-dynamic", "hrbp-gradient", "gradual"])
-def test_counts_stay_exact_when_a_gradient_is_nan(name, params):
-    tx, update, _ = _made(name, "scheduled")
-    state, counts = tx.init(params), []
-    for _ in range(5):
-        _, state = update(jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params), state, params)
-        counts.append([int(m.sum()) for m in jax.tree.leaves(bsj.get_masks(state))])
-    assert name == "gradual" or all(c == counts[0] for c in counts)
-    assert all(min(c) > 0 for c in counts)
+NAN_CASES = [
+    (part, name)
+    for part in ("gradient", "weights")
+    for name in (*EXCHANGING, "hrbp-gradient", "gradual", "subp-hard")
+]
+NAN_CASES[-1] = pytest.param(
+    *NAN_CASES[-1],
+    marks=pytest.mark.xfail(
+        reason="block scores of NaN weights are NaN, so no removed block comes back", strict=True
+    ),
+)
+
+
+@pytest.mark.parametrize(("part", "name"), NAN_CASES)
+def test_counts_stay_exact_where_values_are_nan(part, name, params):
+    """The counts after each update are those of a run with finite values."""
+    tx, update, _ = _with_optimizer(name, "scheduled")
+    nans = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
+    histories = []
+    for grads, weights in (
+        (_noise(params, 0), params),
+        (nans, params) if part == "gradient" else (_noise(params, 0), nans),
+    ):
+        state, counts = tx.init(params), []
+        for _ in range(5):
+            _, state = update(grads, state, weights)
+            counts.append([int(m.sum()) for m in jax.tree.leaves(bsj.get_masks(state)) if m.ndim])
+        histories.append(counts)
+    assert histories[0] == histories[1]
+    assert min(map(min, histories[0])) > 0
 
 
 def test_masks_are_the_same_for_the_same_key(params):

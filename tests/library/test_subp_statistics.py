@@ -46,14 +46,14 @@ def assert_law(kept, scores, *, removed, regrown, tau):
     assert kept[:, np.sort(order[: len(scores) - removed])].all()
     n, chi2 = len(kept), 0.0
     for members, chance in law.items():
-        wanted = np.isin(np.arange(removed), list(members))
-        seen = (kept[:, gone] == wanted).all(1).sum()
-        assert abs(seen - n * chance) < 6 * np.sqrt(n * chance * (1 - chance)) + 1, (
+        regrown_set = np.isin(np.arange(removed), list(members))
+        times = (kept[:, gone] == regrown_set).all(1).sum()
+        assert abs(times - n * chance) < 6 * np.sqrt(n * chance * (1 - chance)) + 1, (
             gone[list(members)],
-            seen / n,
+            times / n,
             chance,
         )
-        chi2 += (seen - n * chance) ** 2 / (n * chance)
+        chi2 += (times - n * chance) ** 2 / (n * chance)
     assert chi2 < len(law) - 1 + 6 * np.sqrt(2 * (len(law) - 1)) + 10
     for i, channel in enumerate(gone):
         inclusion = sum(chance for members, chance in law.items() if i in members)
@@ -112,13 +112,13 @@ def test_version_2_draws_former_pruned_blocks_at_score_zero():
         "tau": 0.3,
     }
     *_, before, after = run_subp([kernel] * 4, 5, **options)  # step 2 regrows 2 of 4, step 3 one
-    seen, laws = {}, {}
+    draws_after, laws = {}, {}
     for row, new in zip(before, after):
-        seen.setdefault(tuple(row), []).append(new[2:].argmax())
-    for row in seen:
+        draws_after.setdefault(tuple(row), []).append(new[2:].argmax())
+    for row in draws_after:
         laws[row] = ref.subp_probabilities((weights[:, 0] * row)[2:], 0.3)
-    assert len(seen) == 6
-    for row, drawn in seen.items():
+    assert len(draws_after) == 6
+    for row, drawn in draws_after.items():
         for i, chance in enumerate(laws[row]):
             assert (
                 abs(drawn.count(i) - len(drawn) * chance)
@@ -127,7 +127,7 @@ def test_version_2_draws_former_pruned_blocks_at_score_zero():
 
 
 def test_tau_moves_the_draw_from_the_best_to_the_even():
-    """The best removed block comes almost always at a small tau, one time in four at a large one."""
+    """The best of four removed blocks comes almost always at a small tau, else one time in four."""
     sharp, even = (draws(WEIGHTS, 3, tau=tau)[1][:, 5].mean() for tau in (0.02, 100.0))
     assert sharp > 0.999
     assert abs(even - 0.25) < 0.05

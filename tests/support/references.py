@@ -22,7 +22,7 @@ def largest(scores, count):
 
 
 def floor(number):
-    """The floor of a real number given in floating point: 28.999999 stands for 29."""
+    """The floor of a real number in floating point, where 28.999999 stands for 29."""
     return math.floor(number + 1e-4)
 
 
@@ -42,6 +42,24 @@ def erk_densities(shapes, density):
             return [
                 1.0 if i in dense else eps * sum(s) / math.prod(s) for i, s in enumerate(shapes)
             ]
+        dense |= over
+
+
+def er_densities(shapes, density):
+    """ERK's rule over the channels alone: `density_l = eps * (cin + cout) / (cin * cout)`, of all
+    `kh * kw` taps alike; layers above 1 become dense and eps is solved again (Mocanu et al., SET,
+    2018).
+    """
+    raw = [(cin + cout) / (cin * cout) for *_, cin, cout in shapes]
+    sizes = [math.prod(s) for s in shapes]
+    dense = set()
+    while True:
+        sparse = [i for i in range(len(shapes)) if i not in dense]
+        room = density * sum(sizes) - sum(sizes[i] for i in dense)
+        eps = room / sum(raw[i] * sizes[i] for i in sparse)
+        over = {i for i in sparse if eps * raw[i] > 1}
+        if not over:
+            return [1.0 if i in dense else eps * raw[i] for i in range(len(shapes))]
         dense |= over
 
 
@@ -84,7 +102,7 @@ def n_m_mask(kernel, n, m, axis):
 
 
 def sr_ste_gradient(gradient, kernel, mask, decay):
-    """`g(w~) + lambda (1 - mask) w`: the gradient that the optimizer sees (Zhou et al., ICLR 2021)."""
+    """`g(w~) + lambda (1 - mask) w`: what the optimizer gets (Zhou et al., ICLR 2021)."""
     return gradient + decay * (1 - mask) * kernel
 
 
@@ -114,6 +132,60 @@ def rigl_mask(kernel, gradient, mask, n_drop):
     kept = largest(np.where(mask, np.abs(kernel), -1.0), int(mask.sum()) - n_drop)
     grown = largest(np.where(kept, -1.0, np.abs(gradient)), n_drop)
     return kept | grown
+
+
+def cosine_fraction(step, start, until, fraction):
+    """`fraction / 2 (1 + cos(pi (t - start) / (until - start)))`; constant where `until` is None
+    (Evci et al., RigL, ICML 2020, section 3).
+    """
+    if until is None:
+        return fraction
+    return fraction / 2 * (1 + math.cos(math.pi * (step - start) / (until - start)))
+
+
+def hrbp_moved_runs(kept_runs, fraction):
+    """How many runs of channels a group exchanges at one step: `fraction * kept_runs`, rounded,
+    halves up (before the floor).
+    """
+    return fraction * kept_runs + 0.5
+
+
+def hrbp_channels(filters, channels, taps, kernel, gradient, moved, run=1):
+    """The kept channels `[groups, kept]` after one topology step of dynamic HRBP.
+
+    In every group the `moved` kept runs of `run` channels with the smallest summed `|w|` are
+    dropped, and as many with the largest summed `|g|` are grown among all runs that did not stay.
+    Sums are over the group's filters, its kept taps and the channels of the run; NaN counts as 0
+    (Ma et al., HRBP, CPAL 2024).
+    """
+    kw, cin = kernel.shape[1:3]
+    after = []
+    for members, kept, positions in zip(filters, channels, taps):
+
+        def score(array, first, members=members, positions=positions):
+            total = 0.0
+            for channel in range(first * run, (first + 1) * run):
+                for position in positions:
+                    weights = np.abs(array[position // kw, position % kw, channel, members])
+                    total += np.nan_to_num(weights.astype(np.float64)).sum()
+            return total
+
+        kept_runs = [int(channel) // run for channel in kept[::run]]
+        by_weight = sorted(kept_runs, key=lambda r: (-score(kernel, r), r))
+        stay = by_weight[: len(kept_runs) - moved]
+        others = [r for r in range(cin // run) if r not in stay]
+        grown = sorted(others, key=lambda r: (-score(gradient, r), r))[:moved]
+        after.append([r * run + i for r in sorted(stay + grown) for i in range(run)])
+    return np.array(after)
+
+
+def block_mask(filters, channels, taps, shape):
+    """The mask of a block pattern: every group keeps its taps at its channels of its filters."""
+    mask = np.zeros(shape, bool)
+    for members, kept, positions in zip(filters, channels, taps):
+        for position in positions:
+            mask[position // shape[1], position % shape[1]][np.ix_(kept, members)] = True
+    return mask
 
 
 def subp_block(filters, block):
@@ -193,10 +265,11 @@ def draws_without_replacement(probabilities, count):
     """
     sets = {frozenset(s): 0.0 for s in itertools.combinations(range(len(probabilities)), count)}
     for order in itertools.permutations(range(len(probabilities)), count):
-        chance, left = 1.0, 1.0
+        chance = 1.0
+        remaining = 1.0  # of the probability, of all items not yet drawn
         for item in order:
-            chance *= probabilities[item] / left
-            left -= probabilities[item]
+            chance *= probabilities[item] / remaining
+            remaining -= probabilities[item]
         sets[frozenset(order)] += chance
     return sets
 

@@ -1,5 +1,5 @@
-"""What newcomers ran into: silent wrong results, states that other libraries wrap, and what their
-users take for granted.
+"""Pitfalls: results that could be wrong without a word, states that other libraries wrap, and what
+their users take for granted.
 """
 
 import dataclasses
@@ -48,8 +48,8 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("kernel_gradient", "blind"), [("masked", True), ("dense", False)])
-def test_a_method_that_cannot_grow_is_counted_and_shown(method, kernel_gradient, blind):
+@pytest.mark.parametrize(("kernel_gradient", "stalls"), [("masked", True), ("dense", False)])
+def test_updates_that_can_grow_nothing_are_counted_and_shown(method, kernel_gradient, stalls):
     tx = bsj.keep_zeros(optax.chain(METHODS[method](), optax.sgd(0.1, momentum=0.9)))
     state = tx.init(PARAMS)
     params, step = (
@@ -60,11 +60,11 @@ def test_a_method_that_cannot_grow_is_counted_and_shown(method, kernel_gradient,
     for _ in range(5):
         params, state = step(params, state)
     updates = 2 if method == "hrbp-dynamic" else 1
-    assert int(state[0].stalled_updates) == (updates if blind else 0)
+    assert int(state[0].stalled_updates) == (updates if stalls else 0)
     assert (
         f"{updates} updates of the masks could grow nothing" in str(bsj.summarize(params, state))
-    ) == blind
-    assert (float(bsj.sad(first, bsj.get_masks(state)).total) == 0) == blind
+    ) == stalls
+    assert (float(bsj.sad(first, bsj.get_masks(state)).total) == 0) == stalls
 
 
 def test_outside_of_jit_it_raises():
@@ -241,8 +241,10 @@ def test_second_derivatives_are_those_of_a_dense_convolution(implementation, epi
         forward = jax.jvp(jax.grad(f, (0, 1)), (X, KERNEL), (X * 0.3, KERNEL * 0.2))[1]
         return reverse, forward
 
-    got, want = (jax.jit(curvatures, static_argnums=0)(loss(conv)) for conv in (sparse, dense))
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    actual, expected = (
+        jax.jit(curvatures, static_argnums=0)(loss(conv)) for conv in (sparse, dense)
+    )
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max()))
 
 

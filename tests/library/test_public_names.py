@@ -1,0 +1,750 @@
+"""Every public name is run: one small call and what it must give.
+
+A new public name needs a function here that is named after it, `.` written `__`. The test looks
+whether that function really executes the code behind the name.
+"""
+
+# ruff: noqa: N802  checks are named after what they check
+
+import dataclasses
+import functools
+import inspect
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from sparse_methods import noise
+
+import blocksparse_jax as bsj
+
+# Modules among the public names, and what of them is for users.
+OF_MODULES = {
+    "linen": ["BlockSparseConv"],
+    "metrics": ["density", "kept_flops", "nonzero_pruned", "sad"],
+    "nnx": ["BlockSparseConv", "Optimizer", "set_layouts"],
+    "patterns": bsj.patterns.__all__,
+    "transforms": bsj.transforms.__all__,
+}
+NAMES = [name for name in bsj.__all__ if not inspect.ismodule(getattr(bsj, name))]
+NAMES += [f"{module}.{name}" for module, names in OF_MODULES.items() for name in names]
+SHAPE = (3, 3, 16, 32)
+CHECKS = {}
+
+
+def check(function):
+    """Registers a check under the public name for which the name of the function stands."""
+    CHECKS[function.__name__.replace("__", ".")] = function
+    return function
+
+
+def test_every_public_name_has_a_check():
+    modules = {name for name in bsj.__all__ if inspect.ismodule(getattr(bsj, name))}
+    assert modules == set(OF_MODULES)
+    missing = sorted(set(NAMES) - set(CHECKS))
+    assert not missing, f"write a check for each of {missing} in {__name__}"
+    assert not sorted(set(CHECKS) - set(NAMES)), "these are no public names"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_public_name_does_what_it_says(name):
+    value = functools.reduce(getattr, name.split("."), bsj)
+    executed = set()
+
+    def record(frame, event, argument):
+        if event == "call":
+            executed.add(frame.f_code)
+
+    before = sys.getprofile()
+    sys.setprofile(record)
+    try:
+        CHECKS[name]()
+    finally:
+        sys.setprofile(before)
+    if codes := codes_of(value):
+        assert codes & executed, f"the check of {name} does not run it"
+
+
+def codes_of(value):
+    """The code objects of which one runs when a function is called or a class is used; none for a
+    class that defines no method.
+    """
+    value = inspect.unwrap(value)
+    if not inspect.isclass(value):
+        return {value.__code__}
+    members = [inspect.unwrap(member) for member in vars(value).values() if callable(member)]
+    return {member.__code__ for member in members if inspect.isfunction(member)}
+
+
+def kernel(seed=0, shape=SHAPE):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def params():
+    return {"conv": kernel(), "bias": jnp.ones(32)}
+
+
+@functools.cache
+def layout():
+    """Two groups that keep 4 of 16 channels and 3 of 9 taps."""
+    return bsj.random_groups(jax.random.key(1), SHAPE, group_size=16, kept=4, kept_taps=3)
+
+
+def kept(tree):
+    return int(bsj.get_masks(tree)["conv"].sum())
+
+
+def trained(method, steps=1):
+    """Parameters and state of the method after some steps of SGD under `sparse`."""
+    tx, weights = bsj.sparse(method, optax.sgd(0.1)), params()
+    state = tx.init(weights)
+    for step in range(steps):
+        updates, state = tx.update(noise(weights, step), state, weights)
+        weights = optax.apply_updates(weights, updates)
+    return weights, state
+
+
+def assert_prunes(method, density, steps=1):
+    """The method keeps a fraction of the conv kernel and leaves zeros elsewhere."""
+    weights, state = trained(method, steps)
+    assert np.mean(weights["conv"] != 0) == pytest.approx(density, abs=0.01)
+    assert bsj.get_masks(state)["conv"].mean() == pytest.approx(density, abs=0.01)
+    return state
+
+
+# Layouts
+
+
+@check
+def BlockLayout():
+    index = (jnp.array([[0, 1]]), jnp.array([[1]]), jnp.array([[0]]))
+    one = bsj.BlockLayout(*index, shape=(1, 1, 4, 2))
+    assert one.packed_shape == (1, 1, 1, 2)
+    assert one.density == 0.25
+
+
+@check
+def ColumnBlocks():
+    blocks = bsj.ColumnBlocks((1, 1, 3, 4), ((np.array([0, 2]), np.array([1])),))
+    assert blocks.mask()[0, 0].tolist() == [[0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
+
+
+@check
+def ConsecutiveGroups():
+    mask = jnp.zeros((1, 1, 2, 4), bool).at[0, 0, 0, :2].set(True).at[0, 0, 1, 2:].set(True)
+    read = bsj.ConsecutiveGroups(2).read(mask)
+    assert read.filters.tolist() == [[0, 1], [2, 3]]
+    assert read.channels.tolist() == [[0], [1]]
+
+
+@check
+def Dense():
+    assert bsj.Dense() == bsj.Dense()
+    assert jax.tree.leaves({"bias": bsj.Dense()}) == []
+
+
+@check
+def FilterGroups():
+    mask = jnp.zeros((1, 1, 4, 2), bool).at[0, 0, 2:, 0].set(True).at[0, 0, :2, 1].set(True)
+    read = bsj.FilterGroups(jnp.array([[1], [0]]), channel_block=2).read(mask)
+    assert read.channels.tolist() == [[0, 1], [2, 3]]
+    assert read.channel_block == 2
+
+
+@check
+def is_layout():
+    assert bsj.is_layout(layout())
+    assert bsj.is_layout(bsj.Dense())
+    assert not bsj.is_layout(jnp.ones(3))
+
+
+@check
+def layout_to_mask():
+    mask = bsj.layout_to_mask(layout())
+    assert mask.shape == SHAPE
+    assert int(mask.sum()) == 2 * 4 * 3 * 16
+
+
+@check
+def mask_to_layout():
+    mask = bsj.layout_to_mask(layout())
+    read = bsj.mask_to_layout(mask, layout().filters)
+    np.testing.assert_array_equal(read.channels, layout().channels)
+    np.testing.assert_array_equal(read.taps, layout().taps)
+
+
+@check
+def validate():
+    assert bsj.validate(layout()) is layout()
+    with pytest.raises(ValueError, match="strictly ascending"):
+        bsj.validate(dataclasses.replace(layout(), taps=layout().taps[:, ::-1]))
+
+
+@check
+def block_fill():
+    assert bsj.block_fill(layout()) == (1.0, 1.0)
+
+
+# Grouping
+
+
+@check
+def hrbp_groups():
+    """Even filters score even channels, odd ones odd channels."""
+    scores = jnp.eye(2)[jnp.arange(8)[:, None] % 2, jnp.arange(8) % 2][None, None]
+    groups = bsj.hrbp_groups(scores, group_size=4, kept=4, kept_taps=1)
+    assert groups.filters.tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert groups.channels.tolist() == groups.filters.tolist()
+
+
+@check
+def random_groups():
+    groups = bsj.random_groups(jax.random.key(0), SHAPE, group_size=8, kept=4, kept_taps=2)
+    assert bsj.validate(groups).packed_shape == (4, 4, 2, 8)
+
+
+@check
+def kept_score():
+    assert float(bsj.kept_score(jnp.ones(SHAPE), layout())) == 2 * 4 * 3 * 16
+
+
+@check
+def rumi_groups():
+    mask = np.zeros((1, 1, 8, 16), bool)
+    mask[0, 0, [2, 5]] = True
+    ((rows, columns),) = bsj.rumi_groups(mask).blocks
+    assert rows.tolist() == list(range(16))
+    assert columns.tolist() == [2, 5]
+
+
+@check
+def dsb_groups():
+    weights = np.ones((1, 1, 32, 16))
+    weights[0, 0, ::2] = 2
+    blocks = bsj.dsb_groups(weights, sparsity=0.5)
+    assert blocks.mask()[0, 0].all(1).tolist() == [True, False] * 16
+
+
+@check
+def channel_orders():
+    spaces = {"hidden": [("first", 3), ("second", 2)]}
+    weights = {"first": kernel(0, (3, 3, 3, 16)), "second": kernel(1)}
+    orders = bsj.channel_orders(weights, spaces, 0.75, channel_block=4, group_size=16)
+    assert sorted(orders["hidden"].tolist()) == list(range(16))
+
+
+@check
+def fold_channel_orders():
+    spaces = {"hidden": [("first", 3), ("second", 2)]}
+    weights = {"first": kernel(0, (3, 3, 3, 16)), "second": kernel(1)}
+    order = np.arange(16)[::-1]
+    (folded,) = bsj.fold_channel_orders(spaces, {"hidden": order}, weights)
+    np.testing.assert_array_equal(folded["first"], weights["first"][..., ::-1])
+    np.testing.assert_array_equal(folded["second"], weights["second"][:, :, ::-1])
+
+
+# Scores and masks
+
+
+@check
+def masks_from_scores():
+    masks = bsj.masks_from_scores({"conv": jnp.arange(4608.0).reshape(SHAPE)}, 0.75)
+    np.testing.assert_array_equal(masks["conv"].ravel(), np.arange(4608) >= 3456)
+
+
+@check
+def layouts_from_scores():
+    pattern = bsj.patterns.one_by_n(16)
+    scores = jnp.arange(16.0)[:, None] * jnp.ones(SHAPE)
+    layouts = bsj.layouts_from_scores({"conv": scores}, 0.75, pattern=pattern)
+    assert layouts["conv"].channels.tolist() == [[12, 13, 14, 15]] * 2
+
+
+@check
+def snip():
+    scores = bsj.snip(lambda p, x: jnp.sum(p * x), jnp.array([1.0, -2.0]), jnp.array([3.0, 1.0]))
+    np.testing.assert_allclose(scores, [0.6, 0.4], rtol=1e-6)
+
+
+@check
+def apply_masks():
+    masks = {"a": jnp.array([True, False]), "b": jnp.asarray(True)}
+    masked = bsj.apply_masks({"a": jnp.ones(2), "b": jnp.ones(3)}, masks)
+    assert masked["a"].tolist() == [1, 0]
+    assert masked["b"].tolist() == [1, 1, 1]
+
+
+@check
+def random_masks():
+    masks = bsj.random_masks(jax.random.key(0), params(), 0.5)
+    assert int(masks["conv"].sum()) == 2304
+    assert masks["bias"].ndim == 0
+
+
+@check
+def random_channel_layouts():
+    layouts = bsj.random_channel_layouts(jax.random.key(0), params(), 0.75)
+    assert layouts["conv"].packed_shape == (1, 4, 9, 32)
+    assert layouts["bias"] == bsj.Dense()
+
+
+# Schedules
+
+
+@check
+def every():
+    assert [step for step in range(10) if bsj.every(3, until=9)(step)] == [3, 6]
+
+
+@check
+def between():
+    assert [step for step in range(10) if bsj.between(2, 7, every=3)(step)] == [2, 5, 7]
+
+
+@check
+def periodic():
+    assert bsj.periodic(3, start=1) == bsj.every(3, start=1)
+
+
+# Methods
+
+
+@check
+def hrbp_prune():
+    state = assert_prunes(bsj.hrbp_prune(0.75, group_size=16, block_density=1.0), 0.25)
+    assert bsj.get_layouts(state)["conv"].packed_shape == (2, 4, 9, 16)
+
+
+@check
+def rigl():
+    state = assert_prunes(bsj.rigl(0.75, update_every=1, until=9), 0.25)
+    assert bsj.get_spec(state).method == "rigl"
+
+
+@check
+def set_():
+    state = assert_prunes(bsj.set_(0.75, schedule=bsj.every(1)), 0.25)
+    assert not bsj.get_spec(state).dense_gradient(1)
+
+
+@check
+def snfs():
+    state = assert_prunes(bsj.snfs(0.75, schedule=bsj.every(1, until=9)), 0.25)
+    assert bsj.get_spec(state).dense_gradient(0)
+
+
+@check
+def drop_and_grow():
+    pattern = bsj.patterns.kernel()
+    method = bsj.drop_and_grow(0.75, pattern=pattern, schedule=bsj.every(1), fraction=0.5)
+    first = bsj.get_masks(method.init(params()))["conv"]
+    _, state = trained(method, steps=2)
+    moved = np.asarray(first != bsj.get_masks(state)["conv"])
+    assert moved.all((0, 1)).any()
+    np.testing.assert_array_equal(moved.all((0, 1)), moved.any((0, 1)))
+
+
+@check
+def gradual():
+    method = bsj.gradual(0.75, schedule=bsj.between(0, 2))
+    assert [kept(trained(method, steps)[1]) for steps in (0, 1, 2, 3)] == [4608, 4608, 1584, 1152]
+
+
+@check
+def gradual_magnitude():
+    assert_prunes(bsj.gradual_magnitude(0.75, start=0, end=1, update_every=1), 0.25, steps=2)
+
+
+@check
+def magnitude():
+    state = assert_prunes(bsj.magnitude(0.75), 0.25)
+    size = np.abs(kernel())
+    np.testing.assert_array_equal(bsj.get_masks(state)["conv"], size >= np.sort(size, None)[3456])
+
+
+@check
+def one_shot():
+    scores = {"conv": jnp.arange(4608.0).reshape(SHAPE)}
+    state = bsj.one_shot(0.75, scores=scores).init(params())
+    np.testing.assert_array_equal(bsj.get_masks(state)["conv"].ravel(), np.arange(4608) >= 3456)
+
+
+@check
+def fixed_masks():
+    masks = bsj.random_masks(jax.random.key(0), params(), 0.75)
+    state = assert_prunes(bsj.fixed_masks(masks), 0.25)
+    np.testing.assert_array_equal(bsj.get_masks(state)["conv"], masks["conv"])
+
+
+@check
+def subp():
+    method = bsj.subp(0.75, schedule=bsj.between(0, 1), soft=False)
+    state = assert_prunes(method, 0.25, steps=2)
+    assert bsj.get_layouts(state)["conv"].packed_shape == (2, 4, 9, 16)
+
+
+@check
+def sr_ste():
+    """The weights that the mask removes are pulled towards zero."""
+    method = bsj.sr_ste(2, 4, decay=0.5)
+    state, zeros = method.init(params()), jax.tree.map(jnp.zeros_like, params())
+    updates, state = method.update(zeros, state, params())
+    pruned = ~np.asarray(bsj.get_masks(state)["conv"])
+    np.testing.assert_allclose(updates["conv"], 0.5 * pruned * np.asarray(kernel()))
+
+
+@check
+def ste():
+    method = bsj.ste(2, 4)
+    updates, state = method.update(params(), method.init(params()), params())
+    np.testing.assert_array_equal(updates["conv"], kernel())
+    assert kept(state) == 2304
+
+
+@check
+def keep_zeros():
+    tx = bsj.keep_zeros(optax.chain(bsj.magnitude(0.5), optax.adamw(0.1, weight_decay=0.1)))
+    updates, state = tx.update(params(), tx.init(params()), params())
+    assert bsj.nonzero_pruned(optax.apply_updates(params(), updates), state) == 0
+
+
+@check
+def sparse():
+    tx = bsj.sparse(bsj.magnitude(0.5), optax.sgd(0.1))
+    updates, _ = tx.update(params(), tx.init(params()), params())
+    assert np.mean(optax.apply_updates(params(), updates)["conv"] == 0) == 0.5
+
+
+# What an optimizer state holds
+
+
+@check
+def SparseState():
+    state = bsj.magnitude(0.5).init(params())
+    assert isinstance(state, bsj.SparseState)
+    assert isinstance(bsj.SparseState(*state), bsj.SparseState)
+    assert int(state.count) == 0
+
+
+@check
+def Spec():
+    spec = bsj.Spec("half", 0.5, schedule=bsj.every(2))
+    assert spec.changes(2)
+    assert not spec.changes(3)
+    assert not spec.dense_gradient(2)
+
+
+@check
+def get_masks():
+    masks = bsj.get_masks(bsj.rigl(0.5, until=9).init(params()))
+    assert int(masks["conv"].sum()) == 2304
+    assert bool(masks["bias"])
+
+
+@check
+def get_layouts():
+    layouts = bsj.get_layouts(bsj.fixed_masks(layouts={"conv": layout()}).init({"conv": kernel()}))
+    np.testing.assert_array_equal(layouts["conv"].channels, layout().channels)
+
+
+@check
+def get_spec():
+    spec = bsj.get_spec(bsj.rigl(0.5, until=9, update_every=2).init(params()))
+    assert [step for step in range(9) if spec.changes(step)] == [2, 4, 6, 8]
+
+
+@check
+def masked():
+    state = bsj.ste(1, 2).init(params())
+    forward = bsj.masked(params(), state)["conv"]
+    assert np.mean(forward == 0) == 0.5
+    assert bsj.masked(params(), bsj.magnitude(0.5).init(params()))["conv"] is not None
+
+
+@check
+def summarize():
+    state = bsj.magnitude(0.75).init(params())
+    summary = bsj.summarize(bsj.apply_masks(params(), bsj.get_masks(state)), state)
+    assert summary.density == 0.25
+    assert "3x3x16x32" in str(summary)
+
+
+@check
+def sad():
+    a, b = {"w": jnp.array([True, False])}, {"w": jnp.array([True, True])}
+    assert float(bsj.sad(a, b).total) == 0.5
+
+
+@check
+def metrics__sad():
+    a, b = {"w": jnp.array([True, False])}, {"w": jnp.array([False, True])}
+    assert float(bsj.metrics.sad(a, b).layers["w"]) == 1.0
+
+
+@check
+def nonzero_pruned():
+    state = bsj.magnitude(0.75).init(params())
+    assert int(bsj.nonzero_pruned(params(), state)) == 3456
+    zeroed = bsj.apply_masks(params(), bsj.get_masks(state))
+    assert int(bsj.nonzero_pruned(zeroed, state)) == 0
+
+
+@check
+def metrics__nonzero_pruned():
+    nonzero_pruned()
+
+
+@check
+def metrics__density():
+    masks = {"w": jnp.array([True, False, False, False]), "b": jnp.asarray(True)}
+    assert float(bsj.metrics.density(masks)) == 0.25
+
+
+@check
+def metrics__kept_flops():
+    masks = {"a": jnp.array([True, False]), "b": jnp.asarray(True)}
+    weights = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    assert bsj.metrics.kept_flops(masks, weights, {"a": 9, "b": 1}) == pytest.approx(11 / 20)
+
+
+# Packing
+
+
+@check
+def pack():
+    values = bsj.pack(kernel(), layout())
+    filters, channels, taps = (
+        index[0, 0] for index in (layout().filters, layout().channels, layout().taps)
+    )
+    assert values.shape == layout().packed_shape
+    assert values[0, 0, 0, 0] == kernel()[taps // 3, taps % 3, channels, filters]
+
+
+@check
+def unpack():
+    mask = np.asarray(bsj.layout_to_mask(layout()))
+    back = bsj.unpack(bsj.pack(kernel(), layout()), layout())
+    np.testing.assert_array_equal(back, np.where(mask, kernel(), 0))
+
+
+@check
+def pack_tree():
+    weights, state = trained(bsj.fixed_masks(layouts={"conv": layout(), "bias": bsj.Dense()}))
+    values, _ = bsj.pack_tree(weights, state, bsj.get_layouts(state))
+    np.testing.assert_array_equal(values["conv"], bsj.pack(weights["conv"], layout()))
+    assert values["bias"] is weights["bias"]
+
+
+@check
+def unpack_tree():
+    weights, state = trained(bsj.fixed_masks(layouts={"conv": layout(), "bias": bsj.Dense()}))
+    layouts = bsj.get_layouts(state)
+    back, _ = bsj.unpack_tree(*bsj.pack_tree(weights, state, layouts), layouts)
+    np.testing.assert_array_equal(back["conv"], weights["conv"])
+
+
+# The convolution and its layers
+
+
+def images():
+    return jax.random.normal(jax.random.key(9), (2, 6, 6, 16))
+
+
+def masked_dense(x, weights):
+    weights = jnp.where(bsj.layout_to_mask(layout()), weights, 0)
+    return jax.lax.conv_general_dilated(
+        x, weights, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest"
+    )
+
+
+def assert_convolves(y, weights):
+    np.testing.assert_allclose(y, masked_dense(images(), weights), rtol=1e-4, atol=1e-4)
+
+
+@check
+def conv():
+    assert_convolves(bsj.conv(images(), kernel(), layout()), kernel())
+
+
+@check
+def dense_kernel_gradient():
+    """The gradient of the sum of one output channel is the sum of what each weight reads."""
+    dy = jnp.zeros((2, 6, 6, 32)).at[..., 5].set(1.0)
+    gradient = bsj.dense_kernel_gradient(images(), dy, (3, 3))
+    np.testing.assert_allclose(gradient[1, 1, :, 5], images().sum((0, 1, 2)), rtol=1e-4, atol=1e-4)
+    assert not np.any(gradient[..., 6])
+
+
+@check
+def available_implementations():
+    assert bsj.available_implementations()["xla"] is None
+    assert bsj.available_implementations()["dense"] is None
+
+
+@check
+def choose_implementation():
+    choice = bsj.choose_implementation(images(), layout())
+    assert bsj.available_implementations()[choice.implementation] is None
+
+
+@check
+def linen__BlockSparseConv():
+    layer = bsj.linen.BlockSparseConv(32, (3, 3), use_bias=False)
+    variables = {"params": {"kernel": kernel()}, "layouts": {"kernel": layout()}}
+    assert_convolves(layer.apply(variables, images()), kernel())
+
+
+def sparse_layer():
+    layer = bsj.nnx.BlockSparseConv(16, 32, 3, use_bias=False, rngs=nnx.Rngs(0))
+    bsj.nnx.set_layouts(layer, {"kernel": layout()})
+    return layer
+
+
+@check
+def nnx__BlockSparseConv():
+    layer = sparse_layer()
+    assert_convolves(layer(images()), layer.kernel[...])
+
+
+@check
+def nnx__set_layouts():
+    np.testing.assert_array_equal(sparse_layer().layout.get_value().channels, layout().channels)
+
+
+@check
+def nnx__Optimizer():
+    layer = nnx.Conv(16, 32, (3, 3), rngs=nnx.Rngs(0))
+    tx = bsj.sparse(bsj.magnitude(0.75), optax.sgd(0.1))
+    optimizer = bsj.nnx.Optimizer(layer, tx, wrt=nnx.Param)
+    optimizer.update(layer, nnx.grad(lambda model: (model(images()) ** 2).sum())(layer))
+    assert np.mean(layer.kernel[...] != 0) == 0.25
+
+
+# Patterns
+
+
+def mask_by(pattern, sparsity=0.75):
+    return np.asarray(
+        bsj.masks_from_scores({"conv": jnp.abs(kernel())}, sparsity, pattern=pattern)["conv"]
+    )
+
+
+@check
+def patterns__unstructured():
+    assert mask_by(bsj.patterns.unstructured()).sum() == 1152
+
+
+@check
+def patterns__kernel():
+    mask = mask_by(bsj.patterns.kernel())
+    np.testing.assert_array_equal(mask.any((0, 1)), mask.all((0, 1)))
+    assert mask.sum() == 1152
+
+
+@check
+def patterns__window():
+    mask = mask_by(bsj.patterns.window(), 2 / 3)
+    assert (mask.sum((0, 1)) == 3).all()
+
+
+@check
+def patterns__one_by_n():
+    mask = mask_by(bsj.patterns.one_by_n(8)).reshape(9, 16, 4, 8)
+    np.testing.assert_array_equal(mask.any((0, 3)), mask.all((0, 3)))
+    assert (mask.any((0, 3)).sum(0) == 4).all()
+
+
+@check
+def patterns__channel():
+    mask = mask_by(bsj.patterns.channel("output"))
+    assert sorted(set(mask.sum((0, 1, 2)))) == [0, 9 * 16]
+    assert mask.any((0, 1, 2)).sum() == 8
+
+
+@check
+def patterns__n_of_m():
+    mask = mask_by(bsj.patterns.n_of_m(1, 4), None)
+    assert (mask.reshape(9, 4, 4, 32).sum(2) == 1).all()
+
+
+@check
+def patterns__block():
+    mask = mask_by(bsj.patterns.block(group_size=16, block_density=1.0))
+    assert bsj.mask_to_layout(jnp.asarray(mask)).density == 0.25
+
+
+@check
+def patterns__Kept():
+    scores = jnp.abs(kernel())
+    pattern = bsj.patterns.one_by_n(8)
+    one = pattern.draw(scores, 4)
+    assert isinstance(one, bsj.patterns.Kept)
+    assert isinstance(bsj.patterns.Kept(*one), bsj.patterns.Kept)
+    np.testing.assert_array_equal(one.mask, bsj.layout_to_mask(one.layout))
+
+
+@check
+def patterns__Pattern():
+    pattern = bsj.patterns.kernel()
+    assert isinstance(pattern, bsj.patterns.Pattern)
+    assert pattern.sparsity(0.75) == 0.75
+    units = pattern.units(SHAPE)
+    assert units.rows * units.sets * units.weights == kernel().size
+    with pytest.raises(TypeError, match="abstract"):
+        bsj.patterns.Pattern()
+
+
+# The frame of the methods
+
+
+def half(chosen):
+    """Keeps the first half of the filters of every leaf."""
+    masks = {
+        name: jnp.arange(leaf.shape[-1]) < leaf.shape[-1] // 2 for name, leaf in chosen.items()
+    }
+    return {
+        name: bsj.patterns.Kept(jnp.broadcast_to(mask, chosen[name].shape), bsj.Dense())
+        for name, mask in masks.items()
+    }
+
+
+@check
+def transforms__sparse_transformation():
+    method = bsj.transforms.sparse_transformation(bsj.Spec("half", 0.5), draw=half)
+    assert_prunes(method, 0.5)
+
+
+@check
+def transforms__Leaf():
+    """A new method whose penalty sees a leaf: it pulls weights towards zero."""
+
+    def pull(leaf):
+        assert isinstance(leaf, bsj.transforms.Leaf)
+        assert isinstance(bsj.transforms.Leaf(*leaf), bsj.transforms.Leaf)
+        return 2 * leaf.weights
+
+    spec = bsj.Spec("half", 0.5)
+    method = bsj.transforms.sparse_transformation(spec, draw=half, penalty=pull)
+    zeros = jax.tree.map(jnp.zeros_like, params())
+    updates, _ = method.update(zeros, method.init(params()), params())
+    np.testing.assert_allclose(updates["conv"][..., :16], 2 * kernel()[..., :16])
+    assert not np.any(updates["conv"][..., 16:])
+
+
+@check
+def transforms__Step():
+    """A new method that counts updates and reads an extra argument."""
+
+    def remember(step, leaf):
+        assert isinstance(bsj.transforms.Step(*step), bsj.transforms.Step)
+        return leaf.memory + step.count + step.extra["loss"]
+
+    spec = bsj.Spec("half", 0.5)
+    method = bsj.transforms.sparse_transformation(spec, draw=half, remember=remember)
+    state = method.init(params())
+    for _ in range(3):
+        _, state = method.update(params(), state, params(), loss=1.0)
+    assert np.all(np.asarray(state.memory["conv"]) == 0 + 1 + 2 + 3)

@@ -1,0 +1,80 @@
+"""Every sparse method with small settings, and a small network to prune: what the tests of all
+methods run over.
+
+A new method needs one line in `METHODS`.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import blocksparse_jax as bsj
+
+
+def small_tree():
+    """The parameters of a stem, two conv layers and a classifier, as a linen-like dict."""
+    keys = iter(jax.random.split(jax.random.key(7), 8))
+    return {
+        "stem": {"kernel": jax.random.normal(next(keys), (3, 3, 3, 16))},
+        "conv1": {"kernel": jax.random.normal(next(keys), (3, 3, 16, 32)), "bias": jnp.ones(32)},
+        "conv2": {"kernel": jax.random.normal(next(keys), (1, 1, 32, 32))},
+        "classifier": {"kernel": jax.random.normal(next(keys), (32, 10))},
+    }
+
+
+def noise(params, step):
+    """Fresh, full gradients for each step: nothing in them knows about masks."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(11), step), len(leaves))
+    drawn = [
+        jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, drawn)
+
+
+def only_conv1(name, leaf):
+    """A choice of one layer: the update of "hrbp-gradient" holds the whole search for groups, which
+    takes long to compile for each layer.
+    """
+    return name == "conv1/kernel"
+
+
+# name -> (params -> method). The masks of moving methods move at steps 3, 6, ... or 2, 5, ...
+METHODS = {
+    "hrbp": lambda p: bsj.hrbp_prune(0.7, group_size=16),
+    "hrbp-gradient": lambda p: bsj.hrbp_prune(
+        0.75, group_size=16, scores="gradient", where=only_conv1
+    ),
+    "hrbp-dynamic": lambda p: bsj.hrbp_prune(
+        0.75, group_size=16, block_density=1.0, schedule=bsj.every(3), drop_fraction=0.6
+    ),
+    "rigl": lambda p: bsj.rigl(0.7, update_every=3, until=1000, drop_fraction=0.6),
+    "set": lambda p: bsj.set_(0.7, schedule=bsj.every(3), drop_fraction=0.6),
+    "snfs": lambda p: bsj.snfs(0.7, schedule=bsj.every(3), drop_fraction=0.6),
+    "gradual": lambda p: bsj.gradual_magnitude(0.7, start=2, end=20, update_every=3),
+    "gradual-blocks": lambda p: bsj.gradual(
+        0.7, pattern=bsj.patterns.one_by_n(16), schedule=bsj.between(2, 20, every=3)
+    ),
+    "subp-hard": lambda p: bsj.subp(0.5, block=16, start=2, end=20, update_every=3, soft=False),
+    "magnitude": lambda p: bsj.magnitude(0.7),
+    "fixed": lambda p: bsj.fixed_masks(bsj.random_masks(jax.random.key(3), p, 0.7)),
+    "random-channel": lambda p: bsj.fixed_masks(
+        layouts=bsj.random_channel_layouts(jax.random.key(0), p, 0.7)
+    ),
+    "subp": lambda p: bsj.subp(0.5, block=16, start=2, end=20, update_every=3),
+    "sr-ste": lambda p: bsj.sr_ste(2, 4),
+    "ste": lambda p: bsj.ste(1, 4, axis="kernel"),
+}
+STRAIGHT_THROUGH = ["subp", "sr-ste", "ste"]
+HARD = [name for name in METHODS if name not in STRAIGHT_THROUGH]
+# Hard methods whose masks stay as they are at init.
+STATIC = ["hrbp", "magnitude", "fixed", "random-channel"]
+# Hard methods that prune weights in the midst of training.
+MOVING = [name for name in HARD if name not in (*STATIC, "hrbp-gradient")]
+# Of these, the ones that grow as many weights as they prune.
+EXCHANGING = ["hrbp-dynamic", "rigl", "set", "snfs"]
+
+
+def chain(name, *optimizer):
+    """`optax.chain` of a method for `small_tree()` and an optimizer."""
+    return optax.chain(METHODS[name](small_tree()), *optimizer)
