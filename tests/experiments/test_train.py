@@ -150,7 +150,8 @@ def test_block_structure_draws_each_sparse_layer(finished):
     figure = plots.block_structure(masks, layouts, title="hrbp-dynamic: cnn on digits")
     assert figure.get_suptitle() == "hrbp-dynamic: cnn on digits"
     assert (
-        "white keeps no tap, black keeps all; red lines separate the groups" in figure.get_supxlabel()
+        "white keeps no tap, black keeps all; red lines separate the groups"
+        in figure.get_supxlabel()
     )
     assert "red lines" not in plots.block_structure(masks, {}).get_supxlabel()
 
