@@ -153,7 +153,7 @@ def block_scores(
     to 1.
 
     Args:
-      kernel: a conv kernel.
+      kernel: a conv kernel; NaN counts as 0.
       block: N, a divisor of cout.
       criterion: "l1", "l2" (the norms) or "bpar" (block angular redundancy).
       alpha: weight of the redundancy in BPAR.
@@ -172,9 +172,8 @@ def block_scores(
     """
     _checks.choice("criterion", criterion, CRITERIA)
     kh, kw, cin, cout = kernel.shape
-    blocks = jnp.moveaxis(
-        kernel.astype(jnp.float32).reshape(kh * kw, cin, cout // block, block), 2, 0
-    )
+    weights = jnp.where(jnp.isnan(kernel), 0, kernel).astype(jnp.float32)
+    blocks = jnp.moveaxis(weights.reshape(kh * kw, cin, cout // block, block), 2, 0)
     blocks = jnp.swapaxes(blocks, 1, 2).reshape(cout // block, cin, -1)
     l1 = jnp.abs(blocks).sum(-1)
     if criterion == "l1":

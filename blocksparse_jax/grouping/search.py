@@ -401,12 +401,13 @@ def _ones(*shape: int) -> Array:
 
 def _multi_hot(values: Float[Array, "*rows n"], count: int) -> Float[Array, "*rows n"]:
     """1.0 at the largest `count` entries of the last axis; the lower index wins a tie."""
+    values = jnp.where(values == 0, 0.0, values)  # top_k and the bits below put 0.0 before -0.0
     if values.size < _BISECTED:
         top, index = (array[..., -1:] for array in jax.lax.top_k(values, count))
         return (
             (values > top) | ((values == top) & (jnp.arange(values.shape[-1]) <= index))
         ).astype(values.dtype)
-    bits = jax.lax.bitcast_convert_type(values + 0.0, jnp.int32)  # + 0.0: no negative zero
+    bits = jax.lax.bitcast_convert_type(values, jnp.int32)
     key = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # ordered as the values
 
     def bit(i: int, top: Array) -> Array:

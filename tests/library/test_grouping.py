@@ -374,7 +374,6 @@ def test_the_largest_found_by_bisection_are_those_found_by_sorting(kind, count):
     np.testing.assert_array_equal(hot[:32], largest(values[:32], count))
 
 
-@pytest.mark.xfail(reason="top_k and the bisection both put 0.0 before -0.0", strict=True)
 @pytest.mark.parametrize(
     ("filters", "channels"), [(1, [0, 2]), (8192, [0])], ids=["top_k", "bisection"]
 )

@@ -338,12 +338,6 @@ NAN_CASES = [
     for part in ("gradient", "weights")
     for name in (*EXCHANGING, "hrbp-gradient", "gradual", "subp-hard")
 ]
-NAN_CASES[-1] = pytest.param(
-    *NAN_CASES[-1],
-    marks=pytest.mark.xfail(
-        reason="block scores of NaN weights are NaN, so no removed block comes back", strict=True
-    ),
-)
 
 
 @pytest.mark.parametrize(("part", "name"), NAN_CASES)
