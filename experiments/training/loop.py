@@ -168,7 +168,7 @@ class Trainer:
         return other
 
     def step(
-        self, state: State, step: int, images: Float[Array, "n h w c"], labels: Int[Array, "n"]
+        self, state: State, step: int, images: Float[Array, "n h w c"], labels: Int[Array, " n"]
     ) -> tuple[State, Metrics]:
         """One training step; the given state is donated.
 

@@ -3,11 +3,7 @@
 import dataclasses
 import functools
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from new_process import run_python
 
 from experiments.bench import shapes
 from pallas_kernels.block_sparse_conv import (
@@ -277,14 +274,7 @@ for name in IMPLEMENTATIONS:
 
 
 def test_shard_map_over_the_batch():
-    root = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), str(root / "tests" / "kernels")])
-    env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": paths,
-    }
-    done = subprocess.run([sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True)
+    done = run_python("-c", SHARDED, XLA_FLAGS="--xla_force_host_platform_device_count=2")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("agrees") == len(IMPLEMENTATIONS)
 

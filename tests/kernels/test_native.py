@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from new_process import run_python
 
 from experiments.bench import shapes
 from pallas_kernels.block_sparse_conv import ConvSpec, choose_implementation, cpu
@@ -38,19 +39,6 @@ SPEC = ConvSpec(
 )
 NUMBERS = {"kernel": (3, 3), "strides": (1, 1), "padding": (1, 1, 1, 1), "dilation": (1, 1)}
 GEOMETRY = {name: np.array(value, np.int64) for name, value in NUMBERS.items()}
-
-
-def environment(**more):
-    return (
-        os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join(
-                [str(ROOT), *(str(ROOT / "tests" / part) for part in ("kernels", "support"))]
-            ),
-            "JAX_PLATFORMS": "cpu",
-        }
-        | more
-    )
 
 
 def test_random_convolutions_agree_with_numpy_in_every_variant():
@@ -352,13 +340,7 @@ def test_bits_do_not_depend_on_the_number_of_threads():
         "import os; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1]); "
         "import test_native; print(test_native.digest())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python("-c", script)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split()[-1] == digest()
 
@@ -386,25 +368,22 @@ def test_the_sanitizers_find_nothing(tmp_path):
         ).stdout.strip()
         for name in ("libasan", "libubsan")
     ]
-    env = environment(LD_PRELOAD=" ".join(libraries), ASAN_OPTIONS="detect_leaks=0")
-    fuzz = [
-        sys.executable,
-        str(ROOT / "tests" / "support" / "fuzz_native.py"),
+    done = run_python(
+        fuzz_native.__file__,
         "400",
         "--library",
         str(tmp_path),
-    ]
-    done = subprocess.run(fuzz, env=env, capture_output=True, text=True, check=False)
+        LD_PRELOAD=" ".join(libraries),
+        ASAN_OPTIONS="detect_leaks=0",
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "400 cases agree" in done.stdout
 
 
 def test_without_the_library_the_reason_is_told():
     script = (
-        "import pallas_kernels; pallas_kernels.__path__[:] = [p for p in pallas_kernels.__path__ "
-        "if 'site-packages' not in p]\n"
-        "from pallas_kernels.block_sparse_conv.cpu import kernels; kernels.LIBRARY = "
-        "'absent.so'\n"
+        "from pallas_kernels.block_sparse_conv.cpu import kernels\n"
+        "kernels.LIBRARY = 'absent.so'\n"
         "import blocksparse_jax as bsj, jax.numpy as jnp\n"
         "print(bsj.available_implementations()['cpu'])\n"
         "from experiments.bench import shapes; from pallas_kernels.block_sparse_conv import "
@@ -415,13 +394,8 @@ def test_without_the_library_the_reason_is_told():
         "try: shapes.convolve(spec, 'cpu', x, v, *i)\n"
         "except NotImplementedError as error: print(error)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_python("-c", script)
+    assert done.returncode == 0, done.stderr[-2000:]
     reason, chosen, error = done.stdout.splitlines()
     assert "C++17 compiler" in reason
     assert chosen == "xla"

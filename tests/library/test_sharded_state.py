@@ -5,7 +5,6 @@ The devices are host devices of a new process, as XLA counts them once at its st
 
 import json
 import os
-import subprocess
 import sys
 
 import jax
@@ -15,6 +14,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from new_process import run_python
 from sparse_methods import METHODS, chain, small_tree
 
 import blocksparse_jax as bsj
@@ -36,14 +36,12 @@ def test_masks_on_8_devices_are_those_on_one(names):
     batch sharded; the first masks are drawn on all devices too.
     """
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
-    environment = os.environ | {
-        "XLA_FLAGS": flags,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.03",
-    }
-    done = subprocess.run(
-        [sys.executable, __file__, *names], capture_output=True, text=True, env=environment
+    done = run_python(
+        __file__,
+        *names,
+        XLA_FLAGS=flags,
+        JAX_COMPILATION_CACHE_DIR=jax.config.jax_compilation_cache_dir,
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.03",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     reports = json.loads(done.stdout.splitlines()[-1])
