@@ -58,9 +58,9 @@ def _parse(args: list[str], default: TrainConfig) -> tuple[TrainConfig, bool]:
     if default.options is not None and name == default.method:
         options = default.options
     _refuse_other_methods(args, name)
-    given: Any = tyro.cli(_arguments(name, options, default), args=args, prog=_PROGRAM)
-    config = dataclasses.replace(given.config, options=getattr(given, "options", options))
-    return config, given.resume
+    arguments: Any = tyro.cli(_arguments(name, options, default), args=args, prog=_PROGRAM)
+    config = dataclasses.replace(arguments.config, options=getattr(arguments, "options", options))
+    return config, arguments.resume
 
 
 def _arguments(name: str, options: Options, default: TrainConfig) -> type:
@@ -68,17 +68,17 @@ def _arguments(name: str, options: Options, default: TrainConfig) -> type:
     config = Annotated[TrainConfig, tyro.conf.arg(name="")]
     fields: list[tuple[str, Any, Any]] = [("config", config, dataclasses.field(default=default))]
     if dataclasses.fields(options):
-        own = Annotated[type(options), tyro.conf.arg(name=name)]
-        fields.append(("options", own, dataclasses.field(default=options)))
+        prefixed = Annotated[type(options), tyro.conf.arg(name=name)]
+        fields.append(("options", prefixed, dataclasses.field(default=options)))
     fields.append(("resume", bool, False))
-    made = dataclasses.make_dataclass("Arguments", fields, frozen=True)
-    made.__doc__ = """Trains one network with one method; `--method list` prints all methods.
+    arguments = dataclasses.make_dataclass("Arguments", fields, frozen=True)
+    arguments.__doc__ = """Trains one network with one method; `--method list` prints all methods.
 
     Attributes:
       resume: go on with the run in --out, from its last checkpoint and with its config; flags that
         are given must agree with it.
     """
-    return made
+    return arguments
 
 
 def _refuse_other_methods(args: list[str], name: str) -> None:

@@ -43,10 +43,10 @@ class Trained(NamedTuple):
 
 def trainer_of(method, options=None, **fields):
     every = EVERY.get(method, 10)
-    own = small_options(method, update_every=every, drop_fraction=0.9, **(options or {}))
+    options = small_options(method, update_every=every, drop_fraction=0.9, **(options or {}))
     if fixes_sparsity(method):
         fields["sparsity"] = None
-    config = resolve(dataclasses.replace(BASE, method=method, options=own, **fields))
+    config = resolve(dataclasses.replace(BASE, method=method, options=options, **fields))
     return Trainer(config, (8, 8, 1), 10, Length(STEPS, STEPS))
 
 

@@ -70,9 +70,9 @@ def test_the_default_budget_is_that_of_the_function(method):
     """The options name it, so that config.json does."""
     entry = METHODS[method]
     source = entry.source or entry.function
-    own = inspect.signature(source).parameters.get("budget")
-    if own is not None:
-        assert entry.options.budget == own.default
+    parameter = inspect.signature(source).parameters.get("budget")
+    if parameter is not None:
+        assert entry.options.budget == parameter.default
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_the_default_budget_is_that_of_the_function(method):
 )
 def test_the_budget_reaches_the_method(method, params):
     """The layers' densities after pruning are those of the budget that config.json names."""
-    spread = {}
+    difference = {}
     for budget in ("uniform", "erk"):
         transform = built(method, params, budget=budget, update_every=1)
         state = transform.init(params)
@@ -88,9 +88,9 @@ def test_the_budget_reaches_the_method(method, params):
             _, state = transform.update(params, state, params)
         masks = bsj.get_masks(state)
         densities = [float(masks[name]["kernel"].mean()) for name in ("conv1", "conv2")]
-        spread[budget] = abs(densities[0] - densities[1])
-    assert spread["uniform"] < 0.1
-    assert spread["erk"] > 0.15
+        difference[budget] = abs(densities[0] - densities[1])
+    assert difference["uniform"] < 0.1
+    assert difference["erk"] > 0.15
 
 
 def test_the_table_has_a_row_for_every_method():
@@ -145,8 +145,10 @@ def test_experiments_compute_no_schedule_of_a_method():
     """When masks change is the library's business: `get_spec(state)`."""
     root = Path(registry.__file__).parents[1]
     for path in root.rglob("*.py"):
-        found = list(_schedule_code(ast.parse(path.read_text())))
-        assert not found, f"{path}, line {found[0].lineno}: read bsj.get_spec(state) instead"
+        functions = list(_schedule_code(ast.parse(path.read_text())))
+        assert not functions, (
+            f"{path}, line {functions[0].lineno}: read bsj.get_spec(state) instead"
+        )
     guilty = "def moves(step):\n  return step % config.update_every == 0"
     assert list(_schedule_code(ast.parse(guilty)))
 

@@ -42,23 +42,23 @@ RESULT = {
 
 
 def config(tmp_path, method="hrbp", options=None, **fields):
-    own = small_options(method, **(options or {}))
-    fields = {"out": str(tmp_path / "run"), "method": method, "options": own} | fields
+    options = small_options(method, **(options or {}))
+    fields = {"out": str(tmp_path / "run"), "method": method, "options": options} | fields
     return dataclasses.replace(TINY, **fields)
 
 
 def flags(settings):
-    given, fields = [], dataclasses.asdict(settings)
-    own = {f"{settings.method}.{name}": value for name, value in fields.pop("options").items()}
-    for field, value in (fields | own).items():
+    arguments, fields = [], dataclasses.asdict(settings)
+    options = {f"{settings.method}.{name}": value for name, value in fields.pop("options").items()}
+    for field, value in (fields | options).items():
         name = field.replace("_", "-")
         if isinstance(value, bool):
             group, _, flag = name.rpartition(".")
             no = f"{group}.no-{flag}" if group else f"no-{flag}"
-            given.append(f"--{name}" if value else f"--{no}")
+            arguments.append(f"--{name}" if value else f"--{no}")
         elif value is not None:
-            given += [f"--{name}", str(value)]
-    return given
+            arguments += [f"--{name}", str(value)]
+    return arguments
 
 
 def error_of(capsys, arguments, code=2):

@@ -163,9 +163,9 @@ def reference(spec: ConvSpec, x, dy, values, *index) -> dict[str, jax.Array]:
     """The three passes in XLA, in float32."""
     single = dataclasses.replace(spec, dtype="float32")
     x, dy, values = (a.astype(jnp.float32) for a in (x, dy, values))
-    given = {"forward": (x, values), "input_gradient": (dy, values), "weight_gradient": (x, dy)}
+    operands = {"forward": (x, values), "input_gradient": (dy, values), "weight_gradient": (x, dy)}
     return {
-        name: getattr(xla.FORMULATIONS["rows_loop"], name)(single, *given[name], *index)
+        name: getattr(xla.FORMULATIONS["rows_loop"], name)(single, *operands[name], *index)
         for name in PASSES
     }
 

@@ -249,10 +249,10 @@ def test_a_method_changes_the_proposed_weights(params):
 
 def test_extra_arguments_reach_the_method_and_the_optimizer(params):
     """The method sums up `loss`, and the optimizer behind it needs `value`."""
-    seen = []
+    names = []
 
     def remember(step, leaf):
-        seen.append(sorted(step.extra))
+        names.append(sorted(step.extra))
         return leaf.memory + step.extra["loss"]
 
     method = sparse_transformation(
@@ -266,7 +266,7 @@ def test_extra_arguments_reach_the_method_and_the_optimizer(params):
     state = tx.init(params)
     for _ in range(2):
         _, state = jax.jit(tx.update)(params, state, params, loss=jnp.float32(3), value=1.0)
-    assert seen[0] == ["loss", "value"]
+    assert names[0] == ["loss", "value"]
     np.testing.assert_array_equal(state[0].memory["conv"], np.full(SHAPE, 6.0))
     assert state[0].memory["bias"].shape == ()
 

@@ -45,16 +45,16 @@ KERNELS_ONLY_IN = {"layout", "kernel_gradient", "conv", "_layer_forward"}
 
 def imports(path: Path) -> set[str]:
     """Dotted names that a file imports, `from a import b` as `a.b` too."""
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, (
                 f"{path}: relative import; write the full name so that the diagram can be checked"
             )
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
 
 
 def modules(package: str) -> dict[str, Path]:
