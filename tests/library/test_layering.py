@@ -28,7 +28,7 @@ ORDER = [
     {"packing"},
     {"transforms._base"},
     {"transforms.keep_zeros", "transforms.static", "transforms.one_shot", "transforms.gradual"}
-    | {"transforms.drop_and_grow", "transforms.straight_through", "transforms.subp"},
+    | {"transforms.drop_and_grow", "transforms.sr_ste", "transforms.subp"},
     {"transforms.rigl", "transforms.set", "transforms.snfs", "transforms.hrbp"},
     {"kernel_gradient"},
     {"conv"},
