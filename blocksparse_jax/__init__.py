@@ -2,7 +2,7 @@
 
     scores -> patterns -> grouping -> layout -> state, packing -> transforms -> conv -> linen, nnx
 
-Data runs left to right and so do imports. Masks and layouts live in the optax state; a layer takes
+Data runs from left to right. Masks and layouts live in the optax state; a layer takes
 `(kernel, layout)`.
 """
 
