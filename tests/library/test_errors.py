@@ -133,6 +133,9 @@ BAD_METHODS = {
     "m: expected an integer": lambda: bsj.sr_ste(2, 0),
     "decay: expected a number of at least 0": lambda: bsj.sr_ste(2, 4, -1.0),
     "did you mean 'input'": lambda: bsj.sr_ste(2, 4, axis="inputs"),
+    "positions: expected at least one layer that is used, got {}": lambda: bsj.metrics.kept_flops(
+        {"w": KERNEL > 0}, {"w": KERNEL}, {}
+    ),
     "masks: expected either masks or layouts": lambda: bsj.fixed_masks(),
     "masks: expected dtype bool at 'w'": lambda: bsj.fixed_masks({"w": jnp.ones(3)}),
     "masks: expected at least one bool array": lambda: bsj.fixed_masks({"w": jnp.asarray(True)}),
