@@ -152,6 +152,26 @@ class AnyOf:
         return due
 
 
+def check_schedule(schedule: Any) -> None:
+    """Raises a ValueError unless the schedule can be called with a step."""
+    if not callable(schedule):
+        hint = _checks.static_hint("schedule", schedule)
+        raise ValueError(
+            f"schedule: expected a schedule such as every(100, until=30_000){hint}, got "
+            f"{schedule!r}"
+        )
+
+
+def check_between(schedule: Any) -> Between:
+    """The schedule; ValueError unless it is a `Between`, for methods that need its two ends."""
+    if not isinstance(schedule, Between):
+        hint = _checks.static_hint("schedule", schedule)
+        raise ValueError(
+            f"schedule: expected between(start, end, every=...){hint}, got {schedule!r}"
+        )
+    return schedule
+
+
 def every(n: int, start: int = 0, until: int | None = None) -> Every:
     """A schedule that is due every `n` steps after `start` and before `until`.
 

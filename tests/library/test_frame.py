@@ -398,3 +398,5 @@ def test_old_spellings_mean_the_new_ones(params):
         bsj.hrbp_prune(0.9, schedule=bsj.every(3), update=bsj.every(3))
     with pytest.raises(ValueError, match="start: deprecated beside `schedule`, got both"):
         bsj.subp(0.5, schedule=bsj.between(0, 4), start=1, end=3)
+    with pytest.raises(ValueError, match="update_every: deprecated beside `schedule`, got both"):
+        bsj.rigl(0.5, schedule=bsj.every(100), until=30)

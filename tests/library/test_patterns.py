@@ -182,7 +182,7 @@ def test_layouts_stand_for_the_masks(pattern):
     np.testing.assert_array_equal(bsj.get_masks(state)["conv"], masks["conv"])
 
 
-@pytest.mark.parametrize("pattern", [P.unstructured(), P.kernel(), P.channel("output")])
+@pytest.mark.parametrize("pattern", [None, P.unstructured(), P.kernel(), P.channel("output")])
 def test_a_pattern_without_a_layout_says_so(pattern):
     with pytest.raises(ValueError, match=r"pattern: .* has no block layout, expected patterns"):
         bsj.layouts_from_scores({"conv": jnp.ones((3, 3, 8, 8))}, 0.5, pattern=pattern)
@@ -286,6 +286,23 @@ def test_a_global_threshold_empties_no_layer(pattern):
     masks = bsj.masks_from_scores(widening(1e6), 0.9, pattern=pattern, budget="global")
     kept = [int(pattern.kept_sets(mask, bsj.Dense()).sum()) for mask in masks.values()]
     assert kept[1:] == [1, 1]
+
+
+@pytest.mark.parametrize("pattern", [P.one_by_n(16), P.channel("input"), P.block()], ids=str)
+def test_layouts_of_a_global_threshold_are_refused_in_jit(pattern):
+    """Their counts are shapes; masks need none."""
+    scores = two_layers(3)
+    message = "budget: 'global' reads the scores of 'a' on the host"
+    with pytest.raises(ValueError, match=message):
+        jax.jit(lambda s: bsj.layouts_from_scores(s, 0.9, pattern=pattern, budget="global"))(scores)
+    for method in (
+        bsj.one_shot(0.9, pattern=pattern, budget="global"),
+        bsj.drop_and_grow(
+            0.9, pattern=pattern, budget="global", scores="magnitude", schedule=bsj.every(1)
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(method.init, scores)
 
 
 # Counts
