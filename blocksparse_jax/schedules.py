@@ -73,6 +73,11 @@ class Between:
     end: int
     every: int = 1
 
+    @property
+    def until(self) -> int:
+        """No update at this step or later, as in `Every`."""
+        return self.end + 1
+
     def __post_init__(self) -> None:
         _checks.step("end", self.end, start=_checks.step("start", self.start))
         _checks.positive_int("every", self.every)

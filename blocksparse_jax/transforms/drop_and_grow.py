@@ -135,12 +135,12 @@ def _publish(
     name: str, first: FirstMasks, schedule: Schedule, rules: tuple[Rule, Rule]
 ) -> Callable[[float], Spec]:
     """Density -> what the method publishes."""
+    until = getattr(schedule, "until", None)
     if first.by_gradient:
         schedule = AnyOf((Through(0), schedule))
     reads_gradient = any(callable(rule) or rule in ("gradient", "momentum") for rule in rules)
     gradient_schedule: Schedule = schedule if reads_gradient or first.by_gradient else Never()
     if "momentum" in rules:
-        until = getattr(schedule, "until", None)
         gradient_schedule = schedules.Always() if until is None else Through(until - 1)
     return lambda density: Spec(
         name,

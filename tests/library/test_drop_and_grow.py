@@ -158,6 +158,25 @@ def test_growing_by_a_function_of_the_leaf():
     assert not np.delete(came, 5, axis=0).any()
 
 
+def test_between_ends_as_every_does():
+    """The fraction falls to 0 by the end, and momentum needs no gradient after it."""
+    method = bsj.snfs(0.8, schedule=bsj.between(0, 10, every=2), drop_fraction=0.5)
+    _, states = run(method, 11)
+    masks = [np.asarray(state.masks["conv"]) for state in states]
+    moved = [int((masks[t + 1] & ~masks[t]).sum()) for t in range(0, 11, 2)]
+    assert moved == sorted(moved, reverse=True)
+    assert moved[0] > 10 * moved[-1]
+    assert [bsj.get_spec(states[0]).dense_gradient(t) for t in (10, 11)] == [True, False]
+
+
+def test_the_end_of_the_schedule_counts_though_the_first_gradient_draws_the_masks():
+    method = bsj.drop_and_grow(
+        0.8, grow="momentum", scores="gradient", schedule=bsj.every(3, until=9)
+    )
+    spec = bsj.get_spec(method.init({"conv": jnp.asarray(kernel(1))}))
+    assert [spec.dense_gradient(t) for t in (0, 8, 9, 50)] == [True, True, False, False]
+
+
 def test_two_layers_of_one_shape_grow_different_weights():
     params = {"a": jnp.asarray(kernel(1)), "b": jnp.asarray(kernel(1))}
     method = bsj.set_(0.9, schedule=bsj.every(1))
