@@ -21,6 +21,8 @@ from blocksparse_jax.transforms.first_masks import FirstMasks, first_masks
 Rule = Literal["magnitude", "gradient", "momentum", "random"] | Callable[[Leaf], Array]
 RULES = ("magnitude", "gradient", "momentum", "random")
 
+_LOWEST = jnp.finfo(jnp.float32).min
+
 
 def drop_and_grow(
     sparsity: float | None,
@@ -58,7 +60,8 @@ def drop_and_grow(
       pattern: which sets of weights are kept together; None is `patterns.unstructured()`.
       drop: scores of what stays: "magnitude" (`|w|`), "gradient" (`|g|`), "momentum", "random", or
         a function of a `Leaf` that returns scores in its shape.
-      grow: scores of what is grown, likewise.
+      grow: scores of what is grown, likewise. A function forbids growth by -inf; where too few sets
+        are left to grow, dropped ones stay, so that the count stays.
       fraction: the part that moves at the start of the schedule, in [0, 1].
       schedule: when, e.g. `every(100, until=75_000)`.
       budget: "erk", "uniform", "er", "global" (of the first scores; with a pattern that has a
@@ -167,11 +170,20 @@ def _scores(rule: Rule, leaf: Leaf, key: Array) -> Float[Array, "..."]:
 def _exchange_sets(
     pattern: Pattern, leaf: Leaf, drop: Array, grow: Array, part: Float[Array, ""]
 ) -> Kept:
-    """Drops a part of the kept sets, those with the lowest `drop`, and grows as many by `grow`."""
+    """Drops a part of the kept sets, those with the lowest `drop`, and grows as many by `grow`.
+
+    A pruned set whose `grow` is -inf must not grow: every dropped set comes before it.
+    """
     kept = pattern.kept_sets(leaf.mask, leaf.layout)
     active = kept.sum(-1, keepdims=True)
     count = pattern.moves(part, active)
-    best = jnp.where(kept, pattern.sets(drop, leaf.layout), -jnp.inf)
-    stays = highest_in_rows(best, active - count)
-    others = jnp.where(stays, -jnp.inf, pattern.sets(grow, leaf.layout))
-    return pattern.move(stays | highest_in_rows(others, count), leaf.mask, leaf.layout)
+    drop = jnp.where(kept, _finite(pattern.sets(drop, leaf.layout)), -jnp.inf)
+    stays = highest_in_rows(drop, active - count)
+    grow = pattern.sets(grow, leaf.layout)
+    grow = jnp.where(stays, -jnp.inf, jnp.where(kept, _finite(grow), grow))
+    return pattern.move(stays | highest_in_rows(grow, count), leaf.mask, leaf.layout)
+
+
+def _finite(scores: Float[Array, "rows sets"]) -> Float[Array, "rows sets"]:
+    """The scores, with the lowest float32 for -inf and NaN."""
+    return jnp.where(scores > -jnp.inf, scores.astype(jnp.float32), _LOWEST)

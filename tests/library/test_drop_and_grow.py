@@ -158,6 +158,36 @@ def test_growing_by_a_function_of_the_leaf():
     assert not np.delete(came, 5, axis=0).any()
 
 
+@pytest.mark.parametrize("allowed", [0, 3])
+def test_minus_infinity_forbids_growth_and_counts_stay(allowed):
+    """Of 461 weights 276 are dropped. Few others may grow: the rest of the dropped ones stay."""
+
+    def forbid(leaf):
+        free = jnp.cumsum(~leaf.mask.reshape(-1)).reshape(leaf.mask.shape) <= allowed
+        return jnp.where(free & ~leaf.mask, 1.0, -jnp.inf)
+
+    method = bsj.drop_and_grow(0.9, grow=forbid, schedule=bsj.every(1), fraction=0.6)
+    _, states = run(method, 2)
+    old, new = (np.asarray(state.masks["conv"]) for state in states[1:])
+    assert new.sum() == old.sum() == 461
+    assert (new & ~old).sum() == allowed
+
+
+def test_a_function_may_drop_by_minus_infinity():
+    def drop_first_half(leaf):
+        return jnp.where(jnp.arange(SHAPE[3]) < SHAPE[3] // 2, -jnp.inf, 1.0) + 0 * leaf.weights
+
+    method = bsj.drop_and_grow(
+        0.5, drop=drop_first_half, grow="random", schedule=bsj.every(1), fraction=0.1
+    )
+    _, states = run(method, 2)
+    old, new = (np.asarray(state.masks["conv"]) for state in states[1:])
+    assert new.sum() == old.sum()
+    assert 0 < (old & ~new).sum() <= 0.1 * old.sum()
+    half = SHAPE[3] // 2
+    assert new[..., half:][old[..., half:]].all()
+
+
 def test_between_ends_as_every_does():
     """The fraction falls to 0 by the end, and momentum needs no gradient after it."""
     method = bsj.snfs(0.8, schedule=bsj.between(0, 10, every=2), drop_fraction=0.5)
