@@ -2,7 +2,7 @@
 
     scores -> patterns -> grouping -> layout -> state, packing -> transforms -> conv -> linen, nnx
 
-Data runs left to right and so do imports. Masks and layouts live in the optax state; a layer takes
+Data runs from left to right. Masks and layouts live in the optax state; a layer takes
 `(kernel, layout)`.
 """
 
@@ -42,8 +42,8 @@ from blocksparse_jax.transforms.one_shot import magnitude, one_shot
 from blocksparse_jax.transforms.rigl import rigl
 from blocksparse_jax.transforms.set import set_
 from blocksparse_jax.transforms.snfs import snfs
+from blocksparse_jax.transforms.sr_ste import sr_ste, ste
 from blocksparse_jax.transforms.static import fixed_masks, random_channel_layouts, random_masks
-from blocksparse_jax.transforms.straight_through import sr_ste, ste
 from blocksparse_jax.transforms.subp import subp
 
 __version__ = "0.1.0"

@@ -37,12 +37,12 @@ def kernel_shape(name: str, shape: Sequence[int]) -> tuple[int, int, int, int]:
 def positive_int(name: str, value: Any) -> int:
     """The value as an int; ValueError unless it is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        hint = _static_hint(name, value)
+        hint = static_hint(name, value)
         raise ValueError(f"{name}: expected an integer of at least 1{hint}, got {value!r}")
     return int(value)
 
 
-def _static_hint(name: str, value: Any) -> str:
+def static_hint(name: str, value: Any) -> str:
     """How to pass an argument of a wrapped transformation that must not become an array."""
     if not isinstance(value, jax.Array):
         return ""
@@ -55,7 +55,7 @@ def step(name: str, value: Any, *, start: int | None = None) -> int:
     A step is an integer of at least 0, and after step `start` if that is given.
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
-        hint = _static_hint(name, value)
+        hint = static_hint(name, value)
         raise ValueError(f"{name}: expected a step, an integer of at least 0{hint}, got {value!r}")
     if start is not None and value <= start:
         raise ValueError(f"{name}: expected a step after start={start}, got {value}")
@@ -109,11 +109,17 @@ def data_format(value: Any) -> Literal["NHWC", "CHWN"]:
 
 
 def fraction(
-    name: str, value: Any, *, low: float = 0.0, high: float = 1.0, high_open: bool = True
+    name: str,
+    value: Any,
+    *,
+    low: float = 0.0,
+    high: float = 1.0,
+    low_open: bool = False,
+    high_open: bool = True,
 ) -> float:
     """The value as a float; ValueError unless it is a concrete number from `low` to `high`.
 
-    `high` itself is allowed unless `high_open`.
+    `low` itself is allowed unless `low_open`, `high` unless `high_open`.
     """
     if isinstance(value, jax.core.Tracer):
         raise ValueError(
@@ -121,8 +127,9 @@ def fraction(
             f"it out of inject_hyperparams"
         )
     result = _float(value)
-    if not (low <= result < high or (result == high and not high_open)):
-        interval = f"[{low}, {high})" if high_open else f"[{low}, {high}]"
+    in_range = low <= result <= high
+    if not in_range or (low_open and result == low) or (high_open and result == high):
+        interval = f"{'(' if low_open else '['}{low}, {high}{')' if high_open else ']'}"
         raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
     return result
 
@@ -151,6 +158,28 @@ def choice(name: str, value: Any, options: Iterable[T]) -> T:
 def divisor(n: int, most: int) -> int:
     """The largest divisor of `n` that is at most `most`."""
     return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
+
+
+def partition(name: str, groups: np.ndarray, cout: int) -> None:
+    """Raises a ValueError unless groups of equal size hold each filter once."""
+    is_integer = np.issubdtype(groups.dtype, np.integer)
+    if (
+        groups.ndim != 2
+        or not is_integer
+        or not np.array_equal(np.sort(groups, axis=None), np.arange(cout))
+    ):
+        raise ValueError(
+            f"{name}: expected int[groups, group_size] that holds each filter 0..{cout - 1} "
+            f"exactly once, got {groups.dtype}{list(groups.shape)}"
+        )
+
+
+def boolean(name: str, dtype: Any) -> None:
+    """Raises a ValueError unless it is the dtype of a mask."""
+    if dtype != np.bool_:
+        raise ValueError(
+            f"{name}: expected dtype bool, got {dtype}; compare first, e.g. mask = kernel != 0"
+        )
 
 
 def permutation(name: str, value: Any, size: int | None) -> np.ndarray:

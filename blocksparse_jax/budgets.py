@@ -77,6 +77,9 @@ def target_density(budget: Budget, shapes: Shapes, sparsity: float) -> float:
     Returns:
       A number in (0, 1].
 
+    Raises:
+      ValueError: as `layer_densities`.
+
     Example:
       >>> target_density({"a": 0.5}, {"a": (2, 4), "b": (2, 4)}, 0.75)
       0.375

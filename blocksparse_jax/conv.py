@@ -1,4 +1,4 @@
-"""conv: the one door to a fast convolution."""
+"""conv: a convolution with the kept weights only, by the fastest backend that fits."""
 
 import functools
 from collections.abc import Sequence
@@ -59,11 +59,11 @@ def conv(
 ) -> Float[Array, "c ho wo d"]:
     """Convolves with the kept weights of a conv kernel; all three passes do only the kept work.
 
-    Equals `lax.conv_general_dilated(x, where(mask, kernel, 0))` with `mask =
-    layout_to_mask(layout)`, then `activation(scale * y + bias + residual)`, where what is None is
-    left out. At inference the latter is a batch norm, a shortcut and a ReLU, which the native
-    kernels do while they store y. CHWN is the native activation layout; NHWC is transposed at the
-    door.
+    Equals `y = lax.conv_general_dilated(x, where(mask, kernel, 0))` with `mask =
+    layout_to_mask(layout)`, followed by `activation(scale * y + bias + residual)`; an argument that
+    is None is left out of the formula. At inference these are a batch norm, a shortcut and a ReLU,
+    which the native kernels apply while they store y. The kernels compute in CHWN; NHWC inputs are
+    transposed before them, and the output back.
 
     Values that are not finite reach every output that they are multiplied into. Pruned weights take
     no part: their infinities do not show, where a masked dense convolution would multiply them by
@@ -197,6 +197,9 @@ def choose_implementation(
     Returns:
       The implementation's name and the reason, both for the forward pass alone, and in `details`
       what runs without and with gradients.
+
+    Raises:
+      ValueError: an argument is unknown or does not fit; the message names it.
 
     Example:
       >>> import blocksparse_jax as bsj

@@ -82,7 +82,7 @@ def set_counts(densities: Mapping[str, float], units: Mapping[str, Units]) -> di
     size = sum(step[name] * most[name] for name in units)
     target = sum(ideal[name] * step[name] for name in units)
     error = abs(sum(counts[name] * step[name] for name in units) - target) / size
-    _warn_if_off(error, target / size, "whole sets", "another pattern or more layers")
+    warn_if_off(error, target / size, "whole sets", "another pattern or more layers")
     return counts
 
 
@@ -146,11 +146,11 @@ def block_counts(
         if best_error <= TOLERANCE:
             break
     fix = "block_density=1, a smaller channel_block or more layers"
-    _warn_if_off(best_error, target / size, "whole blocks", fix)
+    warn_if_off(best_error, target / size, "whole blocks", fix)
     return best
 
 
-def _warn_if_off(error: float, target: float, what: str, fix: str) -> None:
+def warn_if_off(error: float, target: float, what: str, fix: str) -> None:
     """Warns where the density reached differs from the target by more than the tolerance."""
     if error > min(TOLERANCE, RELATIVE * target) + 1e-9:
         warnings.warn(

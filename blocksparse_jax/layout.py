@@ -23,8 +23,8 @@ from pallas_kernels.block_sparse_conv.index import Index
 class BlockLayout:
     """The kept blocks of one conv kernel `[kh, kw, cin, cout]`; a pytree of three index arrays.
 
-    Two layouts are equal when they are one object, as arrays have no single answer; to compare
-    patterns compare `layout_to_mask`.
+    Layouts compare by identity, since `==` on arrays gives one answer for each element. To compare
+    two patterns, compare their `layout_to_mask`.
 
     Attributes:
       filters: int32 `[groups, group_size]`, a partition of `range(cout)`.
@@ -219,11 +219,7 @@ def validate(layout: BlockLayout) -> BlockLayout:
                 f"layout.{name}: expected an integer array [groups={filters.shape[0]}, n], got "
                 f"{array.dtype}{list(array.shape)}"
             )
-    if not np.array_equal(np.sort(filters, axis=None), np.arange(cout)):
-        raise ValueError(
-            f"layout.filters: {filters.shape} indices must hold each filter 0..{cout - 1} exactly "
-            f"once (shape={layout.shape})"
-        )
+    _checks.partition("layout.filters", filters, cout)
     for name, array, bound in (("channels", channels, cin), ("taps", taps, kh * kw)):
         if array.size and (array.min() < 0 or array.max() >= bound):
             raise ValueError(
@@ -313,17 +309,10 @@ def mask_to_layout(
     """
     flat = _checks.concrete("mask", mask)
     kh, kw, cin, cout = _checks.kernel_shape("mask.shape", flat.shape)
-    if flat.dtype != np.bool_:
-        raise ValueError(
-            f"mask: expected dtype bool, got {flat.dtype}; compare first, e.g. mask = kernel != 0"
-        )
+    _checks.boolean("mask", flat.dtype)
     flat = flat.reshape(kh * kw, cin, cout)
     groups = _equal_filters(flat) if filters is None else _checks.concrete("filters", filters)
-    if groups.ndim != 2 or not np.array_equal(np.sort(groups, axis=None), np.arange(cout)):
-        raise ValueError(
-            f"filters: expected int[groups, group_size] holding each filter 0..{cout - 1} once, "
-            f"got shape {groups.shape}"
-        )
+    _checks.partition("filters", groups, cout)
     channel_lists, tap_lists = [], []
     for g, members in enumerate(groups):
         block = flat[:, :, members]

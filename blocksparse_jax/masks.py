@@ -1,5 +1,6 @@
 """Masks: bool arrays of kept weights, from scores, and what they do to the weights."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from blocksparse_jax import tree
 from blocksparse_jax.budgets import Budget, check_budget, layer_densities
 from blocksparse_jax.layout import Dense
 from blocksparse_jax.patterns import Kept, Pattern, unstructured
+from blocksparse_jax.patterns._base import check_static
 
 
 def masks_from_scores(
@@ -29,7 +31,8 @@ def masks_from_scores(
         it (`patterns.n_of_m`).
       pattern: which sets of weights are kept together; None is `patterns.unstructured()`.
       budget: how the layers share the density: "uniform", "erk", "er", "global" (one threshold
-        through all layers) or a map layer name -> sparsity.
+        through all layers, each of which keeps at least one set of weights in a row) or a map layer
+        name -> sparsity, which a pattern that fixes the sparsity does not take.
       where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.
 
     Returns:
@@ -45,8 +48,11 @@ def masks_from_scores(
       >>> int(masks["conv"].sum()), bool(masks["bias"])
       (144, True)
     """
-    kept = _draw_chosen(scores, sparsity, pattern, budget, where)
-    return _per_leaf(scores, {name: one.mask for name, one in kept.items()}, jnp.asarray(True))
+    pattern = check_pattern(pattern, budget)
+    chosen = tree.choose(where, scores, label="scores")
+    kept = draw(pattern, chosen, pattern.sparsity(sparsity), budget, label="scores")
+    masks = {name: layer.mask for name, layer in kept.items()}
+    return per_leaf(scores, masks, jnp.asarray(True))
 
 
 def layouts_from_scores(
@@ -63,7 +69,8 @@ def layouts_from_scores(
       scores: as in `masks_from_scores`.
       sparsity: as in `masks_from_scores`.
       pattern: one that has a layout: `patterns.block`, `one_by_n` or `channel("input")`.
-      budget: as in `masks_from_scores`.
+      budget: as in `masks_from_scores`; "global" only outside of jit, where it reads the counts,
+        which are shapes, off the scores.
       where: as in `masks_from_scores`.
 
     Returns:
@@ -71,8 +78,8 @@ def layouts_from_scores(
       `fixed_masks(layouts=...)`, `conv` or `pack_tree`.
 
     Raises:
-      ValueError: a bad argument, a pattern without a layout, or a chosen leaf that the pattern
-        cannot divide, by name.
+      ValueError: a bad argument, a pattern without a layout, a chosen leaf that the pattern cannot
+        divide, by name, or "global" with traced scores.
 
     Example:
       >>> from blocksparse_jax import patterns
@@ -81,22 +88,30 @@ def layouts_from_scores(
       >>> layouts["conv"].packed_shape, layouts["bias"]
       ((2, 19, 3, 32), Dense())
     """
-    if isinstance(pattern, Pattern) and not pattern.has_layout:
+    pattern = check_pattern(pattern, budget)
+    if not pattern.has_layout:
         raise ValueError(
             f"pattern: {pattern} has no block layout, expected patterns.block(...), "
             "patterns.one_by_n(...) or patterns.channel('input'); masks_from_scores takes any"
         )
-    kept = _draw_chosen(scores, sparsity, pattern, budget, where)
-    return _per_leaf(scores, {name: one.layout for name, one in kept.items()}, Dense())
+    chosen = tree.choose(where, scores, label="scores")
+    removed = pattern.sparsity(sparsity)
+    kept = draw(pattern, chosen, removed, budget, label="scores", with_layouts=True)
+    return per_leaf(scores, {name: layer.layout for name, layer in kept.items()}, Dense())
 
 
-def check_pattern(pattern: Any) -> Pattern:
-    """The pattern, `unstructured()` for None; ValueError unless it is one."""
-    if pattern is None:
-        return unstructured()
+def check_pattern(pattern: Any, budget: Any) -> Pattern:
+    """The pattern, `unstructured()` for None; ValueError unless it is one that takes the budget."""
+    pattern = unstructured() if pattern is None else pattern
     if not isinstance(pattern, Pattern):
         raise ValueError(
             f"pattern: expected a pattern such as patterns.unstructured(), got {pattern!r}"
+        )
+    check_budget(budget)
+    if pattern.density is not None and isinstance(budget, Mapping):
+        raise ValueError(
+            f"budget: {pattern} fixes the sparsity of every layer, so a map {dict(budget)} to "
+            "other sparsities has no effect; use 'uniform'"
         )
     return pattern
 
@@ -104,19 +119,24 @@ def check_pattern(pattern: Any) -> Pattern:
 def draw(
     pattern: Pattern,
     scores: dict[str, Float[Array, "..."]],
-    sparsity: float | None,
+    sparsity: float,
     budget: Budget,
+    *,
     label: str = "params",
+    with_layouts: bool = False,
 ) -> dict[str, Kept]:
-    """Keeps the best sets of the leaves in `scores`, by name; `label` names them in errors."""
-    removed = pattern.sparsity(sparsity)
-    for name, leaf in scores.items():
-        pattern.units(leaf.shape, f"{label}[{name!r}]")
+    """Keeps the best sets of the leaves in `scores`, by name; `label` names them in errors.
+
+    With layouts, traced counts are refused where the pattern has a layout, whose shape they are.
+    """
+    pattern.check_leaves(scores, label)
     if budget == "global":
-        counts = pattern.global_counts(scores, 1 - removed)
+        counts = pattern.global_counts(scores, 1 - sparsity)
+        if with_layouts and pattern.has_layout:
+            check_static(counts, pattern.noun)
     else:
-        shapes = {name: tuple(leaf.shape) for name, leaf in scores.items()}
-        counts = pattern.counts(shapes, layer_densities(budget, shapes, removed))
+        shapes = tree.shapes(scores)
+        counts = pattern.counts(shapes, layer_densities(budget, shapes, sparsity))
     return {name: pattern.draw(leaf, counts[name]) for name, leaf in scores.items()}
 
 
@@ -177,20 +197,7 @@ straight_through.defvjp(
 )
 
 
-def _draw_chosen(
-    scores: PyTree,
-    sparsity: float | None,
-    pattern: Pattern | None,
-    budget: Budget,
-    where: tree.Where | None,
-) -> dict[str, Kept]:
-    pattern = check_pattern(pattern)
-    check_budget(budget)
-    chosen = tree.choose(where, scores, label="scores")
-    return draw(pattern, chosen, sparsity, budget, label="scores")
-
-
-def _per_leaf(structure: PyTree, values: dict[str, Any], other: Any) -> PyTree:
+def per_leaf(structure: PyTree, values: dict[str, Any], other: Any) -> PyTree:
     """A tree of that structure with the named values, and `other` elsewhere."""
     return jax.tree.map_with_path(
         lambda path, leaf: values.get(tree.path_name(path), other), structure

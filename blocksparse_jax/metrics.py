@@ -95,7 +95,7 @@ def kept_flops(masks: PyTree, params: PyTree, positions: Mapping[str, int]) -> f
       `sum(kept * positions) / sum(size * positions)` over the named layers, dense ones included.
 
     Raises:
-      ValueError: a name is no parameter.
+      ValueError: a name is no parameter, or no layer is named.
 
     Example:
       >>> masks = {"a": jnp.array([True, False]), "b": jnp.asarray(True)}
@@ -114,8 +114,13 @@ def kept_flops(masks: PyTree, params: PyTree, positions: Mapping[str, int]) -> f
         raise ValueError(
             f"positions: {unknown[0]!r} is no parameter, expected names among {list(leaves)[:8]}"
         )
-    kept = sum(leaves[name][1] * n for name, n in positions.items())
-    return kept / sum(leaves[name][0] * n for name, n in positions.items())
+    total = sum(leaves[name][0] * n for name, n in positions.items())
+    if not total:
+        raise ValueError(
+            f"positions: expected at least one layer that is used, got {dict(positions)}; name the "
+            "layers to count, e.g. {'conv/kernel': height * width}"
+        )
+    return sum(leaves[name][1] * n for name, n in positions.items()) / total
 
 
 def nonzero_pruned(params: PyTree, state: PyTree) -> Int[Array, ""]:

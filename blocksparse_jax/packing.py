@@ -95,9 +95,9 @@ def pack_tree(
     topology: training continues with the same `tx` as ordinary training of a smaller tree. To
     change masks, `unpack_tree`, update, pack again.
 
-    The pruned weights are not in the packed values. Hard methods have zeros there, and
-    `unpack_tree` gives back all that was; a straight-through method (soft SUBP) trains its pruned
-    weights, and packing ends that.
+    The pruned weights are not in the packed values. Under hard methods they are zero, so
+    `unpack_tree` restores the parameters exactly. A straight-through method (soft SUBP) trains its
+    pruned weights too; packing discards them.
 
     Args:
       params: any pytree.

@@ -73,6 +73,11 @@ class Between:
     end: int
     every: int = 1
 
+    @property
+    def until(self) -> int:
+        """No update at this step or later, as in `Every`."""
+        return self.end + 1
+
     def __post_init__(self) -> None:
         _checks.step("end", self.end, start=_checks.step("start", self.start))
         _checks.positive_int("every", self.every)
@@ -150,6 +155,26 @@ class AnyOf:
         for schedule in self.schedules[1:]:
             due = due | schedule(count)
         return due
+
+
+def check_schedule(schedule: Any) -> None:
+    """Raises a ValueError unless the schedule can be called with a step."""
+    if not callable(schedule):
+        hint = _checks.static_hint("schedule", schedule)
+        raise ValueError(
+            f"schedule: expected a schedule such as every(100, until=30_000){hint}, got "
+            f"{schedule!r}"
+        )
+
+
+def check_between(schedule: Any) -> Between:
+    """The schedule; ValueError unless it is a `Between`, for methods that need its two ends."""
+    if not isinstance(schedule, Between):
+        hint = _checks.static_hint("schedule", schedule)
+        raise ValueError(
+            f"schedule: expected between(start, end, every=...){hint}, got {schedule!r}"
+        )
+    return schedule
 
 
 def every(n: int, start: int = 0, until: int | None = None) -> Every:

@@ -106,7 +106,7 @@ def snip(loss_fn: Callable[[PyTree, Any], Array], params: PyTree, batch: Any) ->
 
     Args:
       loss_fn: (params, batch) -> scalar loss.
-      params: the parameters at initialisation, any pytree of arrays.
+      params: the parameters at initialisation, any pytree of float arrays.
       batch: one batch, e.g. 100 examples.
 
     Returns:
@@ -116,7 +116,8 @@ def snip(loss_fn: Callable[[PyTree, Any], Array], params: PyTree, batch: Any) ->
       (`where=lambda name, leaf: leaf.ndim > 1`).
 
     Raises:
-      ValueError: the loss has no gradient at all, or one that is not finite.
+      ValueError: a leaf of params holds no floats, the loss is no scalar, or it has no gradient at
+        all or one that is not finite. Inside jit the last is not seen, and the scores are NaN.
 
     Example:
       >>> params = {"w": jnp.array([1.0, 2.0, 0.0])}
@@ -127,7 +128,24 @@ def snip(loss_fn: Callable[[PyTree, Any], Array], params: PyTree, batch: Any) ->
     Reference: Lee et al., "SNIP: single-shot network pruning based on connection sensitivity", ICLR
     2019.
     """
-    grads = jax.grad(loss_fn)(params, batch)
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(
+                f"params[{tree.path_name(path)!r}]: expected floats, got {jnp.result_type(leaf)}; "
+                "leave it out of params, e.g. close over it in loss_fn"
+            )
+
+    def scalar_loss(params: PyTree, batch: Any) -> Array:
+        loss = loss_fn(params, batch)
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(loss)]
+        if shapes != [()]:
+            raise ValueError(
+                f"loss_fn: expected one scalar, got values of shapes {shapes}; take the mean over "
+                "the batch, and return the loss alone"
+            )
+        return loss
+
+    grads = jax.grad(scalar_loss)(params, batch)
     sizes = jax.tree.map(
         lambda w, g: jnp.abs(w.astype(jnp.float32) * g.astype(jnp.float32)), params, grads
     )

@@ -1,4 +1,4 @@
-"""Spec: what a method publishes about itself, once and for everybody who needs to know."""
+"""Spec: what a method publishes about itself, for training loops, layers and reports."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -70,7 +70,10 @@ class Spec:
 
 
 def merge_specs(specs: Sequence[Spec]) -> Spec:
-    """One spec for several methods in a chain: what any of them does, all of them do together."""
+    """One spec for several methods in a chain: what any of them does, all of them do together.
+
+    What belongs to a single method stays with it: pattern, rule and on_proposed are None.
+    """
     if len(specs) == 1:
         return specs[0]
     return Spec(

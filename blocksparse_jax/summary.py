@@ -193,18 +193,18 @@ def _in_words(row: Row, layout: Layout, states: list[SparseState]) -> str:
         if any(node != Dense() for node in _nodes(sparse.layouts, row.name))
     )
     groups, kept, kept_taps, group_size = layout.packed_shape
-    size = _asked(pattern, "group_size", group_size)
-    run = _asked(pattern, "channel_block", layout.channel_block)
+    size = _requested(pattern, "group_size", group_size)
+    run = _requested(pattern, "channel_block", layout.channel_block)
     runs = f" in runs of {layout.channel_block}{run}" if layout.channel_block > 1 or run else ""
     return (
         f"{groups} groups of {group_size} filters{size}, {kept} channels{runs} x {kept_taps} taps"
     )
 
 
-def _asked(pattern: Pattern | None, name: str, used: int) -> str:
-    """What was asked for, where it is not what is used."""
-    asked = getattr(pattern, name, None)
-    return "" if asked in (None, used) else f" (asked {asked})"
+def _requested(pattern: Pattern | None, name: str, used: int) -> str:
+    """A remark on the requested size where another one is used."""
+    requested = getattr(pattern, name, None)
+    return "" if requested in (None, used) else f" (asked {requested})"
 
 
 def _nodes(layouts: PyTree, name: str) -> list[Layout]:

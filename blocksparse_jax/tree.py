@@ -64,8 +64,8 @@ def choose(where: Where | None, params: PyTree, label: str = "params") -> dict[s
       Name -> leaf, in tree order.
 
     Raises:
-      ValueError: no leaf is chosen, a chosen one is no float array, two leaves have one name, or
-        `where` takes other arguments.
+      ValueError: a leaf is no array, none is chosen, a chosen one holds no floats, two leaves have
+        one name, or `where` takes other arguments.
 
     Example:
       >>> import jax.numpy as jnp
@@ -87,6 +87,11 @@ def choose(where: Where | None, params: PyTree, label: str = "params") -> dict[s
     leaves = [(path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(params)]
     if not leaves:
         raise ValueError(f"{label}: expected a tree of arrays, got one without leaves")
+    for name, leaf in leaves:
+        if not hasattr(leaf, "dtype"):
+            raise ValueError(
+                f"{label}[{name!r}]: expected an array, got {leaf!r}; wrap it in jnp.asarray(...)"
+            )
     chosen = {name: leaf for name, leaf in leaves if where(name, leaf)}
     if not chosen:
         shapes = ", ".join(f"{name}{list(leaf.shape)}" for name, leaf in leaves[:8])
@@ -107,10 +112,27 @@ def choose(where: Where | None, params: PyTree, label: str = "params") -> dict[s
     return chosen
 
 
+def shapes(leaves: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    """The shapes of named leaves.
+
+    Args:
+      leaves: name -> array.
+
+    Returns:
+      Name -> shape.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> shapes({"a": jnp.zeros((3, 3, 8, 8))})
+      {'a': (3, 3, 8, 8)}
+    """
+    return {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+
+
 def match(
-    name: str, tree: PyTree, params: PyTree, is_leaf: Callable[[Any], bool] | None = None
+    name: str, other: PyTree, params: PyTree, is_leaf: Callable[[Any], bool] | None = None
 ) -> list[Any]:
-    """The nodes of `tree` at the leaves of `params`.
+    """The nodes of `other` at the leaves of `params`.
 
     Leaves of two trees belong together when their path names are equal, so the state of an
     `nnx.Optimizer` (its own kind of variable at each leaf) fits the params of the model, as they
@@ -118,42 +140,40 @@ def match(
 
     Args:
       name: the argument's name, for the error.
-      tree: a tree with the structure of `params`; one node may stand for a whole subtree (as of
+      other: a tree with the structure of `params`; one node may stand for a whole subtree (as of
         masks read through multi_transform).
       params: any pytree.
-      is_leaf: what counts as one node of `tree`.
+      is_leaf: what counts as one node of `other`.
 
     Returns:
       One node for each leaf of `params`.
 
     Raises:
-      ValueError: `tree` has another structure.
+      ValueError: `other` has another structure.
 
     Example:
       >>> match("masks", {"a": 1}, {"a": 2})
       [1]
     """
     expected: Any = jax.tree.structure(params)
-    if is_leaf is None and expected == jax.tree.structure(tree):
-        return jax.tree.leaves(tree)
+    if is_leaf is None and expected == jax.tree.structure(other):
+        return jax.tree.leaves(other)
     names = [path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
     flat = [
-        (path_name(path), node) for path, node in jax.tree.leaves_with_path(tree, is_leaf=is_leaf)
+        (path_name(path), node) for path, node in jax.tree.leaves_with_path(other, is_leaf=is_leaf)
     ]
     nodes = dict(flat)
-    if len(set(names)) < len(names) or len(nodes) < len(
-        flat
-    ):  # two leaves of one name: only the structure tells them apart
+    # Where two leaves have one name, only the structure tells them apart.
+    if len(set(names)) < len(names) or len(nodes) < len(flat):
         try:
-            return expected.flatten_up_to(tree)
+            return expected.flatten_up_to(other)
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{name}: expected the tree structure of params; was it made from another model?"
             ) from error
     nearest = [_nearest(leaf, nodes) for leaf in names]
-    hidden = {
-        path_name(path) for path, _ in jax.tree.leaves_with_path(params, is_leaf=is_leaf)
-    }  # multi_transform marks what it hides
+    # multi_transform marks what it hides
+    hidden = {path_name(path) for path, _ in jax.tree.leaves_with_path(params, is_leaf=is_leaf)}
     missing = [leaf for leaf, node in zip(names, nearest) if node is None]
     extra = sorted(set(nodes) - set(nearest) - hidden)
     if missing or extra:

@@ -68,12 +68,11 @@ def channel_order(consumers: Sequence[Consumer], *, channel_block: int) -> Int[n
     `v[g, c]` each channel would keep for it (its filters and taps fixed), and the channels are
     dealt to runs of `channel_block` so that the best runs of all groups hold as much as possible;
     (b) `hrbp_groups` groups anew, with runs. In (a) membership is annealed: with `R[g, r]` the sum
-    of run r for group g, `m[g, r] = sigmoid((R[g, r]
-    - threshold[g]) / temperature)` and `B[c, r] = sum_g m[g, r] v[g, c]`, channels are exchanged
-    between runs while that raises `sum_c B[c, run(c)]`; then the temperature falls, at last to a
-    hard top-k, and pairs are exchanged with the top-k chosen anew. The best order as valued by
-    `hrbp_groups`, the present one included, wins, so the result is never below that of no ordering.
-    Deterministic.
+    of run r for group g, `m[g, r] = sigmoid((R[g, r] - threshold[g]) / temperature)` and
+    `B[c, r] = sum_g m[g, r] v[g, c]`, channels are exchanged between runs while that raises
+    `sum_c B[c, run(c)]`; then the temperature falls, at last to a hard top-k, and pairs are
+    exchanged with the top-k chosen anew. The best order as valued by `hrbp_groups`, the present one
+    included, wins, so the result is never below that of no ordering. Deterministic.
 
     Args:
       consumers: at least one; all read the same channels.
@@ -133,6 +132,9 @@ def run_ratio(
     Returns:
       `(ordered, unordered, single)`, all grouped by `hrbp_groups` and summed over the consumers;
       1.0 where no score is kept at all.
+
+    Raises:
+      ValueError: an order that is no permutation of the channels, or as `channel_order`.
 
     Example:
       >>> scores = jnp.array([9., 1., 9., 1.]).reshape(1, 1, 4, 1)
@@ -240,17 +242,18 @@ def _anneal(rows: _Rows, run_of: _Runs, kept_runs: np.ndarray) -> _Runs:
             sums.std(1, keepdims=True), 1e-6 * np.abs(sums).max() + 1e-30
         )
         soft = (1 + np.tanh((sums - _threshold(sums, kept_runs)) / (2 * scale))) / 2
-        run_of = _exchange(rows.T @ soft, run_of, _SWEEPS)
+        run_of = _exchange_channels(rows.T @ soft, run_of, _SWEEPS)
     kept = _kept(rows, run_of, kept_runs)
     while True:
-        better = _exchange(rows.T @ _hot(_sums(rows, run_of), kept_runs), run_of, _SWEEPS)
+        hot = _hot(_sums(rows, run_of), kept_runs)
+        better = _exchange_channels(rows.T @ hot, run_of, _SWEEPS)
         value = _kept(rows, better, kept_runs)
         if value <= kept + _GAIN * abs(kept):
             return _concentrate(rows, run_of, kept_runs)
         run_of, kept = better, value
 
 
-def _exchange(benefit: Float[np.ndarray, "cin runs"], run_of: _Runs, sweeps: int) -> _Runs:
+def _exchange_channels(benefit: Float[np.ndarray, "cin runs"], run_of: _Runs, sweeps: int) -> _Runs:
     """Exchanges channels between runs where that raises the sum of `benefit[c, run_of[c]]`.
 
     A sweep moves a channel once at most.
@@ -261,13 +264,11 @@ def _exchange(benefit: Float[np.ndarray, "cin runs"], run_of: _Runs, sweeps: int
         gain = benefit - benefit[every, run_of][:, None]
         members = np.argsort(run_of, kind="stable").reshape(runs, -1)
         inside = gain[members]  # [from, member, to]
-        offer, first = (
-            inside.max(1),
-            np.take_along_axis(members, inside.argmax(1), axis=1),
-        )  # [from, to]: the gain of who goes first, and who it is
-        total = (
-            gain + offer[:, run_of].T
-        )  # [channel, to]: this one goes there, the first of them comes here
+        # [from, to]: the gain of the channel that goes first, and which one it is
+        offer = inside.max(1)
+        first = np.take_along_axis(members, inside.argmax(1), axis=1)
+        # [channel, to]: this channel goes there, and the first of those there comes here
+        total = gain + offer[:, run_of].T
         total[every, run_of] = 0
         to, best, free = total.argmax(1), total.max(1), np.ones(channels, bool)
         for channel in np.argsort(-best, kind="stable"):
@@ -299,9 +300,8 @@ def _concentrate(rows: _Rows, run_of: _Runs, kept_runs: np.ndarray) -> _Runs:
         moved, free = run_of.copy(), np.ones(sums.shape[1], bool)
         for channel in np.argsort(-best, kind="stable"):
             pair = [channel, other[channel]]
-            if (
-                best[channel] > _GAIN * kept and free[run_of[pair]].all()
-            ):  # one exchange in a run: then gains add up
+            # At most one exchange in a run: then gains add up.
+            if best[channel] > _GAIN * kept and free[run_of[pair]].all():
                 free[run_of[pair]] = False
                 moved[pair] = run_of[pair[::-1]]
         value = _kept(rows, moved, kept_runs)

@@ -1,10 +1,12 @@
 """Orders of channels for whole networks, folded into the parameters before training.
 
 Nothing is permuted while the network trains. A channel space is all axes of a network that count
-the same channels: `{space: [(leaf name, axis),
-...]}`. An order of them changes the parameters, not the function. Use: `orders =
-channel_orders(params, spaces, 0.9, channel_block=8)`, `fold_channel_orders(spaces, orders, params,
-batch_stats)`, then train what comes back with `hrbp_prune(0.9, channel_block=8)`.
+the same channels: `{space: [(leaf name, axis), ...]}`. An order of them changes the parameters, not
+the function:
+
+    orders = channel_orders(params, spaces, 0.9, channel_block=8)
+    params, batch_stats = fold_channel_orders(spaces, orders, params, batch_stats)
+    method = hrbp_prune(0.9, channel_block=8)
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,16 +42,21 @@ def space_consumers(
     Args:
       params: any pytree of arrays.
       spaces: `{space: [(leaf name, axis), ...]}`, as in `fold_channel_orders`.
-      sparsity: like all that follow, as in `hrbp_prune`.
-      channel_block: in runs of this many, or the largest divisor of the channels below it.
-      group_size: filters in a group.
-      block_density: fraction of the taps that a block keeps.
-      budget: of the layers.
+      sparsity: fraction of the chosen weights to remove, in [0, 1).
+      channel_block: channels are kept in runs of this many; a layer whose channels it does not
+        divide uses the largest divisor below it.
+      group_size: filters in a group; likewise the largest divisor of the filters.
+      block_density: fraction of the taps that a block keeps, in (0, 1].
+      budget: "uniform", "erk", "er", or a map layer name -> sparsity.
       scores: "magnitude" or a tree of arrays; the other kinds are not known before training.
-      where: predicate (name, leaf) of the sparse leaves.
+      where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.
 
     Returns:
       `{space: {leaf name: consumer}}`; a space that no sparse conv kernel reads is left out.
+
+    Raises:
+      ValueError: a bad argument, a space that does not fit the params, or a chosen leaf that is no
+        conv kernel.
 
     Example:
       >>> params = {"a": jnp.ones((3, 3, 3, 64)), "b": jnp.ones((3, 3, 64, 64))}
@@ -105,6 +112,9 @@ def channel_orders(
     Returns:
       `{space: order}`, each as from `channel_order`; a space that no sparse conv kernel reads is
       left out.
+
+    Raises:
+      ValueError: as `space_consumers`, or consumers of one space that differ in their channels.
 
     Example:
       >>> params = {"a": jnp.ones((3, 3, 3, 64)), "b": jnp.ones((3, 3, 64, 64))}
@@ -164,8 +174,8 @@ def fold_channel_orders(
       >>> (params["a"] @ params["b"]).item() == (folded["a"] @ folded["b"]).item()
       True
 
-    Reference: Pool and Yu, "Channel permutations for N:M sparsity", NeurIPS 2021, fold theirs
-    likewise.
+    Reference: Pool and Yu, "Channel permutations for N:M sparsity", NeurIPS 2021, who fold their
+    permutations into the parameters in the same way.
     """
     sizes = _checked(spaces, trees)
     moves: dict[str, list[tuple[int, np.ndarray]]] = {}
@@ -183,15 +193,15 @@ def fold_channel_orders(
             leaf = jnp.take(leaf, order, axis=axis)
         return leaf
 
-    return tuple(jax.tree.map_with_path(move, one) for one in trees)
+    return tuple(jax.tree.map_with_path(move, params) for params in trees)
 
 
 def _checked(spaces: Spaces, trees: Sequence[PyTree], missing_ok: bool = False) -> dict[str, int]:
     """The number of channels of each space; params alone lack the batch statistics."""
     shapes = {
         tree.path_name(path): jnp.shape(leaf)
-        for one in trees
-        for path, leaf in jax.tree.leaves_with_path(one)
+        for params in trees
+        for path, leaf in jax.tree.leaves_with_path(params)
     }
     sizes, space_of = dict[str, int](), dict[tuple[str, int], str]()
     for space, entries in spaces.items():

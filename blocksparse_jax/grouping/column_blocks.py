@@ -86,10 +86,7 @@ def rumi_groups(
     """
     kept = _checks.concrete("mask", mask)
     shape = _checks.kernel_shape("mask.shape", kept.shape)
-    if kept.dtype != np.bool_:
-        raise ValueError(
-            f"mask: expected dtype bool, got {kept.dtype}; compare first, e.g. mask = kernel != 0"
-        )
+    _checks.boolean("mask", kept.dtype)
     if _checks.positive_int("min_rows", min_rows) > _checks.positive_int("max_rows", max_rows):
         raise ValueError(f"min_rows: expected at most max_rows={max_rows}, got {min_rows}")
     if not t1 > 0:

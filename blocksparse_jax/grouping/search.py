@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from blocksparse_jax import _checks
-from blocksparse_jax.layout import BlockLayout, block_index
+from blocksparse_jax.layout import BlockLayout, block_index, channel_layout
 
 _MAX_ROUNDS = 100  # of exchanges, from one start
 _GAIN = 3e-6  # relative gains below this are float32 noise
@@ -62,7 +62,8 @@ def hrbp_groups(
       `filters`, if given, stay as they are.
 
     Raises:
-      ValueError: a size is out of range or does not divide.
+      ValueError: a size is out of range or does not divide, or `filters` (where its values are
+        known) is no partition of the filters.
 
     Example:
       >>> scores = jnp.array([[9., 1., 9., 1.], [1., 9., 1., 9.]]).reshape(1, 1, 2, 4)
@@ -80,6 +81,8 @@ def hrbp_groups(
             f"filters: expected shape {(shape[3] // group_size, group_size)} (groups, group_size), "
             f"got {filters.shape}"
         )
+    if filters is not None and not isinstance(filters, jax.core.Tracer):
+        _checks.partition("filters", np.asarray(filters), shape[3])
     return _hrbp_groups(
         scores,
         filters,
@@ -130,7 +133,7 @@ def random_groups(
         jax.random.uniform(keys[1], (groups, cin // channel_block)), kept // channel_block
     )
     taps = _multi_hot(jax.random.uniform(keys[2], (groups, kh * kw)), kept_taps)
-    return _layout(filters, runs, taps, (kh, kw, cin, cout), kept // channel_block, kept_taps)
+    return _layout(filters, runs, taps, (kh, kw, cin, cout), kept, kept_taps)
 
 
 def kept_score(scores: Float[Array, "kh kw cin cout"], layout: BlockLayout) -> Float[Array, ""]:
@@ -198,12 +201,10 @@ def _hrbp_groups(
     channel_block: int,
 ) -> BlockLayout:
     kh, kw, cin, cout = scores.shape
-    table = jnp.nan_to_num(
-        scores.astype(jnp.float32), posinf=1e30, neginf=-1e30
-    )  # corrupted scores still give a valid layout
-    table = (
-        table.reshape(kh * kw, cin // channel_block, channel_block, cout).sum(2).transpose(2, 0, 1)
-    )
+    # Corrupted scores still give a valid layout.
+    table = jnp.nan_to_num(scores.astype(jnp.float32), posinf=1e30, neginf=-1e30)
+    table = table.reshape(kh * kw, cin // channel_block, channel_block, cout).sum(2)
+    table = table.transpose(2, 0, 1)
     if kept_taps == kh * kw:
         table = table.sum(1, keepdims=True)  # no choice of taps: one score for a kernel slice
     counts = _Counts(group_size, runs=kept // channel_block, taps=min(kept_taps, table.shape[1]))
@@ -215,7 +216,7 @@ def _hrbp_groups(
         )
     if kept_taps == kh * kw:
         taps = _ones(len(taps), kept_taps)
-    return _layout(filters, runs, taps, (kh, kw, cin, cout), counts.runs, kept_taps)
+    return _layout(filters, runs, taps, (kh, kw, cin, cout), kept, kept_taps)
 
 
 class _Counts(NamedTuple):
@@ -268,7 +269,7 @@ def _climb(
         runs, taps, values = _choose(
             table[order.reshape(-1, counts.group_size)].sum(1), taps, counts, thorough=exact
         )
-        places = _exchange(table, order, runs, taps, counts)
+        places = _exchange_filters(table, order, runs, taps, counts)
         if exact:
             places = jnp.where(
                 (places == here).all(), _exchange_exact(table, order, taps, values, counts), places
@@ -280,7 +281,7 @@ def _climb(
     )[:2]
 
 
-def _exchange(
+def _exchange_filters(
     table: _Table, order: Array, runs: Array, taps: Array, counts: _Counts
 ) -> Int[Array, " cout"]:
     """The exchanges that gain with channels and taps fixed: a permutation of places in `order`."""
@@ -320,16 +321,14 @@ def _exchange_exact(
     """
     cout, here = len(order), jnp.arange(len(order))
     group = here // counts.group_size
-    added = jnp.einsum(
-        "ftr,gt->gfr", table[order], taps, precision="highest"
-    )  # [group, place, run]
+    # [group, place, run]
+    added = jnp.einsum("ftr,gt->gfr", table[order], taps, precision="highest")
     apart = (
         added.reshape(len(taps), len(taps), counts.group_size, -1).sum(2)[group, group]
         - added[group, here]
     )
-    exchanged = jax.lax.top_k(apart[:, None] + added[group], counts.runs)[0].sum(
-        -1
-    )  # [place, other]: the group of place, with other for it
+    # [place, other]: what the group of place keeps with other in its stead
+    exchanged = jax.lax.top_k(apart[:, None] + added[group], counts.runs)[0].sum(-1)
     gain = exchanged - (values + _GAIN * jnp.abs(values))[group][:, None]
     gain = jnp.where(group[:, None] == group, 0, gain + gain.T).reshape(len(taps), -1)
     best = gain.max(1, keepdims=True)
@@ -356,12 +355,10 @@ def _choose(
         return runs, taps, jnp.einsum("gtr,gr->g", sums, runs, precision="highest")
 
     def alternate(_: Int[Array, ""], pair: tuple[Array, Array]) -> tuple[Array, Array]:
-        runs = _multi_hot(
-            jnp.einsum("gtr,sgt->sgr", sums, pair[0], precision="highest"), counts.runs
-        )
-        return _multi_hot(
-            jnp.einsum("gtr,sgr->sgt", sums, runs, precision="highest"), counts.taps
-        ), runs
+        by_run = jnp.einsum("gtr,sgt->sgr", sums, pair[0], precision="highest")
+        runs = _multi_hot(by_run, counts.runs)
+        by_tap = jnp.einsum("gtr,sgr->sgt", sums, runs, precision="highest")
+        return _multi_hot(by_tap, counts.taps), runs
 
     seeds = taps[None]
     if thorough:
@@ -386,13 +383,11 @@ def _cosine_order(table: _Table, group_size: int) -> Int[Array, " cout"]:
         nearness = jnp.where(
             jnp.arange(len(rows)) == seed, jnp.inf, jnp.where(free, similar[seed], -jnp.inf)
         )
-        return free & (_multi_hot(nearness, group_size) == 0), jax.lax.top_k(nearness, group_size)[
-            1
-        ]
+        still_free = free & (_multi_hot(nearness, group_size) == 0)
+        return still_free, jax.lax.top_k(nearness, group_size)[1]
 
-    return jax.lax.scan(take, jnp.ones(len(rows), bool), length=len(rows) // group_size)[1].reshape(
-        -1
-    )
+    everything = jnp.ones(len(rows), bool)
+    return jax.lax.scan(take, everything, length=len(rows) // group_size)[1].reshape(-1)
 
 
 def _ones(*shape: int) -> Array:
@@ -426,17 +421,12 @@ def _layout(
     runs: Array,
     taps: Array,
     shape: tuple[int, int, int, int],
-    kept_runs: int,
+    kept: int,
     kept_taps: int,
 ) -> BlockLayout:
     """From multi-hot runs and taps; top_k lists equal values by ascending index."""
-    channel_block = shape[2] // runs.shape[1]
-    starts = jax.lax.top_k(runs, kept_runs)[1][..., None] * channel_block
-    channels = (starts + jnp.arange(channel_block)).reshape(len(runs), -1)
-    filters, channels, taps = (
-        a.astype(jnp.int32) for a in (filters, channels, jax.lax.top_k(taps, kept_taps)[1])
-    )
-    return BlockLayout(filters, channels, taps, shape=shape, channel_block=channel_block)
+    positions = jax.lax.top_k(taps, kept_taps)[1].astype(jnp.int32)
+    return channel_layout(filters.astype(jnp.int32), runs > 0, positions, shape, kept=kept)
 
 
 def _ascending(filters: Int[Array, "groups group_size"], *others: Array) -> list[Array]:

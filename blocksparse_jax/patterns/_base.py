@@ -8,10 +8,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from blocksparse_jax import _checks
-from blocksparse_jax.counts import Units, set_counts
+from blocksparse_jax.counts import Units, set_counts, warn_if_off
 from blocksparse_jax.layout import BlockLayout, Dense, Layout, ShrinkingLayout
 from blocksparse_jax.selection import highest_in_rows, ranks
 
@@ -68,6 +69,11 @@ class Pattern(abc.ABC):
     def kept_sets(self, mask: Bool[Array, "..."], layout: Layout) -> Bool[Array, "rows sets"]:
         """Which sets a mask keeps: the inverse of `mask`."""
         return self.sets(mask.astype(jnp.float32), layout) > 0
+
+    def check_leaves(self, leaves: Mapping[str, Array], label: str = "params") -> None:
+        """Raises a ValueError that names the first leaf which the pattern cannot divide."""
+        for name, leaf in leaves.items():
+            self.units(leaf.shape, f"{label}[{name!r}]")
 
     def counts(self, shapes: Mapping[str, Shape], densities: Mapping[str, float]) -> dict[str, Any]:
         """Static counts of each layer: the kept sets of each row."""
@@ -150,8 +156,10 @@ class Pattern(abc.ABC):
     ) -> dict[str, Any]:
         """Counts of each layer when one threshold runs through the sets of all layers.
 
-        Sets are taken in descending order of score until their weights reach the density of all
-        weights. A layer whose rows must keep the same count keeps the nearest one, at least 1.
+        A step is one set more in every row of a layer: the best set of each row, then the second
+        best, and so on. It scores the mean over the rows. Every layer takes its first step, so that
+        none is cut off; further steps follow in descending order of score until their weights reach
+        the density of all weights. A warning gives the density where whole steps miss it.
 
         Args:
           scores: layer name -> scores.
@@ -161,38 +169,54 @@ class Pattern(abc.ABC):
           Layer name -> kept sets of each row: ints, or traced where the scores are.
         """
         units = {name: self.units(leaf.shape) for name, leaf in scores.items()}
-        sets = {
-            name: self.comparable(self.sets(leaf, Dense()), units[name]).reshape(-1)
-            for name, leaf in scores.items()
-        }
-        chosen = _above_threshold(sets, units, density)
-        counts: dict[str, Any] = {}
-        for name, unit in units.items():
-            total = chosen[name].sum()
-            if unit.rows > 1:
-                total = jnp.maximum(1, jnp.round(total / unit.rows).astype(jnp.int32))
-            counts[name] = total
+        steps = {name: self._steps(leaf, units[name]) for name, leaf in scores.items()}
+        weights = {name: unit.rows * unit.weights for name, unit in units.items()}
+        taken = _above_threshold(steps, weights, density)
+        counts: dict[str, Any] = {name: layer.sum() for name, layer in taken.items()}
         if any(isinstance(count, jax.core.Tracer) for count in counts.values()):
             return counts
-        return {name: int(count) for name, count in counts.items()}
+        counts = {name: int(count) for name, count in counts.items()}
+        size = sum(leaf.size for leaf in scores.values())
+        reached = sum(count * weights[name] for name, count in counts.items()) / size
+        fix = "another budget, another pattern or more layers"
+        warn_if_off(abs(reached - density), density, "one threshold through whole sets", fix)
+        return counts
+
+    def _steps(self, scores: Float[Array, "..."], unit: Units) -> Float[Array, " sets"]:
+        """The mean over all rows of their best set, of their second best, and so on."""
+        sets = self.comparable(self.sets(scores, Dense()), unit)
+        sets = jnp.nan_to_num(sets, nan=-jnp.inf, neginf=-jnp.inf)
+        return sets[0] if unit.rows == 1 else jnp.sort(sets, axis=1, descending=True).mean(0)
+
+
+def check_static(counts: Mapping[str, Any], noun: str) -> None:
+    """Raises a ValueError where counts that become the shapes of a layout are traced."""
+    for name, count in counts.items():
+        if isinstance(count, jax.core.Tracer):
+            raise ValueError(
+                f"budget: 'global' reads the scores of {name!r} on the host, since the counts of "
+                f"{noun} are shapes; call this outside of jit, or use another budget"
+            )
 
 
 def _above_threshold(
-    sets: Mapping[str, Float[Array, " n"]], units: Mapping[str, Units], density: Any
+    steps: Mapping[str, Float[Array, " n"]], weights: Mapping[str, int], density: Any
 ) -> dict[str, Bool[Array, " n"]]:
-    """The sets of all layers with the highest scores whose weights make up a density of all."""
-    scores = jnp.concatenate([jnp.where(jnp.isnan(x), -jnp.inf, x) for x in sets.values()])
-    weights = [unit.weights for unit in units.values()]
-    sizes = [len(leaf) for leaf in sets.values()]
-    target = density * sum(size * weight for size, weight in zip(sizes, weights))
-    if len(set(weights)) == 1:
-        sets_kept = target / weights[0]
-        count = round(sets_kept) if isinstance(sets_kept, float) else jnp.round(sets_kept)
-        chosen = ranks(scores) < count
+    """The steps of all layers with the highest scores whose weights make up a density of all.
+
+    The best step of every layer counts as one with a score above all others.
+    """
+    scores = jnp.concatenate([leaf.at[jnp.argmax(leaf)].set(jnp.inf) for leaf in steps.values()])
+    sizes = [len(leaf) for leaf in steps.values()]
+    target = density * sum(size * weight for size, weight in zip(sizes, weights.values()))
+    if len(set(weights.values())) == 1:
+        exact = target / next(iter(weights.values()))
+        count = round(exact) if isinstance(exact, float) else jnp.round(exact)
+        chosen = ranks(scores) < jnp.maximum(count, len(sizes))
     else:
         order = jnp.argsort(scores, stable=True, descending=True)
-        each = jnp.concatenate([jnp.full(s, w) for s, w in zip(sizes, weights)])[order]
-        within = jnp.cumsum(each) - each / 2 <= target
+        each = jnp.asarray(np.repeat(list(weights.values()), sizes))[order]
+        within = (jnp.cumsum(each) - each / 2 <= target) | jnp.isposinf(scores[order])
         chosen = jnp.zeros(len(scores), bool).at[order].set(within)
     ends = list(itertools.accumulate(sizes))[:-1]
-    return dict(zip(sets, jnp.split(chosen, ends)))
+    return dict(zip(steps, jnp.split(chosen, ends)))

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -12,7 +11,7 @@ from blocksparse_jax import _checks
 from blocksparse_jax.counts import BlockCount, Units, block_counts
 from blocksparse_jax.grouping.search import hrbp_groups
 from blocksparse_jax.layout import BlockLayout, FilterGroups, Layout, channel_layout, layout_to_mask
-from blocksparse_jax.patterns._base import Kept, Pattern, Shape
+from blocksparse_jax.patterns._base import Kept, Pattern, Shape, check_static
 from blocksparse_jax.patterns.unstructured import Unstructured
 from blocksparse_jax.selection import highest_in_rows
 
@@ -105,13 +104,8 @@ class Block(Pattern):
           ValueError: the scores are traced: the counts become shapes.
         """
         counts = Unstructured().global_counts(scores, density)
-        for name, count in counts.items():
-            if isinstance(count, jax.core.Tracer):
-                raise ValueError(
-                    f"budget: 'global' reads the scores of {name!r} on the host, since the counts "
-                    "of HRBP's blocks are shapes; call this outside of jit, or use another budget"
-                )
-        densities = {name: max(1, counts[name]) / leaf.size for name, leaf in scores.items()}
+        check_static(counts, self.noun)
+        densities = {name: counts[name] / leaf.size for name, leaf in scores.items()}
         return self.counts({name: leaf.shape for name, leaf in scores.items()}, densities)
 
     def groups(self, scores: Float[Array, "kh kw cin cout"], count: BlockCount) -> FilterGroups:
@@ -208,6 +202,5 @@ def block(group_size: int = 32, block_density: float = 1 / 3, channel_block: int
     """
     _checks.positive_int("group_size", group_size)
     _checks.positive_int("channel_block", channel_block)
-    if not _checks.fraction("block_density", block_density, high_open=False) > 0:
-        raise ValueError("block_density: expected a number in (0, 1], got 0; 1 keeps whole kernels")
+    _checks.fraction("block_density", block_density, low_open=True, high_open=False)
     return Block(group_size, float(block_density), channel_block)

@@ -38,7 +38,7 @@ class NOfM(Pattern):
             warnings.warn(
                 f"sparsity: {self.n} of {self.m} weights are {fixed:g} by themselves, got "
                 f"{sparsity!r}; pass {fixed:g} or None",
-                stacklevel=4,
+                stacklevel=3,
             )
         return fixed
 

@@ -101,8 +101,8 @@ def sparse_transformation(
         chosen = tree.choose(where, params)
         kept = draw(chosen)
         dense = jax.tree.map(lambda leaf: jnp.asarray(True), params)
-        masks = {name: one.mask for name, one in kept.items()}
-        layouts = {name: one.layout for name, one in kept.items()}
+        masks = {name: layer.mask for name, layer in kept.items()}
+        layouts = {name: layer.layout for name, layer in kept.items()}
         memory = {name: jnp.zeros(leaf.shape, jnp.float32) for name, leaf in chosen.items()}
         scalars = jax.tree.map(lambda leaf: jnp.zeros((), jnp.float32), params)
         return SparseState(
@@ -152,6 +152,15 @@ def sparse_transformation(
         return grads, new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def decay_of_pruned(decay: float) -> Penalty | None:
+    """The penalty `decay * (1 - mask) * w` of soft methods; None without decay."""
+
+    def pull(leaf: Leaf) -> Array:
+        return decay * jnp.where(leaf.mask, 0, leaf.weights)
+
+    return pull if decay else None
 
 
 def propose(

@@ -10,16 +10,18 @@ from jaxtyping import Array, Float, PyTree
 
 from blocksparse_jax import _checks, schedules, tree
 from blocksparse_jax import scores as scores_
-from blocksparse_jax.budgets import Budget, check_budget, target_density
-from blocksparse_jax.masks import check_pattern, draw
+from blocksparse_jax.budgets import Budget
 from blocksparse_jax.patterns import Kept, Pattern
-from blocksparse_jax.schedules import AnyOf, Never, Schedule, Through
+from blocksparse_jax.schedules import AnyOf, Never, Schedule, Through, check_schedule
 from blocksparse_jax.selection import highest_in_rows
 from blocksparse_jax.spec import Spec
 from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
+from blocksparse_jax.transforms.first_masks import FirstMasks, first_masks
 
 Rule = Literal["magnitude", "gradient", "momentum", "random"] | Callable[[Leaf], Array]
 RULES = ("magnitude", "gradient", "momentum", "random")
+
+_LOWEST = jnp.finfo(jnp.float32).min
 
 
 def drop_and_grow(
@@ -40,12 +42,12 @@ def drop_and_grow(
     """Drops the sets of weights with the lowest scores and grows as many others.
 
     At each step of the schedule every row of the pattern with n active sets drops a part f of them,
-    `f = fraction / 2 * (1 + cos(pi * (t - start) / (until - start)))` (constant where the schedule
-    has no end), keeps those with the highest `drop` scores, and grows as many with the highest
-    `grow` scores among all others, the just dropped ones included. Single weights move
-    `floor(f * n)`, as in RigL; patterns with few sets in a row the nearest number. Grown weights
-    start at zero with fresh moments (under `keep_zeros`), and that step applies no gradient. Groups
-    and taps of HRBP's blocks stay as they were drawn.
+    `f = fraction / 2 * (1 + cos(pi * (t - start) / (until - start)))` (`until` is the first step
+    after the schedule's end; without an end f is constant), keeps those with the highest `drop`
+    scores, and grows as many with the highest `grow` scores among all others, the just dropped ones
+    included. Single weights move `floor(f * n)`, as in RigL; patterns with few sets in a row the
+    nearest number. Grown weights start at zero with fresh moments (under `keep_zeros`), and that
+    step applies no gradient. Groups and taps of HRBP's blocks stay as they were drawn.
 
     Growing by gradient, by momentum or by a function needs the full gradient at the steps that
     `get_spec(state).dense_gradient` names (momentum: at every step); where it is zero on every
@@ -58,11 +60,12 @@ def drop_and_grow(
       pattern: which sets of weights are kept together; None is `patterns.unstructured()`.
       drop: scores of what stays: "magnitude" (`|w|`), "gradient" (`|g|`), "momentum", "random", or
         a function of a `Leaf` that returns scores in its shape.
-      grow: scores of what is grown, likewise.
+      grow: scores of what is grown, likewise. A function forbids growth by -inf; where too few sets
+        are left to grow, dropped ones stay, so that the count stays.
       fraction: the part that moves at the start of the schedule, in [0, 1].
       schedule: when, e.g. `every(100, until=75_000)`.
-      budget: "erk", "uniform", "er", "global" (of the first scores), or a map layer name ->
-        sparsity.
+      budget: "erk", "uniform", "er", "global" (of the first scores; with a pattern that has a
+        layout: outside of jit, and not with `scores="gradient"`), or a map layer name -> sparsity.
       scores: of the first masks: "random", "magnitude", "gradient" (`|g|` of the first update), or
         a tree of arrays.
       momentum: decay of the gradient's moving average that "momentum" scores by, in [0, 1).
@@ -87,47 +90,33 @@ def drop_and_grow(
       (102, True)
 
     Reference: Evci et al., "Rigging the lottery", ICML 2020, algorithm 1 (the frame); Mocanu et
-    al., 2018 (random growth); Dettmers & Zettlemoyer, 2019 (momentum). No update at the schedule's
-    start itself, before anything is learnt, is our choice.
+    al., 2018 (random growth); Dettmers & Zettlemoyer, 2019 (momentum). Our choice: `every` has no
+    update at its start, before anything is learnt.
     """
-    pattern = check_pattern(pattern)
-    removed = pattern.sparsity(sparsity)
-    check_budget(budget)
+    first = first_masks(sparsity, pattern, budget, scores, key)
     _checks.fraction("fraction", fraction, high_open=False)
     _checks.fraction("momentum", momentum)
     check_schedule(schedule)
     for rule_name, rule in (("drop", drop), ("grow", grow)):
         if not callable(rule):
             _checks.choice(rule_name, rule, RULES)
-    if isinstance(scores, str):
-        _checks.choice("scores", scores, scores_.KINDS)
-    random_key = _checks.random_key("key", key)
-    from_first_gradient = isinstance(scores, str) and scores == "gradient"
     start, until = getattr(schedule, "start", 0), getattr(schedule, "until", None)
-
-    def draw_first(chosen: dict[str, Array]) -> dict[str, Kept]:
-        kind = "magnitude" if from_first_gradient else scores
-        return draw(pattern, scores_.make(kind, chosen, None, random_key), removed, budget)
-
-    def draw_by_gradient(leaves: Leaves) -> dict[str, Kept]:
-        grads = {name: scores_.magnitude(leaf.grad) for name, leaf in leaves.items()}
-        return draw(pattern, grads, removed, budget)
 
     def move(step: Step, leaves: Leaves) -> dict[str, Kept]:
         part = schedules.cosine_fraction(fraction, step.count, start, until)
-        step_key = jax.random.fold_in(random_key, step.count)
+        step_key = jax.random.fold_in(first.key, step.count)
         moved = {}
         for place, (name, leaf) in enumerate(leaves.items()):
             keys = jax.random.split(jax.random.fold_in(step_key, place))
-            stay, come = (_scores(rule, leaf, k) for rule, k in zip((drop, grow), keys))
-            moved[name] = _exchange(pattern, leaf, stay, come, part)
+            drop_scores, grow_scores = (_scores(r, leaf, k) for r, k in zip((drop, grow), keys))
+            moved[name] = _exchange_sets(first.pattern, leaf, drop_scores, grow_scores, part)
         return moved
 
     def redraw(step: Step, leaves: Leaves) -> dict[str, Kept]:
-        if not from_first_gradient:
+        if not first.by_gradient:
             return move(step, leaves)
         return jax.lax.cond(
-            step.count == 0, draw_by_gradient, lambda leaves: move(step, leaves), leaves
+            step.count == 0, first.from_gradient, lambda leaves: move(step, leaves), leaves
         )
 
     def remember(step: Step, leaf: Leaf) -> Array:
@@ -135,52 +124,36 @@ def drop_and_grow(
         return momentum * leaf.memory + (1 - momentum) * grad
 
     by_momentum = "momentum" in (drop, grow)
-    spec = _publish(name, pattern, schedule, (drop, grow), from_first_gradient)
+    spec = _publish(name, first, schedule, (drop, grow))
     return sparse_transformation(
-        lambda chosen: spec(target_density(budget, _shapes(chosen), removed)),
+        lambda chosen: spec(first.density(chosen)),
         where=where,
-        draw=draw_first,
+        draw=first.at_init,
         redraw=redraw,
         remember=remember if by_momentum else None,
     )
 
 
-def check_schedule(schedule: object) -> None:
-    """Raises a ValueError unless the schedule can be called with a step."""
-    if not callable(schedule):
-        raise ValueError(
-            f"schedule: expected a schedule such as every(100, until=30_000), got {schedule!r}"
-        )
-
-
-def _shapes(chosen: dict[str, Array]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(leaf.shape) for name, leaf in chosen.items()}
-
-
 def _publish(
-    name: str,
-    pattern: Pattern,
-    schedule: Schedule,
-    rules: tuple[Rule, Rule],
-    from_first_gradient: bool,
+    name: str, first: FirstMasks, schedule: Schedule, rules: tuple[Rule, Rule]
 ) -> Callable[[float], Spec]:
     """Density -> what the method publishes."""
-    if from_first_gradient:
+    until = getattr(schedule, "until", None)
+    if first.by_gradient:
         schedule = AnyOf((Through(0), schedule))
     reads_gradient = any(callable(rule) or rule in ("gradient", "momentum") for rule in rules)
-    gradient_schedule: Schedule = schedule if reads_gradient or from_first_gradient else Never()
+    gradient_schedule: Schedule = schedule if reads_gradient or first.by_gradient else Never()
     if "momentum" in rules:
-        until = getattr(schedule, "until", None)
         gradient_schedule = schedules.Always() if until is None else Through(until - 1)
     return lambda density: Spec(
         name,
         density,
         schedule=schedule,
         gradient_schedule=gradient_schedule,
-        pattern=pattern,
+        pattern=first.pattern,
         skips_gradient=True,
-        grows_by_gradient=reads_gradient or from_first_gradient,
-        has_layout=pattern.has_layout,
+        grows_by_gradient=reads_gradient or first.by_gradient,
+        has_layout=first.pattern.has_layout,
     )
 
 
@@ -194,14 +167,23 @@ def _scores(rule: Rule, leaf: Leaf, key: Array) -> Float[Array, "..."]:
     return scores_.magnitude(values[rule])
 
 
-def _exchange(
-    pattern: Pattern, leaf: Leaf, stay: Array, come: Array, part: Float[Array, ""]
+def _exchange_sets(
+    pattern: Pattern, leaf: Leaf, drop: Array, grow: Array, part: Float[Array, ""]
 ) -> Kept:
-    """Drops a part of the kept sets, those with the lowest `stay`, and grows as many by `come`."""
+    """Drops a part of the kept sets, those with the lowest `drop`, and grows as many by `grow`.
+
+    A pruned set whose `grow` is -inf must not grow: every dropped set comes before it.
+    """
     kept = pattern.kept_sets(leaf.mask, leaf.layout)
     active = kept.sum(-1, keepdims=True)
     count = pattern.moves(part, active)
-    best = jnp.where(kept, pattern.sets(stay, leaf.layout), -jnp.inf)
-    stays = highest_in_rows(best, active - count)
-    others = jnp.where(stays, -jnp.inf, pattern.sets(come, leaf.layout))
-    return pattern.move(stays | highest_in_rows(others, count), leaf.mask, leaf.layout)
+    drop = jnp.where(kept, _finite(pattern.sets(drop, leaf.layout)), -jnp.inf)
+    stays = highest_in_rows(drop, active - count)
+    grow = pattern.sets(grow, leaf.layout)
+    grow = jnp.where(stays, -jnp.inf, jnp.where(kept, _finite(grow), grow))
+    return pattern.move(stays | highest_in_rows(grow, count), leaf.mask, leaf.layout)
+
+
+def _finite(scores: Float[Array, "rows sets"]) -> Float[Array, "rows sets"]:
+    """The scores, with the lowest float32 for -inf and NaN."""
+    return jnp.where(scores > -jnp.inf, scores.astype(jnp.float32), _LOWEST)

@@ -8,16 +8,14 @@ import optax
 from jaxtyping import Array
 
 from blocksparse_jax import _checks, schedules, tree
-from blocksparse_jax.budgets import Budget, check_budget, layer_densities, target_density
+from blocksparse_jax.budgets import Budget, layer_densities, target_density
 from blocksparse_jax.masks import check_pattern
 from blocksparse_jax.patterns import Kept, Pattern
 from blocksparse_jax.patterns.block import Block
-from blocksparse_jax.schedules import Between, between
+from blocksparse_jax.schedules import Between, between, check_between
 from blocksparse_jax.scores import magnitude
 from blocksparse_jax.spec import Spec
 from blocksparse_jax.transforms._base import Leaves, Step, sparse_transformation
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 def gradual(
@@ -77,7 +75,7 @@ def gradual(
     weights in every row, the pruning step at the end where it is no multiple of the period, and
     the order taps before channels are our choice.
     """
-    pattern = check_pattern(pattern)
+    pattern = check_pattern(pattern, budget)
     _checks.fraction("sparsity", sparsity)
     _checks.fraction("initial_sparsity", initial_sparsity)
     if initial_sparsity > sparsity:
@@ -85,15 +83,10 @@ def gradual(
             f"initial_sparsity: expected at most sparsity={sparsity}, got {initial_sparsity}"
         )
     _checks.number("power", power, low_open=True)
-    if not isinstance(schedule, Between):
-        raise ValueError(
-            "schedule: expected between(start, end, every=...), whose end is where the final "
-            f"sparsity is reached, got {schedule!r}"
-        )
-    check_budget(budget)
+    check_between(schedule)
     _check_pattern(pattern, budget)
 
-    def final(shapes: Shapes) -> dict[str, Any]:
+    def final(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         return pattern.counts(shapes, layer_densities(budget, shapes, sparsity))
 
     def sparsity_at(step: Step, last: float) -> Array:
@@ -102,27 +95,26 @@ def gradual(
         return schedules.cubic_sparsity(first, last, step.count, start, end, power)
 
     def draw_all(chosen: dict[str, Array]) -> dict[str, Kept]:
-        for leaf_name, leaf in chosen.items():
-            pattern.units(leaf.shape, f"params[{leaf_name!r}]")
+        pattern.check_leaves(chosen)
         kept = {
             leaf_name: Kept(jnp.ones(leaf.shape, bool), pattern.shrinking(leaf.shape))
             for leaf_name, leaf in chosen.items()
         }
         if schedule.start == 0 and isinstance(pattern, Block):
-            return _regroup(pattern, chosen, kept, final(_shapes(chosen)))
+            return _regroup(pattern, chosen, kept, final(tree.shapes(chosen)))
         return kept
 
     def redraw(step: Step, leaves: Leaves) -> dict[str, Kept]:
-        shapes = {leaf_name: tuple(leaf.mask.shape) for leaf_name, leaf in leaves.items()}
         scores = {leaf_name: magnitude(leaf.weights) for leaf_name, leaf in leaves.items()}
         kept = {leaf_name: Kept(leaf.mask, leaf.layout) for leaf_name, leaf in leaves.items()}
         if budget == "global":
             remaining = {n: jnp.where(kept[n].mask, s, -jnp.inf) for n, s in scores.items()}
             counts = pattern.global_counts(remaining, 1 - sparsity_at(step, sparsity))
             return {
-                n: Kept(pattern.keep(scores[n], one.mask, one.layout, counts[n]), one.layout)
-                for n, one in kept.items()
+                n: old._replace(mask=pattern.keep(scores[n], old.mask, old.layout, counts[n]))
+                for n, old in kept.items()
             }
+        shapes = tree.shapes(scores)
         counts = final(shapes)
         if schedule.start > 0 and isinstance(pattern, Block):
             kept = jax.lax.cond(
@@ -133,18 +125,17 @@ def gradual(
             )
         pruned = {}
         for leaf_name, density in layer_densities(budget, shapes, sparsity).items():
-            one = kept[leaf_name]
+            mask, layout = kept[leaf_name]
             now = 1 - sparsity_at(step, 1 - density)
             now = jnp.where(step.count >= schedule.end, 0.0, now)  # exactly the final counts
-            mask = pattern.shrink(scores[leaf_name], one.mask, one.layout, now, counts[leaf_name])
-            pruned[leaf_name] = Kept(mask, one.layout)
+            smaller = pattern.shrink(scores[leaf_name], mask, layout, now, counts[leaf_name])
+            pruned[leaf_name] = Kept(smaller, layout)
         return pruned
 
     def spec(chosen: dict[str, Array]) -> Spec:
-        shapes = _shapes(chosen)
         return Spec(
             name,
-            target_density(budget, shapes, sparsity),
+            target_density(budget, tree.shapes(chosen), sparsity),
             schedule=schedule,
             pattern=pattern,
             resizes=True,
@@ -223,15 +214,11 @@ def _check_pattern(pattern: Pattern, budget: Budget) -> None:
         )
 
 
-def _shapes(chosen: dict[str, Array]) -> Shapes:
-    return {name: tuple(leaf.shape) for name, leaf in chosen.items()}
-
-
 def _regroup(
     pattern: Block, weights: dict[str, Array], kept: dict[str, Kept], counts: dict[str, Any]
 ) -> dict[str, Kept]:
     """The same masks in the groups that the weights suggest."""
     return {
-        name: one._replace(layout=pattern.groups(magnitude(weights[name]), counts[name]))
-        for name, one in kept.items()
+        name: layer._replace(layout=pattern.groups(magnitude(weights[name]), counts[name]))
+        for name, layer in kept.items()
     }

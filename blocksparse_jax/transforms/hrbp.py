@@ -9,8 +9,8 @@ from blocksparse_jax import _checks, tree
 from blocksparse_jax import scores as scores_
 from blocksparse_jax.budgets import Budget
 from blocksparse_jax.patterns import block
-from blocksparse_jax.schedules import Schedule
-from blocksparse_jax.transforms.drop_and_grow import check_schedule, drop_and_grow
+from blocksparse_jax.schedules import Schedule, check_schedule
+from blocksparse_jax.transforms.drop_and_grow import drop_and_grow
 from blocksparse_jax.transforms.one_shot import one_shot
 
 
@@ -34,9 +34,10 @@ def hrbp_prune(
     channels and `ceil(block_density * kh * kw)` taps in every group, so its density is
     `K / cin * taps / (kh * kw)`; the counts are the whole numbers whose total density over the
     chosen leaves comes closest to `1 - sparsity`. Where that is off by more than half a percentage
-    point of all weights (few, narrow layers), a layer may keep another number of taps; where still,
-    or by more than 5% of the target itself, a warning gives the density reached. Groups, channels
-    and taps maximise the kept score (`hrbp_groups`).
+    point of all weights (few, narrow layers), a layer may keep another number of taps. If the
+    density is still off by more than half a point, or by more than 5% of the target itself, a
+    warning gives the density reached. Groups, channels and taps maximise the kept score
+    (`hrbp_groups`).
 
     Without a schedule masks are drawn once (`one_shot`). With one, they move at its steps
     (`drop_and_grow`, dynamic HRBP): in every group the kept channels of smallest summed magnitude
@@ -52,7 +53,8 @@ def hrbp_prune(
         without "++").
       channel_block: channels are kept in aligned runs of this many; likewise the largest divisor of
         cin.
-      budget: "uniform", "erk", "er", "global" (outside of jit), or a map layer name -> sparsity.
+      budget: "uniform", "erk", "er", "global" (outside of jit, and not with `scores="gradient"`),
+        or a map layer name -> sparsity.
       scores: "magnitude", "gradient" (`|g|` of the first update), "random", or a tree of arrays
         (higher = keep).
       schedule: when masks move, e.g. `every(100, until=30_000)`; None = static masks.

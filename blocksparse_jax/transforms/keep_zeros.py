@@ -45,6 +45,9 @@ def sparse(
 def keep_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Keeps pruned weights exactly zero under momentum, weight decay, whatever the chain does.
 
+    One exception: a weight that is NaN or infinite when it is pruned is NaN from then on, as no
+    update that is added can make it zero. `apply_masks(params, get_masks(state))` does.
+
     The update becomes `u = -p` where pruned. Every state leaf that belongs to a parameter (found by
     its key path, not by optimizer type: moments, traces, accumulators) is zeroed where the weight
     is pruned or newly grown. On a step that changes masks and applies no gradient (RigL, dynamic

@@ -1,19 +1,16 @@
 """One-shot pruning: masks from scores, once, and static training from there on."""
 
-from typing import Any
-
-import jax
 import optax
 from jaxtyping import Array, PyTree
 
-from blocksparse_jax import _checks, tree
 from blocksparse_jax import scores as scores_
-from blocksparse_jax.budgets import Budget, check_budget, target_density
-from blocksparse_jax.masks import check_pattern, draw
+from blocksparse_jax import tree
+from blocksparse_jax.budgets import Budget
 from blocksparse_jax.patterns import Kept, Pattern
 from blocksparse_jax.schedules import Never, Through
 from blocksparse_jax.spec import Spec
 from blocksparse_jax.transforms._base import Leaves, Step, sparse_transformation
+from blocksparse_jax.transforms.first_masks import first_masks
 
 
 def one_shot(
@@ -37,7 +34,8 @@ def one_shot(
       pattern: which sets of weights are kept together; None is `patterns.unstructured()`.
       scores: "magnitude" (`|w|`), "gradient" (`|g|` of the first update), "random", or a tree of
         arrays (higher = keep), e.g. from `snip`.
-      budget: "uniform", "erk", "er", "global", or a map layer name -> sparsity.
+      budget: "uniform", "erk", "er", "global" (with a pattern that has a layout: outside of jit,
+        and not with "gradient"), or a map layer name -> sparsity.
       where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.
       key: JAX random key for `scores="random"`; None is `jax.random.key(0)`, the same masks in
         every run.
@@ -57,38 +55,25 @@ def one_shot(
       >>> int(bsj.get_masks(method.init(params))["conv"].sum())
       1024
     """
-    pattern = check_pattern(pattern)
-    removed = pattern.sparsity(sparsity)
-    check_budget(budget)
-    random_key = _checks.random_key("key", key)
-    if isinstance(scores, str):
-        _checks.choice("scores", scores, scores_.KINDS)
-    by_gradient = isinstance(scores, str) and scores == "gradient"
-
-    def draw_first(chosen: dict[str, Array]) -> dict[str, Kept]:
-        kind: Any = "magnitude" if by_gradient else scores
-        by_name = scores_.make(kind, chosen, None, random_key)
-        return draw(pattern, by_name, removed, budget)
+    first = first_masks(sparsity, pattern, budget, scores, key)
+    due = Through(0) if first.by_gradient else Never()
 
     def redraw(step: Step, leaves: Leaves) -> dict[str, Kept]:
-        grads = {name: scores_.magnitude(leaf.grad) for name, leaf in leaves.items()}
-        return draw(pattern, grads, removed, budget)
+        return first.from_gradient(leaves)
 
-    def spec(chosen: dict[str, jax.Array]) -> Spec:
-        shapes = {name: tuple(leaf.shape) for name, leaf in chosen.items()}
-        first = Through(0) if by_gradient else Never()
+    def spec(chosen: dict[str, Array]) -> Spec:
         return Spec(
             name,
-            target_density(budget, shapes, removed),
-            schedule=first,
-            gradient_schedule=first,
-            pattern=pattern,
-            grows_by_gradient=by_gradient,
-            has_layout=pattern.has_layout,
+            first.density(chosen),
+            schedule=due,
+            gradient_schedule=due,
+            pattern=first.pattern,
+            grows_by_gradient=first.by_gradient,
+            has_layout=first.pattern.has_layout,
         )
 
     return sparse_transformation(
-        spec, where=where, draw=draw_first, redraw=redraw if by_gradient else None
+        spec, where=where, draw=first.at_init, redraw=redraw if first.by_gradient else None
     )
 
 

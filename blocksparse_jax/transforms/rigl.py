@@ -17,8 +17,8 @@ def rigl(
     budget: Budget = "erk",
     where: tree.Where | None = None,
     key: Array | None = None,
-    update_every: int = 100,
-    start: int = 0,
+    update_every: int | None = None,
+    start: int | None = None,
     until: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """RigL: drops the smallest weights and grows the connections with the largest gradient.
@@ -31,12 +31,12 @@ def rigl(
       schedule: when masks change, e.g. `every(100, until=75_000)` (the paper: until 0.75 of
         training).
       drop_fraction: the fraction at the schedule's start, in [0, 1].
-      budget: "erk", "uniform", "er", or a map layer name -> sparsity.
+      budget: "erk", "uniform", "er", "global", or a map layer name -> sparsity.
       where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.
       key: JAX random key of the first masks; None is `jax.random.key(0)`, the same masks in every
         run.
       update_every: deprecated, as are `start` and `until`: they mean
-        `schedule=every(update_every, start, until)`.
+        `schedule=every(update_every, start, until)`; 100 where it is left out.
       start: deprecated, see `update_every`.
       until: deprecated, see `update_every`.
 
@@ -44,7 +44,7 @@ def rigl(
       An optax transformation that masks gradients; put it first in the chain, inside `keep_zeros`.
 
     Raises:
-      ValueError: a bad argument.
+      ValueError: a bad argument, or a deprecated one beside `schedule`.
 
     Example:
       >>> import blocksparse_jax as bsj, jax.numpy as jnp
@@ -56,7 +56,14 @@ def rigl(
     1.
     """
     if schedule is None:
-        schedule = every(_checks.positive_int("update_every", update_every), start, until)
+        steps = 100 if update_every is None else update_every
+        first = 0 if start is None else start
+        schedule = every(_checks.positive_int("update_every", steps), first, until)
+    elif (update_every, start, until) != (None, None, None):
+        raise ValueError(
+            "update_every: deprecated beside `schedule`, got both; leave update_every, start and "
+            "until out"
+        )
     return drop_and_grow(
         sparsity,
         fraction=_checks.fraction("drop_fraction", drop_fraction, high_open=False),

@@ -28,7 +28,7 @@ def set_(
       sparsity: fraction of the chosen weights to remove, in [0, 1).
       schedule: when masks change; the paper: once an epoch, `every(steps_per_epoch)`.
       drop_fraction: the fraction at the schedule's start, in [0, 1].
-      budget: "er" (the paper), "erk", "uniform", or a map layer name -> sparsity.
+      budget: "er" (the paper), "erk", "uniform", "global", or a map layer name -> sparsity.
       where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.
       key: JAX random key of masks and growth; None is `jax.random.key(0)`, the same in every run.
 

@@ -30,7 +30,7 @@ def snfs(
       schedule: when masks change, e.g. `every(100, until=75_000)`.
       drop_fraction: the fraction at the schedule's start, in [0, 1].
       momentum: decay of the moving average, in [0, 1).
-      budget: "erk", "uniform", "er", or a map layer name -> sparsity.
+      budget: "erk", "uniform", "er", "global", or a map layer name -> sparsity.
       where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.
       key: JAX random key of the first masks; None is `jax.random.key(0)`, the same in every run.
 

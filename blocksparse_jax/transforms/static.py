@@ -14,7 +14,7 @@ from blocksparse_jax import scores as scores_
 from blocksparse_jax.budgets import Budget, check_budget, layer_densities
 from blocksparse_jax.counts import block_counts
 from blocksparse_jax.layout import BlockLayout, Dense, is_layout, layout_to_mask, mask_to_layout
-from blocksparse_jax.masks import draw
+from blocksparse_jax.masks import draw, per_leaf
 from blocksparse_jax.patterns import Kept, unstructured
 from blocksparse_jax.spec import Spec
 from blocksparse_jax.state import SparseState
@@ -62,7 +62,7 @@ def fixed_masks(
             "outside of jit"
         )
     kept = {name: _kept(node) for name, node in nodes.items()}
-    counts = {name: int(np.asarray(one.mask).sum()) for name, one in kept.items()}
+    counts = {name: int(np.asarray(layer.mask).sum()) for name, layer in kept.items()}
     dead = [name for name, count in counts.items() if not count]
     if dead:
         warnings.warn(
@@ -71,7 +71,7 @@ def fixed_masks(
             stacklevel=2,
         )
 
-    def draw_given(chosen: dict[str, Array]) -> dict[str, Kept]:
+    def masks_of(chosen: dict[str, Array]) -> dict[str, Kept]:
         for name, leaf in chosen.items():
             shape = kept[name].mask.shape
             if shape != leaf.shape:
@@ -85,10 +85,10 @@ def fixed_masks(
         return Spec(
             "fixed",
             sum(counts.values()) / sum(leaf.size for leaf in chosen.values()),
-            has_layout=any(isinstance(one.layout, BlockLayout) for one in kept.values()),
+            has_layout=any(isinstance(layer.layout, BlockLayout) for layer in kept.values()),
         )
 
-    method = sparse_transformation(spec, where=lambda name, leaf: name in kept, draw=draw_given)
+    method = sparse_transformation(spec, where=lambda name, leaf: name in kept, draw=masks_of)
 
     def init(params: PyTree) -> SparseState:
         names = [tree.path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
@@ -108,11 +108,7 @@ def _sparse_nodes(masks: PyTree) -> dict[str, Array]:
     nodes = {}
     for path, node in jax.tree.leaves_with_path(masks):
         name = tree.path_name(path)
-        if jnp.result_type(node) != jnp.bool_:
-            raise ValueError(
-                f"masks: expected dtype bool at {name!r}, got {jnp.result_type(node)}; compare "
-                "first, e.g. mask != 0"
-            )
+        _checks.boolean(f"masks[{name!r}]", jnp.result_type(node))
         if jnp.ndim(node):
             nodes[name] = node
     return nodes
@@ -159,7 +155,7 @@ def random_masks(
       key: JAX random key.
       params: any pytree.
       sparsity: fraction to remove, in [0, 1).
-      budget: "uniform", "erk", "er", or a map layer name -> sparsity.
+      budget: "uniform", "erk", "er", "global", or a map layer name -> sparsity.
       where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.
 
     Returns:
@@ -181,10 +177,7 @@ def random_masks(
     chosen = tree.choose(where, params)
     scores = scores_.make("random", chosen, None, _checks.random_key("key", key))
     kept = draw(unstructured(), scores, sparsity, budget)
-    masks = {name: one.mask for name, one in kept.items()}
-    return jax.tree.map_with_path(
-        lambda path, leaf: masks.get(tree.path_name(path), jnp.asarray(True)), params
-    )
+    return per_leaf(params, {name: layer.mask for name, layer in kept.items()}, jnp.asarray(True))
 
 
 def random_channel_layouts(
@@ -234,6 +227,4 @@ def random_channel_layouts(
             taps=jnp.arange(kh * kw, dtype=jnp.int32)[None, : counts[name].kept_taps],
             shape=shape,
         )
-    return jax.tree.map_with_path(
-        lambda path, leaf: layouts.get(tree.path_name(path), Dense()), params
-    )
+    return per_leaf(params, layouts, Dense())

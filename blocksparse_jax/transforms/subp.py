@@ -10,11 +10,16 @@ from jaxtyping import Array, Bool, Float
 
 from blocksparse_jax import _checks, schedules, tree
 from blocksparse_jax.patterns import Kept, one_by_n
-from blocksparse_jax.schedules import Between, between
+from blocksparse_jax.schedules import Between, between, check_between
 from blocksparse_jax.scores import CRITERIA, Criterion, block_scores
 from blocksparse_jax.selection import highest_in_rows
 from blocksparse_jax.spec import Spec
-from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
+from blocksparse_jax.transforms._base import (
+    Leaves,
+    Step,
+    decay_of_pruned,
+    sparse_transformation,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +60,7 @@ def subp(
     key: Array | None = None,
     start: int | None = None,
     end: int | None = None,
-    update_every: int = 1,
+    update_every: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """SUBP: groups of N consecutive filters keep equally many channels, chosen anew each epoch.
 
@@ -86,7 +91,7 @@ def subp(
       key: JAX random key of the regrowth, each update and leaf folds in its number; None is
         `jax.random.key(0)`, the same in every run.
       start: deprecated, as are `end`, `update_every` and the name of a curve as `schedule`: they
-        mean `schedule=between(start, end, every=update_every)`.
+        mean `schedule=between(start, end, every=update_every)`, with 1 where it is left out.
       end: deprecated, see `start`.
       update_every: deprecated, see `start`.
 
@@ -96,7 +101,8 @@ def subp(
       refuses.
 
     Raises:
-      ValueError: a bad argument, or at init a chosen leaf that is no conv kernel.
+      ValueError: a bad argument, no schedule, a deprecated argument beside it, or at init a chosen
+        leaf that is no conv kernel.
 
     Example:
       >>> import blocksparse_jax as bsj
@@ -127,8 +133,7 @@ def subp(
     pattern = one_by_n(block)
 
     def draw(chosen: dict[str, Array]) -> dict[str, Kept]:
-        for name, leaf in chosen.items():
-            pattern.units(leaf.shape, f"params[{name!r}]")
+        pattern.check_leaves(chosen)
         return {
             name: Kept(jnp.ones(leaf.shape, bool), pattern.shrinking(leaf.shape))
             for name, leaf in chosen.items()
@@ -146,9 +151,6 @@ def subp(
             kept[name] = Kept(pattern.mask(blocks, leaf.mask.shape), leaf.layout)
         return kept
 
-    def pull(leaf: Leaf) -> Array:
-        return decay * jnp.where(leaf.mask, 0, leaf.weights)
-
     last = None if version == 1 else -(-era.end // era.every) * era.every
     all_steps = schedules.Always() if last is None else schedules.Through(last)
 
@@ -165,24 +167,21 @@ def subp(
             has_layout=True,
         )
 
-    return sparse_transformation(
-        spec, where=where, draw=draw, redraw=redraw, penalty=pull if soft and decay else None
-    )
+    penalty = decay_of_pruned(decay) if soft else None
+    return sparse_transformation(spec, where=where, draw=draw, redraw=redraw, penalty=penalty)
 
 
-def _era(schedule: Any, start: int | None, end: int | None, update_every: int) -> Between:
+def _era(schedule: Any, start: int | None, end: int | None, update_every: int | None) -> Between:
     """The schedule, or the one that its deprecated parts stand for."""
-    if schedule is None:
-        return between(start, end, every=update_every)  # type: ignore[arg-type]
-    if (start, end, update_every) != (None, None, 1):
+    is_given = (start, end, update_every) != (None, None, None)
+    if schedule is not None and is_given:
         raise ValueError(
             "start: deprecated beside `schedule`, got both; leave start, end and update_every out"
         )
-    if not isinstance(schedule, Between):
-        raise ValueError(
-            f"schedule: expected between(start, end, every=steps_per_epoch), got {schedule!r}"
-        )
-    return schedule
+    if is_given:
+        every = 1 if update_every is None else update_every
+        return between(start, end, every=every)  # type: ignore[arg-type]
+    return check_between(schedule)
 
 
 def soft_blocks(
@@ -219,9 +218,8 @@ def soft_blocks(
     cin = scores.shape[1]
     removed = ~highest_in_rows(scores, cin - _floor(sparsity * cin))
     regrown = (sparsity - sparsity * rho) * cin
-    regrown = jnp.floor(regrown + 1e-4).astype(
-        jnp.int32
-    )  # float32 turns 3 into 2.99997 when cin is in the hundreds
+    # float32 turns 3 into 2.99997 when cin is in the hundreds
+    regrown = jnp.floor(regrown + 1e-4).astype(jnp.int32)
     norm = jnp.sqrt(jnp.square(jnp.where(removed, scores, 0)).sum(1, keepdims=True))
     logits = scores / jnp.where(norm == 0, 1, norm) / tau + jax.random.gumbel(key, scores.shape)
     return ~removed | highest_in_rows(jnp.where(removed, logits, -jnp.inf), regrown)

@@ -158,7 +158,7 @@ def test_exchanges_keep_runs_full_and_gain(runs, block, seed):
         rng.normal(size=(runs * block, runs)),
         rng.permutation(np.repeat(np.arange(runs), block)),
     )
-    better, every = module._exchange(benefit, owner, 50), np.arange(runs * block)
+    better, every = module._exchange_channels(benefit, owner, 50), np.arange(runs * block)
     assert (np.bincount(better, minlength=runs) == block).all()
     values = [benefit[every, o].sum() for o in (owner, better)]
     assert values[1] >= values[0]

@@ -158,6 +158,55 @@ def test_growing_by_a_function_of_the_leaf():
     assert not np.delete(came, 5, axis=0).any()
 
 
+@pytest.mark.parametrize("allowed", [0, 3])
+def test_minus_infinity_forbids_growth_and_counts_stay(allowed):
+    """Of 461 weights 276 are dropped. Few others may grow: the rest of the dropped ones stay."""
+
+    def forbid(leaf):
+        free = jnp.cumsum(~leaf.mask.reshape(-1)).reshape(leaf.mask.shape) <= allowed
+        return jnp.where(free & ~leaf.mask, 1.0, -jnp.inf)
+
+    method = bsj.drop_and_grow(0.9, grow=forbid, schedule=bsj.every(1), fraction=0.6)
+    _, states = run(method, 2)
+    old, new = (np.asarray(state.masks["conv"]) for state in states[1:])
+    assert new.sum() == old.sum() == 461
+    assert (new & ~old).sum() == allowed
+
+
+def test_a_function_may_drop_by_minus_infinity():
+    def drop_first_half(leaf):
+        return jnp.where(jnp.arange(SHAPE[3]) < SHAPE[3] // 2, -jnp.inf, 1.0) + 0 * leaf.weights
+
+    method = bsj.drop_and_grow(
+        0.5, drop=drop_first_half, grow="random", schedule=bsj.every(1), fraction=0.1
+    )
+    _, states = run(method, 2)
+    old, new = (np.asarray(state.masks["conv"]) for state in states[1:])
+    assert new.sum() == old.sum()
+    assert 0 < (old & ~new).sum() <= 0.1 * old.sum()
+    half = SHAPE[3] // 2
+    assert new[..., half:][old[..., half:]].all()
+
+
+def test_between_ends_as_every_does():
+    """The fraction falls to 0 by the end, and momentum needs no gradient after it."""
+    method = bsj.snfs(0.8, schedule=bsj.between(0, 10, every=2), drop_fraction=0.5)
+    _, states = run(method, 11)
+    masks = [np.asarray(state.masks["conv"]) for state in states]
+    moved = [int((masks[t + 1] & ~masks[t]).sum()) for t in range(0, 11, 2)]
+    assert moved == sorted(moved, reverse=True)
+    assert moved[0] > 10 * moved[-1]
+    assert [bsj.get_spec(states[0]).dense_gradient(t) for t in (10, 11)] == [True, False]
+
+
+def test_the_end_of_the_schedule_counts_though_the_first_gradient_draws_the_masks():
+    method = bsj.drop_and_grow(
+        0.8, grow="momentum", scores="gradient", schedule=bsj.every(3, until=9)
+    )
+    spec = bsj.get_spec(method.init({"conv": jnp.asarray(kernel(1))}))
+    assert [spec.dense_gradient(t) for t in (0, 8, 9, 50)] == [True, True, False, False]
+
+
 def test_two_layers_of_one_shape_grow_different_weights():
     params = {"a": jnp.asarray(kernel(1)), "b": jnp.asarray(kernel(1))}
     method = bsj.set_(0.9, schedule=bsj.every(1))

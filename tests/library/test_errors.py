@@ -133,8 +133,32 @@ BAD_METHODS = {
     "m: expected an integer": lambda: bsj.sr_ste(2, 0),
     "decay: expected a number of at least 0": lambda: bsj.sr_ste(2, 4, -1.0),
     "did you mean 'input'": lambda: bsj.sr_ste(2, 4, axis="inputs"),
+    "scores: 'gradient' draws masks inside the training step, where budget='global'": lambda: (
+        bsj.hrbp_prune(0.9, scores="gradient", budget="global")
+    ),
+    "pass the scores as a tree": lambda: bsj.drop_and_grow(
+        0.9,
+        pattern=bsj.patterns.one_by_n(16),
+        scores="gradient",
+        budget="global",
+        schedule=bsj.every(100),
+    ),
+    "budget: NOfM(n=2, m=4, axis='input') fixes the sparsity of every layer": lambda: bsj.one_shot(
+        None, pattern=bsj.patterns.n_of_m(2, 4), budget={"w": 0.9}
+    ),
+    "schedule: expected between(start, end, every=...), got None": lambda: bsj.subp(0.5),
+    "schedule: expected a schedule such as every(100, until=30_000) (static: inject_hyperparams(..."
+    ', static_args=("schedule",))), got': lambda: optax.inject_hyperparams(bsj.rigl)(
+        sparsity=0.9, schedule=bsj.every(100)
+    ).init({"w": KERNEL}),
+    "params['rate']: expected an array, got 0.5; wrap it": lambda: bsj.rigl(0.5, until=9).init(
+        {"w": KERNEL, "rate": 0.5}
+    ),
+    "positions: expected at least one layer that is used, got {}": lambda: bsj.metrics.kept_flops(
+        {"w": KERNEL > 0}, {"w": KERNEL}, {}
+    ),
     "masks: expected either masks or layouts": lambda: bsj.fixed_masks(),
-    "masks: expected dtype bool at 'w'": lambda: bsj.fixed_masks({"w": jnp.ones(3)}),
+    "masks['w']: expected dtype bool": lambda: bsj.fixed_masks({"w": jnp.ones(3)}),
     "masks: expected at least one bool array": lambda: bsj.fixed_masks({"w": jnp.asarray(True)}),
     "every: expected an integer": lambda: bsj.periodic(0),
 }

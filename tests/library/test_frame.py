@@ -350,6 +350,10 @@ def test_snip_is_the_reference():
     assert sum(int(mask.sum()) for mask in masks.values()) == round(0.2 * size)
     with pytest.raises(ValueError, match="loss_fn: expected a loss with finite gradients"):
         bsj.snip(lambda params, batch: jnp.float32(0), weights, x)
+    with pytest.raises(ValueError, match=r"loss_fn: expected one scalar, got .* \[\(7, 5\)\]"):
+        bsj.snip(lambda params, batch: batch @ params["b"], weights, x)
+    with pytest.raises(ValueError, match=r"params\['n'\]: expected floats, got int32"):
+        bsj.snip(loss, weights | {"n": jnp.arange(3)}, x)
 
 
 @pytest.mark.parametrize("pattern", [P.unstructured(), P.kernel(), P.one_by_n(8)], ids=str)
@@ -394,3 +398,5 @@ def test_old_spellings_mean_the_new_ones(params):
         bsj.hrbp_prune(0.9, schedule=bsj.every(3), update=bsj.every(3))
     with pytest.raises(ValueError, match="start: deprecated beside `schedule`, got both"):
         bsj.subp(0.5, schedule=bsj.between(0, 4), start=1, end=3)
+    with pytest.raises(ValueError, match="update_every: deprecated beside `schedule`, got both"):
+        bsj.rigl(0.5, schedule=bsj.every(100), until=30)

@@ -437,6 +437,10 @@ def test_random_groups_of_a_wide_layer_keep_exact_counts():
         ({"kept_taps": 10}, r"kept_taps: expected 1\.\.9"),
         ({"channel_block": 3}, "channel_block: 3 must divide cin=8 and kept=4"),
         ({"filters": np.zeros((4, 3), int)}, r"filters: expected shape \(3, 4\)"),
+        (
+            {"filters": jnp.zeros((3, 4), int)},
+            r"filters: expected int.* filter 0\.\.11 exactly",
+        ),
         ({"scores": jnp.ones((8, 12))}, "expected a conv kernel"),
     ],
 )

@@ -182,7 +182,7 @@ def test_layouts_stand_for_the_masks(pattern):
     np.testing.assert_array_equal(bsj.get_masks(state)["conv"], masks["conv"])
 
 
-@pytest.mark.parametrize("pattern", [P.unstructured(), P.kernel(), P.channel("output")])
+@pytest.mark.parametrize("pattern", [None, P.unstructured(), P.kernel(), P.channel("output")])
 def test_a_pattern_without_a_layout_says_so(pattern):
     with pytest.raises(ValueError, match=r"pattern: .* has no block layout, expected patterns"):
         bsj.layouts_from_scores({"conv": jnp.ones((3, 3, 8, 8))}, 0.5, pattern=pattern)
@@ -232,14 +232,13 @@ def test_a_global_threshold_over_sets_of_different_sizes():
 
 
 @pytest.mark.parametrize("pattern", [P.one_by_n(8), P.window(), P.channel("input")])
+@pytest.mark.filterwarnings("ignore:sparsity")
 def test_a_global_threshold_keeps_rows_uniform(pattern):
     scores = jax.tree.map(jnp.asarray, two_layers(2))
     masks = bsj.masks_from_scores(scores, 0.6, pattern=pattern, budget="global")
     for name, mask in masks.items():
         kept = pattern.kept_sets(mask, bsj.Dense())
         assert len(set(kept.sum(1).tolist())) == 1, name
-    density = sum(int(m.sum()) for m in masks.values()) / sum(m.size for m in masks.values())
-    assert abs(density - 0.4) < 0.2
     assert masks["a"].mean() < masks["b"].mean()
 
 
@@ -254,6 +253,56 @@ def test_a_global_threshold_shares_the_density_among_blocks():
         assert layout.density == pytest.approx(density, abs=0.1)
     with pytest.raises(ValueError, match=r"budget: 'global' reads the scores of 'a' on the host"):
         jax.jit(lambda s: bsj.masks_from_scores(s, 0.7, pattern=pattern, budget="global"))(scores)
+
+
+def widening(factor):
+    """Three layers of 16, 32 and 64 filters, the scores of the first multiplied by a factor."""
+    rng = np.random.default_rng(4)
+    scores = [rng.random((3, 3, 16, 16 * 2**i)).astype(np.float32) for i in range(3)]
+    return {"a": factor * scores[0], "b": scores[1], "c": scores[2]}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reached"), [(P.one_by_n(16), 11 / 112), (P.kernel(), 179 / 1792)], ids=str
+)
+def test_a_global_threshold_meets_its_density_though_each_layer_keeps_a_set(pattern, reached):
+    masks = bsj.masks_from_scores(widening(10), 0.9, pattern=pattern, budget="global")
+    kept = [int(mask.sum()) for mask in masks.values()]
+    assert sum(kept) / sum(mask.size for mask in masks.values()) == pytest.approx(reached)
+    assert kept[0] == max(kept)
+    assert min(kept) > 0
+
+
+def test_a_global_threshold_that_cannot_meet_its_density_says_so():
+    with pytest.warns(UserWarning, match=r"density 0\.1000 cannot be reached by one threshold thr"):
+        masks = bsj.masks_from_scores(widening(10), 0.9, pattern=P.window(), budget="global")
+    assert [float(mask.mean()) for mask in masks.values()] == [pytest.approx(1 / 9)] * 3
+
+
+@pytest.mark.parametrize(
+    "pattern", [P.unstructured(), P.kernel(), P.channel("input"), P.channel("output")], ids=str
+)
+def test_a_global_threshold_empties_no_layer(pattern):
+    masks = bsj.masks_from_scores(widening(1e6), 0.9, pattern=pattern, budget="global")
+    kept = [int(pattern.kept_sets(mask, bsj.Dense()).sum()) for mask in masks.values()]
+    assert kept[1:] == [1, 1]
+
+
+@pytest.mark.parametrize("pattern", [P.one_by_n(16), P.channel("input"), P.block()], ids=str)
+def test_layouts_of_a_global_threshold_are_refused_in_jit(pattern):
+    """Their counts are shapes; masks need none."""
+    scores = two_layers(3)
+    message = "budget: 'global' reads the scores of 'a' on the host"
+    with pytest.raises(ValueError, match=message):
+        jax.jit(lambda s: bsj.layouts_from_scores(s, 0.9, pattern=pattern, budget="global"))(scores)
+    for method in (
+        bsj.one_shot(0.9, pattern=pattern, budget="global"),
+        bsj.drop_and_grow(
+            0.9, pattern=pattern, budget="global", scores="magnitude", schedule=bsj.every(1)
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(method.init, scores)
 
 
 # Counts

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
@@ -14,7 +13,12 @@ from blocksparse_jax.schedules import Always
 from blocksparse_jax.scores import magnitude
 from blocksparse_jax.selection import ranks_of_stored
 from blocksparse_jax.spec import Spec
-from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
+from blocksparse_jax.transforms._base import (
+    Leaves,
+    Step,
+    decay_of_pruned,
+    sparse_transformation,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +76,11 @@ def sr_ste(
     rule = _LargestOfRun(pattern)
 
     def draw(chosen: dict[str, Array]) -> dict[str, Kept]:
-        for name, leaf in chosen.items():
-            pattern.units(leaf.shape, f"params[{name!r}]")
+        pattern.check_leaves(chosen)
         return {name: Kept(rule(leaf), Dense()) for name, leaf in chosen.items()}
 
     def redraw(step: Step, leaves: Leaves) -> dict[str, Kept]:
         return draw({name: leaf.weights for name, leaf in leaves.items()})
-
-    def pull(leaf: Leaf) -> Array:
-        return decay * jnp.where(leaf.mask, 0, leaf.weights)
 
     spec = Spec(
         "sr-ste" if decay else "ste",
@@ -92,7 +92,7 @@ def sr_ste(
         rule=rule,
     )
     return sparse_transformation(
-        spec, where=where, draw=draw, redraw=redraw, penalty=pull if decay else None
+        spec, where=where, draw=draw, redraw=redraw, penalty=decay_of_pruned(decay)
     )
 
 
