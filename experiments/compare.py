@@ -20,10 +20,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments.bench.environment import commit, device, versions
-from experiments.bench.memory import steady_memory
-from experiments.bench.timing import median_iqr, time_in_turn, timed
-from experiments.reporting import plots
+from experiments.measuring.environment import commit, device, versions
+from experiments.measuring.memory import steady_memory
+from experiments.measuring.timing import median_iqr, time_in_turn, timed
+from experiments.training import plots
 from experiments.training.config import TrainConfig
 from experiments.training.execution import to_form
 from experiments.training.loop import stepper

@@ -17,8 +17,8 @@ from typing import Any
 from rich.console import Console
 
 import blocksparse_jax as bsj
-from experiments.bench.environment import device
-from experiments.bench.memory import steady_memory
+from experiments.measuring.environment import device
+from experiments.measuring.memory import steady_memory
 from experiments.reporting import markdown
 from experiments.reporting.reports import methods
 from experiments.training import command_line

@@ -25,8 +25,8 @@ from blocksparse_jax._checks import divisor
 from blocksparse_jax.grouping.channel_order import Consumer, channel_order, run_ratio
 from blocksparse_jax.grouping.channel_spaces import space_consumers
 from experiments.bench.command import exit_status
-from experiments.bench.environment import origin
 from experiments.bench.network_weights import draw
+from experiments.measuring.environment import origin
 from experiments.models.spaces import channel_spaces
 from experiments.reporting import markdown, results
 from experiments.reporting.reports import channel_blocks as report_tables

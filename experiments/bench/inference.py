@@ -27,10 +27,10 @@ import jax
 import tyro
 
 from experiments.bench.command import exit_status
-from experiments.bench.environment import device, origin
 from experiments.bench.inference_times import PATTERNS, measure_network
-from experiments.bench.memory import steady_memory
 from experiments.bench.torch_baseline.process import torch_processes
+from experiments.measuring.environment import device, origin
+from experiments.measuring.memory import steady_memory
 from experiments.reporting import markdown, results
 from experiments.reporting.reports import inference as report_tables
 

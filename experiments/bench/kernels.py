@@ -29,12 +29,12 @@ from rich.progress import track
 
 from experiments.bench import shapes
 from experiments.bench.command import asks_for_gpu, exit_status
-from experiments.bench.environment import origin
 from experiments.bench.gpu import kernels as gpu_kernels
 from experiments.bench.layer_times import measure_layer
-from experiments.bench.memory import steady_memory
 from experiments.bench.summary import summary
 from experiments.bench.torch_baseline.process import torch_processes
+from experiments.measuring.environment import origin
+from experiments.measuring.memory import steady_memory
 from experiments.reporting import markdown, results
 from experiments.reporting.reports import kernels as report_tables
 from pallas_kernels.block_sparse_conv import choose_implementation

@@ -21,9 +21,9 @@ from flax import linen as nn
 
 import blocksparse_jax as bsj
 from experiments.bench.command import exit_status
-from experiments.bench.environment import origin
-from experiments.bench.memory import steady_memory
-from experiments.bench.timing import time_in_turn, time_record, timed
+from experiments.measuring.environment import origin
+from experiments.measuring.memory import steady_memory
+from experiments.measuring.timing import time_in_turn, time_record, timed
 from experiments.models import create
 from experiments.models.layers import Parts, max_pool
 from experiments.reporting import markdown, results

@@ -22,10 +22,7 @@ from typing import Any, Literal
 import tyro
 
 from experiments.bench.command import asks_for_gpu, exit_status
-from experiments.bench.environment import origin
 from experiments.bench.gpu import training as gpu_training
-from experiments.bench.memory import steady_memory
-from experiments.bench.timing import median_iqr, time_in_turn
 from experiments.bench.torch_baseline.process import TorchProcess, torch_processes
 from experiments.bench.training_steps import (
     Problem,
@@ -36,6 +33,9 @@ from experiments.bench.training_steps import (
     variants,
     xla_step,
 )
+from experiments.measuring.environment import origin
+from experiments.measuring.memory import steady_memory
+from experiments.measuring.timing import median_iqr, time_in_turn
 from experiments.reporting import markdown, results
 from experiments.reporting.reports import training as report_tables
 

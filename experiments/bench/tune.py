@@ -20,11 +20,11 @@ from rich.progress import track
 
 from experiments.bench import shapes
 from experiments.bench.command import asks_for_gpu, exit_status
-from experiments.bench.environment import tuned_on
 from experiments.bench.gpu import tune as gpu_tune
-from experiments.bench.memory import steady_memory
 from experiments.bench.programs import training_programs
-from experiments.bench.timing import time_in_turn, timed
+from experiments.measuring.environment import tuned_on
+from experiments.measuring.memory import steady_memory
+from experiments.measuring.timing import time_in_turn, timed
 from pallas_kernels.block_sparse_conv import ConvSpec, cpu, cpu_times, xla
 
 ROUNDS = 3

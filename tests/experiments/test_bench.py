@@ -26,9 +26,9 @@ from experiments.bench import (
 )
 from experiments.bench.inference_times import PATTERNS, Execution, check_logits
 from experiments.bench.summary import summary
-from experiments.bench.timing import BURST_MS, StepTimer, time_in_turn, timed
 from experiments.bench.torch_baseline.process import POLICIES, TorchProcess
 from experiments.bench.training_steps import Variant
+from experiments.measuring.timing import BURST_MS, StepTimer, time_in_turn, timed
 from experiments.models.flops import conv_positions
 from experiments.reporting import tables
 from experiments.training.loop import stepper

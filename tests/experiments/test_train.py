@@ -12,9 +12,8 @@ import pytest
 from small_runs import small_options
 
 from experiments import evaluate
-from experiments.reporting import plots
 from experiments.train import cli
-from experiments.training import methods, progress
+from experiments.training import methods, plots, progress
 from experiments.training.config import TrainConfig, resolve
 from experiments.training.execution import layouts_of, masks_of
 from experiments.training.run import Run

@@ -14,7 +14,7 @@ from experiments.bench.gpu.fingerprint import implementation_key
 from experiments.bench.gpu.journal import Journal
 from experiments.bench.gpu.step_check import Sketch, check_layer, check_updates, sketch
 from experiments.bench.gpu.training_units import StepOptions, Unit
-from experiments.bench.timing import median_iqr, time_in_turn
+from experiments.measuring.timing import median_iqr, time_in_turn
 from experiments.training.config import TrainConfig, resolve
 from experiments.training.execution import masks_of, to_form
 from experiments.training.length import Length

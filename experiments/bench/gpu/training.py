@@ -22,7 +22,6 @@ import jax
 import tyro
 
 from experiments.bench.command import exit_status
-from experiments.bench.environment import origin
 from experiments.bench.gpu import clock
 from experiments.bench.gpu.fingerprint import implementation_key
 from experiments.bench.gpu.journal import Journal, TimeUp
@@ -35,6 +34,7 @@ from experiments.bench.gpu.training_units import (
     training_units,
     unit_key,
 )
+from experiments.measuring.environment import origin
 from experiments.reporting import results
 from experiments.reporting.reports import gpu_training
 

@@ -22,12 +22,12 @@ import jax
 import tyro
 
 from experiments.bench.command import exit_status
-from experiments.bench.environment import tuned_on
 from experiments.bench.gpu import clock, shapes
 from experiments.bench.gpu.fingerprint import backend_fingerprint
 from experiments.bench.gpu.journal import Journal, TimeUp
 from experiments.bench.gpu.tile_times import measure_pass
 from experiments.bench.gpu.tiles import Tunable, tunable
+from experiments.measuring.environment import tuned_on
 from pallas_kernels.block_sparse_conv import PASSES, ConvSpec, tuned_tables
 from pallas_kernels.devices import this_gpu
 

@@ -22,12 +22,12 @@ import numpy as np
 import tyro
 
 from experiments.bench.command import exit_status
-from experiments.bench.environment import tuned_on
 from experiments.bench.gpu import clock
 from experiments.bench.gpu import two_of_four_bound as bound
 from experiments.bench.gpu.fingerprint import fingerprint
 from experiments.bench.gpu.float64 import as_float64
 from experiments.bench.gpu.journal import Journal, TimeUp
+from experiments.measuring.environment import tuned_on
 from experiments.reporting import results
 from pallas_kernels.devices import this_gpu
 from pallas_kernels.two_of_four import cusparselt, handler
