@@ -11,8 +11,9 @@ import numpy as np
 
 from experiments.bench import shapes
 from experiments.bench.dense_forms import COMMON_DENSE, DENSE, FROM_NHWC, TO_NHWC, run_dense
-from experiments.bench.programs import PASS_NAMES, training_programs
+from experiments.bench.programs import training_programs
 from experiments.bench.torch_baseline.process import TorchProcess
+from experiments.measuring.row_names import PASS_NAMES
 from experiments.measuring.timing import time_in_turn, time_record, timed
 from pallas_kernels.block_sparse_conv import (
     ConvSpec,

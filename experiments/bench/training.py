@@ -35,6 +35,7 @@ from experiments.bench.training_steps import (
 )
 from experiments.measuring.environment import origin
 from experiments.measuring.memory import steady_memory
+from experiments.measuring.row_names import TORCH
 from experiments.measuring.timing import median_iqr, time_in_turn
 from experiments.reporting import markdown, results
 from experiments.reporting.reports import training as report_tables
@@ -143,7 +144,7 @@ def _network_rows(
     median_ms = {variant: median_iqr(times)[0] or 0.0 for variant, times in times_ms.items()}
     baselines = {
         "speed_up_over_dense": _fastest(median_ms, "dense"),
-        "speed_up_over_torch": _fastest(median_ms, report_tables.TORCH),
+        "speed_up_over_torch": _fastest(median_ms, TORCH),
     }
     about = {name: getattr(problem, name) for name in ("model", "width", "batch_size", "precision")}
     rows = []

@@ -7,10 +7,9 @@ share in one program (the gathered dy, the lists) is counted twice in it.
 from typing import Any
 
 from experiments.bench.gpu.layers import DENSE, MASKED
-from experiments.bench.programs import PASS_NAMES
+from experiments.measuring.row_names import PASS_NAMES, TOGETHER
 
 CHOSEN = "chosen"
-TOGETHER = "forward + gradients"
 
 Times = dict[str, dict[str, Any]]  # pass -> time record
 

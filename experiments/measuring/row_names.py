@@ -1,0 +1,7 @@
+"""Names in the rows of the reports: the benchmarks write them, the tables and figures read them."""
+
+from pallas_kernels.block_sparse_conv import PASSES
+
+PASS_NAMES = tuple(field.replace("_", " ") for field in PASSES)  # each pass of a convolution alone
+TOGETHER = "forward + gradients"  # its three passes
+TORCH = "PyTorch dense"  # the execution of a training step
