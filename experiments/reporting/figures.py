@@ -1,7 +1,7 @@
 """Figures of the README and of docs/, drawn from the reports.
 
-A figure is the same text, byte for byte, for the same report: `experiments.reporting.tables
---check` compares it. Its background is white, so that it can be read on a dark page as well.
+A figure is the same text, byte for byte, for the same report: `experiments.report --check` compares
+it. Its background is white, so that it can be read on a dark page as well.
 """
 
 import dataclasses
