@@ -145,7 +145,7 @@ def main(config: CompareConfig) -> dict[str, Any]:
 def _options(config: CompareConfig, name: str) -> dict[str, Any]:
     """What differs from method to method; a smoke run has one update of the masks."""
     options = method(name).options
-    pattern = options.kept_sets()
+    pattern = options.make_pattern()
     fixed = pattern is None or pattern.density is not None
     if config.smoke and hasattr(options, "update_every"):
         options = dataclasses.replace(options, update_every=10)
