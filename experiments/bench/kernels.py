@@ -23,12 +23,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
-import tyro
 from rich.console import Console
 from rich.progress import track
 
-from experiments.bench import shapes
-from experiments.bench.command import asks_for_gpu, exit_status
+from experiments.bench import command, shapes
 from experiments.bench.gpu import kernels as gpu_kernels
 from experiments.bench.layer_times import measure_layer
 from experiments.bench.summary import summary
@@ -158,15 +156,9 @@ def cli(arguments: Sequence[str]) -> int:
     Returns:
       The exit status.
     """
-    if asks_for_gpu(arguments):
+    if command.asks_for_gpu(arguments):
         return gpu_kernels.cli(arguments)
-    config = tyro.cli(
-        KernelConfig,
-        prog="python -m experiments.bench.kernels",
-        description=__doc__,
-        args=arguments,
-    )
-    return exit_status(lambda: main(config))
+    return command.run(KernelConfig, main, "experiments.bench.kernels", __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 from flax import linen as nn
 
 import blocksparse_jax as bsj
-from experiments.bench.command import exit_status
+from experiments.bench import command
 from experiments.measuring.environment import origin
 from experiments.measuring.memory import steady_memory
 from experiments.measuring.timing import time_in_turn, time_record, timed
@@ -231,10 +230,7 @@ def cli(arguments: Sequence[str]) -> int:
     Returns:
       The exit status.
     """
-    config = tyro.cli(
-        Config, prog="python -m experiments.bench.parts", description=__doc__, args=arguments
-    )
-    return exit_status(lambda: main(config))
+    return command.run(Config, main, "experiments.bench.parts", __doc__, arguments)
 
 
 if __name__ == "__main__":

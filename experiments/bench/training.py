@@ -19,9 +19,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import tyro
-
-from experiments.bench.command import asks_for_gpu, exit_status
+from experiments.bench import command
 from experiments.bench.gpu import training as gpu_training
 from experiments.bench.torch_baseline.process import TorchProcess, torch_processes
 from experiments.bench.training_steps import (
@@ -173,15 +171,9 @@ def cli(arguments: Sequence[str]) -> int:
     Returns:
       The exit status.
     """
-    if asks_for_gpu(arguments):
+    if command.asks_for_gpu(arguments):
         return gpu_training.cli(arguments)
-    config = tyro.cli(
-        BenchConfig,
-        prog="python -m experiments.bench.training",
-        description=__doc__,
-        args=arguments,
-    )
-    return exit_status(lambda: main(config))
+    return command.run(BenchConfig, main, "experiments.bench.training", __doc__, arguments)
 
 
 if __name__ == "__main__":

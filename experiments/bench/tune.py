@@ -15,11 +15,9 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import tyro
 from rich.progress import track
 
-from experiments.bench import shapes
-from experiments.bench.command import asks_for_gpu, exit_status
+from experiments.bench import command, shapes
 from experiments.bench.gpu import tune as gpu_tune
 from experiments.bench.programs import training_programs
 from experiments.measuring.environment import tuned_on
@@ -162,12 +160,9 @@ def cli(arguments: Sequence[str]) -> int:
     Returns:
       The exit status.
     """
-    if asks_for_gpu(arguments):
+    if command.asks_for_gpu(arguments):
         return gpu_tune.cli(arguments)
-    config = tyro.cli(
-        Config, prog="python -m experiments.bench.tune", description=__doc__, args=arguments
-    )
-    return exit_status(lambda: main(config))
+    return command.run(Config, main, "experiments.bench.tune", __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ product stands in for cuSPARSELt.
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +20,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
-from experiments.bench.command import exit_status
+from experiments.bench import command
 from experiments.bench.gpu import clock
 from experiments.bench.gpu import two_of_four_bound as bound
 from experiments.bench.gpu.fingerprint import fingerprint
@@ -274,9 +274,9 @@ def difference(
 
 def run(config: Config) -> int:
     """Runs the command and returns its exit status, see `command.exit_status`."""
-    return exit_status(lambda: main(config))
+    return command.exit_status(lambda: main(config))
 
 
 if __name__ == "__main__":
-    prog = "python -m experiments.bench.gpu.two_of_four"
-    raise SystemExit(run(tyro.cli(Config, prog=prog, description=__doc__)))
+    module = "experiments.bench.gpu.two_of_four"
+    raise SystemExit(run(command.parse(Config, module, __doc__, sys.argv[1:])))
