@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from blocksparse_jax import _checks
 from experiments.bench import command
 from experiments.bench.gpu import training as gpu_training
 from experiments.bench.torch_baseline.process import TorchProcess, torch_processes
@@ -84,7 +85,8 @@ def main(config: BenchConfig) -> dict[str, Any]:
       The report: a row for each network, execution and sparsity, device, versions and commit.
 
     Raises:
-      ValueError: no PyTorch there, or a network or precision that its baseline does not have.
+      ValueError: a sparsity outside of [0, 1), no PyTorch there, or a network or precision that its
+        baseline does not have.
       AssertionError: two executions of one step disagree.
     """
     if config.torch and (config.precision != "float32" or not _torch_has(config.models)):
@@ -92,6 +94,8 @@ def main(config: BenchConfig) -> dict[str, Any]:
             "torch: the baseline trains vgg19, resnet20, resnet32 and resnet56 in float32; got "
             f"models {config.models} in {config.precision}"
         )
+    for sparsity in config.sparsities:
+        _checks.fraction("sparsities", sparsity)
     if config.quick:
         config = dataclasses.replace(
             config, models=("resnet20",), sparsities=config.sparsities[-1:], batch_size=32

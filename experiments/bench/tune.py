@@ -54,13 +54,19 @@ def main(config: Config) -> dict[str, Any]:
 
     Returns:
       "measured", the names of the shapes that were measured.
+
+    Raises:
+      ValueError: no shape has such a name; the table stays as it is.
     """
+    every = cases()
+    chosen = {name: spec for name, spec in every.items() if config.only in name}
+    if not chosen:
+        raise ValueError(f"only: no name contains {config.only!r}; e.g. {next(iter(every))!r}")
     steady_memory()
     entries = {}
     if config.only:
         table = json.loads(config.table.read_text())
         entries = {entry["name"]: entry for entry in table["entries"]}
-    chosen = {name: spec for name, spec in cases().items() if config.only in name}
     for name, spec in track(chosen.items(), "tuning", total=len(chosen)):
         entries[name] = {
             "name": name,
