@@ -37,7 +37,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m experiments.bench.training
 	$(BIN)/python -m experiments.bench.inference
 	$(BIN)/python -m experiments.bench.parts
-	$(BIN)/python -m experiments.reporting.tables
+	$(BIN)/python -m experiments.report
 
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard cpu_kernels/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

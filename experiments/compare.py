@@ -3,13 +3,13 @@
     python -m experiments.compare
 
 Digits (scikit-learn, 1797 real images), 90% sparsity, 2:4 for SR-STE. Digits is tiny: the table
-proves the road, it claims no accuracy. The step times are measured afterwards, all methods and
-executions in turn in one process, to be compared with each other; a run's own result.json has the
-median of its training steps, with nothing between them. About two minutes on 2 CPU cores.
+shows that everything runs; its accuracies say little. The step times are measured afterwards, all
+methods and executions in turn in one process, to be compared with each other; a run's own
+result.json has the median of its training steps, with nothing between them. About two minutes on 2
+CPU cores.
 """
 
 import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
@@ -20,10 +20,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments.bench.environment import commit, device, versions
-from experiments.bench.memory import steady_memory
-from experiments.bench.timing import median_iqr, time_in_turn, timed
-from experiments.reporting import plots
+from blocksparse_jax import _checks
+from experiments.measuring.environment import origin
+from experiments.measuring.memory import steady_memory
+from experiments.measuring.timing import median_iqr, time_in_turn, timed
+from experiments.reporting import results
+from experiments.training import plots
 from experiments.training.config import TrainConfig
 from experiments.training.execution import to_form
 from experiments.training.loop import stepper
@@ -31,10 +33,8 @@ from experiments.training.registry import method
 from experiments.training.run import Run
 
 COMPARED = ("dense", "hrbp", "hrbp-dynamic", "subp", "sr-ste", "rigl")
-SMOKE = (
-    "dense",
-    "hrbp-dynamic",
-)  # every execution: masked, packed, and sparse at the update of the masks; nearly all is compiling
+# Every execution: masked, packed, and sparse at the update of the masks. Nearly all is compiling.
+SMOKE = ("dense", "hrbp-dynamic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +74,13 @@ def main(config: CompareConfig) -> dict[str, Any]:
       What comparison.json holds: `rows`, one for each method, device, versions and commit.
 
     Raises:
-      ValueError: an unknown method, or `out` holds runs already.
+      ValueError: no method or an unknown one, no repetitions, or `out` holds runs already.
+      OSError: `results` cannot be written.
     """
     if config.smoke:
         methods = SMOKE if config.methods == COMPARED else config.methods
         config = dataclasses.replace(config, methods=methods, epochs=1, repetitions=3)
+    _check(config)
     steady_memory()
     out = Path(config.out or time.strftime("runs/compare-%Y%m%d-%H%M%S"))
     width = 0.25 if config.smoke else 1
@@ -89,19 +91,19 @@ def main(config: CompareConfig) -> dict[str, Any]:
         )
         for name in config.methods
     }
-    console, results = Console(), {}
+    console, trained = Console(), {}
     for name, run in runs.items():
-        results[name] = run.train() or {}
+        trained[name] = run.train() or {}
         console.print(
-            f"{name}: test accuracy {results[name]['test_accuracy']:.2%} after "
-            f"{results[name]['train_seconds']:.0f} s"
+            f"{name}: test accuracy {trained[name]['test_accuracy']:.2%} after "
+            f"{trained[name]['train_seconds']:.0f} s"
         )
     times = time_in_turn(
         {name: timed(step) for name, step in _steppers(runs).items()}, rounds=config.repetitions
     )
     dense = median_iqr(times["dense", "masked"])[0] if "dense" in runs else None
     rows = []
-    for name, result in results.items():
+    for name, result in trained.items():
         medians = {
             form: median_iqr(times[name, form])
             for form in ("masked", "packed")
@@ -128,12 +130,11 @@ def main(config: CompareConfig) -> dict[str, Any]:
         f"training",
         "dense_step_ms_median": dense,
         "rows": rows,
-        "device": device(),
-        "versions": versions(),
-        "commit": commit(),
+        **origin(),
     }
-    for path in filter(None, (out / "comparison.json", config.results)):
-        Path(path).write_text(json.dumps(report, indent=2) + "\n")
+    results.write(report, out / "comparison.json")
+    if config.results:
+        results.write(report, config.results)
     plots.comparison(
         {name: run.folder.metrics() for name, run in runs.items()}, out / "learning_curves.png"
     )
@@ -142,11 +143,24 @@ def main(config: CompareConfig) -> dict[str, Any]:
     return report
 
 
+def _check(config: CompareConfig) -> None:
+    """Finds before all training what would stop the command after it."""
+    if not config.methods:
+        raise ValueError("methods: expected names of the registry, got none; leave --methods out")
+    for name in config.methods:
+        method(name)
+    _checks.positive_int("repetitions", config.repetitions)
+    if config.results:
+        path = Path(config.results)
+        if path.is_dir():
+            raise ValueError(f"results: {config.results} is a folder; name a file in it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def _options(config: CompareConfig, name: str) -> dict[str, Any]:
     """What differs from method to method; a smoke run has one update of the masks."""
     options = method(name).options
-    pattern = options.kept_sets()
-    fixed = pattern is None or pattern.density is not None
+    fixed = options.fixed_sparsity() is not None
     if config.smoke and hasattr(options, "update_every"):
         options = dataclasses.replace(options, update_every=10)
     return {"options": options} | ({} if fixed else {"sparsity": config.sparsity})
@@ -205,6 +219,6 @@ def _table(report: dict[str, Any]) -> Table:
 if __name__ == "__main__":
     try:
         main(tyro.cli(CompareConfig, prog="python -m experiments.compare"))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

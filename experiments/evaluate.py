@@ -9,9 +9,8 @@ from typing import Any
 
 import tyro
 
-import blocksparse_jax as bsj
 from experiments.data import load
-from experiments.training.execution import is_dense, masks_of, to_form
+from experiments.training.execution import masks_of, summary_of, to_form
 from experiments.training.run import first_batch, trainer_for
 from experiments.training.run_folder import RunFolder
 
@@ -59,9 +58,8 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     state, _ = folder.restore(step, like)
     accuracy = trainer.evaluate(state, data.test_batches(train.batch_size))
     print(f"{train.method} on {train.dataset}, step {step}: test accuracy {accuracy:.2%}")
-    if not is_dense(state):
-        dense = to_form("masked", state)
-        print(bsj.summarize(dense.params, dense.opt_state))
+    if (summary := summary_of(state, train.method)) is not None:
+        print(summary)
     return {"step": step, "test_accuracy": accuracy}
 
 

@@ -10,23 +10,13 @@ not needed.
 
 import dataclasses
 import sys
-import tempfile
-import time
-import urllib.request
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from blocksparse_jax._checks import choice
-from experiments.data.sources import open_source
+from experiments.data.prepare import Summary, prepare
 from experiments.data.specs import SPECS
-from experiments.data.tfds_layout import prepared_versions, write
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,23 +34,6 @@ class Config:
     """whether to replace an existing copy"""
 
 
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """The result of a conversion.
-
-    Attributes:
-      folder: the folder of the version.
-      counts: number of examples in each split.
-      megabytes: size on disk, in units of 10^6 bytes.
-      seconds: duration of the conversion.
-    """
-
-    folder: Path
-    counts: dict[str, int]
-    megabytes: float
-    seconds: float
-
-
 def main(config: Config) -> Summary:
     """Converts a data set.
 
@@ -75,24 +48,10 @@ def main(config: Config) -> Summary:
         exists already.
       FileNotFoundError: the source, or a part of it, is missing.
     """
-    name = config.dataset
-    choice("dataset", name, [key for key in SPECS if SPECS[key].source])
-    versions = prepared_versions(name, config.data_dir)
-    if versions and not config.overwrite:
-        raise ValueError(
-            f"data_dir: {str(versions[-1])!r} exists already; pass --overwrite to replace it"
-        )
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        path = config.source or _download(name, Path(scratch))
-        with open_source(name, path) as source:
-            examples = _progress(source.examples, source.total, name)
-            folder, counts = write(
-                name, config.data_dir, examples, source.class_names, overwrite=config.overwrite
-            )
-    megabytes = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
-    summary = Summary(folder, counts, megabytes, time.perf_counter() - start)
-    _print_summary(name, summary)
+    summary = prepare(
+        config.dataset, config.data_dir, source=config.source, overwrite=config.overwrite
+    )
+    _print_summary(config.dataset, summary)
     return summary
 
 
@@ -101,37 +60,6 @@ def _print_summary(name: str, summary: Summary) -> None:
     for (split, count), official in zip(summary.counts.items(), SPECS[name].sizes, strict=True):
         note = "" if count == official else f" (the official set has {official:,})"
         print(f"  {split:<11}{count:>10,} examples{note}")
-
-
-def _progress(items: Iterable[T], total: int, label: str) -> Iterator[T]:
-    """Yields the items and, on a terminal, shows a progress bar."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
-        yield from progress.track(items, total=total, description=label)
-
-
-def _download(name: str, folder: Path) -> Path:
-    """Downloads the official archive of a data set, or its folder of files, into `folder`."""
-    urls = SPECS[name].urls
-    if not urls:
-        raise ValueError(
-            f"source: {name} needs a registration to download; give --source {SPECS[name].source}"
-        )
-    for url in urls:
-        print(f"downloading {url}", file=sys.stderr)
-        try:
-            urllib.request.urlretrieve(url, folder / url.rpartition("/")[2])
-        except OSError as error:
-            raise FileNotFoundError(
-                f"source: {url} cannot be fetched ({error}); fetch it yourself and pass --source"
-            ) from error
-    return folder / urls[0].rpartition("/")[2] if len(urls) == 1 else folder
 
 
 def cli(args: list[str] | None = None) -> None:

@@ -10,20 +10,18 @@ without the stop. On 2 CPU cores the command above takes half a minute and reach
 digits.
 """
 
-import dataclasses
 import sys
 from typing import Any
 
 from rich.console import Console
 
-import blocksparse_jax as bsj
-from experiments.bench.environment import device
-from experiments.bench.memory import steady_memory
+from experiments.measuring.environment import device
+from experiments.measuring.memory import steady_memory
 from experiments.reporting import markdown
 from experiments.reporting.reports import methods
 from experiments.training import command_line
 from experiments.training.config import TrainConfig
-from experiments.training.execution import is_dense, to_form
+from experiments.training.execution import summary_of
 from experiments.training.run import Run
 
 
@@ -86,10 +84,8 @@ def cli(args: list[str] | None = None) -> None:
     Console().print(
         f"{name}: test accuracy {result['test_accuracy']:.2%}, density {result['density']:.4f}"
     )
-    if not is_dense(run.state):
-        dense = to_form("masked", run.state)
-        summary = bsj.summarize(dense.params, dense.opt_state)
-        print(dataclasses.replace(summary, method=config.method))
+    if (summary := summary_of(run.state, config.method)) is not None:
+        print(summary)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Benchmarks, and what they share: the timer, the environment, the shapes.
+"""Benchmarks, and the shapes and programs that they share.
 
 Commands: `python -m experiments.bench.kernels`, `training`, `inference`, `parts`, `channel_blocks`
 and `tune`. The first two and the last measure a GPU with `--device gpu`; `bash

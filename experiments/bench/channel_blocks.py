@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import tyro
 
 from blocksparse_jax._checks import divisor
 from blocksparse_jax.grouping.channel_order import Consumer, channel_order, run_ratio
 from blocksparse_jax.grouping.channel_spaces import space_consumers
-from experiments.bench.command import exit_status
-from experiments.bench.environment import origin
+from experiments.bench import command
 from experiments.bench.network_weights import draw
+from experiments.measuring.environment import origin
 from experiments.models.spaces import channel_spaces
 from experiments.reporting import markdown, results
 from experiments.reporting.reports import channel_blocks as report_tables
@@ -185,13 +184,7 @@ def cli(arguments: Sequence[str]) -> int:
     Returns:
       The exit status.
     """
-    config = tyro.cli(
-        Config,
-        prog="python -m experiments.bench.channel_blocks",
-        description=__doc__,
-        args=arguments,
-    )
-    return exit_status(lambda: main(config))
+    return command.run(Config, main, "experiments.bench.channel_blocks", __doc__, arguments)
 
 
 if __name__ == "__main__":

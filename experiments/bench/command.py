@@ -1,11 +1,47 @@
-"""What the commands of the benchmarks share: which device is asked for, and how they end."""
+"""How the commands of the benchmarks start and end."""
 
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+import tyro
 
 from experiments.bench.gpu.journal import LOST, STOPPED, DeviceLost
+
+Config = TypeVar("Config")
+
+
+def run(
+    config_type: type[Config],
+    main: Callable[[Config], Mapping[str, Any]],
+    module: str,
+    description: str | None,
+    arguments: Sequence[str],
+) -> int:
+    """Runs a command and returns its exit status.
+
+    Args:
+      config_type: a dataclass; its fields are the options.
+      main: does the work, and returns what `exit_status` expects.
+      module: the command's name, as behind `python -m`.
+      description: for `--help`.
+      arguments: without the program's name.
+
+    Returns:
+      The exit status, see `exit_status`.
+    """
+    config = parse(config_type, module, description, arguments)
+    return exit_status(lambda: main(config))
+
+
+def parse(
+    config_type: type[Config], module: str, description: str | None, arguments: Sequence[str]
+) -> Config:
+    """Reads a command line, see `run` for the arguments; `--help` and a typo end the program."""
+    return tyro.cli(
+        config_type, prog=f"python -m {module}", description=description, args=arguments
+    )
 
 
 def asks_for_gpu(arguments: Sequence[str]) -> bool:

@@ -14,15 +14,27 @@ DENSE = {
     "dense taps CHWN": "CHWN",
 }
 COMMON_DENSE = ("dense NHWC", "dense NCHW")  # what most people have: a baseline of its own
-FROM_NHWC = {"NHWC": (0, 1, 2, 3), "CHWN": (3, 1, 2, 0), "NCHW": (0, 3, 1, 2)}
-TO_NHWC = {"NHWC": (0, 1, 2, 3), "CHWN": (3, 1, 2, 0), "NCHW": (0, 2, 3, 1)}
+
+
+def axes(source: str, target: str) -> tuple[int, ...]:
+    """Returns the axes by which a transposition takes one activation layout to another.
+
+    Args:
+      source: such as "CHWN".
+      target: the same letters in another order.
+
+    Example:
+      >>> axes("CHWN", "NHWC")
+      (3, 1, 2, 0)
+    """
+    return tuple(source.index(axis) for axis in target)
 
 
 def run_dense(spec: ConvSpec, name: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Runs one of the dense convolutions.
 
     Args:
-      spec: strides and padding.
+      spec: strides, padding and dilation.
       name: of `DENSE`.
       x: activations in that layout.
       kernel: `[kh, kw, cin, cout]`.
@@ -35,6 +47,7 @@ def run_dense(spec: ConvSpec, name: str, x: jax.Array, kernel: jax.Array) -> jax
         kernel,
         strides=spec.strides,
         padding=spec.padding,
+        dilation=spec.dilation,
         data_format=DENSE[name],
         formulation="taps" if "taps" in name else "xla",
     )

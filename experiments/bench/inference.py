@@ -24,13 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
 
-from experiments.bench.command import exit_status
-from experiments.bench.environment import device, origin
+from experiments.bench import command
 from experiments.bench.inference_times import PATTERNS, measure_network
-from experiments.bench.memory import steady_memory
 from experiments.bench.torch_baseline.process import torch_processes
+from experiments.measuring.environment import device, origin
+from experiments.measuring.memory import steady_memory
 from experiments.reporting import markdown, results
 from experiments.reporting.reports import inference as report_tables
 
@@ -133,8 +132,8 @@ def _report_on(count: int, config: InferenceConfig) -> dict[str, Any]:
             flags += [f"--{name.replace('_', '-')}", *map(str, values)]
     with tempfile.TemporaryDirectory() as folder, cores(count):
         out = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "experiments.bench.inference", *flags, "--out", str(out)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        program = [sys.executable, "-m", "experiments.bench.inference"]
+        subprocess.run([*program, *flags, "--out", str(out)], check=True, stdout=subprocess.DEVNULL)
         return json.loads(out.read_text())
 
 
@@ -189,13 +188,7 @@ def cli(arguments: Sequence[str]) -> int:
     Returns:
       The exit status.
     """
-    config = tyro.cli(
-        InferenceConfig,
-        prog="python -m experiments.bench.inference",
-        description=__doc__,
-        args=arguments,
-    )
-    return exit_status(lambda: main(config))
+    return command.run(InferenceConfig, main, "experiments.bench.inference", __doc__, arguments)
 
 
 if __name__ == "__main__":

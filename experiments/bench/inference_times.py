@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import inference_networks as networks
-from experiments.bench.timing import median_iqr, time_in_turn, timed
 from experiments.bench.torch_baseline.process import TorchProcess
+from experiments.measuring.timing import median_iqr, time_in_turn, timed
 from experiments.models.flops import conv_positions
 from pallas_kernels.dense_conv import taps_up_to
 

@@ -23,21 +23,19 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
-import tyro
 from rich.console import Console
 from rich.progress import track
 
-from experiments.bench import shapes
-from experiments.bench.command import asks_for_gpu, exit_status
-from experiments.bench.environment import origin
+from experiments.bench import command, shapes
 from experiments.bench.gpu import kernels as gpu_kernels
 from experiments.bench.layer_times import measure_layer
-from experiments.bench.memory import steady_memory
 from experiments.bench.summary import summary
 from experiments.bench.torch_baseline.process import torch_processes
+from experiments.measuring.environment import origin
+from experiments.measuring.memory import steady_memory
 from experiments.reporting import markdown, results
 from experiments.reporting.reports import kernels as report_tables
-from pallas_kernels.block_sparse_conv import choose_implementation
+from pallas_kernels.block_sparse_conv import ConvSpec, choose_implementation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +81,8 @@ def main(config: KernelConfig) -> dict[str, Any]:
       summary.
 
     Raises:
-      ValueError: no layer of that name, JAX runs on another device, or no PyTorch there.
+      ValueError: no layer of that name, an impossible size or sparsity, JAX runs on another device,
+        or no PyTorch there.
       AssertionError: an implementation does not agree with the masked dense convolution.
     """
     jax.config.update("jax_platforms", config.device)
@@ -108,16 +107,22 @@ def main(config: KernelConfig) -> dict[str, Any]:
         )
     if config.quick:
         layers = layers[-2:]
+    specs = {  # of all of them before the first is timed, since a bad size stops the command
+        (layer.name, sparsity): _spec(config, layer, sparsity)
+        for layer in layers
+        for sparsity in config.sparsities
+    }
     steady_memory()
     with contextlib.ExitStack() as stack:
         torch = torch_processes(stack, config.torch)
         about = origin()
         if torch:
             about["versions"]["torch"] = torch["active"].version
-        cases = [(layer, sparsity) for layer in layers for sparsity in config.sparsities]
         rows = []
-        for layer, sparsity in track(cases, "measuring", console=Console(stderr=True)):
-            rows += [row | about for row in _layer_rows(config, layer, sparsity, torch)]
+        cases = track(specs.items(), "measuring", len(specs), console=Console(stderr=True))
+        for (name, sparsity), spec in cases:
+            layer = {"layer": name, "sparsity": sparsity}
+            rows += [layer | row | about for row in _layer_rows(config, spec, torch)]
             jax.clear_caches()
     report = about | {"config": results.settings(config), "summary": summary(rows), "rows": rows}
     markdown.show(report_tables.table(report))
@@ -126,20 +131,21 @@ def main(config: KernelConfig) -> dict[str, Any]:
     return report
 
 
-def _layer_rows(
-    config: KernelConfig, layer: shapes.Layer, sparsity: float, torch: dict[str, Any]
-) -> list[dict[str, Any]]:
-    spec = shapes.layer_spec(
+def _spec(config: KernelConfig, layer: shapes.Layer, sparsity: float) -> ConvSpec:
+    return shapes.layer_spec(
         layer,
         sparsity=sparsity,
         batch=config.batch,
         group_size=config.group_size,
         kept_taps=config.kept_taps,
     )
+
+
+def _layer_rows(
+    config: KernelConfig, spec: ConvSpec, torch: dict[str, Any]
+) -> list[dict[str, Any]]:
     choice = choose_implementation(spec)
     about = {
-        "layer": layer.name,
-        "sparsity": sparsity,
         **shapes.describe(spec),
         "picked": {"implementation": choice.implementation, **choice.details},
     }
@@ -158,15 +164,9 @@ def cli(arguments: Sequence[str]) -> int:
     Returns:
       The exit status.
     """
-    if asks_for_gpu(arguments):
+    if command.asks_for_gpu(arguments):
         return gpu_kernels.cli(arguments)
-    config = tyro.cli(
-        KernelConfig,
-        prog="python -m experiments.bench.kernels",
-        description=__doc__,
-        args=arguments,
-    )
-    return exit_status(lambda: main(config))
+    return command.run(KernelConfig, main, "experiments.bench.kernels", __doc__, arguments)
 
 
 if __name__ == "__main__":

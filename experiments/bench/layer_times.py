@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import shapes
-from experiments.bench.dense_forms import COMMON_DENSE, DENSE, FROM_NHWC, TO_NHWC, run_dense
-from experiments.bench.programs import PASS_NAMES, training_programs
-from experiments.bench.timing import time_in_turn, time_record, timed
+from experiments.bench.dense_forms import COMMON_DENSE, DENSE, axes, run_dense
+from experiments.bench.programs import training_programs
 from experiments.bench.torch_baseline.process import TorchProcess
+from experiments.measuring.row_names import CHOSEN, MASKED, PASS_NAMES
+from experiments.measuring.timing import time_in_turn, time_record, timed
 from pallas_kernels.block_sparse_conv import (
     ConvSpec,
     Index,
@@ -25,7 +26,6 @@ from pallas_kernels.block_sparse_conv.cpu_times import MODES
 from pallas_kernels.dense_conv import choose_formulation
 
 TOLERANCE = 1e-5  # relative to the largest value
-CHOSEN, MASKED = "chosen", "masked dense"
 
 
 class Candidate(NamedTuple):
@@ -63,7 +63,7 @@ def measure_layer(
     x, dy, values = (jnp.round(array) for array in (x, dy, values))
     kept = Index(*map(np.asarray, index))
     kernel, mask = _dense_kernel(spec, values, kept)
-    x_nhwc, dy_nhwc = (array.transpose(TO_NHWC["CHWN"]) for array in (x, dy))
+    x_nhwc, dy_nhwc = (array.transpose(axes("CHWN", "NHWC")) for array in (x, dy))
     sparse = _sparse_candidates(spec, (x, values, dy, *index), formulations)
     candidates = sparse | _dense_candidates(spec, x_nhwc, dy_nhwc, kernel, mask)
     programs = {name: training_programs(candidate.conv) for name, candidate in candidates.items()}
@@ -129,7 +129,7 @@ def _dense_candidates(
     """Every dense form, and the masked one in the form that the zoo would take."""
     candidates = {}
     for name, layout in DENSE.items():
-        images, gradient = (array.transpose(FROM_NHWC[layout]) for array in (x, dy))
+        images, gradient = (array.transpose(axes("NHWC", layout)) for array in (x, dy))
         conv = functools.partial(run_dense, spec, name)
         candidates[name] = Candidate(conv, (images, kernel, gradient))
     formulation = choose_formulation(kernel.shape, spec.out_height * spec.out_width, "NHWC")
@@ -196,7 +196,7 @@ def _check(
         for i, (pass_name, array) in enumerate(zip(names, arrays, strict=True)):
             expected = results[reference][i]
             if pass_name != "weight gradient":
-                array = array.transpose(TO_NHWC[layout])
+                array = array.transpose(axes(layout, "NHWC"))
             elif is_sparse:
                 expected = expected.reshape(-1, spec.cin, spec.cout)[index.positions()]
             error = np.abs(array - expected).max() / np.abs(expected).max()

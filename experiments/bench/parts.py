@@ -16,14 +16,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 from flax import linen as nn
 
 import blocksparse_jax as bsj
-from experiments.bench.command import exit_status
-from experiments.bench.environment import origin
-from experiments.bench.memory import steady_memory
-from experiments.bench.timing import time_in_turn, time_record, timed
+from experiments.bench import command
+from experiments.measuring.environment import origin
+from experiments.measuring.memory import steady_memory
+from experiments.measuring.timing import call_and_time, time_in_turn, time_record, timed
 from experiments.models import create
 from experiments.models.layers import Parts, max_pool
 from experiments.reporting import markdown, results
@@ -208,12 +207,13 @@ def time_grouping() -> list[dict[str, Any]]:
 
 
 def _time_twice(what: str, call: Callable[[], Any]) -> dict[str, Any]:
+    """The first call, which compiles, and the second, each once: they take many seconds."""
     seconds, cpu_seconds = [], []
     for _ in range(2):
-        start, start_cpu = time.perf_counter(), time.process_time()
-        jax.block_until_ready(call())
-        seconds.append(round(time.perf_counter() - start, 2))
-        cpu_seconds.append(round(time.process_time() - start_cpu, 2))
+        start = time.process_time()
+        _, elapsed_ms = call_and_time(call)
+        cpu_seconds.append(round(time.process_time() - start, 2))
+        seconds.append(round(elapsed_ms / 1e3, 2))
     return {
         "what": what,
         "first_s": seconds[0],
@@ -231,10 +231,7 @@ def cli(arguments: Sequence[str]) -> int:
     Returns:
       The exit status.
     """
-    config = tyro.cli(
-        Config, prog="python -m experiments.bench.parts", description=__doc__, args=arguments
-    )
-    return exit_status(lambda: main(config))
+    return command.run(Config, main, "experiments.bench.parts", __doc__, arguments)
 
 
 if __name__ == "__main__":

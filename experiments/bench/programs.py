@@ -4,10 +4,8 @@ from collections.abc import Callable
 
 import jax
 
-from pallas_kernels.block_sparse_conv import PASSES
+from experiments.measuring.row_names import PASS_NAMES
 from pallas_kernels.block_sparse_conv.cpu_times import MODES
-
-PASS_NAMES = tuple(field.replace("_", " ") for field in PASSES)  # as the reports call them
 
 
 def training_programs(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from blocksparse_jax import _checks
 from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, block_sparse_conv
 
 
@@ -127,21 +128,36 @@ def layer_spec(
       layer: the layer.
       sparsity: fraction of the weights removed.
       batch: images.
-      group_size: filters in a group, at most `cout`.
+      group_size: filters in a group; a layer of fewer filters has one group.
       kept_taps: taps that each group keeps; None: a third of the kernel (3 of 9), as HRBP.
       dtype: name of the activations' dtype.
 
     Returns:
       The static sizes.
 
+    Raises:
+      ValueError: the sparsity is not in [0, 1), the groups do not divide the filters, or the kernel
+        has fewer taps.
+
     Example:
       >>> layer_spec(VGG19[0], sparsity=0.9, batch=128).packed_shape
       (2, 19, 3, 32)
     """
-    area = layer.kernel**2
-    kept_taps = kept_taps or max(1, area // 3)
-    kept = round((1 - sparsity) * layer.cin * area / kept_taps)
+    _checks.fraction("sparsity", sparsity)
+    _checks.positive_int("group_size", group_size)
     group_size = min(group_size, layer.cout)
+    if layer.cout % group_size:
+        raise ValueError(
+            f"group_size: expected a divisor of the {layer.cout} filters of {layer.name!r}, got "
+            f"{group_size}"
+        )
+    area = layer.kernel**2
+    kept_taps = max(1, area // 3) if kept_taps is None else kept_taps
+    if not 1 <= kept_taps <= area:
+        raise ValueError(
+            f"kept_taps: expected 1 to {area}, the taps of {layer.name!r}, got {kept_taps}"
+        )
+    kept = round((1 - sparsity) * layer.cin * area / kept_taps)
     out_size = -(-layer.size // layer.stride)
     padding = max((out_size - 1) * layer.stride + layer.kernel - layer.size, 0)
     sides = (padding // 2, padding - padding // 2)

@@ -19,13 +19,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import tyro
-
-from experiments.bench.command import asks_for_gpu, exit_status
-from experiments.bench.environment import origin
+from blocksparse_jax import _checks
+from experiments.bench import command
 from experiments.bench.gpu import training as gpu_training
-from experiments.bench.memory import steady_memory
-from experiments.bench.timing import median_iqr, time_in_turn
 from experiments.bench.torch_baseline.process import TorchProcess, torch_processes
 from experiments.bench.training_steps import (
     Problem,
@@ -36,6 +32,10 @@ from experiments.bench.training_steps import (
     variants,
     xla_step,
 )
+from experiments.measuring.environment import origin
+from experiments.measuring.memory import steady_memory
+from experiments.measuring.row_names import TORCH
+from experiments.measuring.timing import median_iqr, time_in_turn
 from experiments.reporting import markdown, results
 from experiments.reporting.reports import training as report_tables
 
@@ -85,7 +85,8 @@ def main(config: BenchConfig) -> dict[str, Any]:
       The report: a row for each network, execution and sparsity, device, versions and commit.
 
     Raises:
-      ValueError: no PyTorch there, or a network or precision that its baseline does not have.
+      ValueError: a sparsity outside of [0, 1), no PyTorch there, or a network or precision that its
+        baseline does not have.
       AssertionError: two executions of one step disagree.
     """
     if config.torch and (config.precision != "float32" or not _torch_has(config.models)):
@@ -93,6 +94,8 @@ def main(config: BenchConfig) -> dict[str, Any]:
             "torch: the baseline trains vgg19, resnet20, resnet32 and resnet56 in float32; got "
             f"models {config.models} in {config.precision}"
         )
+    for sparsity in config.sparsities:
+        _checks.fraction("sparsities", sparsity)
     if config.quick:
         config = dataclasses.replace(
             config, models=("resnet20",), sparsities=config.sparsities[-1:], batch_size=32
@@ -143,7 +146,7 @@ def _network_rows(
     median_ms = {variant: median_iqr(times)[0] or 0.0 for variant, times in times_ms.items()}
     baselines = {
         "speed_up_over_dense": _fastest(median_ms, "dense"),
-        "speed_up_over_torch": _fastest(median_ms, report_tables.TORCH),
+        "speed_up_over_torch": _fastest(median_ms, TORCH),
     }
     about = {name: getattr(problem, name) for name in ("model", "width", "batch_size", "precision")}
     rows = []
@@ -172,15 +175,9 @@ def cli(arguments: Sequence[str]) -> int:
     Returns:
       The exit status.
     """
-    if asks_for_gpu(arguments):
+    if command.asks_for_gpu(arguments):
         return gpu_training.cli(arguments)
-    config = tyro.cli(
-        BenchConfig,
-        prog="python -m experiments.bench.training",
-        description=__doc__,
-        args=arguments,
-    )
-    return exit_status(lambda: main(config))
+    return command.run(BenchConfig, main, "experiments.bench.training", __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from blocksparse_jax.tree import path_name
-from experiments.bench.timing import timed
 from experiments.bench.torch_baseline.process import TorchProcess
-from experiments.reporting.reports.training import TORCH
+from experiments.measuring.row_names import TORCH
+from experiments.measuring.timing import timed
 from experiments.training.config import TrainConfig, resolve
 from experiments.training.length import Length
 from experiments.training.loop import Trainer, stepper

@@ -15,16 +15,14 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import tyro
 from rich.progress import track
 
-from experiments.bench import shapes
-from experiments.bench.command import asks_for_gpu, exit_status
-from experiments.bench.environment import tuned_on
+from experiments.bench import command, shapes
 from experiments.bench.gpu import tune as gpu_tune
-from experiments.bench.memory import steady_memory
 from experiments.bench.programs import training_programs
-from experiments.bench.timing import time_in_turn, timed
+from experiments.measuring.environment import tuned_on
+from experiments.measuring.memory import steady_memory
+from experiments.measuring.timing import time_in_turn, timed
 from pallas_kernels.block_sparse_conv import ConvSpec, cpu, cpu_times, xla
 
 ROUNDS = 3
@@ -56,13 +54,19 @@ def main(config: Config) -> dict[str, Any]:
 
     Returns:
       "measured", the names of the shapes that were measured.
+
+    Raises:
+      ValueError: no shape has such a name; the table stays as it is.
     """
+    every = cases()
+    chosen = {name: spec for name, spec in every.items() if config.only in name}
+    if not chosen:
+        raise ValueError(f"only: no name contains {config.only!r}; e.g. {next(iter(every))!r}")
     steady_memory()
     entries = {}
     if config.only:
         table = json.loads(config.table.read_text())
         entries = {entry["name"]: entry for entry in table["entries"]}
-    chosen = {name: spec for name, spec in cases().items() if config.only in name}
     for name, spec in track(chosen.items(), "tuning", total=len(chosen)):
         entries[name] = {
             "name": name,
@@ -162,12 +166,9 @@ def cli(arguments: Sequence[str]) -> int:
     Returns:
       The exit status.
     """
-    if asks_for_gpu(arguments):
+    if command.asks_for_gpu(arguments):
         return gpu_tune.cli(arguments)
-    config = tyro.cli(
-        Config, prog="python -m experiments.bench.tune", description=__doc__, args=arguments
-    )
-    return exit_status(lambda: main(config))
+    return command.run(Config, main, "experiments.bench.tune", __doc__, arguments)
 
 
 if __name__ == "__main__":

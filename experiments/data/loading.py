@@ -57,9 +57,9 @@ def load(
     from experiments.data import tfds_layout
 
     if download and not tfds_layout.prepared_versions(name, data_dir):
-        from experiments import prepare_data
+        from experiments.data.prepare import prepare
 
-        prepare_data.main(prepare_data.Config(name, data_dir=Path(data_dir)))  # type: ignore[arg-type]
+        prepare(name, Path(data_dir))
     splits = ("train", SPECS[name].test_split)
     if name == "imagenet2012":
         from experiments.data import streaming

@@ -1,7 +1,7 @@
 """Figures of the README and of docs/, drawn from the reports.
 
-A figure is the same text, byte for byte, for the same report: `experiments.reporting.tables
---check` compares it. Its background is white, so that it can be read on a dark page as well.
+A figure is the same text, byte for byte, for the same report: `experiments.report --check` compares
+it. Its background is white, so that it can be read on a dark page as well.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from experiments.measuring.row_names import TORCH
 from experiments.reporting.reports import training
 
 XLA_COLOR, TORCH_COLOR, PACKED_COLOR = "#5b6770", "#d1702a", "#1a6fb5"
@@ -84,7 +85,7 @@ def _step_times(axes: Axes, rows: list[dict[str, Any]], model: str) -> None:
     highest = max(packed_ms)
     for name, execution, color in (
         ("dense, XLA", "dense", XLA_COLOR),
-        ("dense, PyTorch", training.TORCH, TORCH_COLOR),
+        ("dense, PyTorch", TORCH, TORCH_COLOR),
     ):
         dense_ms = training.fastest(rows, model, execution)
         if dense_ms is not None:

@@ -1,20 +1,16 @@
 """Fills the tables and draws the figures of README.md and docs/ from experiments/results/*.json.
 
-`python -m experiments.reporting.tables` rewrites what is stale, with `--check` it fails instead and
-writes nothing. A table stands between `<!-- table:NAME -->` and `<!-- /table -->` in README.md or
-in docs/*.md. NAME is a report without ".json", the name of a summary (`SUMMARIES`), or of a table
-that the code itself gives (`GENERATED`). Nobody types a number by hand: cells, device, versions and
-commit come from the report.
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->` in README.md or in docs/*.md.
+NAME is a report without ".json", the name of a summary (`SUMMARIES`), or of a table that the code
+itself gives (`GENERATED`). Nobody types a number by hand: cells, device, versions and commit come
+from the report. The command is `python -m experiments.report`.
 """
 
 import dataclasses
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import tyro
 
 from experiments.reporting import figures
 from experiments.reporting.reports import (
@@ -89,8 +85,7 @@ def main(config: TablesConfig) -> None:
                     path.write_text(svg)
     if config.check and stale:
         raise ValueError(
-            f"stale tables or figures: {', '.join(stale)}; run python -m "
-            "experiments.reporting.tables"
+            f"stale tables or figures: {', '.join(stale)}; run python -m experiments.report"
         )
 
 
@@ -137,15 +132,3 @@ def _origin(report: dict[str, Any]) -> str:
     if "torch" in versions:
         text += f", PyTorch {versions['torch']}"
     return text + (f"; commit {report['commit']}" if report["commit"] else "")
-
-
-if __name__ == "__main__":
-    try:
-        main(
-            tyro.cli(
-                TablesConfig, prog="python -m experiments.reporting.tables", description=__doc__
-            )
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None

@@ -29,13 +29,22 @@ def parse(args: list[str]) -> tuple[TrainConfig, bool]:
       ValueError: a wrong value; the message names the field.
       SystemExit: an unknown flag, or `--help`.
     """
-    config, resume = _parse(args, TrainConfig())
-    if resume:
-        folder = RunFolder(config.out or str(resolve(config).out))
-        if (folder.path / "config.json").exists():
-            stored = dataclasses.replace(folder.config(), out=str(folder.path))
-            config, resume = _parse(args, stored)
+    folder = _resumed_folder(args)
+    if folder is None:
+        config, resume = _parse(args, TrainConfig())
+    else:
+        config, resume = _parse(args, dataclasses.replace(folder.config(), out=str(folder.path)))
+        folder.check_same_run(config)  # before `resolve`, which would not know what was given
     return resolve(config), resume
+
+
+def _resumed_folder(args: list[str]) -> RunFolder | None:
+    """The folder of the run that goes on; None where there is none, or no `--resume`."""
+    scanned = _scan(args)
+    if not scanned.resume:
+        return None
+    folder = RunFolder(scanned.out or str(resolve(_parse(args, TrainConfig())[0]).out))
+    return folder if (folder.path / "config.json").exists() else None
 
 
 def method_of(args: list[str]) -> str | None:

@@ -95,7 +95,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     Example:
       >>> resolve(TrainConfig(dataset="cifar10")).epochs
       160
-      >>> resolve(TrainConfig(method="hrpb"))
+      >>> resolve(TrainConfig(method="hrpb"))  # doctest: +ELLIPSIS
       Traceback (most recent call last):
       ...
       ValueError: method: expected one of 'dense', 'hrbp', ..., got 'hrpb'; did you mean 'hrbp'?
@@ -104,7 +104,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     _checks.choice("model", config.model, model_names())
     options = _options(config)
     options.check()
-    pattern = options.kept_sets()
+    pattern = options.make_pattern()
     has_layout = pattern is not None and pattern.has_layout
     preset = {"stem": "cifar"} | PRESETS[config.dataset]
     config = dataclasses.replace(
@@ -156,20 +156,19 @@ def _options(config: TrainConfig) -> Options:
 
 def _sparsity(config: TrainConfig, options: Options) -> float:
     """What the pattern fixes, else what was asked for, else 0.9."""
-    pattern = options.kept_sets()
-    density = pattern.density if pattern else 1.0
-    if density is None:
+    fixed = options.fixed_sparsity()
+    if fixed is None:
         return _checks.fraction("sparsity", 0.9 if config.sparsity is None else config.sparsity)
-    if config.sparsity not in (None, 1 - density):
-        why = f" ({pattern})" if pattern else ""
+    if config.sparsity not in (None, fixed):
+        why = f" ({pattern})" if (pattern := options.make_pattern()) else ""
         raise ValueError(
-            f"sparsity: {config.method} has {1 - density:g}{why}; leave --sparsity out, got "
+            f"sparsity: {config.method} has {fixed:g}{why}; leave --sparsity out, got "
             f"{config.sparsity!r}"
         )
-    return 1 - density
+    return fixed
 
 
 def _with_layout() -> list[str]:
     """The methods whose masks have a block layout by default."""
-    patterns = {name: entry.options.kept_sets() for name, entry in METHODS.items()}
+    patterns = {name: entry.options.make_pattern() for name, entry in METHODS.items()}
     return [name for name, pattern in patterns.items() if pattern and pattern.has_layout]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 import blocksparse_jax as bsj
 from blocksparse_jax.state import is_sparse_state
+from blocksparse_jax.summary import Summary
 
 
 @jax.tree_util.register_dataclass
@@ -87,6 +88,22 @@ def layouts_of(state: State) -> Any:
       A tree of layouts; {} when training dense.
     """
     return state.layouts if is_dense(state) or state.layouts else bsj.get_layouts(state.opt_state)
+
+
+def summary_of(state: State, method: str) -> Summary | None:
+    """What is kept in each layer.
+
+    Args:
+      state: in any form.
+      method: its name in the registry, which the summary shows.
+
+    Returns:
+      A table to print; None when training dense.
+    """
+    if is_dense(state):
+        return None
+    dense = to_form("masked", state)
+    return dataclasses.replace(bsj.summarize(dense.params, dense.opt_state), method=method)
 
 
 def is_dense(state: State) -> bool:

@@ -48,15 +48,25 @@ class Setup(NamedTuple):
 class Options:
     """No options, no pattern: dense training, and the base of all others."""
 
-    def kept_sets(self) -> Pattern | None:
-        """The pattern; None trains dense."""
+    def make_pattern(self) -> Pattern | None:
+        """Makes the pattern that the options mean; None trains dense."""
         return None
+
+    def fixed_sparsity(self) -> float | None:
+        """The sparsity that the pattern fixes, 0 without one; None where the run sets it."""
+        pattern = self.make_pattern()
+        density = pattern.density if pattern else 1.0
+        return None if density is None else 1 - density
 
     def check(self) -> None:
         """ValueError where options exclude each other; the library checks each one's value."""
 
     def arguments(self, setup: Setup) -> dict[str, Any]:
-        """What the method's function is called with."""
+        """Returns the arguments of the method's function in a run.
+
+        Args:
+          setup: what the run gives to its method.
+        """
         return {}
 
     def prepare(self, params: Any, batch_stats: Any, sparsity: float) -> tuple[Any, Any]:
@@ -94,12 +104,12 @@ class Hrbp(Options):
                 f"scores={self.scores!r}"
             )
 
-    def kept_sets(self) -> Pattern:
-        """The pattern."""
+    def make_pattern(self) -> Pattern:
+        """HRBP's blocks."""
         return patterns.block(self.group_size, self.block_density, self.channel_block)
 
     def arguments(self, setup: Setup) -> dict[str, Any]:
-        """What the method's function is called with."""
+        """All options but the order of the channels, which `prepare` sees to."""
         options = dataclasses.asdict(self)
         del options["channel_order"]
         return options | {"sparsity": setup.sparsity, "key": setup.key}
@@ -126,7 +136,7 @@ class HrbpDynamic(Hrbp):
     drop_fraction: float = 0.3
 
     def arguments(self, setup: Setup) -> dict[str, Any]:
-        """What the method's function is called with."""
+        """Those of static HRBP, and the steps of the updates."""
         options = super().arguments(setup)
         return options | {"schedule": _first_three_quarters(setup, options.pop("update_every"))}
 
@@ -151,12 +161,12 @@ class Subp(Options):
     version: int = 2
     update_every: int | None = None
 
-    def kept_sets(self) -> Pattern:
-        """The pattern."""
-        return patterns.one_by_n(self.block)
+    def make_pattern(self) -> Pattern:
+        """1xN blocks."""
+        return patterns.one_by_n(_checks.positive_int("block", self.block))
 
     def arguments(self, setup: Setup) -> dict[str, Any]:
-        """What the method's function is called with."""
+        """All options, the steps between updates as a schedule."""
         options = dataclasses.asdict(self)
         every, total = options.pop("update_every"), setup.length.total
         every = setup.length.steps_per_epoch if every is None else setup.every(every)
@@ -178,12 +188,12 @@ class NOfM(Options):
     n: int = 2
     m: int = 4
 
-    def kept_sets(self) -> Pattern:
-        """The pattern."""
+    def make_pattern(self) -> Pattern:
+        """N:M."""
         return patterns.n_of_m(self.n, self.m)
 
     def arguments(self, setup: Setup) -> dict[str, Any]:
-        """What the method's function is called with."""
+        """All options."""
         return dataclasses.asdict(self)
 
 
@@ -205,19 +215,19 @@ class Dynamic(Options):
     Attributes:
       update_every: steps between mask updates; None is 100, or an epoch if that is shorter.
       drop_fraction: of the kept weights, at the first update.
-      budget: how the layers share the density: uniform, erk or er.
+      budget: how the layers share the density: uniform, erk, er or global.
     """
 
     update_every: int | None = None
     drop_fraction: float = 0.3
     budget: str = "erk"
 
-    def kept_sets(self) -> Pattern:
-        """The pattern."""
+    def make_pattern(self) -> Pattern:
+        """Single weights."""
         return patterns.unstructured()
 
     def arguments(self, setup: Setup) -> dict[str, Any]:
-        """What the method's function is called with."""
+        """All options, the steps between updates as a schedule."""
         return {
             "sparsity": setup.sparsity,
             "schedule": _first_three_quarters(setup, self.update_every),
@@ -240,14 +250,15 @@ class AnyPattern(Options):
     pattern: str = "unstructured"
     budget: str = "uniform"
 
-    def kept_sets(self) -> Pattern:
-        """The pattern."""
+    def make_pattern(self) -> Pattern:
+        """The pattern that `pattern` names."""
         return named(self.pattern)
 
     def arguments(self, setup: Setup) -> dict[str, Any]:
-        """What the method's function is called with."""
-        sparsity = None if self.kept_sets().density else setup.sparsity
-        return {"sparsity": sparsity, "pattern": self.kept_sets(), "budget": self.budget}
+        """The pattern, the budget, and the sparsity unless the pattern fixes it."""
+        pattern = self.make_pattern()
+        sparsity = setup.sparsity if pattern.density is None else None
+        return {"sparsity": sparsity, "pattern": pattern, "budget": self.budget}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +266,7 @@ class Snip(AnyPattern):
     """Masks of any pattern, by the sensitivity of one batch's loss."""
 
     def arguments(self, setup: Setup) -> dict[str, Any]:
-        """What the method's function is called with."""
+        """Those of any pattern, and the scores of the batch."""
         if setup.loss_fn is None or setup.batch is None:
             raise ValueError("batch: snip scores weights by the loss of one batch, got none")
         scores = bsj.snip(setup.loss_fn, setup.params, setup.batch)
@@ -272,8 +283,18 @@ class Gradual(AnyPattern):
 
     update_every: int | None = None
 
+    def check(self) -> None:
+        """A pattern that fixes its density has no way from dense to sparse."""
+        pattern = self.make_pattern()
+        if pattern.density is not None:
+            raise ValueError(
+                f"pattern: {self.pattern!r} always keeps {pattern.density:g} of the weights, so "
+                "there is nothing to prune gradually; use --method magnitude or sr-ste, or another "
+                "pattern"
+            )
+
     def arguments(self, setup: Setup) -> dict[str, Any]:
-        """What the method's function is called with."""
+        """Those of any pattern, and the pruning steps."""
         end, every = max(1, setup.length.total // 2), setup.every(self.update_every)
         return super().arguments(setup) | {"schedule": bsj.between(0, end, every=every)}
 
@@ -295,7 +316,7 @@ class DropAndGrow(AnyPattern):
     drop_fraction: float = 0.3
 
     def arguments(self, setup: Setup) -> dict[str, Any]:
-        """What the method's function is called with."""
+        """Those of any pattern, what is dropped and grown, and the steps of the updates."""
         return super().arguments(setup) | {
             "drop": self.drop,
             "grow": self.grow,
@@ -310,17 +331,17 @@ class RandomWeights(Options):
     """Single weights drawn at random.
 
     Attributes:
-      budget: how the layers share the density: uniform, erk or er.
+      budget: how the layers share the density: uniform, erk, er or global.
     """
 
     budget: str = "uniform"
 
-    def kept_sets(self) -> Pattern:
-        """The pattern."""
+    def make_pattern(self) -> Pattern:
+        """Single weights."""
         return patterns.unstructured()
 
     def arguments(self, setup: Setup) -> dict[str, Any]:
-        """What the method's function is called with."""
+        """The drawn masks."""
         masks = bsj.random_masks(setup.key, setup.params, setup.sparsity, budget=self.budget)
         return {"masks": masks}
 
@@ -329,12 +350,12 @@ class RandomWeights(Options):
 class RandomChannels(Options):
     """Input channels drawn at random."""
 
-    def kept_sets(self) -> Pattern:
-        """The pattern."""
+    def make_pattern(self) -> Pattern:
+        """Input channels."""
         return patterns.channel("input")
 
     def arguments(self, setup: Setup) -> dict[str, Any]:
-        """What the method's function is called with."""
+        """The layouts of the drawn channels."""
         return {"layouts": bsj.random_channel_layouts(setup.key, setup.params, setup.sparsity)}
 
 

@@ -23,12 +23,14 @@ def named(text: str) -> Pattern:
 
     Example:
       >>> named("one_by_n:16")
-      OneByN(block=16)
+      OneByN(group_size=16)
     """
     name, *arguments = text.split(":")
     make = getattr(patterns, _checks.choice("pattern", name.replace("-", "_"), NAMES))
     try:
         return make(*map(_value, arguments))
+    except ValueError as error:
+        raise ValueError(f"pattern: {text!r}: {error}") from None
     except TypeError as error:
         raise ValueError(
             f"pattern: {name!r} does not take the arguments of {text!r} ({error}); write NAME or "

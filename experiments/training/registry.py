@@ -81,7 +81,7 @@ def rows() -> list[dict[str, str]]:
 
 
 def _row(entry: Method) -> dict[str, str]:
-    pattern = entry.options.kept_sets()
+    pattern = entry.options.make_pattern()
     source = entry.source or entry.function
     if pattern is None or source is None:
         return dict(zip(_COLUMNS, ("—", "—", "—", "—", "dense", "—"), strict=True))

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import jax
 
 import blocksparse_jax as bsj
-from experiments.bench.environment import commit, device, versions
-from experiments.bench.timing import StepTimer, median_iqr
 from experiments.data import load
+from experiments.measuring.environment import commit, device, versions
+from experiments.measuring.timing import StepTimer, median_iqr
 from experiments.models.flops import conv_positions
-from experiments.reporting import plots
+from experiments.training import plots
 from experiments.training.config import TrainConfig, resolve
 from experiments.training.execution import State, layouts_of, masks_of, to_form
 from experiments.training.length import Length

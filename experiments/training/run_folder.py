@@ -17,10 +17,8 @@ import orbax.checkpoint as ocp
 from experiments.training.config import TrainConfig
 from experiments.training.registry import METHODS
 
-_PLACE = (
-    "out",
-    "data_dir",
-)  # where things are, not what is trained: they may change between a stop and its resume
+# Where things are, not what is trained: they may change between a stop and its resume.
+_PLACE = ("out", "data_dir")
 _KEEP = 2
 
 
@@ -58,7 +56,7 @@ class RunFolder:
                 f"--resume out to start one"
             )
         if resume:
-            folder._check_same_run(config)
+            folder.check_same_run(config)
         elif folder.path.exists() and any(folder.path.iterdir()):
             raise ValueError(
                 f"out: {config.out} is not empty; add --resume to go on with that run, or choose "
@@ -98,26 +96,37 @@ class RunFolder:
                 f"{path}: other fields than a run of this version has (method "
                 f"{stored.get('method')!r} with options {options!r}); choose another --out"
             )
-        kind = type(METHODS[stored["method"]].options)
-        for made, given in ((TrainConfig, stored), (kind, options)):
-            fields = {field.name for field in dataclasses.fields(made)}
-            if odd := sorted(fields.symmetric_difference(given)):
+        options_type = type(METHODS[stored["method"]].options)
+        for dataclass, values in ((TrainConfig, stored), (options_type, options)):
+            fields = {field.name for field in dataclasses.fields(dataclass)}
+            if unmatched := sorted(fields.symmetric_difference(values)):
                 raise ValueError(
-                    f"{path}: other fields than a run of this version has ({', '.join(odd)}); "
-                    "choose another --out"
+                    f"{path}: other fields than a run of this version has "
+                    f"({', '.join(unmatched)}); choose another --out"
                 )
-        return TrainConfig(**stored | {"options": kind(**options)})
+        return TrainConfig(**stored | {"options": options_type(**options)})
 
-    def _check_same_run(self, config: TrainConfig) -> None:
-        stored, given = _flat(self.config()), _flat(config)
-        other = [
-            f"{name} {stored.get(name)!r} -> {given.get(name)!r}"
-            for name in stored | given
-            if name not in _PLACE and stored.get(name) != given.get(name)
+    def check_same_run(self, config: TrainConfig) -> None:
+        """Checks that a config is that of the run in the folder; only places may differ.
+
+        Args:
+          config: with no field left at None that the run has.
+
+        Raises:
+          ValueError: names the fields that differ, or config.json is missing or garbled.
+        """
+        stored, new = self.config(), config
+        if stored.method != new.method:  # whose options have other names
+            stored, new = (dataclasses.replace(one, options=None) for one in (stored, new))
+        before, after = _flat(stored), _flat(new)
+        changed = [
+            f"{name} {before.get(name)!r} -> {after.get(name)!r}"
+            for name in before | after
+            if name not in _PLACE and before.get(name) != after.get(name)
         ]
-        if other:
+        if changed:
             raise ValueError(
-                f"resume: {config.out} is a run with another config ({', '.join(other)}); leave "
+                f"resume: {config.out} is a run with another config ({', '.join(changed)}); leave "
                 f"these flags out or choose another --out"
             )
 

@@ -16,6 +16,7 @@ import pytest
 
 import blocksparse_jax as bsj
 from experiments.bench import (
+    dense_forms,
     inference,
     inference_networks,
     kernels,
@@ -23,12 +24,13 @@ from experiments.bench import (
     shapes,
     training,
     training_steps,
+    tune,
 )
 from experiments.bench.inference_times import PATTERNS, Execution, check_logits
 from experiments.bench.summary import summary
-from experiments.bench.timing import BURST_MS, StepTimer, time_in_turn, timed
 from experiments.bench.torch_baseline.process import POLICIES, TorchProcess
 from experiments.bench.training_steps import Variant
+from experiments.measuring.timing import BURST_MS, StepTimer, time_in_turn, timed
 from experiments.models.flops import conv_positions
 from experiments.reporting import tables
 from experiments.training.loop import stepper
@@ -157,6 +159,36 @@ def test_a_wrong_dense_baseline_fails_loudly(monkeypatch):
     monkeypatch.setattr(dense_conv, "dense_conv", wrong)
     with pytest.raises(AssertionError, match="dense taps NHWC: the output differs from dense NHWC"):
         kernels.main(TINY)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "config", "words"),
+    [
+        (kernels, kernels.KernelConfig(sparsities=(0.9, 1.5)), "sparsity: expected .* got 1.5"),
+        (kernels, kernels.KernelConfig(group_size=7), "group_size: expected a divisor of the 64"),
+        (kernels, kernels.KernelConfig(kept_taps=10), "kept_taps: expected 1 to 9, the taps of"),
+        (training, training.BenchConfig(sparsities=(-0.5,)), "sparsities: expected .* got -0.5"),
+        (tune, tune.Config(only="nosuchlayer"), "only: no name contains 'nosuchlayer'; e.g. 'vgg"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_first(benchmark, config, words, monkeypatch):
+    monkeypatch.setattr(benchmark, "steady_memory", lambda: pytest.fail("it began to measure"))
+    with pytest.raises(ValueError, match=words):
+        benchmark.main(config)
+
+
+def test_dense_forms_have_the_geometry_of_the_spec():
+    spec = shapes.layer_spec(shapes.RESNET32[0], sparsity=0.9, batch=2)
+    spec = dataclasses.replace(spec, strides=(2, 1), dilation=(2, 3), padding=((1, 2), (0, 3)))
+    kernel = jax.ShapeDtypeStruct(spec.kernel_shape, jnp.float32)
+    for name, layout in dense_forms.DENSE.items():
+        x_shape, y_shape = (
+            tuple(shape[axis] for axis in dense_forms.axes("CHWN", layout))
+            for shape in (spec.in_shape, spec.out_shape)
+        )
+        x = jax.ShapeDtypeStruct(x_shape, jnp.float32)
+        y = jax.eval_shape(functools.partial(dense_forms.run_dense, spec, name), x, kernel)
+        assert y.shape == y_shape, name
 
 
 def test_a_python_without_torch_says_how_to_make_one(tmp_path):

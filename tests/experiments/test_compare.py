@@ -2,7 +2,6 @@
 tables made of such reports.
 """
 
-import dataclasses
 import io
 import json
 
@@ -50,7 +49,10 @@ def test_subp_prunes_in_steps_and_is_tested_when_it_has_settled():
 
 def test_compare_prints_one_table(tmp_path, capsys):
     settings = compare.CompareConfig(
-        out=str(tmp_path / "all"), methods=(*compare.SMOKE, "sr-ste"), smoke=True
+        out=str(tmp_path / "all"),
+        methods=(*compare.SMOKE, "sr-ste"),
+        smoke=True,
+        results=str(tmp_path / "new" / "comparison.json"),
     )
     report = compare.main(settings)
     out = capsys.readouterr().out
@@ -77,15 +79,29 @@ def test_compare_prints_one_table(tmp_path, capsys):
     assert hrbp["kept_flops_fraction"] < 0.3
     assert sr_ste["density"] == pytest.approx(0.5)
     assert sr_ste["packed_step_ms_median"] is None
-    assert json.loads((tmp_path / "all" / "comparison.json").read_text()) == report
+    for folder in ("all", "new"):
+        assert json.loads((tmp_path / folder / "comparison.json").read_text()) == report
     assert f"({hrbp['packed_speed_up_over_dense']:.2f}x)" in compare_report.table(report)
     assert (
         RunFolder(tmp_path / "all" / "hrbp-dynamic").metrics()[-1]["sad"] > 0
     )  # a step in the sparse form moved the masks
     assert (tmp_path / "all" / "hrbp-dynamic" / "result.json").exists()
     assert (tmp_path / "all" / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="did you mean 'hrbp'"):
-        compare.main(dataclasses.replace(settings, methods=("hrpb",), out=str(tmp_path / "typo")))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"methods": ()}, "methods: expected names of the registry, got none"),
+        ({"methods": ("dense", "hrpb")}, "did you mean 'hrbp'"),
+        ({"repetitions": 0}, "repetitions: expected an integer of at least 1, got 0"),
+        ({"results": "."}, "results: . is a folder; name a file in it"),
+    ],
+)
+def test_what_cannot_end_well_is_said_before_any_training(tmp_path, change, words):
+    with pytest.raises(ValueError, match=words):
+        compare.main(compare.CompareConfig(out=str(tmp_path / "all"), **change))
+    assert not (tmp_path / "all").exists()
 
 
 def test_the_comparison_fits_80_columns():

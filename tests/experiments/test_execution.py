@@ -161,7 +161,7 @@ def test_new_masks_do_not_recompile():
 
 
 def has_layout(method):
-    pattern = METHODS[method].options.kept_sets()
+    pattern = METHODS[method].options.make_pattern()
     return pattern is not None and pattern.has_layout
 
 

@@ -59,7 +59,7 @@ def test_masks_change_at_the_steps_that_the_spec_names(method, params):
 
 @pytest.mark.parametrize("method", SPARSE)
 def test_an_entry_publishes_the_layout_and_the_density_of_its_pattern(method, params):
-    pattern = METHODS[method].options.kept_sets()
+    pattern = METHODS[method].options.make_pattern()
     spec = bsj.get_spec(built(method, params).init(params))
     assert spec.has_layout == pattern.has_layout
     assert spec.density == pytest.approx(pattern.density or 0.25, abs=0.02)

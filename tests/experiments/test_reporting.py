@@ -12,6 +12,7 @@ import pytest
 
 import experiments.bench
 import experiments.reporting
+from experiments import report
 from experiments.reporting import figures, markdown, results, tables
 from experiments.reporting.reports import training
 
@@ -88,6 +89,16 @@ def test_the_check_finds_what_is_stale(site, stale):
     with pytest.raises(ValueError, match=rf"stale tables or figures: {path.name}[^,]*; run python"):
         tables.main(dataclasses.replace(site, check=True))
     assert "101" in path.read_text(), "a check writes nothing"
+
+
+def test_the_command_ends_with_1_where_something_is_stale(site, capsys):
+    paths = ["--root", str(site.root), "--results", str(site.results)]
+    with pytest.raises(SystemExit) as stop:
+        report.cli(["--check", *paths])
+    assert stop.value.code == 1
+    assert "error: stale tables or figures: README.md" in capsys.readouterr().err
+    report.cli(paths)
+    report.cli(["--check", *paths])
 
 
 def test_an_unknown_table_says_what_there_is(site):

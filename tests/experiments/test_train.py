@@ -12,9 +12,8 @@ import pytest
 from small_runs import small_options
 
 from experiments import evaluate
-from experiments.reporting import plots
 from experiments.train import cli
-from experiments.training import methods, progress
+from experiments.training import command_line, methods, plots, progress
 from experiments.training.config import TrainConfig, resolve
 from experiments.training.execution import layouts_of, masks_of
 from experiments.training.run import Run
@@ -332,6 +331,15 @@ def test_a_typo_names_the_nearest_option(tmp_path, capsys, flag, value, nearest)
             "drop_fraction: expected a number in [0.0, 1.0]",
         ),
         (["--hrbp.block-density", "0"], "block_density: expected"),
+        (
+            ["--method", "gradual", "--gradual.pattern", "n_of_m:2:4"],
+            "pattern: 'n_of_m:2:4' always keeps 0.5 of the weights, so there is nothing to prune",
+        ),
+        (
+            ["--method", "gradual", "--gradual.pattern", "block:x"],
+            "pattern: 'block:x': group_size: expected an integer of at least 1, got 'x'",
+        ),
+        (["--method", "subp", "--subp.block", "0"], "error: block: expected an integer of at"),
         (["--resume"], "does not exist, so there is no run to go on with; leave --resume out"),
     ],
 )
@@ -373,6 +381,38 @@ def test_resume_with_another_config_names_the_fields(stopped, capsys):
     assert "hrbp-dynamic.group_size 16 -> 8" in text
     assert "sparsity 0.8 -> 0.5" in text
     assert "epochs" not in text
+
+
+@pytest.fixture
+def one_of_four(tmp_path):
+    """The flags that go on with a run of one weight in four; its config is all there is."""
+    settings = config(tmp_path, "sr-ste", {"n": 1}, sparsity=None)
+    RunFolder(settings.out).start(resolve(settings))
+    return ["--resume", "--out", settings.out]
+
+
+def test_resume_reads_the_method_from_the_folder(one_of_four):
+    settings, resume = command_line.parse([*one_of_four, "--sr-ste.n", "1"])
+    assert (settings.method, settings.options.n, settings.sparsity, resume) == (
+        "sr-ste",
+        1,
+        0.75,
+        True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changed"),
+    [
+        (["--sr-ste.n", "2"], "sr-ste.n 1 -> 2"),
+        (["--method", "sr-ste", "--sr-ste.n", "2"], "sr-ste.n 1 -> 2"),
+        (["--sparsity", "0.5"], "sparsity 0.75 -> 0.5"),
+        (["--method", "hrbp"], "method 'sr-ste' -> 'hrbp'"),
+    ],
+)
+def test_resume_names_only_what_was_given(one_of_four, capsys, arguments, changed):
+    text = error_of(capsys, [*one_of_four, *arguments])
+    assert f"is a run with another config ({changed}); leave these flags out" in text
 
 
 @pytest.mark.parametrize(
@@ -437,9 +477,10 @@ def test_without_a_terminal_a_slow_run_says_how_far_it_is(tmp_path, capsys, monk
     monkeypatch.setattr(progress, "_QUIET", -1)
     out = output_of(capsys, flags(config(tmp_path, "random-channel", epochs=1)))
     assert "random-channel step 4/11: loss " in out
-    assert (
-        "\nrandom-channel: sparse layers keep 0.19" in out
-    )  # the name of the command line, not of the transformation
+    # The name of the command line, not of the transformation.
+    assert "\nrandom-channel: sparse layers keep 0.19" in out
+    evaluate.main(evaluate.EvaluateConfig(run=str(tmp_path / "run")))
+    assert "\nrandom-channel: sparse layers keep 0.19" in capsys.readouterr().out
 
 
 def test_the_methods_that_fix_their_sparsity_store_it():

@@ -17,5 +17,5 @@ def small_options(method, **changes):
 
 def fixes_sparsity(method):
     """Whether the method's pattern, or having none, fixes its sparsity."""
-    pattern = METHODS[method].options.kept_sets()
+    pattern = METHODS[method].options.make_pattern()
     return pattern is None or pattern.density is not None

@@ -11,8 +11,8 @@ from experiments.bench.gpu import shapes
 from experiments.bench.gpu.check_cases import CheckCase
 from experiments.bench.gpu.float64 import as_float64, check_error, reference
 from experiments.bench.gpu.implementations import variant
-from experiments.bench.programs import PASS_NAMES
 from experiments.bench.shapes import convolve
+from experiments.measuring.row_names import PASS_NAMES
 from pallas_kernels.block_sparse_conv import ConvSpec, Implementation
 
 

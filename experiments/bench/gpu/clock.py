@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from experiments.bench.timing import time_in_turn, time_record, timed
+from experiments.measuring.timing import time_in_turn, time_record, timed
 from pallas_kernels.devices import this_device, this_gpu
 
 MOST_SETS = 4

@@ -20,9 +20,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import tyro
-
-from experiments.bench.command import exit_status
+from experiments.bench import command
 from experiments.bench.gpu import clock
 from experiments.bench.gpu.journal import TimeUp
 from experiments.bench.gpu.kernels_config import STAGES, GpuConfig
@@ -72,7 +70,7 @@ def main(config: GpuConfig) -> dict[str, Any]:
 
 def run(config: GpuConfig) -> int:
     """Runs the command and returns its exit status, see `command.exit_status`."""
-    return exit_status(lambda: main(config))
+    return command.exit_status(lambda: main(config))
 
 
 def cli(arguments: Sequence[str]) -> int:
@@ -84,5 +82,4 @@ def cli(arguments: Sequence[str]) -> int:
     Returns:
       The exit status.
     """
-    prog = "python -m experiments.bench.kernels"
-    return run(tyro.cli(GpuConfig, prog=prog, description=__doc__, args=arguments))
+    return run(command.parse(GpuConfig, "experiments.bench.kernels", __doc__, arguments))

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments.bench.environment import origin
 from experiments.bench.gpu import ceilings, check, check_cases, implementations, layers, shapes
 from experiments.bench.gpu.check_cases import CheckCase
 from experiments.bench.gpu.fingerprint import implementation_key
@@ -18,6 +17,7 @@ from experiments.bench.gpu.kernels_config import GpuConfig
 from experiments.bench.gpu.layer_rows import rows as layer_rows
 from experiments.bench.shapes import describe
 from experiments.bench.summary import summary
+from experiments.measuring.environment import origin
 from experiments.reporting import results
 from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, choose_implementation
 from pallas_kernels.devices import this_gpu

@@ -6,11 +6,8 @@ share in one program (the gathered dy, the lists) is counted twice in it.
 
 from typing import Any
 
-from experiments.bench.gpu.layers import DENSE, MASKED
-from experiments.bench.programs import PASS_NAMES
-
-CHOSEN = "chosen"
-TOGETHER = "forward + gradients"
+from experiments.bench.dense_forms import COMMON_DENSE
+from experiments.measuring.row_names import CHOSEN, MASKED, PASS_NAMES, TOGETHER
 
 Times = dict[str, dict[str, Any]]  # pass -> time record
 
@@ -58,7 +55,7 @@ def _comparison(ms: Times, implementations: list[str]) -> dict[str, Any]:
     """The fastest kernel, the fastest dense convolution, and the chosen kernel's speed-ups."""
     median = {name: record["median"] for name, record in ms.items()}
     best = min(implementations, key=median.__getitem__)
-    best_dense = min(DENSE, key=median.__getitem__)
+    best_dense = min(COMMON_DENSE, key=median.__getitem__)
     return {
         "best": best,
         "best_dense": best_dense,

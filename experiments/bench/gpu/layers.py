@@ -11,18 +11,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from experiments.bench.dense_forms import COMMON_DENSE, DENSE, axes, run_dense
 from experiments.bench.gpu import clock, shapes, tiles
 from experiments.bench.gpu.check import check_slices
 from experiments.bench.gpu.estimate import least_milliseconds
 from experiments.bench.programs import single_passes
 from experiments.bench.shapes import convolve
+from experiments.measuring.row_names import MASKED
 from pallas_kernels.block_sparse_conv import ConvSpec, Implementation
-
-MASKED = "masked dense"
-DENSE = {"dense NHWC": "NHWC", "dense NCHW": "NCHW"}
-FROM_CHWN = {"NHWC": (3, 1, 2, 0), "NCHW": (3, 0, 1, 2)}
 
 
 def measure_dense(spec: ConvSpec, repetitions: int) -> dict[str, Any]:
@@ -36,25 +33,20 @@ def measure_dense(spec: ConvSpec, repetitions: int) -> dict[str, Any]:
       "ms", the times by name and pass, and the size of the sets of operands.
     """
 
-    def conv(layout: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return lax.conv_general_dilated(
-            x, kernel, spec.strides, spec.padding, dimension_numbers=(layout, "HWIO", layout)
-        )
-
-    def unmasked(layout: str, x: jax.Array, kernel: jax.Array, mask: jax.Array) -> jax.Array:
-        return conv(layout, x, kernel)
+    def unmasked(name: str, x: jax.Array, kernel: jax.Array, mask: jax.Array) -> jax.Array:
+        return run_dense(spec, name, x, kernel)
 
     def masked(x: jax.Array, kernel: jax.Array, mask: jax.Array) -> jax.Array:
-        return conv("NHWC", x, jnp.where(mask, kernel, 0))
+        return run_dense(spec, "dense NHWC", x, jnp.where(mask, kernel, 0))
 
     all_taps = spec.kernel[0] * spec.kernel[1]
     dense = dataclasses.replace(spec, kept=spec.cin, kept_taps=all_taps)
     ms: dict[str, dict[str, Any]] = {}
-    for dense_name, layout in DENSE.items():
-        sets = clock.rotate(functools.partial(_dense_operands, spec, layout))
-        runs = single_passes(functools.partial(unmasked, layout))
+    for dense_name in COMMON_DENSE:
+        sets = clock.rotate(functools.partial(_dense_operands, spec, DENSE[dense_name]))
+        runs = single_passes(functools.partial(unmasked, dense_name))
         passes = {(dense_name, pass_name): run for pass_name, run in runs.items()}
-        if layout == "NHWC":
+        if dense_name == "dense NHWC":
             runs = single_passes(masked)
             passes |= {(MASKED, pass_name): run for pass_name, run in runs.items()}
         # One after another: XLA times cuDNN's algorithms while it compiles.
@@ -68,7 +60,7 @@ def _dense_operands(spec: ConvSpec, layout: str, seed: int) -> tuple[jax.Array, 
     """`(x, dy, kernel, mask)`."""
     keys = jax.random.split(jax.random.key(seed), 4)
     x_shape, dy_shape = (
-        tuple(shape[axis] for axis in FROM_CHWN[layout])
+        tuple(shape[axis] for axis in axes("CHWN", layout))
         for shape in (spec.in_shape, spec.out_shape)
     )
     kernel_shape = (*spec.kernel, spec.cin, spec.cout)

@@ -1,7 +1,6 @@
 """Checks and times one training step on a GPU."""
 
 import functools
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ from experiments.bench.gpu.fingerprint import implementation_key
 from experiments.bench.gpu.journal import Journal
 from experiments.bench.gpu.step_check import Sketch, check_layer, check_updates, sketch
 from experiments.bench.gpu.training_units import StepOptions, Unit
-from experiments.bench.timing import median_iqr, time_in_turn
+from experiments.measuring.timing import median_iqr, time_in_turn, timed
 from experiments.training.config import TrainConfig, resolve
 from experiments.training.execution import masks_of, to_form
 from experiments.training.length import Length
@@ -121,12 +120,13 @@ def _train_config(options: StepOptions, unit: Unit, implementation: str | None) 
 def _time(step: Callable[[], Any], options: StepOptions) -> dict[str, Any]:
     """Times bursts of steps, with one wait at the end of each."""
 
-    def burst(steps: int) -> float:
-        start = time.perf_counter()
+    def last(steps: int) -> Any:
         for _ in range(steps):
             output = step()
-        jax.block_until_ready(output)
-        return 1e3 * (time.perf_counter() - start) / steps
+        return output
+
+    def burst(steps: int) -> float:
+        return timed(functools.partial(last, steps))() / steps
 
     burst(2)
     steps = 2 if options.quick else int(min(100, max(3, BURST_MS / burst(3))))

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from experiments.bench.programs import PASS_NAMES
+from experiments.measuring.row_names import PASS_NAMES
 from pallas_kernels.block_sparse_conv import PASSES, ConvSpec, Implementation, tuned_tables, xla
 from pallas_kernels.block_sparse_conv.xla import tiles as xla_tiles
 

@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import tyro
 
-from experiments.bench.command import exit_status
-from experiments.bench.environment import origin
+from experiments.bench import command
 from experiments.bench.gpu import clock
 from experiments.bench.gpu.fingerprint import implementation_key
 from experiments.bench.gpu.journal import Journal, TimeUp
@@ -35,6 +33,7 @@ from experiments.bench.gpu.training_units import (
     training_units,
     unit_key,
 )
+from experiments.measuring.environment import origin
 from experiments.reporting import results
 from experiments.reporting.reports import gpu_training
 
@@ -168,7 +167,7 @@ def _report(
 
 def run(config: GpuTrainingConfig) -> int:
     """Runs the command and returns its exit status, see `command.exit_status`."""
-    return exit_status(lambda: main(config))
+    return command.exit_status(lambda: main(config))
 
 
 def cli(arguments: Sequence[str]) -> int:
@@ -180,5 +179,4 @@ def cli(arguments: Sequence[str]) -> int:
     Returns:
       The exit status.
     """
-    prog = "python -m experiments.bench.training"
-    return run(tyro.cli(GpuTrainingConfig, prog=prog, description=__doc__, args=arguments))
+    return run(command.parse(GpuTrainingConfig, "experiments.bench.training", __doc__, arguments))

@@ -5,10 +5,10 @@ import zlib
 
 import jax
 
-from experiments.bench.environment import ROOT
 from experiments.bench.gpu import shapes, tiles
 from experiments.bench.gpu.fingerprint import fingerprint, implementation_key
 from experiments.bench.gpu.implementations import present_implementations
+from experiments.measuring.environment import ROOT
 from pallas_kernels.devices import this_gpu
 
 

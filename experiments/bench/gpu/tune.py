@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import tyro
 
-from experiments.bench.command import exit_status
-from experiments.bench.environment import tuned_on
+from experiments.bench import command
 from experiments.bench.gpu import clock, shapes
 from experiments.bench.gpu.fingerprint import backend_fingerprint
 from experiments.bench.gpu.journal import Journal, TimeUp
 from experiments.bench.gpu.tile_times import measure_pass
 from experiments.bench.gpu.tiles import Tunable, tunable
+from experiments.measuring.environment import tuned_on
 from pallas_kernels.block_sparse_conv import PASSES, ConvSpec, tuned_tables
 from pallas_kernels.devices import this_gpu
 
@@ -121,8 +120,8 @@ def main(config: Config) -> bool:
         return False
     finally:
         for which in tunables:
-            own_keys = [key for key, unit in units.items() if unit.which is which]
-            measured = [result for key in own_keys if (result := journal.result(key))]
+            keys = [key for key, unit in units.items() if unit.which is which]
+            measured = [result for key in keys if (result := journal.result(key))]
             write_table(which, measured, config)
 
 
@@ -204,6 +203,5 @@ def cli(arguments: Sequence[str]) -> int:
     Returns:
       The exit status.
     """
-    prog = "python -m experiments.bench.tune"
-    config = tyro.cli(Config, prog=prog, description=__doc__, args=arguments)
-    return exit_status(lambda: {"complete": main(config), "failed": []})
+    config = command.parse(Config, "experiments.bench.tune", __doc__, arguments)
+    return command.exit_status(lambda: {"complete": main(config)})

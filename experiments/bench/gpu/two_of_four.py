@@ -12,6 +12,7 @@ product stands in for cuSPARSELt.
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -19,15 +20,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
-from experiments.bench.command import exit_status
-from experiments.bench.environment import tuned_on
+from experiments.bench import command
 from experiments.bench.gpu import clock
 from experiments.bench.gpu import two_of_four_bound as bound
 from experiments.bench.gpu.fingerprint import fingerprint
 from experiments.bench.gpu.float64 import as_float64
 from experiments.bench.gpu.journal import Journal, TimeUp
+from experiments.measuring.environment import tuned_on
 from experiments.reporting import results
 from pallas_kernels.devices import this_gpu
 from pallas_kernels.two_of_four import cusparselt, handler
@@ -274,9 +274,9 @@ def difference(
 
 def run(config: Config) -> int:
     """Runs the command and returns its exit status, see `command.exit_status`."""
-    return exit_status(lambda: main(config))
+    return command.exit_status(lambda: main(config))
 
 
 if __name__ == "__main__":
-    prog = "python -m experiments.bench.gpu.two_of_four"
-    raise SystemExit(run(tyro.cli(Config, prog=prog, description=__doc__)))
+    module = "experiments.bench.gpu.two_of_four"
+    raise SystemExit(run(command.parse(Config, module, __doc__, sys.argv[1:])))

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from experiments.bench.environment import ROOT
+from experiments.measuring.environment import ROOT
 
 POLICIES = ("active", "passive")
 _HOW_TO = "make one: python3 -m venv torchenv && torchenv/bin/python -m pip install torch numpy"

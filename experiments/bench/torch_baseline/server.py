@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.bench.memory import steady_memory
 from experiments.bench.torch_baseline import convolution, inference, training
 from experiments.bench.torch_baseline.job import Job
+from experiments.measuring.memory import steady_memory
 
 JOBS: dict[str, Callable[..., Job]] = {
     "convolution": convolution.load,

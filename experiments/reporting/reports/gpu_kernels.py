@@ -2,11 +2,11 @@
 
 from typing import Any
 
+from experiments.measuring.row_names import CHOSEN, MASKED, PASS_NAMES, TOGETHER
 from experiments.reporting import markdown
 from experiments.reporting.reports.totals import failures, shown_sparsity, summary_cells
 
-MODES = ("forward", "forward + gradients")
-PASSES = ("forward", "input gradient", "weight gradient")
+MODES = ("forward", TOGETHER)
 
 
 def table(report: dict[str, Any]) -> str:
@@ -58,8 +58,8 @@ def _times(heading: str, layers: list[str], rows: dict[tuple[str, str], dict[str
         for row in (rows[layer, mode] for mode in MODES):
             us = {name: 1e3 * times["median"] for name, times in row["ms"].items()}
             cells.append(f"{us[row['best_dense']]:.1f}")
-            cells.append(f"{us['masked dense']:.1f}")
-            cells.append(f"{us['chosen']:.1f} ({row['speed_up_over_dense']:.2f}x)")
+            cells.append(f"{us[MASKED]:.1f}")
+            cells.append(f"{us[CHOSEN]:.1f} ({row['speed_up_over_dense']:.2f}x)")
         lines.append(cells)
     return markdown.table([heading, "density", "runs", *columns], lines, text_columns=1)
 
@@ -69,9 +69,9 @@ def _decisions(heading: str, layers: list[str], rows: dict[tuple[str, str], dict
     lines = []
     for layer in layers:
         cells = [layer]
-        for row in (rows[layer, pass_name] for pass_name in PASSES):
+        for row in (rows[layer, pass_name] for pass_name in PASS_NAMES):
             dense_ms = row["ms"][row["best_dense"]]["median"]
             cells.append(f"{row['runs']} ({dense_ms / row['ms'][row['best']]['median']:.2f}x)")
         lines.append(cells)
-    columns = [f"{heading}: dense or kernel (the fastest kernel against dense)", *PASSES]
+    columns = [f"{heading}: dense or kernel (the fastest kernel against dense)", *PASS_NAMES]
     return markdown.table(columns, lines, text_columns=1)

@@ -3,6 +3,7 @@
 import statistics
 from typing import Any
 
+from experiments.measuring.row_names import CHOSEN, MASKED
 from experiments.reporting import markdown
 from experiments.reporting.reports.totals import shown_sparsity, summary_cells
 
@@ -66,6 +67,6 @@ def _times(row: dict[str, Any], with_torch: bool) -> list[str]:
     cells = [f"{ms[dense]:.1f} ({dense.removeprefix('dense ')})"]
     if with_torch:
         cells.append(f"{min(ms[name] for name in ms if name.startswith('PyTorch')):.1f}")
-    cells.append(f"{ms['masked dense']:.1f}")
-    cells.append(f"{ms['chosen']:.1f} ({row['speed_up_over_dense']:.2f}x)")
+    cells.append(f"{ms[MASKED]:.1f}")
+    cells.append(f"{ms[CHOSEN]:.1f} ({row['speed_up_over_dense']:.2f}x)")
     return cells

@@ -2,12 +2,12 @@
 
 from typing import Any
 
+from experiments.measuring.row_names import TORCH
 from experiments.reporting import markdown
 
 EXECUTIONS = ("masked", "sparse", "packed")
 NAMES = {"vgg19": "VGG-19", "resnet20": "ResNet-20", "resnet32": "ResNet-32"}
 SUMMARY_SPARSITIES = (0.9, 0.95)
-TORCH = "PyTorch dense"
 
 
 def table(report: dict[str, Any]) -> str:

@@ -98,12 +98,12 @@ def gather_outer(
             wait_until_read(tile, count, empty)
 
         def consume(warpgroup):
-            own_columns = pl.ds(pl.multiple_of(warpgroup * width, 64), width)
+            warpgroup_columns = pl.ds(pl.multiple_of(warpgroup * width, 64), width)
 
             def operands(slot):
                 if not transposed:
-                    return y_ring.at[slot], x_ring.at[slot, own_columns].transpose((1, 0))
-                transposed[0][warpgroup] = x_ring[slot, own_columns].T
+                    return y_ring.at[slot], x_ring.at[slot, warpgroup_columns].transpose((1, 0))
+                transposed[0][warpgroup] = x_ring[slot, warpgroup_columns].T
                 return y_ring.at[slot], transposed[0].at[warpgroup]
 
             shape = (tile.rows, width)

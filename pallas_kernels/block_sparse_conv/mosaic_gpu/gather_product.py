@@ -242,10 +242,10 @@ def gather_product(
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the staging memory is free again
             if residual_ref is not None:
                 fetch_residual(warpgroup, place)
-            own_columns = pl.ds(pl.multiple_of(warpgroup * width, 64), width)
+            warpgroup_columns = pl.ds(pl.multiple_of(warpgroup * width, 64), width)
 
             def operands(slot):
-                return w_ring.at[slot], x_ring.at[slot, :, own_columns]
+                return w_ring.at[slot], x_ring.at[slot, :, warpgroup_columns]
 
             product = multiply(tile, (tile.rows, width), count, done, full, empty, operands)
             for name, apply in (("scale", jnp.multiply), ("bias", jnp.add)):

@@ -1,6 +1,6 @@
 """Wall times of calls and of training steps: warm-up excluded, median and interquartile range.
 
-`time_in_turn` is the one loop that times calls against each other; every benchmark uses it.
+`call_and_time` reads the clock for all of them. `time_in_turn` times calls against each other;
 `StepTimer` keeps the times of the steps of one training run.
 """
 

@@ -1,0 +1,105 @@
+"""`prepare` converts the original files of a data set to the TFDS layout, which `load` reads."""
+
+import dataclasses
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from blocksparse_jax._checks import choice
+from experiments.data.sources import open_source
+from experiments.data.specs import SPECS
+from experiments.data.tfds_layout import prepared_versions, write
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The result of a conversion.
+
+    Attributes:
+      folder: the folder of the version.
+      counts: number of examples in each split.
+      megabytes: size on disk, in units of 10^6 bytes.
+      seconds: duration of the conversion.
+    """
+
+    folder: Path
+    counts: dict[str, int]
+    megabytes: float
+    seconds: float
+
+
+def prepare(
+    name: str, data_dir: Path, *, source: Path | None = None, overwrite: bool = False
+) -> Summary:
+    """Converts a data set; downloads it first where no source is given.
+
+    Args:
+      name: of the data set.
+      data_dir: the TFDS folder to write into.
+      source: the original archive, folder or .npz of arrays; None downloads the official archive.
+      overwrite: whether to replace an existing copy.
+
+    Returns:
+      The folder, the number of examples, the size and the duration.
+
+    Raises:
+      ValueError: the data set is unknown, the source is wrong or corrupted, or a prepared copy
+        exists already.
+      FileNotFoundError: the source, or a part of it, is missing.
+    """
+    choice("dataset", name, [key for key in SPECS if SPECS[key].source])
+    versions = prepared_versions(name, data_dir)
+    if versions and not overwrite:
+        raise ValueError(
+            f"data_dir: {str(versions[-1])!r} exists already; pass --overwrite to replace it"
+        )
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        path = source or _download(name, Path(scratch))
+        with open_source(name, path) as opened:
+            examples = _progress(opened.examples, opened.total, name)
+            folder, counts = write(
+                name, data_dir, examples, opened.class_names, overwrite=overwrite
+            )
+    megabytes = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    return Summary(folder, counts, megabytes, time.perf_counter() - start)
+
+
+def _progress(items: Iterable[T], total: int, label: str) -> Iterator[T]:
+    """Yields the items and, on a terminal, shows a progress bar."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
+        yield from progress.track(items, total=total, description=label)
+
+
+def _download(name: str, folder: Path) -> Path:
+    """Downloads the official archive of a data set, or its folder of files, into `folder`."""
+    urls = SPECS[name].urls
+    if not urls:
+        raise ValueError(
+            f"source: {name} needs a registration to download; give --source {SPECS[name].source}"
+        )
+    for url in urls:
+        print(f"downloading {url}", file=sys.stderr)
+        try:
+            urllib.request.urlretrieve(url, folder / url.rpartition("/")[2])
+        except OSError as error:
+            raise FileNotFoundError(
+                f"source: {url} cannot be fetched ({error}); fetch it yourself and pass --source"
+            ) from error
+    return folder / urls[0].rpartition("/")[2] if len(urls) == 1 else folder

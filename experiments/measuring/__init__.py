@@ -1,0 +1,1 @@
+"""What every measurement needs: the clock, the allocator, and the description of the machine."""
