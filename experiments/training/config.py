@@ -95,7 +95,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     Example:
       >>> resolve(TrainConfig(dataset="cifar10")).epochs
       160
-      >>> resolve(TrainConfig(method="hrpb"))
+      >>> resolve(TrainConfig(method="hrpb"))  # doctest: +ELLIPSIS
       Traceback (most recent call last):
       ...
       ValueError: method: expected one of 'dense', 'hrbp', ..., got 'hrpb'; did you mean 'hrbp'?

@@ -23,7 +23,7 @@ def named(text: str) -> Pattern:
 
     Example:
       >>> named("one_by_n:16")
-      OneByN(block=16)
+      OneByN(group_size=16)
     """
     name, *arguments = text.split(":")
     make = getattr(patterns, _checks.choice("pattern", name.replace("-", "_"), NAMES))
