@@ -1,17 +1,11 @@
 """Tables and figures come from the reports, stale ones are found, and drawing is repeatable."""
 
 import dataclasses
-import doctest
-import importlib
 import json
-import pkgutil
-import warnings
 import xml.etree.ElementTree
 
 import pytest
 
-import experiments.bench
-import experiments.reporting
 from experiments import report
 from experiments.reporting import figures, markdown, results, tables
 from experiments.reporting.reports import training
@@ -150,18 +144,3 @@ def test_reports_hold_no_paths_and_are_read_again(tmp_path):
 def test_markdown_is_printed_as_it_is_into_a_pipe(capsys):
     markdown.show(markdown.table(["a", "b"], [["x", "1"]]))
     assert capsys.readouterr().out.startswith("| a | b |\n|---|---:|\n| x | 1 |\n")
-
-
-def _modules():
-    for package in (experiments.bench, experiments.reporting):
-        for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-            if "torch_baseline" not in info.name:  # runs in a Python that has PyTorch
-                yield info.name
-
-
-@pytest.mark.parametrize("name", list(_modules()))
-def test_doctests(name):
-    module = importlib.import_module(name)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert doctest.testmod(module).failed == 0

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from requirements import needs
 
 from experiments.bench.command import exit_status
 from experiments.bench.gpu import clock
@@ -83,7 +84,7 @@ def test_no_timed_program_is_short(monkeypatch):
     assert counts == [20], "long enough"
 
 
-@pytest.mark.skipif(described_gpu.missing() is not None, reason=str(described_gpu.missing()))
+@needs(described_gpu.missing())
 def test_the_compiled_loop_holds_the_calls_and_nothing_else():
     def function(a, b):
         return jnp.tanh(a) @ b

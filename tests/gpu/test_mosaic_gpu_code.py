@@ -6,7 +6,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from described_gpu import compile_for_h200, missing, needs, spec_of
+from described_gpu import compile_for_h200, missing, spec_of
+from requirements import needs
 
 from experiments.bench import shapes
 from pallas_kernels.block_sparse_conv import PASSES, ConvSpec, tuned_tables

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from described_gpu import needs
+from requirements import needs
 
 from experiments.bench import shapes
 from pallas_kernels.block_sparse_conv import ConvSpec, triton

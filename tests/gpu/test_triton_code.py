@@ -16,7 +16,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from described_gpu import needs, spec_of
+from described_gpu import spec_of
+from requirements import needs
 
 from experiments.bench import shapes
 from pallas_kernels.block_sparse_conv import PASSES, triton, tuned_tables
@@ -40,10 +41,10 @@ SHAPES += [(layer, batch) for batch in (128, 1024) for layer in shapes.VGG19 + s
 
 def launches(spec, name, capability=90, fused=False, **private):
     """The kernel calls of a pass on such a GPU, with the operands' dtypes."""
-    calls_made = []
+    recorded = []
 
     def record(launch, *operands):
-        calls_made.append((launch, [a.dtype.name for a in operands]))
+        recorded.append((launch, [a.dtype.name for a in operands]))
         return jnp.zeros(launch.out.shape, launch.out.dtype)
 
     lists = (
@@ -65,7 +66,7 @@ def launches(spec, name, capability=90, fused=False, **private):
         patch.setattr(calls, "capability", lambda: capability)
         run = getattr(triton.IMPLEMENTATION, name)
         jax.eval_shape(lambda *a: run(spec, *a, **private), *inputs[name], *index)
-    return calls_made
+    return recorded
 
 
 def machine_code(launch, dtypes, capability):

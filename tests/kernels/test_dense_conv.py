@@ -211,7 +211,7 @@ def test_small_images_of_many_channels_run_as_taps_through_every_door(
         assert "conv_general_dilated" in str(jax.make_jaxpr(lambda x: doors[door](x))(x))
 
 
-def test_a_layout_has_the_last_word_over_taps():
+def test_a_layout_wins_over_the_product_for_each_tap():
     x, kernel = jnp.ones((1, 4, 4, 256)), jnp.ones((3, 3, 256, 128))
     channels, taps = np.tile(np.arange(3), (4, 1)), np.tile(np.arange(2), (4, 1))
     arrays = (jnp.asarray(a, jnp.int32) for a in (np.arange(128).reshape(4, 32), channels, taps))

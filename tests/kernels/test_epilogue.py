@@ -48,8 +48,11 @@ def defined(y, scale=None, bias=None, residual=None, relu=False):
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize(
     "names",
-    list(itertools.chain.from_iterable(itertools.combinations(PARTS, n) for n in range(4))),
-    ids="+".join,
+    [
+        pytest.param(names, marks=[pytest.mark.slow] if n == 2 else [], id="+".join(names))
+        for n in range(4)
+        for names in itertools.combinations(PARTS, n)
+    ],
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_value_and_gradients_are_those_of_the_definition(name, names, relu):

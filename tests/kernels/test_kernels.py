@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conv_cases import BASE, CASES, IMPLEMENTATIONS, NAMES, assert_close, conv, specs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
-from new_process import run_python
+from new_process import host_devices, run_python
 
 from experiments.bench import shapes
 from pallas_kernels.block_sparse_conv import (
@@ -21,69 +22,12 @@ from pallas_kernels.block_sparse_conv import (
     Implementation,
     available_implementations,
     block_sparse_conv,
-    cpu,
     xla,
 )
 
-NAMES = [name for name, reason in available_implementations().items() if reason is None]
-
-
-def forced(variant: str) -> Implementation:
-    """The native kernels in one of the variants that this CPU can run."""
-
-    def in_it(run):
-        def call(*operands, **options):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv(cpu.kernels.VARIABLE, variant)
-                return run(*operands, **options)
-
-        return call
-
-    passes = {name: in_it(getattr(cpu.IMPLEMENTATION, name)) for name in PASSES}
-    return dataclasses.replace(cpu.IMPLEMENTATION, **passes)
-
-
-VARIANTS = {
-    f"cpu:{variant}": forced(variant) for variant in cpu.kernels.variants()[1:] if "cpu" in NAMES
-}  # "cpu" is the first
-IMPLEMENTATIONS = (
-    {name: name for name in NAMES}
-    | VARIANTS
-    | {f"xla:{name}": f for name, f in xla.FORMULATIONS.items() if name != "dense"}
-)
 SPARSE = [name for name in IMPLEMENTATIONS if name.startswith("xla:")]
 NATIVE = [name for name in IMPLEMENTATIONS if name.startswith("cpu")]
 every_implementation = pytest.mark.parametrize("name", IMPLEMENTATIONS)
-
-BASE = ConvSpec(
-    cin=9,
-    height=7,
-    width=6,
-    batch=3,
-    kernel=(3, 3),
-    cout=8,
-    groups=2,
-    kept=4,
-    kept_taps=3,
-    group_size=4,
-)
-CASES = {
-    "same": dataclasses.replace(BASE, padding=((1, 1), (1, 1))),
-    "stride": dataclasses.replace(BASE, strides=(2, 3), padding=((0, 1), (1, 0))),
-    "rectangular, dilated, wide padding": dataclasses.replace(
-        BASE, kernel=(2, 4), dilation=(3, 1), padding=((4, 0), (0, 5))
-    ),
-    "1x1, stride, batch 1": dataclasses.replace(
-        BASE, kernel=(1, 1), kept_taps=1, strides=(2, 3), padding=((2, 0), (0, 1)), batch=1
-    ),
-    "one group, all kept": dataclasses.replace(
-        BASE, kernel=(2, 2), groups=1, kept=9, kept_taps=4, group_size=8
-    ),
-}
-
-
-def conv(spec: ConvSpec, name: str | None, x, values, *index):
-    return shapes.convolve(spec, IMPLEMENTATIONS.get(name, name), x, values, *index)
 
 
 def masked_dense(spec: ConvSpec, x, values, filters, channels, taps):
@@ -116,13 +60,6 @@ def results(f, x, values, dy):
         return run(x, values, dy)
 
 
-def assert_close(arrays, reference, tolerance):
-    for a, b in zip(arrays, reference, strict=True):
-        assert a.shape == b.shape
-        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(initial=1e-30))
-
-
 def check(spec: ConvSpec, name: str, seed: int = 0, tolerance: float = 1e-5):
     x, dy, values, *index = shapes.random_operands(spec, seed)
     arrays = results(lambda x, v: conv(spec, name, x, v, *index), x, values, dy)
@@ -139,43 +76,19 @@ def test_values_and_gradients_are_those_of_the_masked_dense_convolution(name, ca
     check(CASES[case], name)
 
 
-@st.composite
-def specs(draw):
-    def pair(low, high):
-        return draw(st.tuples(st.integers(low, high), st.integers(low, high)))
-
-    kernel, strides, dilation, groups = pair(1, 4), pair(1, 3), pair(1, 3), draw(st.integers(1, 3))
-    cin, group_size = draw(st.integers(1, 7)), draw(st.integers(1, 5))
-    height, width = pair(1, 9)
-    reach = [(k - 1) * d for k, d in zip(kernel, dilation)]
-    kind = draw(st.sampled_from(["SAME", "VALID", "explicit"]))
-    if kind == "SAME":
-        padding = lax.padtype_to_pads((height, width), [r + 1 for r in reach], strides, "SAME")
-    else:
-        padding = [(0, 0), (0, 0)] if kind == "VALID" else [pair(0, 4), pair(0, 4)]
-    height, width = (
-        max(size, r + 1 - sum(p)) for size, r, p in zip((height, width), reach, padding)
-    )
-    return ConvSpec(
-        cin=cin,
-        height=height,
-        width=width,
-        batch=draw(st.integers(1, 3)),
-        kernel=kernel,
-        cout=groups * group_size,
-        groups=groups,
-        kept=draw(st.integers(1, cin)),
-        kept_taps=draw(st.integers(1, math.prod(kernel))),
-        group_size=group_size,
-        strides=strides,
-        padding=tuple((int(a), int(b)) for a, b in padding),
-        dilation=dilation,
-    )
+some_geometry = given(specs(), st.sampled_from(list(IMPLEMENTATIONS)), st.integers(0, 99))
 
 
-@settings(max_examples=30, deadline=None)
-@given(specs(), st.sampled_from(list(IMPLEMENTATIONS)), st.integers(0, 99))
+@settings(max_examples=12, deadline=None)
+@some_geometry
 def test_any_geometry(spec, name, seed):
+    check(spec, name, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None)
+@some_geometry
+def test_many_geometries(spec, name, seed):
     check(spec, name, seed)
 
 
@@ -246,7 +159,7 @@ def test_vmap_over_images_weights_and_layouts(name):
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, PartitionSpec as P
-from test_kernels import CASES, IMPLEMENTATIONS, assert_close, conv, shapes
+from conv_cases import CASES, IMPLEMENTATIONS, assert_close, conv, shapes
 import dataclasses
 spec = dataclasses.replace(CASES["same"], batch=4)
 x, dy, values, *index = shapes.random_operands(spec)
@@ -274,7 +187,7 @@ for name in IMPLEMENTATIONS:
 
 
 def test_shard_map_over_the_batch():
-    done = run_python("-c", SHARDED, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    done = run_python("-c", SHARDED, **host_devices(2))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("agrees") == len(IMPLEMENTATIONS)
 
@@ -409,7 +322,7 @@ def test_what_cannot_serve_says_why(name):
         conv(BASE, name, x, values, *index)
 
 
-def test_the_seam_takes_any_implementation():
+def test_a_custom_implementation_runs_every_pass():
     calls = []
 
     def spy(name):

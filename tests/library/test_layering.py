@@ -105,6 +105,12 @@ def test_experiments_import_the_library_and_nothing_runs_back():
             ), path
 
 
-def test_the_order_has_no_ghosts():
+def test_every_module_of_the_order_exists():
     names = set(modules("blocksparse_jax"))
     assert set(RANK) <= names, f"not there: {set(RANK) - names}"
+
+
+def test_no_test_file_imports_another():
+    """What tests share lies in tests/support."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not any(name.startswith("test_") for name in imports(path)), path

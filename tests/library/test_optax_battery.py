@@ -8,15 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sparse_methods import EXCHANGING, HARD, METHODS, chain, noise
+from sparse_methods import EXCHANGING, HARD, KINDS, METHODS, chain, kinds_first, noise, slow_unless
 
 import blocksparse_jax as bsj
 
-# "hrbp-gradient" takes long to compile: where its scores make no difference, it is a slow test.
-EVERY = [
-    pytest.param(name, marks=pytest.mark.slow) if name == "hrbp-gradient" else name
-    for name in METHODS
-]
 OPTIMIZERS = {
     "sgd": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
     "adamw": lambda: optax.adamw(1e-2, weight_decay=1e-2),
@@ -57,28 +52,10 @@ def _assert_zeros(params, masks):
         assert not np.any(np.asarray(p)[~np.broadcast_to(m, p.shape)])
 
 
-# Slow in bfloat16: the kinds of their updates are among those of the other methods.
-ALIKE = (
-    "hrbp",
-    "hrbp-gradient",
-    "subp-hard",
-    "random-channel",
-    "ste",
-    "set",
-    "magnitude",
-    "gradual-blocks",
-)
-
-
 @pytest.mark.parametrize(
     ("dtype", "name"),
     [
-        pytest.param(
-            dtype,
-            name,
-            marks=[pytest.mark.slow] if dtype == jnp.bfloat16 and name in ALIKE else [],
-            id=f"{short}-{name}",
-        )
+        slow_unless(dtype == jnp.float32 or name in KINDS, dtype, name, id=f"{short}-{name}")
         for short, dtype in (("fp32", jnp.float32), ("bf16", jnp.bfloat16))
         for name in METHODS
     ],
@@ -168,7 +145,7 @@ def test_a_topology_step_applies_no_gradient(name, optimizer, params):
             np.testing.assert_array_equal(old, new)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", kinds_first(METHODS))
 def test_inject_hyperparams_inside_with_a_schedule(name, params):
     schedule = optax.piecewise_constant_schedule(0.1, {3: 0.1})
     injected = optax.inject_hyperparams(optax.sgd)(learning_rate=schedule, momentum=0.9)
@@ -183,7 +160,7 @@ def test_inject_hyperparams_inside_with_a_schedule(name, params):
         _assert_zeros(a, bsj.get_masks(state))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", kinds_first(METHODS))
 def test_multi_steps_outside(name, params):
     """Gradients accumulated over two micro-steps equal one step on their mean; masks are read
     through the wrapper.
@@ -220,7 +197,9 @@ def test_multi_steps_inside_keep_zeros(params):
     chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [n for n in EVERY if n not in ("fixed", "random-channel")])
+@pytest.mark.parametrize(
+    "name", kinds_first(n for n in METHODS if n not in ("fixed", "random-channel"))
+)
 def test_multi_transform_outside(name, params):
     """Two labels, two optimizers: the method sees only the leaves of its label, and masks come back
     for the whole tree.
@@ -267,7 +246,7 @@ def test_two_methods_in_multi_transform_merge(params):
     assert np.mean(np.asarray(forward["conv2"]["kernel"]) == 0) == 0.5
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", kinds_first(METHODS))
 def test_extra_args_pass_through(name, params):
     """A transformation behind the method gets its extra argument; `params` may be a keyword."""
     tx = bsj.keep_zeros(
@@ -290,7 +269,7 @@ def test_extra_args_pass_through(name, params):
     chex.assert_trees_all_equal_shapes(updates, params)
 
 
-@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("name", kinds_first(HARD))
 def test_chain_order_does_not_break_zeros(name, params):
     """The method behind the optimizer's transformations: other numbers, but zeros all the same."""
     tx = bsj.keep_zeros(
@@ -305,26 +284,18 @@ def test_chain_order_does_not_break_zeros(name, params):
     _assert_zeros(params, bsj.get_masks(state))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", kinds_first(METHODS))
 def test_params_are_required(name, params):
     for tx in (METHODS[name](params), bsj.keep_zeros(METHODS[name](params))):
         with pytest.raises(ValueError, match="params: "):
             tx.update(params, tx.init(params))
 
 
-SAME_SEARCH = (
-    "hrbp-dynamic",
-    "hrbp-gradient",
-)  # a jitted init holds the whole search for groups: that of hrbp stands for all
+# A jitted init holds the whole search for groups: that of hrbp stands for all.
+SAME_SEARCH = ("hrbp-dynamic", "hrbp-gradient")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name in SAME_SEARCH else [])
-        for name in METHODS
-    ],
-)
+@pytest.mark.parametrize("name", [slow_unless(name not in SAME_SEARCH, name) for name in METHODS])
 def test_init_and_update_trace_abstractly(name, params):
     tx = bsj.keep_zeros(optax.chain(METHODS[name](params), optax.adam(1e-3)))
     shapes, state = jax.eval_shape(tx.init, params), tx.init(params)

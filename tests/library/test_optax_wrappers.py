@@ -15,8 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sparse_methods import EXCHANGING, HARD, MOVING, STATIC, chain, noise, small_tree
-from test_optax_battery import EVERY
+from sparse_methods import (
+    EXCHANGING,
+    HARD,
+    METHODS,
+    MOVING,
+    STATIC,
+    chain,
+    kinds_first,
+    noise,
+    small_tree,
+)
 
 import blocksparse_jax as bsj
 
@@ -65,7 +74,7 @@ def assert_close(actual, expected):
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", kinds_first(METHODS))
 def test_lookahead_around_keep_zeros(name, params):
     """Masks, fast and slow parameters are those of a loop that does lookahead by hand. Fast
     parameters are zero where pruned, except right after a synchronisation that brought back what
@@ -106,7 +115,7 @@ def test_lookahead_around_keep_zeros(name, params):
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", kinds_first(METHODS))
 def test_an_average_of_the_parameters_outside(name, params):
     """`optax.ema` of the parameters: exact zeros where masks never change; where they do, what is
     left of a weight pruned since fades by the decay, and `apply_masks` removes it.
@@ -145,7 +154,7 @@ def average_inside(decay):
     return optax.GradientTransformation(AverageState, update)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", kinds_first(METHODS))
 def test_an_average_of_the_parameters_inside(name, params):
     """Under keep_zeros it is part of the state of each weight: zero where pruned or newly grown."""
     tx = bsj.keep_zeros(chain(name, optax.sgd(RATE, momentum=0.9), average_inside(0.5)))
@@ -164,7 +173,7 @@ def test_an_average_of_the_parameters_inside(name, params):
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("name", kinds_first(HARD))
 def test_an_average_of_the_updates(name, params):
     """`optax.ema` in the chain smooths updates, as momentum does: zeros stay exact."""
     tx = bsj.keep_zeros(chain(name, optax.ema(0.9), optax.scale(-RATE)))
@@ -177,7 +186,7 @@ def test_an_average_of_the_updates(name, params):
         assert not pruned_values(optax.tree.get(state, "ema"), masks).any()
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", kinds_first(METHODS))
 def test_schedule_free_inside_keep_zeros(name, params):
     """The parameters y, the iterates z and the averages x for evaluation are all zero where pruned;
     a step that changes masks moves no weight that stays; grown weights start at zero.
@@ -222,7 +231,7 @@ def test_schedule_free_outside_of_keep_zeros_loses_zeros(params):
     assert bsj.nonzero_pruned(params, state) > 0
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", kinds_first(METHODS))
 def test_apply_if_finite_around_keep_zeros(name, params):
     tx = optax.apply_if_finite(momentum_sgd(name)[0], max_consecutive_errors=2)
     check_that_rejected_steps_leave_no_trace(tx, name, params)

@@ -4,7 +4,6 @@ The devices are host devices of a new process, as XLA counts them once at its st
 """
 
 import json
-import os
 import sys
 
 import jax
@@ -14,8 +13,8 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from new_process import run_python
-from sparse_methods import METHODS, chain, small_tree
+from new_process import host_devices, run_python
+from sparse_methods import KINDS, METHODS, chain, slow_unless, small_tree
 
 import blocksparse_jax as bsj
 
@@ -24,25 +23,21 @@ STEPS = 7
 # The search for groups takes long to compile for 8 devices: at init of all HRBP, and in the update
 # of "hrbp-gradient".
 SEARCH_AT_INIT = ["hrbp", "hrbp-dynamic", "hrbp-gradient"]
-FAST = [name for name in METHODS if name != "hrbp-gradient"]
-SLOW = ["hrbp", "hrbp-gradient", "--search"]
+FAST = [*KINDS, "hrbp-dynamic"]
+OTHERS = [name for name in METHODS if name not in (*FAST, "hrbp-gradient")]
+SEARCH = ["hrbp", "hrbp-gradient", "--search"]
 
 
 @pytest.mark.parametrize(
-    "names", [FAST, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["fast", "slow"]
+    "names",
+    [FAST, slow_unless(False, OTHERS), slow_unless(False, SEARCH)],
+    ids=["fast", "others", "search"],
 )
 def test_masks_on_8_devices_are_those_on_one(names):
     """Every method, with its parameters and state replicated or sharded over the filters, and the
     batch sharded; the first masks are drawn on all devices too.
     """
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
-    done = run_python(
-        __file__,
-        *names,
-        XLA_FLAGS=flags,
-        JAX_COMPILATION_CACHE_DIR=jax.config.jax_compilation_cache_dir,
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.03",
-    )
+    done = run_python(__file__, *names, **host_devices(DEVICES))
     assert done.returncode == 0, done.stdout + done.stderr
     reports = json.loads(done.stdout.splitlines()[-1])
     assert sorted(reports) == sorted(set(names) - {"--search"})

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import references as ref
-from test_subp import conv_kernels, run_subp
+from subp_runs import conv_kernels, run_subp
 
 import blocksparse_jax as bsj
 

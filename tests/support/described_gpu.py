@@ -179,13 +179,6 @@ def _numbers(word: str) -> tuple[int, ...]:
     return tuple(map(int, word.split("x")))
 
 
-def needs(reason: str | None) -> pytest.MarkDecorator:
-    """Skips a test where something is missing; with BLOCKSPARSE_JAX_NO_SKIP=1 that is an error."""
-    if reason and os.environ.get("BLOCKSPARSE_JAX_NO_SKIP") == "1":
-        raise RuntimeError(f"BLOCKSPARSE_JAX_NO_SKIP=1, and a test cannot run: {reason}")
-    return pytest.mark.skipif(bool(reason), reason=str(reason))
-
-
 def pytest_terminal_summary(terminalreporter) -> None:
     """Lists what tests recorded as `compiled`: registers, spills and shared memory of each kernel.
 

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import jax
+
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`python *arguments` on the CPU, with more environment variables; its output is captured."""
@@ -15,3 +17,15 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
         text=True,
         check=False,
     )
+
+
+def host_devices(count: int) -> dict[str, str]:
+    """Environment variables for `run_python`: so many host devices, and this run's compiler flags
+    and compilation cache.
+    """
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    return {
+        "XLA_FLAGS": flags,
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.03",
+    }

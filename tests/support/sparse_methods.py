@@ -1,12 +1,13 @@
 """Every sparse method with small settings, and a small network to prune: what the tests of all
 methods run over.
 
-A new method needs one line in `METHODS`.
+A new method needs one line in `METHODS`, and one of a new kind a place in `KINDS`.
 """
 
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
 import blocksparse_jax as bsj
 
@@ -73,6 +74,21 @@ STATIC = ["hrbp", "magnitude", "fixed", "random-channel"]
 MOVING = [name for name in HARD if name not in (*STATIC, "hrbp-gradient")]
 # Of these, the ones that grow as many weights as they prune.
 EXCHANGING = ["hrbp-dynamic", "rigl", "set", "snfs"]
+# One method of each kind: masks or layouts that stay, weights exchanged or pruned at some steps,
+# masks that follow the weights, and a soft method that resizes its layouts.
+KINDS = ["fixed", "random-channel", "rigl", "gradual", "sr-ste", "subp"]
+
+
+def slow_unless(condition, *values, **options):
+    """A parameter set that is a slow test where the condition does not hold."""
+    return pytest.param(*values, marks=[] if condition else [pytest.mark.slow], **options)
+
+
+def kinds_first(names):
+    """Names of methods as parameters for a test of what all methods inherit from the frame: those
+    of `KINDS` run always, the others are slow tests.
+    """
+    return [slow_unless(name in KINDS, name) for name in names]
 
 
 def chain(name, *optimizer):

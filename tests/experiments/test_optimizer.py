@@ -1,0 +1,64 @@
+"""The learning rate, the weight decay and the loss are those that the config names."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.training.config import TrainConfig, resolve
+from experiments.training.length import Length
+from experiments.training.loop import Trainer
+from experiments.training.optimizer import learning_rate, optimizer
+
+LENGTH = Length(steps_per_epoch=8, total=80)
+
+
+def dense_config(**fields):
+    return resolve(TrainConfig(method="dense", model="cnn", width=0.25, **fields))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "fractions"),
+    [
+        ("step", {0: 1, 39: 1, 40: 0.1, 59: 0.1, 60: 0.01, 79: 0.01}),
+        ("cosine", {0: 1, 20: 0.853553, 40: 0.5, 60: 0.146447, 80: 0}),
+        ("constant", {0: 1, 40: 1, 79: 1}),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule(schedule, fractions):
+    rate = learning_rate(dense_config(lr=2.0, lr_schedule=schedule), LENGTH)
+    rates = [float(rate(step)) for step in fractions]
+    np.testing.assert_allclose(rates, [2 * f for f in fractions.values()], rtol=1e-5, atol=1e-7)
+
+
+def test_weight_decay_leaves_one_dimensional_parameters_alone(params):
+    """With a gradient of zeros the update is what the weight decay adds."""
+    config = dense_config(
+        lr=0.5, lr_schedule="constant", momentum=0.0, weight_decay=0.1, optimizer="sgd"
+    )
+    tx = optimizer(config, None, LENGTH)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zeros, tx.init(params), params)
+    one_dimensional = 0
+    for update, param in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
+        one_dimensional += param.ndim == 1
+        expected = 0 * param if param.ndim == 1 else -0.5 * 0.1 * param
+        np.testing.assert_allclose(update, expected, rtol=1e-6)
+    assert one_dimensional == 1
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_the_loss_is_the_cross_entropy_of_smoothed_labels(smoothing):
+    trainer = Trainer(dense_config(label_smoothing=smoothing), (8, 8, 1), 10, LENGTH)
+    state = trainer.init()
+    images = jax.random.normal(jax.random.key(0), (6, 8, 8, 1))
+    labels = jnp.arange(6)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    model = trainer.model("masked")
+    logits, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    logits = np.asarray(logits, np.float64)
+    log_probabilities = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    targets = (1 - smoothing) * np.eye(10)[np.asarray(labels)] + smoothing / 10
+    expected = -(targets * log_probabilities).sum(1).mean()
+    _, metrics = trainer.step(state, 0, images, labels)
+    assert float(metrics.loss) == pytest.approx(expected, rel=1e-4)
