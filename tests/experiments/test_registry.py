@@ -149,8 +149,8 @@ def test_experiments_compute_no_schedule_of_a_method():
         assert not functions, (
             f"{path}, line {functions[0].lineno}: read bsj.get_spec(state) instead"
         )
-    guilty = "def moves(step):\n  return step % config.update_every == 0"
-    assert list(_schedule_code(ast.parse(guilty)))
+    computes_a_schedule = "def moves(step):\n  return step % config.update_every == 0"
+    assert list(_schedule_code(ast.parse(computes_a_schedule)))
 
 
 class Scripted:

@@ -11,18 +11,14 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx, serialization
+from requirements import needs
 
 import blocksparse_jax as bsj
 
 KERNEL = jax.random.normal(jax.random.key(0), (3, 3, 32, 32)) / 20
 PARAMS = {"c": {"kernel": KERNEL}}
 X = jax.random.normal(jax.random.key(1), (2, 6, 6, 32))
-CPU = pytest.param(
-    "cpu",
-    marks=pytest.mark.skipif(
-        bsj.available_implementations()["cpu"] is not None, reason="no native kernels"
-    ),
-)
+CPU = pytest.param("cpu", marks=needs(bsj.available_implementations()["cpu"]))
 
 
 def dynamic_step(tx, kernel_gradient):

@@ -1,7 +1,5 @@
 """SUBP equals its plain NumPy reference: scores, schedule, counts, gradients and whole runs."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 import references as ref
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from subp_runs import channels_of, compiled, conv_kernels, run_subp
 
 import blocksparse_jax as bsj
 from blocksparse_jax.schedules import progress
@@ -20,10 +19,6 @@ few = settings(max_examples=12, deadline=None)
 CRITERIA = ["l1", "l2", "bpar"]
 
 
-def conv_kernels(path, leaf):
-    return leaf.ndim == 4
-
-
 def random_kernel(seed, shape):
     """Weights on a grid, so that sums are exact and many blocks tie."""
     return (np.random.default_rng(seed).integers(-1, 2, shape) / 2).astype(np.float32)
@@ -31,38 +26,6 @@ def random_kernel(seed, shape):
 
 def normal(seed, shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def channels_of(state, block):
-    return ref.subp_channels(np.asarray(bsj.get_masks(state)["conv"]), block)
-
-
-@functools.cache
-def compiled(**options):
-    """Jitted `init(params)` and `update(key, kernel, state)`: neither another key nor another
-    hypothesis example compiles again.
-    """
-
-    def method(key):
-        return bsj.subp(where=conv_kernels, key=key, **options)
-
-    def update(key, kernel, state):
-        return method(key).update({"conv": jnp.zeros_like(kernel)}, state, {"conv": kernel})[1]
-
-    return jax.jit(method(None).init), jax.jit(update)
-
-
-def run_subp(kernels, seed=0, **options):
-    """Kept blocks, `[groups, cin]`, before the first update and after each of the updates with
-    `kernels`.
-    """
-    block = ref.subp_block(kernels[0].shape[-1], options.get("block", 16))
-    init, update = compiled(**options)
-    state = init({"conv": kernels[0]})
-    yield channels_of(state, block)
-    for kernel in kernels:
-        state = update(jax.random.key(seed), kernel, state)
-        yield channels_of(state, block)
 
 
 def assert_top(scores, kept, count):
