@@ -388,10 +388,11 @@ def test_old_spellings_mean_the_new_ones(params):
     ]
     for old, new in pairs:
         old_state, new_state = old.init(params), new.init(params)
+        update_old, update_new = jax.jit(old.update), jax.jit(new.update)
         for step in range(10):
             grads = {"conv": kernel(step), "bias": jnp.ones(32)}
-            _, old_state = old.update(grads, old_state, params)
-            _, new_state = new.update(grads, new_state, params)
+            _, old_state = update_old(grads, old_state, params)
+            _, new_state = update_new(grads, new_state, params)
         assert old_state.spec == new_state.spec
         np.testing.assert_array_equal(old_state.masks["conv"], new_state.masks["conv"])
     with pytest.raises(ValueError, match="update: the deprecated name of `schedule`, got both"):

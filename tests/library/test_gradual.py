@@ -10,6 +10,7 @@ import pytest
 
 import blocksparse_jax as bsj
 from blocksparse_jax import patterns as P
+from blocksparse_jax.patterns.block import Block
 
 SHAPE = (3, 3, 32, 48)
 SCHEDULE = bsj.between(2, 12, every=3)
@@ -66,6 +67,11 @@ def test_every_pattern_prunes_gradually(pattern):
         mask = bsj.get_masks(states[-1])[name]
         assert int(mask.sum()) == int(one_shot[name].sum()), "as many as one-shot pruning"
         assert not np.asarray(params[name])[~np.asarray(mask)].any()
+    if isinstance(pattern, Block):
+        before, first, last = (states[i][0].layouts["a"].filters for i in (2, 3, -1))
+        np.testing.assert_array_equal(before, np.arange(48).reshape(-1, pattern.group_size))
+        assert not np.array_equal(first, before), "groups are found when pruning starts"
+        np.testing.assert_array_equal(first, last)
 
 
 def test_blocks_are_those_of_one_shot_pruning_in_shape():
@@ -76,17 +82,6 @@ def test_blocks_are_those_of_one_shot_pruning_in_shape():
     expected = bsj.layouts_from_scores(scores, 0.9, pattern=pattern)["a"]
     assert final.packed_shape == expected.packed_shape
     np.testing.assert_array_equal(final.filters, expected.filters)  # grouped by the first weights
-
-
-def test_groups_are_found_when_pruning_starts():
-    pattern = P.block(group_size=16)
-    _, states = trained(bsj.gradual(0.9, pattern=pattern, schedule=SCHEDULE))
-    at_start = states[2][0].layouts["a"].filters
-    np.testing.assert_array_equal(at_start, np.arange(48).reshape(3, 16))
-    assert not np.array_equal(states[3][0].layouts["a"].filters, at_start)
-    np.testing.assert_array_equal(
-        states[3][0].layouts["a"].filters, states[-1][0].layouts["a"].filters
-    )
 
 
 def test_one_threshold_at_each_step():
