@@ -9,11 +9,11 @@ ROOT = Path(__file__).resolve().parents[2] / "experiments"
 COMMANDS = "commands"  # the files at the top, which no room imports
 # Left to right; rooms on one line do not import each other.
 ORDER = [
-    {"measuring", "data", "models"},
-    {"training"},
-    {"reporting"},
-    {"bench"},
-    {COMMANDS},
+    ("measuring", "data", "models"),
+    ("training",),
+    ("reporting",),
+    ("bench",),
+    (COMMANDS,),
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 
