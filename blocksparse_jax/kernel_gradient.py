@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from blocksparse_jax import _checks
 from blocksparse_jax.geometry import Padding, explicit_geometry
 from pallas_kernels.dense_conv import dense_conv
+from pallas_kernels.sharding import over_images
 
 
 def dense_kernel_gradient(
@@ -55,13 +56,18 @@ def dense_kernel_gradient(
     geometry = explicit_geometry(x.shape[1:3], kernel_size, strides, padding, dilation)
     kernel = jax.ShapeDtypeStruct(kernel_shape, x.dtype)
 
-    def forward(kernel: Array) -> Array:
+    def forward(x: Array, kernel: Array) -> Array:
         return dense_conv(
             x, kernel, **geometry._asdict(), data_format=data_format, precision=precision
         )
 
-    y = jax.eval_shape(forward, kernel)
+    y = jax.eval_shape(forward, x, kernel)
     if y.shape != dy.shape:
         raise ValueError(f"dy: expected the convolution's output shape {y.shape}, got {dy.shape}")
-    (gradient,) = jax.linear_transpose(forward, kernel)(dy.astype(y.dtype))
-    return gradient
+
+    def gradient(x: Array, dy: Array) -> Array:
+        transpose = jax.linear_transpose(lambda kernel: forward(x, kernel), kernel)
+        return transpose(dy)[0]
+
+    axes = {"NHWC": ("n h w c", "n p q o"), "CHWN": ("c h w n", "o p q n")}[data_format]
+    return over_images(gradient, axes, "kh kw c o", xla=True)(x, dy.astype(y.dtype))

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_sparse_conv.checks import checked_spec
 from pallas_kernels.block_sparse_conv.choice import resolve
-from pallas_kernels.block_sparse_conv.derivative import ByMode, Operands, convolve
+from pallas_kernels.block_sparse_conv.derivative import ByMode, Operands, convolve, whole
 from pallas_kernels.block_sparse_conv.epilogue import Epilogue, apply_epilogue, check_epilogue
 from pallas_kernels.block_sparse_conv.index import Index
 from pallas_kernels.block_sparse_conv.spec import Implementation
@@ -113,5 +113,5 @@ def block_sparse_conv(
         zeros = jnp.zeros_like(x, shape=spec.out_shape)
         return apply_epilogue(zeros, *epilogue, relu=spec.relu)
     index = Index(*(jnp.asarray(array, jnp.int32) for array in index))
-    operands = vary_alike(Operands(x, values, index, epilogue))
+    operands = vary_alike(whole(Operands(x, values, index, epilogue)))
     return convolve(spec, implementations, operands)

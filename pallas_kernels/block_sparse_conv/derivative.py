@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,16 @@ from pallas_kernels.block_sparse_conv import xla
 from pallas_kernels.block_sparse_conv.epilogue import Epilogue, apply_epilogue
 from pallas_kernels.block_sparse_conv.index import Index
 from pallas_kernels.block_sparse_conv.spec import ConvSpec, Implementation
+from pallas_kernels.sharding import over_images, whole_but_images
+
+_INDEX = ("g s", "g k", "g t")
+_OPERANDS = {
+    "forward": ("c h w n", "g k t s", *_INDEX, "o", "o", "o p q n"),
+    "input_gradient": ("o p q n", "g k t s", *_INDEX),
+    "weight_gradient": ("c h w n", "o p q n", *_INDEX),
+}
+"""The axes of each pass's operands; the last three are scale, bias and residual."""
+_RESULT = {"forward": "o p q n", "input_gradient": "c h w n", "weight_gradient": "g k t s"}
 
 
 class Operands(NamedTuple):
@@ -27,6 +38,21 @@ class Operands(NamedTuple):
     values: Any
     places: Index
     epilogue: Epilogue
+
+
+def whole(operands: Operands) -> Operands:
+    """The operands, lying whole on every device but for the images (`whole_but_images`).
+
+    Args:
+      operands: the arrays.
+
+    Returns:
+      The same arrays.
+    """
+    arrays, tree = jax.tree.flatten(operands)
+    names = (*operands[:2], *operands.places, *operands.epilogue)
+    axes = itertools.compress(_OPERANDS["forward"], (array is not None for array in names))
+    return jax.tree.unflatten(tree, whole_but_images(tuple(axes), arrays))
 
 
 class Residuals(NamedTuple):
@@ -134,7 +160,17 @@ def _run_pass(
 
     Native kernels and GPU kernels have no derivative; second derivatives use this one.
     """
-    return getattr(implementation, name)(spec, *operands)
+    present = [operand is not None for operand in operands]
+
+    def run(*arrays: jax.Array) -> jax.Array:
+        remaining = iter(arrays)
+        every = [next(remaining) if is_present else None for is_present in present]
+        part = dataclasses.replace(spec, batch=arrays[0].shape[3])
+        return getattr(implementation, name)(part, *every)
+
+    axes = itertools.compress(_OPERANDS[name], present)
+    arrays = [operand for operand in operands if operand is not None]
+    return over_images(run, tuple(axes), _RESULT[name])(*arrays)
 
 
 @_run_pass.defjvp

@@ -1,0 +1,178 @@
+"""Functions of a batch that is sharded over devices: each device computes its own images.
+
+XLA's partitioner cannot look into a native kernel, so it would gather the batch on every device.
+Here a function declares that its images may be sharded and nothing else, and that a result without
+images is a sum over them. How it says so depends on the axes of the mesh: for Auto axes by a rule
+of the partitioner, for Explicit axes, which are part of the arrays' types, by a `shard_map`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from pallas_kernels.varying import vary_alike, varying_axes
+
+IMAGES = "n"
+"""The axis that may be sharded, in strings such as `"c h w n"`."""
+
+Function = Callable[..., jax.Array]
+"""Takes arrays whose batch is the whole or a device's part, and returns one array."""
+
+
+def over_images(
+    function: Function, operands: Sequence[str], result: str, *, xla: bool = False
+) -> Function:
+    """A function that runs where its images are.
+
+    Args:
+      function: takes arrays; the first one has images.
+      operands: the axes of each array; `n` are the images, all others lie whole on every device.
+      result: the axes of the result; without `n` it is a sum over the images.
+      xla: whether the function is made of XLA's operations, which the partitioner knows.
+
+    Returns:
+      The function of whole arrays.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> total = over_images(lambda x, w: w @ x.sum(1), ("c n", "o c"), "o")
+      >>> total(jnp.ones((2, 5)), jnp.ones((3, 2))).tolist()
+      [10.0, 10.0, 10.0]
+    """
+
+    def call(*arrays: jax.Array) -> jax.Array:
+        if jax.device_count() == 1 or varying_axes(arrays):  # the caller's own shard_map
+            return function(*arrays)
+        if mesh := _explicit_mesh(arrays):
+            return _in_shard_map(function, operands, result, mesh)(*arrays)
+        if xla:
+            return function(*arrays)
+        return _partitioned(function, operands, result)(*arrays)
+
+    return call
+
+
+def whole_but_images(operands: Sequence[str], arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Under Explicit axes, arrays that lie whole on every device, shared out by images alone.
+
+    Args:
+      operands: the axes of each array.
+      arrays: the first one says over which axes of the mesh the images are shared out.
+
+    Returns:
+      The arrays; under Auto axes and on one device as they are.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> whole_but_images(["c n"], [jnp.ones((2, 5))])[0].shape
+      (2, 5)
+    """
+    mesh = _explicit_mesh(arrays)
+    if mesh is None:
+        return list(arrays)
+    images = _mesh_axes(operands[0], jax.typeof(arrays[0]).sharding) or None
+    return [
+        jax.sharding.reshard(array, NamedSharding(mesh, _layout(axes, images)))
+        for axes, array in zip(operands, arrays)
+    ]
+
+
+def _layout(axes: str, images: Any) -> PartitionSpec:
+    """How an array lies on a mesh over whose axes `images` its images are shared out."""
+    return PartitionSpec(*(images if axis == IMAGES else None for axis in axes.split()))
+
+
+def _mesh_axes(axes: str, sharding: Any) -> tuple[str, ...]:
+    """The mesh axes over which an array's images are shared out."""
+    entry = sharding.spec[axes.split().index(IMAGES)]
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def _explicit_mesh(arrays: Sequence[jax.Array]) -> Any:
+    """The mesh of the arrays' types, if any of its axes is Explicit."""
+    meshes = [jax.typeof(array).sharding.mesh for array in arrays]
+    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+
+
+def _in_shard_map(function: Function, operands: Sequence[str], result: str, mesh: Any) -> Function:
+    """The function under Explicit axes."""
+    kinds = zip(mesh.axis_names, mesh.axis_types)
+    explicit = {name for name, kind in kinds if kind == AxisType.Explicit}
+
+    is_sum = IMAGES not in result.split()
+
+    def call(*arrays: jax.Array) -> jax.Array:
+        arrays = whole_but_images(operands, arrays)
+        names = _mesh_axes(operands[0], jax.typeof(arrays[0]).sharding)
+
+        def on_device(*parts: jax.Array) -> jax.Array:
+            y = function(*vary_alike(parts))
+            return lax.psum(y, tuple(varying_axes([y]))) if is_sum else y
+
+        return jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=tuple(_layout(axes, names or None) for axes in operands),
+            out_specs=_layout(result, names or None),
+            axis_names=explicit,
+        )(*arrays)
+
+    return call
+
+
+def _partitioned(function: Function, operands: Sequence[str], result: str) -> Function:
+    """The function under Auto axes."""
+
+    is_sum = IMAGES not in result.split()
+
+    def names_of(mesh: Any, image: Any) -> tuple[str, ...]:
+        if not isinstance(image.sharding, NamedSharding):
+            return ()
+        names = _mesh_axes(operands[0], image.sharding)
+        size = image.shape[operands[0].split().index(IMAGES)]
+        return names if size % math.prod(mesh.shape[name] for name in names) == 0 else ()
+
+    def partition(mesh: Any, arguments: Any, _: Any) -> Any:
+        names = names_of(mesh, arguments[0])
+        of_result, *of_operands = (
+            NamedSharding(mesh, _layout(axes, names or None)) for axes in (result, *operands)
+        )
+
+        def on_device(*parts: jax.Array) -> jax.Array:
+            y = function(*parts)
+            return lax.psum(y, names) if is_sum and names else y
+
+        return mesh, on_device, of_result, tuple(of_operands)
+
+    def infer(mesh: Any, arguments: Any, _: Any) -> NamedSharding:
+        return NamedSharding(mesh, _layout(result, names_of(mesh, arguments[0]) or None))
+
+    whole = dict.fromkeys(" ".join((*operands, result)).split())  # in the order of the rule
+    del whole[IMAGES]
+    partitioned = custom_partitioning(function)
+    partitioned.def_partition(
+        partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=f"{', '.join(operands)} -> {result}",
+        need_replication_factors=tuple(whole),
+        reduction_factors=(IMAGES,) if is_sum else (),
+    )
+
+    @jax.custom_batching.custom_vmap
+    def call(*arrays: jax.Array) -> jax.Array:
+        return partitioned(*arrays)
+
+    @call.def_vmap
+    def _(size: int, batched: Sequence[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
+        """Custom partitioning has no batched form."""
+        axes = [0 if is_batched else None for is_batched in batched]
+        return jax.vmap(function, axes, axis_size=size)(*arrays), True
+
+    return call
