@@ -129,7 +129,6 @@ def _in_shard_map(function: Function, operands: Sequence[str], result: str, mesh
 
 def _partitioned(function: Function, operands: Sequence[str], result: str) -> Function:
     """The function under Auto axes."""
-
     is_sum = IMAGES not in result.split()
 
     def names_of(mesh: Any, image: Any) -> tuple[str, ...]:

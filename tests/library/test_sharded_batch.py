@@ -4,8 +4,6 @@ The devices are host devices of a new process, as XLA counts them once at its st
 """
 
 import functools
-import itertools
-import re
 import sys
 
 import jax
@@ -61,12 +59,13 @@ def placed(mesh, arrays, layout, case, axes, images_of=None):
     """The operands on a mesh: activations sharded along the batch, all else on every device."""
     batch = images_of or case.get("data_format", "NHWC").index("N")
     spec = P(*[None] * batch, axes)
-    put = lambda name, a: jax.device_put(
-        a, NamedSharding(mesh, spec if name in ("x", "residual") else P())
-    )
-    return {name: put(name, a) for name, a in arrays.items()}, jax.device_put(
-        layout, NamedSharding(mesh, P())
-    )
+
+    def put(name, array):
+        is_sharded = name in ("x", "residual")
+        return jax.device_put(array, NamedSharding(mesh, spec if is_sharded else P()))
+
+    arrays = {name: put(name, array) for name, array in arrays.items()}
+    return arrays, jax.device_put(layout, NamedSharding(mesh, P()))
 
 
 def check(name, mesh, case, axes="data", dimension=None, images=16):

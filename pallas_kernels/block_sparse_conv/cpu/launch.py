@@ -90,8 +90,8 @@ def _forward(
     residual: jax.Array | None = None,
 ) -> jax.Array:
     """In the handler's interface an absent part of the epilogue is an array without elements."""
-    scale = jnp.zeros(0) if scale is None else scale
-    bias = jnp.zeros(0) if bias is None else bias
+    scale = jnp.zeros(0, jnp.float32) if scale is None else scale
+    bias = jnp.zeros(0, jnp.float32) if bias is None else bias
     residual = jnp.zeros((0, 0, 0, 0), x.dtype) if residual is None else residual
     operands = (x, values, filters, channels, taps, scale, bias, residual)
     return _call("forward", spec, spec.out_shape, spec.dtype, *operands, relu=spec.relu)
