@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from blocksparse_jax import _checks
 from blocksparse_jax.geometry import Padding, explicit_geometry
 from pallas_kernels.dense_conv import dense_conv
-from pallas_kernels.sharding import over_images
+from pallas_kernels.sharding import CONVOLUTION, over_images
 
 
 def dense_kernel_gradient(
@@ -69,5 +69,5 @@ def dense_kernel_gradient(
         transpose = jax.linear_transpose(lambda kernel: forward(x, kernel), kernel)
         return transpose(dy)[0]
 
-    axes = {"NHWC": ("n h w c", "n p q o"), "CHWN": ("c h w n", "o p q n")}[data_format]
-    return over_images(gradient, axes, "kh kw c o", xla=True)(x, dy.astype(y.dtype))
+    of_x, of_kernel, of_y = CONVOLUTION[data_format]
+    return over_images(gradient, (of_x, of_y), of_kernel, xla=True)(x, dy.astype(y.dtype))

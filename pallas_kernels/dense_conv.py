@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_kernels.sharding import CONVOLUTION, over_images
+
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]
 
@@ -92,9 +94,14 @@ def dense_conv(
             f"feature_group_count=1, got data_format={data_format!r} and "
             f"feature_group_count={feature_group_count}; use 'xla'"
         )
-    if formulation == "rows":
-        return _row_conv(x, kernel, strides, padding, dilation, precision)
-    return _tap_conv(x, kernel, strides, padding, dilation, data_format, precision)
+
+    def products(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        if formulation == "rows":
+            return _row_conv(x, kernel, strides, padding, dilation, precision)
+        return _tap_conv(x, kernel, strides, padding, dilation, data_format, precision)
+
+    of_x, of_kernel, of_y = CONVOLUTION[data_format]
+    return over_images(products, (of_x, of_kernel), of_y, xla=True)(x, kernel)
 
 
 def choose_formulation(

@@ -20,6 +20,11 @@ from pallas_kernels.varying import vary_alike, varying_axes
 IMAGES = "n"
 """The axis that may be sharded, in strings such as `"c h w n"`."""
 
+CONVOLUTION = {
+    "NHWC": ("n h w c", "kh kw c o", "n p q o"),
+    "CHWN": ("c h w n", "kh kw c o", "o p q n"),
+}
+"""The axes of input, kernel and output of a convolution in a data format."""
 Function = Callable[..., jax.Array]
 """Takes arrays whose batch is the whole or a device's part, and returns one array."""
 

@@ -15,16 +15,18 @@ from jax.sharding import PartitionSpec as P
 from new_process import run_python
 
 import blocksparse_jax as bsj
+from pallas_kernels.dense_conv import dense_conv
 
 SHAPE = (3, 3, 16, 24)
 LAYOUT_COUNTS = {"group_size": 8, "kept": 5, "kept_taps": 3}
-DIMENSIONS = {"NHWC": ("NHWC", "HWIO", "NHWC"), "CHWN": ("CHWN", "HWIO", "CHWN")}
 CASES = {
     "native": {},
     "xla": {"implementation": "xla"},
     "dense": {"implementation": "dense"},
     "dense gradient": {"kernel_gradient": "dense"},
     "CHWN": {"data_format": "CHWN", "strides": 2},
+    "dense rows": {"formulation": "rows", "data_format": "CHWN"},
+    "dense taps": {"formulation": "taps"},
     "epilogue": {"activation": "relu", "data_format": "CHWN"},
 }
 
@@ -51,7 +53,11 @@ def operands(case, images=16):
 
 def loss(arrays, layout, case):
     arrays = dict(arrays)
-    y = bsj.conv(arrays.pop("x"), arrays.pop("kernel"), layout, **case, **arrays)
+    x, kernel = arrays.pop("x"), arrays.pop("kernel")
+    if "formulation" in case:
+        y = dense_conv(x, kernel, **case)
+    else:
+        y = bsj.conv(x, kernel, layout, **case, **arrays)
     return (jnp.tanh(y) ** 2).sum(), y
 
 
