@@ -250,8 +250,8 @@ def _row_conv(
     dilation: Pair,
     precision: Any,
 ) -> jax.Array:
-    """`kernel^T` times the shifted rows `[kh * kw * cin, ho * wo * n]`, in CHWN."""
-    kh, kw, cin, cout = kernel.shape
+    """`kernel^T` times the shifted rows `[kh * kw * cin, ...]`, in CHWN."""
+    kh, kw, _, cout = kernel.shape
     height, width = output_size(x, kernel.shape, strides, padding, dilation, "CHWN")
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     shifted = []
@@ -260,7 +260,9 @@ def _row_conv(
         bottom = top + (height - 1) * strides[0] + 1
         right = left + (width - 1) * strides[1] + 1
         shifted.append(x[:, top : bottom : strides[0], left : right : strides[1]])
-    rows = jnp.concatenate(shifted).reshape(kh * kw * cin, -1)
+    rows = jnp.concatenate(shifted)
+    if jax.device_count() == 1:  # with more, images and pixels on one axis would be gathered
+        rows = rows.reshape(rows.shape[0], -1)  # XLA's weight gradient is twice as fast
     contract_rows = (((0,), (0,)), ((), ()))
     y = lax.dot_general(kernel.reshape(-1, cout), rows, contract_rows, precision=precision)
     return y.reshape(cout, height, width, -1)
