@@ -62,7 +62,7 @@ def over_images(
     return call
 
 
-def whole_but_images(operands: Sequence[str], arrays: Sequence[jax.Array]) -> list[jax.Array]:
+def whole_but_images(operands: Sequence[str], arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     """Under Explicit axes, arrays that lie whole on every device, shared out by images alone.
 
     Args:
@@ -79,12 +79,12 @@ def whole_but_images(operands: Sequence[str], arrays: Sequence[jax.Array]) -> li
     """
     mesh = _explicit_mesh(arrays)
     if mesh is None:
-        return list(arrays)
+        return tuple(arrays)
     images = _mesh_axes(operands[0], jax.typeof(arrays[0]).sharding) or None
-    return [
+    return tuple(
         jax.sharding.reshard(array, NamedSharding(mesh, _layout(axes, images)))
         for axes, array in zip(operands, arrays)
-    ]
+    )
 
 
 def _layout(axes: str, images: Any) -> PartitionSpec:
