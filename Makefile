@@ -40,6 +40,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m experiments.report
 
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard cpu_kernels/*)
+	@echo "installing the project in $(VENV): about 2 minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(INSTALL)
 	$(BIN)/python -c "import blocksparse_jax as bsj; print('kernels:', {name: reason or 'ready' for name, reason in bsj.available_implementations().items()})"

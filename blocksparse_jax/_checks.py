@@ -130,7 +130,8 @@ def fraction(
     in_range = low <= result <= high
     if not in_range or (low_open and result == low) or (high_open and result == high):
         interval = f"{'(' if low_open else '['}{low}, {high}{')' if high_open else ']'}"
-        raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
+        hint = f"; as a fraction, {value} percent is {result / 100:g}" if 1 < result <= 100 else ""
+        raise ValueError(f"{name}: expected a number in {interval}, got {value!r}{hint}")
     return result
 
 

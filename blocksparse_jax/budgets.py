@@ -1,4 +1,7 @@
-"""Budgets: how the density of a network is shared among its layers."""
+"""Budgets: how the density of a network is shared among its layers.
+
+Uniform, Erdos-Renyi (ER), Erdos-Renyi-Kernel (ERK), or one threshold over all layers.
+"""
 
 import math
 from collections.abc import Mapping

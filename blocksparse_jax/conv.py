@@ -179,7 +179,7 @@ def conv(
 
 def choose_implementation(
     x: Float[Any, "a h w b"],
-    layout: BlockLayout,
+    layout: BlockLayout | Dense,
     *,
     strides: int | Sequence[int] = (1, 1),
     padding: Padding = "SAME",
@@ -210,6 +210,8 @@ def choose_implementation(
       True
     """
     data_format = _checks.data_format(data_format)
+    if isinstance(layout, Dense):
+        return Choice("dense", "the kernel has no layout", {})
     kh, kw, cin, cout = layout.shape
     groups, kept, kept_taps, group_size = layout.packed_shape
     height, width = x.shape[1:3]

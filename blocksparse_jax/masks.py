@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from blocksparse_jax import tree
+from blocksparse_jax import patterns, tree
 from blocksparse_jax.budgets import Budget, check_budget, layer_densities
 from blocksparse_jax.layout import Dense
 from blocksparse_jax.patterns import Kept, Pattern, unstructured
@@ -104,9 +104,11 @@ def check_pattern(pattern: Any, budget: Any) -> Pattern:
     """The pattern, `unstructured()` for None; ValueError unless it is one that takes the budget."""
     pattern = unstructured() if pattern is None else pattern
     if not isinstance(pattern, Pattern):
-        raise ValueError(
-            f"pattern: expected a pattern such as patterns.unstructured(), got {pattern!r}"
+        name = pattern if isinstance(pattern, str) else getattr(pattern, "__name__", "")
+        call = (
+            f"patterns.{name}(...)" if hasattr(patterns, str(name)) else "patterns.unstructured()"
         )
+        raise ValueError(f"pattern: expected a pattern such as {call}, got {pattern!r}")
     check_budget(budget)
     if pattern.density is not None and isinstance(budget, Mapping):
         raise ValueError(
@@ -125,9 +127,18 @@ def draw(
     label: str = "params",
     with_layouts: bool = False,
 ) -> dict[str, Kept]:
-    """Keeps the best sets of the leaves in `scores`, by name; `label` names them in errors.
+    """The masks, and the layouts of a pattern that has them, with the highest scores.
 
-    With layouts, traced counts are refused where the pattern has a layout, whose shape they are.
+    Args:
+      pattern: which sets of weights are kept together.
+      scores: by layer name, a score for each weight, higher = keep.
+      sparsity: fraction of the weights to remove.
+      budget: "uniform", "erk", "er", "global", or a map layer name -> sparsity.
+      label: names the leaves in errors.
+      with_layouts: refuses traced counts where the pattern has a layout, whose shape they are.
+
+    Returns:
+      `Kept(mask, layout)` by layer name.
     """
     pattern.check_leaves(scores, label)
     if budget == "global":
@@ -152,7 +163,7 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
       `where(mask, param, 0)` leaf by leaf.
 
     Raises:
-      ValueError: the masks are of another tree, or of another shape.
+      ValueError: the masks are of another tree or of another shape, or not bool.
 
     Example:
       >>> params, masks = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([True, False])}
@@ -162,10 +173,11 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
     nodes = tree.match("masks", masks, params)
     leaves = jax.tree.leaves_with_path(params)
     for (path, leaf), mask in zip(leaves, nodes, strict=True):
-        if jnp.shape(mask) not in ((), jnp.shape(leaf)):
+        is_bool = jnp.asarray(mask).dtype == bool
+        if not is_bool or jnp.shape(mask) not in ((), jnp.shape(leaf)):
             raise ValueError(
-                f"masks: expected shape {leaf.shape} (or the scalar True) at "
-                f"{tree.path_name(path)!r}, got {jnp.shape(mask)}"
+                f"masks: expected a bool array of shape {jnp.shape(leaf)} (or the scalar True) at "
+                f"{tree.path_name(path)!r}, got {jnp.asarray(mask).dtype}{list(jnp.shape(mask))}"
             )
     kept = [jnp.where(mask, leaf, 0) for (_, leaf), mask in zip(leaves, nodes, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(params), kept)

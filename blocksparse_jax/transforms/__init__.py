@@ -4,6 +4,8 @@ To write a method of your own, give `drop_and_grow` or `one_shot` a pattern and 
 does not say it, build a transformation from its parts with `sparse_transformation`.
 """
 
+from blocksparse_jax.masks import draw
+from blocksparse_jax.patterns import Kept
 from blocksparse_jax.transforms._base import Leaf, Step, sparse_transformation
 
-__all__ = ["Leaf", "Step", "sparse_transformation"]
+__all__ = ["Kept", "Leaf", "Step", "draw", "sparse_transformation"]

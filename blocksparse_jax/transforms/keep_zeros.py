@@ -36,10 +36,29 @@ def sparse(
       >>> int(bsj.get_masks(state)["conv"].sum())
       288
     """
-    for place, part in enumerate((method, *optimizer)):
-        name = "method" if place == 0 else f"optimizer[{place - 1}]"
-        _check_transformation(name, part, "sparse(rigl(...), optax.sgd(0.1))")
-    return keep_zeros(optax.chain(method, *optimizer))
+    _check_transformation("method", method, "hrbp_prune(0.9)")
+    if not optimizer:
+        raise ValueError(
+            "optimizer: expected one or more transformations, got none; write sparse(method, "
+            "optax.sgd(0.1))"
+        )
+    for place, part in enumerate(optimizer):
+        _check_transformation(f"optimizer[{place}]", part, "optax.sgd(0.1)")
+    inner = keep_zeros(optax.chain(method, *optimizer))
+
+    def init(params: PyTree) -> PyTree:
+        state = inner.init(params)
+        try:
+            sparse_states(state[0])
+        except ValueError:
+            raise ValueError(
+                "method: expected a sparse method first, as in sparse(hrbp_prune(0.9), "
+                f"optax.sgd(0.1)), got one whose state is {type(state[0]).__name__}; swap the "
+                "arguments"
+            ) from None
+        return state
+
+    return optax.GradientTransformationExtraArgs(init, inner.update)
 
 
 def keep_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

@@ -150,7 +150,7 @@ class Subp(Options):
       criterion: l1, l2 or bpar.
       curve: cubic, linear, cos or exp, of the progress from dense to the final sparsity.
       soft: pruned weights are trained too, until the pattern is final.
-      version: 2 scores masked weights, 1 all of them.
+      version: of the paper's code: 2 scores the kept weights, 1 the pruned ones too.
       update_every: steps between mask updates; None is an epoch.
     """
 

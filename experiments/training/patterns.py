@@ -26,7 +26,10 @@ def named(text: str) -> Pattern:
       OneByN(group_size=16)
     """
     name, *arguments = text.split(":")
-    make = getattr(patterns, _checks.choice("pattern", name.replace("-", "_"), NAMES))
+    try:
+        make = getattr(patterns, _checks.choice("pattern", name.replace("-", "_"), NAMES))
+    except ValueError as error:
+        raise ValueError(f"{error}; arguments follow a colon, as in block:32") from None
     try:
         return make(*map(_value, arguments))
     except ValueError as error:

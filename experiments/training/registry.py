@@ -32,12 +32,14 @@ class Method:
       options: its options with their defaults.
       function: makes its transformation from `options.arguments`; None trains dense.
       source: the function whose docstring names the paper; None is `function`.
+      argument: the argument of `function` that the source makes.
       needs_batch: it looks at a batch of the training set before training.
     """
 
     options: Options
     function: Callable[..., optax.GradientTransformation] | None = None
     source: Callable[..., Any] | None = None
+    argument: str = ""
     needs_batch: bool = False
 
     def build(self, options: Options, setup: Setup) -> optax.GradientTransformation | None:
@@ -57,10 +59,14 @@ METHODS: dict[str, Method] = {
     "snfs": Method(methods.Dynamic(), bsj.snfs),
     "drop-and-grow": Method(methods.DropAndGrow(budget="erk"), bsj.drop_and_grow),
     "magnitude": Method(methods.AnyPattern(), bsj.magnitude),
-    "snip": Method(methods.Snip(budget="global"), bsj.one_shot, bsj.snip, needs_batch=True),
+    "snip": Method(
+        methods.Snip(budget="global"), bsj.one_shot, bsj.snip, "scores", needs_batch=True
+    ),
     "gradual": Method(methods.Gradual(), bsj.gradual),
-    "random": Method(methods.RandomWeights(), bsj.fixed_masks, bsj.random_masks),
-    "random-channel": Method(methods.RandomChannels(), bsj.fixed_masks, bsj.random_channel_layouts),
+    "random": Method(methods.RandomWeights(), bsj.fixed_masks, bsj.random_masks, "masks"),
+    "random-channel": Method(
+        methods.RandomChannels(), bsj.fixed_masks, bsj.random_channel_layouts, "layouts"
+    ),
 }
 
 
@@ -100,7 +106,7 @@ def _row(entry: Method) -> dict[str, str]:
         zip(
             _COLUMNS,
             (
-                source.__name__,
+                _code(entry),
                 pattern.noun,
                 _steps(changes),
                 ", ".join(needs) or "—",
@@ -110,6 +116,15 @@ def _row(entry: Method) -> dict[str, str]:
             strict=True,
         )
     )
+
+
+def _code(entry: Method) -> str:
+    """The library's function, around the source of its masks, layouts or scores if it takes one."""
+    assert entry.function is not None
+    name = entry.function.__name__
+    if entry.source is None:
+        return name
+    return f"{name}({entry.argument}={entry.source.__name__}(...))"
 
 
 def _sample_loss(params: Any, scale: Any) -> jax.Array:

@@ -271,8 +271,10 @@ def test_masks_of_another_tree():
     state = bsj.rigl(0.5, until=10).init({"w": KERNEL})
     with pytest.raises(ValueError, match="masks: expected the tree structure of params"):
         bsj.apply_masks({"other": {"w": KERNEL}}, bsj.get_masks(state))
-    with pytest.raises(ValueError, match="masks: expected shape"):
+    with pytest.raises(ValueError, match=r"masks: expected a bool array of shape \(3, 3, 8, 8\)"):
         bsj.apply_masks({"w": jnp.ones((3, 3, 8, 8))}, bsj.get_masks(state))
+    with pytest.raises(ValueError, match=r"masks: expected a bool array .* got float32"):
+        bsj.apply_masks(bsj.get_masks(state), {"w": KERNEL})  # swapped
     with pytest.raises(ValueError, match="state: expected the tree structure of params"):
         bsj.rigl(0.5, until=10).update({"b": {"w": KERNEL}}, state, {"b": {"w": KERNEL}})
     with pytest.raises(ValueError, match="'w' is no leaf of params"):
@@ -457,3 +459,45 @@ BAD_MASKS = {
 def test_masks_without_a_layout_say_where(message):
     with pytest.raises(ValueError, match=message):
         BAD_MASKS[message]()
+
+
+def test_the_sparse_method_comes_first():
+    params = {"w": KERNEL}
+    with pytest.raises(ValueError, match=r"method: expected a sparse method first.* swap"):
+        bsj.sparse(optax.adam(1e-3), bsj.magnitude(0.5)).init(params)
+    with pytest.raises(ValueError, match="optimizer: expected one or more transformations"):
+        bsj.sparse(bsj.magnitude(0.5))
+    with pytest.raises(ValueError, match=r"method: expected an optax transformation .* got 0.9"):
+        bsj.sparse(0.9, optax.sgd(0.1))
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda weights: {}, r"draw: expected .* for every chosen leaf \['w'\], got \[\]"),
+        (lambda weights: {"w": weights["w"] > 0}, "draw: expected .*Kept.* got ArrayImpl at 'w'"),
+        (
+            lambda weights: {"w": bsj.transforms.Kept(weights["w"], bsj.Dense())},
+            "draw: expected a bool mask of shape .* at 'w', got float32",
+        ),
+    ],
+)
+def test_a_method_of_your_own_that_draws_no_masks(draw, message):
+    method = bsj.transforms.sparse_transformation(bsj.Spec("mine", 0.5), draw=draw)
+    with pytest.raises(ValueError, match=message):
+        method.init({"w": KERNEL})
+
+
+def test_hints_at_what_was_meant():
+    params = {"w": KERNEL}
+    with pytest.raises(ValueError, match=r"pattern: expected a pattern such as patterns.block\("):
+        bsj.masks_from_scores(params, 0.9, pattern=bsj.patterns.block)
+    with pytest.raises(ValueError, match=r"pattern: expected a pattern such as patterns.block\("):
+        bsj.masks_from_scores(params, 0.9, pattern="block")
+    with pytest.raises(ValueError, match=r"as a fraction, 90 percent is 0.9"):
+        bsj.magnitude(90)
+
+
+def test_a_kernel_without_a_layout_runs_dense():
+    choice = bsj.choose_implementation(jnp.ones((1, 8, 8, 16)), bsj.Dense())
+    assert (choice.implementation, choice.details) == ("dense", {})

@@ -718,6 +718,29 @@ def transforms__sparse_transformation():
 
 
 @check
+def transforms__draw():
+    """The largest weights of every layer, in blocks that the layouts name."""
+    pattern, scores = bsj.patterns.block(group_size=16), {"conv": jnp.abs(kernel())}
+    for name, kept in bsj.transforms.draw(pattern, scores, 0.75, "uniform").items():
+        np.testing.assert_array_equal(kept.mask, bsj.layout_to_mask(kept.layout))
+        density = float(kept.mask.mean())
+        assert abs(density - 0.25) < 0.02
+        assert float((scores[name] * kept.mask).sum() / scores[name].sum()) > density
+
+
+@check
+def transforms__Kept():
+    """A method without a layout keeps what its mask says."""
+    mask = kernel() > 0
+
+    def draw(weights):
+        return {name: bsj.transforms.Kept(mask, bsj.Dense()) for name in weights}
+
+    method = bsj.transforms.sparse_transformation(bsj.Spec("positive", 0.5), draw=draw)
+    np.testing.assert_array_equal(bsj.get_masks(method.init(params()))["conv"], mask)
+
+
+@check
 def transforms__Leaf():
     """A new method whose penalty sees a leaf: it pulls weights towards zero."""
 
