@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from blocksparse_jax import _checks
+from blocksparse_jax.erk import Shapes, er_densities, erk_densities
 
-Shapes = Mapping[str, tuple[int, ...]]
 Named = Literal["uniform", "erk", "er", "global"]
 Budget = Named | Mapping[str, float]
 NAMES: tuple[Named, ...] = get_args(Named)
@@ -30,11 +30,10 @@ def check_budget(budget: Any) -> None:
 def layer_densities(budget: Budget, shapes: Shapes, sparsity: float) -> dict[str, float]:
     """Shares a density among layers.
 
-    "uniform": the same everywhere. "erk": `eps * sum(shape) / prod(shape)`; "er" the same over
-    (cin, cout) only; eps is solved so that the total fits, layers above 1 become dense and eps is
-    solved again. A map gives the *sparsity* of the layers it names; the others take `sparsity`.
-    "global" draws one threshold through the scores of all layers, so shapes alone do not decide it:
-    see `masks.masks_from_scores`.
+    "uniform": the same everywhere. "erk" and "er": larger layers get sparser (see `erk.py`). A map
+    gives the *sparsity* of the layers it names; the others take `sparsity`. "global" draws one
+    threshold through the scores of all layers, so shapes alone do not decide it: see
+    `masks.masks_from_scores`.
 
     Args:
       budget: "uniform", "erk", "er", or a map layer name -> sparsity.
@@ -65,8 +64,8 @@ def layer_densities(budget: Budget, shapes: Shapes, sparsity: float) -> dict[str
         )
     if budget == "uniform":
         return dict.fromkeys(shapes, 1 - sparsity)
-    sides = shapes if budget == "erk" else {name: shape[-2:] for name, shape in shapes.items()}
-    return _erdos_renyi(sides, shapes, 1 - sparsity)
+    densities = erk_densities if budget == "erk" else er_densities
+    return densities(shapes, 1 - sparsity)
 
 
 def target_density(budget: Budget, shapes: Shapes, sparsity: float) -> float:
@@ -101,21 +100,3 @@ def _by_map(budget: Mapping[str, float], shapes: Shapes, sparsity: float) -> dic
             f"budget: {unknown[0]!r} is no sparse layer, expected names among {list(shapes)[:8]}"
         )
     return {name: 1 - float(budget.get(name, sparsity)) for name in shapes}
-
-
-def _erdos_renyi(sides: Shapes, shapes: Shapes, density: float) -> dict[str, float]:
-    """`eps * sum(sides) / prod(sides)`, with eps solved again when layers become dense."""
-    raw = {name: sum(side) / math.prod(side) for name, side in sides.items()}
-    size = {name: math.prod(shape) for name, shape in shapes.items()}
-    target = density * sum(size.values())
-    dense = set[str]()
-    while True:
-        rest = [name for name in shapes if name not in dense]
-        if not rest:
-            return dict.fromkeys(shapes, 1.0)
-        room = target - sum(size[name] for name in dense)
-        eps = room / sum(raw[name] * size[name] for name in rest)
-        full = {name for name in rest if eps * raw[name] > 1}
-        if not full:
-            return {name: 1.0 if name in dense else eps * raw[name] for name in shapes}
-        dense |= full

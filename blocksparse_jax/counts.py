@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from blocksparse_jax.budgets import Shapes
+from blocksparse_jax.erk import Shapes
 
 TOLERANCE = 0.005  # half a percentage point: |density - target|, both as fractions of all weights
 RELATIVE = 0.05  # of the target itself: a larger error is worth a warning

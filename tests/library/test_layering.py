@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Modules on one line do not import each other.
 ORDER = [
     {"_checks"},
-    {"tree", "geometry"},
+    {"tree", "geometry", "erk"},
     {"selection", "scores", "budgets", "schedules"},
     {"counts"},
     {"layout"},
