@@ -23,8 +23,8 @@ def erk_densities(shapes: Shapes, density: float) -> dict[str, float]:
 
     Example:
       >>> densities = erk_densities({"a": (3, 3, 8, 8), "b": (3, 3, 64, 64)}, 0.2)
-      >>> {name: round(d, 3) for name, d in densities.items()}
-      {'a': 1.0, 'b': 0.187}
+      >>> {name: round(d, 2) for name, d in densities.items()}
+      {'a': 1.0, 'b': 0.19}
 
     Reference: Evci et al., "RigL", ICML 2020.
     """
