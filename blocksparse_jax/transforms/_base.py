@@ -99,7 +99,7 @@ def sparse_transformation(
 
     def init(params: PyTree) -> SparseState:
         chosen = tree.choose(where, params)
-        kept = _checked("draw", draw(chosen), chosen)
+        kept = _checked_draw(draw(chosen), chosen)
         dense = jax.tree.map(lambda leaf: jnp.asarray(True), params)
         masks = {name: layer.mask for name, layer in kept.items()}
         layouts = {name: layer.layout for name, layer in kept.items()}
@@ -154,19 +154,19 @@ def sparse_transformation(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _checked(name: str, kept: Any, chosen: Mapping[str, Array]) -> dict[str, Kept]:
-    """What a method's function returned; ValueError unless it is a `Kept` for every leaf."""
+def _checked_draw(kept: Any, chosen: Mapping[str, Array]) -> dict[str, Kept]:
+    """What a method's `draw` returned; ValueError unless it is a `Kept` for every leaf."""
     expected = "{name: Kept(mask, layout)} for every chosen leaf"
     if not isinstance(kept, Mapping) or set(kept) != set(chosen):
         names = sorted(kept) if isinstance(kept, Mapping) else kept
-        raise ValueError(f"{name}: expected {expected} {sorted(chosen)[:8]}, got {names!r}")
+        raise ValueError(f"draw: expected {expected} {sorted(chosen)[:8]}, got {names!r}")
     for leaf, layer in kept.items():
         if not isinstance(layer, Kept):
-            raise ValueError(f"{name}: expected {expected}, got {type(layer).__name__} at {leaf!r}")
+            raise ValueError(f"draw: expected {expected}, got {type(layer).__name__} at {leaf!r}")
         mask = layer.mask
         if jnp.shape(mask) != chosen[leaf].shape or jnp.asarray(mask).dtype != bool:
             raise ValueError(
-                f"{name}: expected a bool mask of shape {chosen[leaf].shape} at {leaf!r}, got "
+                f"draw: expected a bool mask of shape {chosen[leaf].shape} at {leaf!r}, got "
                 f"{jnp.asarray(mask).dtype}{list(jnp.shape(mask))}"
             )
     return dict(kept)

@@ -40,6 +40,11 @@ def only_conv1(name, leaf):
     return name == "conv1/kernel"
 
 
+def quartic(params, scale):
+    """A loss for SNIP, whose gradient grows with the weights."""
+    return scale * sum(jnp.sum(leaf**4) for leaf in jax.tree.leaves(params))
+
+
 # name -> (params -> method). The masks of moving methods move at steps 3, 6, ... or 2, 5, ...
 METHODS = {
     "hrbp": lambda p: bsj.hrbp_prune(0.7, group_size=16),
@@ -58,6 +63,7 @@ METHODS = {
     ),
     "subp-hard": lambda p: bsj.subp(0.5, block=16, start=2, end=20, update_every=3, soft=False),
     "magnitude": lambda p: bsj.magnitude(0.7),
+    "snip": lambda p: bsj.one_shot(0.7, scores=bsj.snip(quartic, p, 1.0), budget="global"),
     "fixed": lambda p: bsj.fixed_masks(bsj.random_masks(jax.random.key(3), p, 0.7)),
     "random-channel": lambda p: bsj.fixed_masks(
         layouts=bsj.random_channel_layouts(jax.random.key(0), p, 0.7)
@@ -69,7 +75,7 @@ METHODS = {
 STRAIGHT_THROUGH = ["subp", "sr-ste", "ste"]
 HARD = [name for name in METHODS if name not in STRAIGHT_THROUGH]
 # Hard methods whose masks stay as they are at init.
-STATIC = ["hrbp", "magnitude", "fixed", "random-channel"]
+STATIC = ["hrbp", "magnitude", "snip", "fixed", "random-channel"]
 # Hard methods that prune weights in the midst of training.
 MOVING = [name for name in HARD if name not in (*STATIC, "hrbp-gradient")]
 # Of these, the ones that grow as many weights as they prune.
