@@ -109,8 +109,7 @@ class BlockSparseConv(nn.Module):
         Returns:
           Activations in the same format with `features` channels.
         """
-        cin = x.shape[channel_axis(self.data_format)] // self.feature_group_count
-        shape = (*pair("kernel_size", self.kernel_size), cin, self.features)
+        shape = kernel_shape(self, x)
         if self.has_variable("params", "kernel"):
             # self.param would refuse packed values, which have another shape.
             kernel = nn.meta.unbox(self.get_variable("params", "kernel"))
@@ -126,6 +125,12 @@ class BlockSparseConv(nn.Module):
         name = "/".join(self.path) or type(self).__name__
         arguments = CallArguments(scale, shift, residual, activation)
         return convolve(self, name, x, kernel, bias, layout, shape, arguments)
+
+
+def kernel_shape(layer: BlockSparseConv, x: Float[Array, "..."]) -> tuple[int, int, int, int]:
+    """The shape of a layer's dense kernel for an input: `(kh, kw, cin, cout)`."""
+    cin = x.shape[channel_axis(layer.data_format)] // layer.feature_group_count
+    return (*pair("kernel_size", layer.kernel_size), cin, layer.features)
 
 
 def _check_layouts_name_params(layer: nn.Module) -> None:

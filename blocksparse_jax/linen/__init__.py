@@ -1,0 +1,6 @@
+"""Flax linen: block-sparse layers, and any model of `nn.Conv` and `nn.Dense` unchanged."""
+
+from blocksparse_jax.linen.conv import BlockSparseConv
+from blocksparse_jax.linen.interceptor import use_layouts
+
+__all__ = ["BlockSparseConv", "use_layouts"]

@@ -1,0 +1,8 @@
+"""Flax nnx: block-sparse layers, what gives them their layouts, and an optimizer."""
+
+from blocksparse_jax.nnx.conv import BlockSparseConv
+from blocksparse_jax.nnx.layouts import Layouts
+from blocksparse_jax.nnx.model import executions, set_layouts, sparsify
+from blocksparse_jax.nnx.optimizer import Optimizer
+
+__all__ = ["BlockSparseConv", "Layouts", "Optimizer", "executions", "set_layouts", "sparsify"]

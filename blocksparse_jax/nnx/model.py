@@ -1,0 +1,166 @@
+"""A whole nnx model: its layers made block-sparse, and their layouts set."""
+
+from typing import Any, Literal, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from blocksparse_jax import _checks
+from blocksparse_jax.conv import available_implementations
+from blocksparse_jax.layout import BlockLayout, Dense, is_layout
+from blocksparse_jax.nnx.conv import BlockSparseConv
+from blocksparse_jax.nnx.layouts import Layouts
+from blocksparse_jax.tree import path_name
+
+Model = TypeVar("Model", bound=nnx.Module)
+_PLAIN_CONV = {
+    "mask": None,
+    "conv_general_dilated": lax.conv_general_dilated,
+    "promote_dtype": nnx.nn.dtypes.promote_dtype,
+    "preferred_element_type": None,
+}
+"""The fields of an `nnx.Conv` that a block-sparse convolution cannot have otherwise."""
+
+
+def sparsify(
+    model: Model,
+    *,
+    kernel_gradient: Literal["masked", "dense"] = "masked",
+    implementation: str | None = None,
+) -> Model:
+    """Makes the plain convolutions of any nnx model ready for layouts, in place.
+
+    Each `nnx.Conv` with a two-dimensional kernel becomes a `BlockSparseConv`: the same object with
+    the same parameters under the same paths, shared modules included. It computes what it did
+    before until `set_layouts` gives it a layout. Other layers stay as they are: subclasses,
+    transposed convolutions, convolutions with a `mask`, an `input_dilation`, or functions of their
+    own.
+
+    Args:
+      model: any nnx module.
+      kernel_gradient: `"masked"` or `"dense"`, as in `blocksparse_jax.conv`.
+      implementation: as in `blocksparse_jax.conv`.
+
+    Returns:
+      The same model.
+
+    Raises:
+      ValueError: an argument is unknown.
+
+    Example:
+      >>> model = sparsify(nnx.Sequential(nnx.Conv(4, 8, (3, 3), rngs=nnx.Rngs(0)), nnx.relu))
+      >>> type(model.layers[0]).__name__
+      'BlockSparseConv'
+    """
+    _checks.choice("kernel_gradient", kernel_gradient, ("masked", "dense"))
+    if implementation is not None:
+        _checks.choice("implementation", implementation, available_implementations())
+    for _, module in nnx.iter_modules(model):
+        if type(module) is nnx.Conv and _is_plain(module):
+            # The object itself changes, so that all references to it see the new layer.
+            object.__setattr__(module, "__class__", BlockSparseConv)
+            module.layout = Layouts(Dense())
+            module.data_format = "NHWC"
+            module.implementation = implementation
+            module.kernel_gradient = kernel_gradient
+    return model
+
+
+def _is_plain(module: nnx.Conv) -> bool:
+    """Whether a block-sparse convolution computes what this layer does."""
+    dilation = 1 if module.input_dilation is None else module.input_dilation
+    return (
+        len(module.kernel_size) == 2
+        and bool(np.all(np.asarray(dilation) == 1))
+        and all(getattr(module, name) is value for name, value in _PLAIN_CONV.items())
+    )
+
+
+def set_layouts(model: nnx.Module, layouts: Any) -> None:
+    """Sets the layouts of a model's block-sparse layers, in place.
+
+    Layers that the tree does not name become dense. Layers that share a kernel share its layout.
+    Kernels of other layers may have a layout too, as `get_layouts` gives one to every pruned
+    kernel: these layers run dense (`executions` says so).
+
+    Args:
+      model: any nnx module, of `BlockSparseConv` layers or after `sparsify`.
+      layouts: a tree with the structure of `nnx.state(model, nnx.Param)` (`get_layouts` gives one),
+        its leaves `BlockLayout | Dense()`.
+
+    Raises:
+      ValueError: a layout has the name of no parameter of this model, or is another kernel's; the
+        message names its path. Then no layout is changed.
+
+    Example:
+      >>> from blocksparse_jax.layout import mask_to_layout
+      >>> model = nnx.List([BlockSparseConv(4, 8, 3, rngs=nnx.Rngs(0))])
+      >>> layout = mask_to_layout(np.ones((3, 3, 4, 8), bool))
+      >>> set_layouts(model, {0: {"kernel": layout, "bias": Dense()}})
+      >>> model[0].layout.get_value().packed_shape
+      (1, 4, 9, 8)
+    """
+    params = _params(model)
+    layers = _layers(model)
+    by_kernel = {}
+    for path, layout in jax.tree.leaves_with_path(layouts, is_leaf=is_layout):
+        name = path_name(path)
+        if isinstance(layout, Dense):
+            continue
+        if not isinstance(layout, BlockLayout):
+            raise ValueError(
+                f"layouts: at {name} expected a BlockLayout or Dense(), got "
+                f"{type(layout).__name__}; use get_layouts(state)"
+            )
+        if name not in params:
+            raise ValueError(
+                f"layouts: {name} is no parameter of this model, expected names among "
+                f"{sorted(params)[:8]}; give the layouts the structure of its parameters"
+            )
+        by_kernel[id(params[name])] = layout
+        for layer in layers:
+            if layer.kernel is params[name] and tuple(layout.shape) != layer.kernel_shape:
+                raise ValueError(
+                    f"layouts: {name} is of a kernel {tuple(layout.shape)}, expected "
+                    f"{layer.kernel_shape}"
+                )
+    for layer in layers:
+        layer.layout.set_value(by_kernel.get(id(layer.kernel), Dense()))
+
+
+def executions(model: nnx.Module) -> dict[str, str]:
+    """What the layers of a model run, as far as they are block-sparse.
+
+    Args:
+      model: any nnx module.
+
+    Returns:
+      "block-sparse" by the name of each kernel whose layer has a layout; `summarize(...,
+      executions=)` shows it.
+
+    Example:
+      >>> executions(BlockSparseConv(4, 8, 3, rngs=nnx.Rngs(0)))
+      {}
+    """
+    sparse = {
+        id(layer.kernel)
+        for layer in _layers(model)
+        if isinstance(layer.layout.get_value(), BlockLayout)
+    }
+    return {name: "block-sparse" for name, param in _params(model).items() if id(param) in sparse}
+
+
+def _layers(model: nnx.Module) -> list[BlockSparseConv]:
+    """The layers that can have a layout."""
+    return [module for _, module in nnx.iter_modules(model) if isinstance(module, BlockSparseConv)]
+
+
+def _params(model: nnx.Module) -> dict[str, nnx.Variable]:
+    """The variables of a model by name; one that is shared has one name, as in `nnx.state`."""
+    return {
+        "/".join(map(str, path)): node
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Variable)
+    }

@@ -1,0 +1,51 @@
+"""`nnx.Optimizer` for transformations whose state holds layouts."""
+
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+
+class Optimizer(nnx.Optimizer):
+    """`nnx.Optimizer` for transformations whose state holds layouts.
+
+    `nnx.Optimizer` writes its state back leaf by leaf, and leaves a dict where a `BlockLayout` was.
+    This class keeps each layout whole: `get_layouts(optimizer.opt_state)` works after any number of
+    updates, and the first update does not change the state's structure.
+
+    Example:
+      >>> import blocksparse_jax as bsj
+      >>> model = nnx.List([BlockSparseConv(16, 32, 3, rngs=nnx.Rngs(0))])
+      >>> method = bsj.hrbp_prune(0.5, group_size=16, block_density=1)
+      >>> tx = bsj.sparse(method, optax.sgd(0.1))
+      >>> optimizer = Optimizer(model, tx, wrt=nnx.Param)
+      >>> set_layouts(model, bsj.get_layouts(optimizer.opt_state))
+      >>> model[0].layout.get_value().packed_shape
+      (2, 8, 9, 16)
+    """
+
+    def update(self, model: Any, grads: Any, /, **kwargs: Any) -> Any:
+        """Updates the model's parameters and the optimizer's state in place.
+
+        Args:
+          model: the module whose parameters are trained.
+          grads: gradients of `nnx.grad`.
+          **kwargs: extra arguments of the transformation.
+
+        Returns:
+          The updates, with the structure of the parameters.
+        """
+        params = nnx.as_pure(nnx.state(model, self.wrt))
+        gradients = nnx.as_pure(nnx.state(grads, self.wrt))
+        state = nnx.as_pure(self.opt_state)
+        updates, new_state = self.tx.update(gradients, state, params, **nnx.as_pure(kwargs))
+        nnx.update(model, optax.apply_updates(params, updates))
+        jax.tree.map(
+            lambda variable, value: variable.set_value(value),
+            self.opt_state,
+            new_state,
+            is_leaf=lambda node: isinstance(node, nnx.Variable),
+        )
+        self.step[...] += 1
+        return updates
