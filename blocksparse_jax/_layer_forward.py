@@ -9,11 +9,11 @@ from jaxtyping import Array, Float
 
 from blocksparse_jax import _checks
 from blocksparse_jax.conv import conv, finish
-from blocksparse_jax.geometry import Pair, explicit_geometry
+from blocksparse_jax.geometry import Padding, Pair, explicit_geometry, with_border
 from blocksparse_jax.layout import BlockLayout, Dense
 from pallas_kernels.dense_conv import dense_conv
 
-LayerPadding = str | int | Sequence[int | Pair]
+LayerPadding = Padding
 
 
 class CallArguments(NamedTuple):
@@ -134,14 +134,13 @@ def _convolve(
     """Convolves activations with one batch axis."""
     strides = pair("strides", layer.strides)
     dilation = pair("kernel_dilation", layer.kernel_dilation)
-    padding = _padding(layer.padding)
     if layer.feature_group_count == 1:
         return conv(
             x,
             kernel,
             layout,
             strides=strides,
-            padding=padding,
+            padding=layer.padding,
             dilation=dilation,
             data_format=layer.data_format,
             **epilogue,
@@ -149,7 +148,8 @@ def _convolve(
             kernel_gradient=layer.kernel_gradient,
             precision=layer.precision,
         )
-    geometry = explicit_geometry(x.shape[1:3], shape[:2], strides, padding, dilation)
+    x = with_border(x, shape[:2], layer.padding, dilation)
+    geometry = explicit_geometry(x.shape[1:3], shape[:2], strides, layer.padding, dilation)
     y = dense_conv(
         x,
         kernel,
@@ -170,21 +170,6 @@ def _shifted_bias(
     if bias is None or shift is None:
         return shift if bias is None else bias
     return shift + bias
-
-
-def _padding(padding: LayerPadding) -> str | tuple[Pair, Pair]:
-    """Pairs, or a name, from the forms of padding that `nn.Conv` accepts."""
-    if isinstance(padding, str):
-        return _checks.choice("padding", padding, ("SAME", "VALID"))
-    axes = (padding, padding) if isinstance(padding, int) else padding
-    try:
-        (top, bottom), (left, right) = (
-            (axis, axis) if isinstance(axis, int) else axis for axis in axes
-        )
-    except (TypeError, ValueError):
-        expected = "'SAME', 'VALID', an integer, or two integers or (low, high) pairs"
-        raise ValueError(f"padding: expected {expected}, got {padding!r}") from None
-    return (top, bottom), (left, right)
 
 
 def _check_layer(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from blocksparse_jax import _checks
-from blocksparse_jax.geometry import Geometry, Padding, explicit_geometry
+from blocksparse_jax.geometry import Geometry, Padding, explicit_geometry, with_border
 from blocksparse_jax.kernel_gradient import dense_kernel_gradient
 from blocksparse_jax.layout import BlockLayout, Dense, layout_to_mask
 from blocksparse_jax.masks import straight_through
@@ -66,6 +66,8 @@ def conv(
     which the native kernels apply while they store y. The kernels compute in CHWN; NHWC inputs are
     transposed before them, and the output back.
 
+    A batch of no images gives an output of none, and gradients of zero.
+
     Values that are not finite reach every output that they are multiplied into. Pruned weights take
     no part: their infinities do not show, where a masked dense convolution would multiply them by
     0. Where a kept weight that is not finite meets the zeros around the image, the native kernels
@@ -82,7 +84,9 @@ def conv(
         group_size]`; cast to `x.dtype`, products are accumulated in float32.
       layout: the kernel's layout; `Dense()` convolves with the whole kernel.
       strides: step in pixels `(y, x)`, or one integer for both.
-      padding: "SAME", "VALID" or `((top, bottom), (left, right))` in pixels.
+      padding: as in `nn.Conv`: "SAME", "VALID", "SAME_LOWER", "CIRCULAR" (the image continued
+        periodically), "REFLECT" (mirrored), or pixels: an integer, or for each axis an integer or a
+        pair `(low, high)`.
       dilation: distance between taps in pixels `(y, x)`, or one integer for both.
       data_format: "NHWC" or "CHWN", of input and output.
       scale: one number for each output channel.
@@ -129,7 +133,8 @@ def conv(
             f"and {jnp.shape(kernel)}"
         )
     x = jnp.asarray(x)
-    runs_dense = isinstance(layout, Dense) or implementation == "dense"
+    is_empty = x.shape[data_format.index("N")] == 0
+    runs_dense = isinstance(layout, Dense) or implementation == "dense" or is_empty
     _check_activations(x, data_format, runs_dense)
     is_packed = _is_packed(kernel, layout, packed)
     if is_packed and kernel_gradient == "dense":
@@ -143,6 +148,7 @@ def conv(
             f"x: expected {kernel_shape[2]} channels ({data_format}, shape {x.shape}) for the "
             f"kernel {kernel_shape}, got {cin}"
         )
+    x = with_border(x, kernel_shape[:2], padding, dilation)
     geometry = explicit_geometry(x.shape[1:3], kernel_shape[:2], strides, padding, dilation)
     if isinstance(layout, Dense) or runs_dense:
         if isinstance(layout, BlockLayout):
@@ -192,7 +198,7 @@ def choose_implementation(
       x: the input, or anything with its shape and dtype.
       layout: the kernel's layout.
       strides: step in pixels `(y, x)`.
-      padding: "SAME", "VALID" or `((top, bottom), (left, right))` in pixels.
+      padding: as in `conv`.
       dilation: distance between taps in pixels `(y, x)`.
       data_format: "NHWC" or "CHWN".
 
@@ -212,9 +218,14 @@ def choose_implementation(
     data_format = _checks.data_format(data_format)
     if isinstance(layout, Dense):
         return Choice("dense", "the kernel has no layout", {})
+    if x.shape[data_format.index("N")] == 0:
+        return Choice("dense", "the batch is empty", {})
     kh, kw, cin, cout = layout.shape
     groups, kept, kept_taps, group_size = layout.packed_shape
-    height, width = x.shape[1:3]
+    _, height, width, _ = jax.eval_shape(
+        lambda x: with_border(x, (kh, kw), padding, dilation),
+        jax.ShapeDtypeStruct(x.shape, x.dtype),
+    ).shape
     geometry = explicit_geometry((height, width), (kh, kw), strides, padding, dilation)
     spec = ConvSpec(
         cin=cin,

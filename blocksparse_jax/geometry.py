@@ -1,14 +1,21 @@
 """Strides, padding and dilation of a convolution, in the forms that callers write them."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax import lax
 
 from blocksparse_jax import _checks
 
 Pair = tuple[int, int]
-Padding = str | Sequence[tuple[int, int]]
+Padding = str | int | Sequence[int | Sequence[int]]
+"""The forms that `nn.Conv` takes: a name, an integer, or for each axis an integer or a pair."""
+_ZEROS = ("SAME", "VALID", "SAME_LOWER")
+_BORDERS = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
+"""Paddings by pixels of the image, and their modes in `jnp.pad`."""
 
 
 class Geometry(NamedTuple):
@@ -29,6 +36,45 @@ class Geometry(NamedTuple):
     dilation: Pair = (1, 1)
 
 
+def with_border(
+    x: jax.Array, kernel_size: Sequence[int], padding: Padding, dilation: int | Sequence[int]
+) -> jax.Array:
+    """Puts pixels of the image around it where the padding consists of these.
+
+    As in `nn.Conv`, "CIRCULAR" continues the image periodically and "REFLECT" mirrors it at its
+    outermost pixels, by half of the kernel's reach on each side (an odd pixel comes at the end), so
+    that at stride 1 the output has the size of the input.
+
+    Args:
+      x: activations whose axes 1 and 2 are height and width.
+      kernel_size: `(kh, kw)`.
+      padding: in any form.
+      dilation: distance between taps in pixels, one integer or two.
+
+    Returns:
+      The activations with their border; as they are for every other padding.
+
+    Raises:
+      ValueError: the padding is an unknown name, or the image has no pixels to repeat.
+
+    Example:
+      >>> x = jnp.arange(3.0).reshape(1, 1, 3, 1)
+      >>> with_border(x, (1, 3), "CIRCULAR", 1).ravel().tolist()
+      [2.0, 0.0, 1.0, 2.0, 0.0]
+      >>> with_border(x, (1, 3), "SAME", 1).ravel().tolist()
+      [0.0, 1.0, 2.0]
+    """
+    mode = _BORDERS.get(_padding_name(padding)) if isinstance(padding, str) else None
+    if mode is None:
+        return x
+    if x.shape[1] * x.shape[2] == 0:
+        raise ValueError(f"padding: {padding!r} repeats pixels, but x has none, shape {x.shape}")
+    distances = _checks.pair("dilation", dilation)
+    reach = [(taps - 1) * step for taps, step in zip(kernel_size, distances, strict=True)]
+    edges = [(0, 0), *((pixels // 2, (pixels + 1) // 2) for pixels in reach), (0, 0)]
+    return jnp.pad(x, edges, mode=mode)
+
+
 def explicit_geometry(
     size: Sequence[int],
     kernel_size: Sequence[int],
@@ -42,7 +88,8 @@ def explicit_geometry(
       size: height and width of the image in pixels.
       kernel_size: `(kh, kw)`.
       strides: step in pixels, one integer or two.
-      padding: "SAME", "VALID" or `((top, bottom), (left, right))` in pixels.
+      padding: "SAME", "VALID", "SAME_LOWER", or pixels: an integer, or for each axis an integer or
+        a pair. "CIRCULAR" and "REFLECT" mean an image that has its border, see `with_border`.
       dilation: distance between taps in pixels, one integer or two.
 
     Returns:
@@ -58,23 +105,43 @@ def explicit_geometry(
     strides = _checks.pair("strides", strides)
     dilation = _checks.pair("dilation", dilation)
     if isinstance(padding, str):
-        name = _checks.choice("padding", padding.upper(), ("SAME", "VALID"))
+        name = _padding_name(padding)
+        name = "VALID" if name in _BORDERS else name
         reach = [(taps - 1) * step + 1 for taps, step in zip(kernel_size, dilation, strict=True)]
         (top, bottom), (left, right) = lax.padtype_to_pads(size, reach, strides, name)
-    else:
-        (top, bottom), (left, right) = _pairs(padding)
-    explicit = ((int(top), int(bottom)), (int(left), int(right)))
+        return Geometry(strides, ((int(top), int(bottom)), (int(left), int(right))), dilation)
+    explicit = _pairs(padding)
     if min(map(min, explicit)) < 0:
         raise ValueError(f"padding: expected pixels of at least 0, got {padding!r}; crop x instead")
     return Geometry(strides, explicit, dilation)
 
 
-def _pairs(padding: Any) -> tuple[Pair, Pair]:
-    """ValueError unless the padding is two pairs of integers."""
-    try:
-        (top, bottom), (left, right) = padding
-        return (int(top), int(bottom)), (int(left), int(right))
-    except (TypeError, ValueError):
+def _padding_name(padding: str) -> str:
+    """The name in capitals; ValueError unless it is a padding of images."""
+    name = padding.upper()
+    if name == "CAUSAL":
         raise ValueError(
-            f'padding: expected "SAME", "VALID" or ((top, bottom), (left, right)), got {padding!r}'
+            "padding: 'CAUSAL' is for sequences (1-D convolutions), and this convolves images; "
+            "give the pixels of each axis, e.g. ((dilation * (kh - 1), 0), (0, 0))"
+        )
+    return _checks.choice("padding", name, (*_ZEROS, *_BORDERS))
+
+
+def _pairs(padding: Any) -> tuple[Pair, Pair]:
+    """ValueError unless the padding is an integer, or for each of two axes an integer or a pair."""
+    try:
+        vertical, horizontal = _two(padding)
+        (top, bottom), (left, right) = _two(vertical), _two(horizontal)
+        top, bottom, left, right = map(operator.index, (top, bottom, left, right))
+        return (top, bottom), (left, right)
+    except (TypeError, ValueError):
+        expected = ", ".join(map(repr, (*_ZEROS, *_BORDERS)))
+        raise ValueError(
+            f"padding: expected one of {expected}, an integer, or for each of the two axes an "
+            f"integer or a pair (low, high), got {padding!r}"
         ) from None
+
+
+def _two(value: Any) -> Any:
+    """One value for both, or the two that there are."""
+    return value if hasattr(value, "__len__") else (value, value)

@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Float
 
 from blocksparse_jax import _checks
-from blocksparse_jax.geometry import Padding, explicit_geometry
+from blocksparse_jax.geometry import Padding, explicit_geometry, with_border
 from pallas_kernels.dense_conv import dense_conv
 from pallas_kernels.sharding import CONVOLUTION, over_images
 
@@ -30,7 +30,7 @@ def dense_kernel_gradient(
       dy: the gradient with respect to its output, in the same data format.
       kernel_size: `(kh, kw)`.
       strides: step in pixels `(y, x)`.
-      padding: "SAME", "VALID" or `((top, bottom), (left, right))` in pixels.
+      padding: as in `conv`.
       dilation: distance between taps in pixels `(y, x)`.
       data_format: "NHWC" or "CHWN".
       precision: as in `lax.conv_general_dilated`.
@@ -53,6 +53,7 @@ def dense_kernel_gradient(
         raise ValueError(f"kernel_size: expected (kh, kw), got {tuple(kernel_size)}")
     channel_axis = data_format.index("C")
     kernel_shape = (*kernel_size, x.shape[channel_axis], dy.shape[channel_axis])
+    x = with_border(x, kernel_size, padding, dilation)
     geometry = explicit_geometry(x.shape[1:3], kernel_size, strides, padding, dilation)
     kernel = jax.ShapeDtypeStruct(kernel_shape, x.dtype)
 

@@ -344,13 +344,15 @@ BAD_CONVS = {
     "kernel_gradient: 'dense' needs the dense kernel": lambda: bsj.conv(
         X, bsj.pack(KERNEL, LAYOUT), LAYOUT, kernel_gradient="dense"
     ),
-    "padding: expected one of 'SAME', 'VALID'": lambda: bsj.conv(
+    "padding: expected one of 'SAME', 'VALID', .*did you mean 'SAME'": lambda: bsj.conv(
         X, KERNEL, LAYOUT, padding="SAMEE"
     ),
     "padding: expected pixels of at least 0": lambda: bsj.conv(
         X, KERNEL, LAYOUT, padding=((-1, 0), (0, 0))
     ),
-    'padding: expected "SAME"': lambda: bsj.conv(X, KERNEL, LAYOUT, padding=1),
+    "padding: expected one of 'SAME'.*, an integer, or": lambda: bsj.conv(
+        X, KERNEL, LAYOUT, padding=1.5
+    ),
     "strides: expected an integer of at least 1, got 0": lambda: bsj.conv(
         X, KERNEL, LAYOUT, strides=(0, 1)
     ),
@@ -361,8 +363,8 @@ BAD_CONVS = {
     r"x: expected .* \(NHWC\), got int32\[2, 8, 8, 16\]; cast": lambda: bsj.conv(
         X.astype(int), KERNEL, bsj.Dense()
     ),
-    r"x: expected no empty axis \(NHWC\), got shape \(0, 8, 8, 16\)": lambda: bsj.conv(
-        X[:0], KERNEL, LAYOUT
+    r"x: expected no empty axis \(NHWC\), got shape \(2, 0, 8, 16\)": lambda: bsj.conv(
+        X[:, :0], KERNEL, LAYOUT
     ),
     r"kernel: expected packed values \(2, 4, 3, 16\) with packed=True, got \(3, 3, 16, 32\); leave "
     r"`packed` out": lambda: bsj.conv(X, KERNEL, LAYOUT, packed=True),

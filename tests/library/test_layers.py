@@ -237,7 +237,7 @@ def test_linen_errors_name_the_module(kernel, layout, message):
         ({"kernel_size": (3, 3, 3)}, "kernel_size: expected an integer or two"),
         ({"strides": 0}, "strides: expected an integer of at least 1, got 0"),
         ({"padding": "SAMES"}, "padding: .*did you mean 'SAME'"),
-        ({"padding": (1, 1, 1)}, "padding: expected 'SAME'"),
+        ({"padding": (1, 1, 1)}, "padding: expected one of 'SAME'"),
     ],
 )
 def test_bad_arguments(options, message):
