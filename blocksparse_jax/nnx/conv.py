@@ -1,7 +1,7 @@
 """`BlockSparseConv` for Flax nnx: `nnx.Conv` whose kernel may be block-sparse."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,7 @@ class BlockSparseConv(nnx.Conv):
             out_features,
             pair("kernel_size", kernel_size),
             strides,
-            padding=padding,  # type: ignore[arg-type]
+            padding=padding,
             kernel_dilation=kernel_dilation,
             feature_group_count=feature_group_count,
             use_bias=use_bias,
@@ -105,6 +105,12 @@ class BlockSparseConv(nnx.Conv):
             bias_init=bias_init,
             rngs=rngs,
         )
+        self.set_options(data_format, implementation, kernel_gradient)
+
+    def set_options(
+        self, data_format: str, implementation: str | None, kernel_gradient: str
+    ) -> None:
+        """Sets what this layer has beside the fields of `nnx.Conv`; its layout is dense."""
         self.layout = Layouts(Dense())
         self.data_format = data_format
         self.implementation = implementation
@@ -144,6 +150,6 @@ class BlockSparseConv(nnx.Conv):
             self.kernel[...],
             bias,
             layout,
-            self.kernel_shape,
+            cast(tuple[int, int, int, int], self.kernel_shape),
             CallArguments(scale, shift, residual, activation),
         )

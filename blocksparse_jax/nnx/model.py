@@ -1,6 +1,6 @@
 """A whole nnx model: its layers made block-sparse, and their layouts set."""
 
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import jax
 import numpy as np
@@ -11,7 +11,6 @@ from blocksparse_jax import _checks
 from blocksparse_jax.conv import available_implementations
 from blocksparse_jax.layout import BlockLayout, Dense, is_layout
 from blocksparse_jax.nnx.conv import BlockSparseConv
-from blocksparse_jax.nnx.layouts import Layouts
 from blocksparse_jax.tree import path_name
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -61,10 +60,7 @@ def sparsify(
         if type(module) is nnx.Conv and _is_plain(module):
             # The object itself changes, so that all references to it see the new layer.
             object.__setattr__(module, "__class__", BlockSparseConv)
-            module.layout = Layouts(Dense())
-            module.data_format = "NHWC"
-            module.implementation = implementation
-            module.kernel_gradient = kernel_gradient
+            cast(BlockSparseConv, module).set_options("NHWC", implementation, kernel_gradient)
     return model
 
 
@@ -119,13 +115,14 @@ def set_layouts(model: nnx.Module, layouts: Any) -> None:
                 f"layouts: {name} is no parameter of this model, expected names among "
                 f"{sorted(params)[:8]}; give the layouts the structure of its parameters"
             )
-        by_kernel[id(params[name])] = layout
-        for layer in layers:
-            if layer.kernel is params[name] and tuple(layout.shape) != layer.kernel_shape:
+        kernel = params[name]
+        shapes = {layer.kernel_shape for layer in layers if layer.kernel is kernel}
+        for shape in shapes or {kernel.shape}:
+            if tuple(layout.shape) != shape:
                 raise ValueError(
-                    f"layouts: {name} is of a kernel {tuple(layout.shape)}, expected "
-                    f"{layer.kernel_shape}"
+                    f"layouts: {name} is of a kernel {tuple(layout.shape)}, expected {shape}"
                 )
+        by_kernel[id(kernel)] = layout
     for layer in layers:
         layer.layout.set_value(by_kernel.get(id(layer.kernel), Dense()))
 

@@ -333,8 +333,11 @@ def test_nnx_layouts_travel_and_stay_out_of_the_params():
         ),
         (
             {"head": {"kernel": block_layout()}},
-            "layouts: head/kernel is no kernel of a BlockSparseConv.*stem/kernel, "
-            "blocks/0/kernel|blocks/0/kernel, stem",
+            r"layouts: head/kernel is of a kernel \(3, 3, 6, 8\), expected \(32, 10\)",
+        ),
+        (
+            {"conv": {"kernel": block_layout()}},
+            "layouts: conv/kernel is no parameter of this model, expected names among",
         ),
         (
             {"stem": {"kernel": ConsecutiveGroups(4)}},

@@ -1,0 +1,367 @@
+"""Plain Flax models on block-sparse convolutions: `linen.use_layouts` and `nnx.sparsify`."""
+
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import blocksparse_jax as bsj
+from tests.support.unchanged import assert_linen_equals_masked_dense, pruned
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"kernel_size": (2, 1), "strides": (2, 1), "padding": "VALID"},
+    {"strides": 2, "padding": 1, "kernel_dilation": 2, "use_bias": False},
+    {"padding": ((0, 2), (1, 0)), "strides": (1, 2)},
+    {"padding": (1, (0, 2))},
+    {"padding": "CIRCULAR", "kernel_dilation": (2, 1)},
+    {"padding": "REFLECT", "kernel_size": (4, 3)},
+    {"kernel_size": (1, 1), "strides": None, "input_dilation": None},
+    {"dtype": jnp.bfloat16},
+    {"param_dtype": jnp.bfloat16},
+    {"promote_dtype": lambda *arrays, dtype: [None if a is None else a + 1 for a in arrays]},
+]
+X = jax.random.normal(jax.random.key(0), (2, 9, 8, 16))
+
+
+def conv(options, **others):
+    return {"features": 32, "kernel_size": (3, 3)} | options | others
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "default")
+def test_linen_conv_equals_masked_dense(options):
+    options = dict(options)
+    if "promote_dtype" in options:  # a function of the user's own is called
+        options["promote_dtype"] = lambda *arrays, dtype: nn.dtypes.promote_dtype(
+            *arrays, dtype=jnp.float16
+        )
+    executions = assert_linen_equals_masked_dense(nn.Conv(**conv(options)), X)
+    assert executions == {"kernel": "block-sparse"}
+
+
+@pytest.mark.parametrize("options", OPTIONS[:-1], ids=lambda options: "-".join(options))
+def test_nnx_conv_equals_masked_dense(options):
+    def outputs(model, params):
+        nnx.update(model, params)
+        loss = lambda model, x: (model(x).astype(jnp.float32) ** 2).mean()  # noqa: E731
+        return model(X), *nnx.grad(loss, argnums=(0, 1))(model, X)
+
+    model = nnx.Conv(in_features=16, out_features=32, rngs=nnx.Rngs(0), **nnx_options(options))
+    params = nnx.state(model, nnx.Param)
+    params, state, layouts = pruned(params)
+    expected = outputs(model, params)
+    assert bsj.nnx.sparsify(model) is model
+    bsj.nnx.set_layouts(model, layouts)
+    assert bsj.nnx.executions(model) == {"kernel": "block-sparse"}
+    actual = outputs(model, params)
+    masks = bsj.get_masks(state)
+    tolerance = 3e-2 if jnp.bfloat16 in options.values() else 1e-5
+    assert actual[0].dtype == expected[0].dtype
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        mask = masks["kernel"] if a.shape == masks["kernel"].shape else 1
+        scale = np.abs(np.asarray(e, float)).max()
+        np.testing.assert_allclose(
+            np.asarray(a, float), np.asarray(e * mask, float), atol=tolerance * scale
+        )
+
+
+def nnx_options(options):
+    return {"kernel_size": (3, 3)} | options
+
+
+class Block(nn.Module):
+    conv: Any = nn.Conv
+
+    @nn.compact
+    def __call__(self, x):
+        shared = self.conv(16, (3, 3), name="shared")
+        return shared(nn.relu(shared(x))) + x
+
+
+class Network(nn.Module):
+    """What Flax networks are made of: setup, shared layers, remat, batch norm, other layers."""
+
+    def setup(self):
+        self.first = nn.Conv(16, (3, 3))
+        self.block = nn.remat(Block)()
+        self.norm = nn.WeightNorm(nn.Conv(16, (1, 1), use_bias=False))
+        self.transposed = nn.ConvTranspose(16, (3, 3), strides=(2, 2))
+        self.masked = nn.Conv(16, (3, 3), mask=jnp.ones((3, 3, 16, 16)).at[0].set(0))
+        self.head = nn.DenseGeneral((2, 5))
+
+    def __call__(self, x):
+        x = self.block(nn.relu(self.first(x)))
+        x = self.masked(self.transposed(self.norm(x)))
+        return self.head(x.mean((1, 2)))
+
+    def features(self, x):
+        return self.first(x)
+
+
+def test_linen_network_runs_its_plain_convolutions_sparse_and_all_else_as_written():
+    executions = assert_linen_equals_masked_dense(Network(), X)
+    assert executions == {
+        "first/kernel": "block-sparse",
+        "block/shared/kernel": "block-sparse",
+        "norm/layer_instance/kernel": "block-sparse",
+        "transposed/kernel": "dense: ConvTranspose",
+        "masked/kernel": "dense: Conv",
+    }
+
+
+def test_linen_other_methods_and_bound_modules_run_sparse():
+    model = Network()
+    params, _, layouts = pruned(model.init(jax.random.key(1), X)["params"])
+    expected = model.apply({"params": params}, X, method="features")
+    with bsj.linen.use_layouts(layouts) as executions:
+        actual = model.apply({"params": params}, X, method="features")
+        bound = model.bind({"params": params}).first(X)
+    assert executions == {"first/kernel": "block-sparse"}
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+    np.testing.assert_allclose(bound, expected, atol=1e-5)
+
+
+def test_linen_packed_values_need_no_dense_kernel():
+    model = Block()
+    params, state, layouts = pruned(model.init(jax.random.key(1), X)["params"])
+    values, _ = bsj.pack_tree(params, state, layouts)
+    assert values["shared"]["kernel"].shape == layouts["shared"]["kernel"].packed_shape
+    with bsj.linen.use_layouts(layouts):
+        packed = model.apply({"params": values}, X)
+    np.testing.assert_allclose(packed, model.apply({"params": params}, X), atol=1e-5)
+
+
+def test_linen_keywords_reach_the_convolution():
+    model = Block()
+    params, _, layouts = pruned(model.init(jax.random.key(1), X)["params"])
+
+    def gradient(**keywords):
+        def loss(params):
+            with bsj.linen.use_layouts(layouts, **keywords):
+                return model.apply({"params": params}, X).sum()
+
+        return jax.grad(loss)(params)["shared"]["kernel"]
+
+    mask = bsj.layout_to_mask(layouts["shared"]["kernel"])
+    assert not jnp.any(jnp.where(mask, 0, gradient()))
+    full = gradient(kernel_gradient="dense", implementation="xla", precision="highest")
+    assert jnp.count_nonzero(jnp.where(mask, 0, full)) == (~mask).sum()
+    with pytest.raises(ValueError, match="kernel_gradient: expected"):
+        gradient(kernel_gradient="full")
+    with pytest.raises(ValueError, match="implementation: expected"):
+        gradient(implementation="cudnn")
+
+
+def test_linen_initialization_runs_as_written():
+    model = Block()
+    params, _, layouts = pruned(model.init(jax.random.key(1), X)["params"])
+    with bsj.linen.use_layouts(layouts) as executions:
+        again = model.init(jax.random.key(1), X)["params"]
+    assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, params)
+    assert executions == {}
+
+
+def test_linen_jitted_functions_never_run_with_the_layouts_of_another_block():
+    """Entered outside of jit, where the compiled program would keep the first layouts for ever."""
+    model = Block()
+    params = model.init(jax.random.key(1), X)["params"]
+    apply = jax.jit(lambda params: model.apply({"params": params}, X))
+    for scores in (params, jax.tree.map(jnp.negative, jax.tree.map(jnp.flip, params))):
+        state = bsj.hrbp_prune(0.75, group_size=8, block_density=1).init(scores)
+        layouts = bsj.get_layouts(state)
+        with bsj.linen.use_layouts(layouts):
+            sparse = apply(params)
+        kept = bsj.apply_masks(params, bsj.get_masks(state))
+        np.testing.assert_allclose(sparse, apply(kept), atol=1e-5)
+    with bsj.linen.use_layouts(layouts) as executions:
+        apply(params)
+    assert executions == {}  # the same layouts: compiled before
+
+
+def test_linen_new_layouts_do_not_recompile_a_function_of_the_layouts():
+    model, traces = Block(), []
+    params = model.init(jax.random.key(1), X)["params"]
+
+    @jax.jit
+    def apply(params, layouts):
+        traces.append(1)
+        with bsj.linen.use_layouts(layouts):
+            return model.apply({"params": params}, X)
+
+    for scale in (1.0, -1.0):
+        shifted = jax.tree.map(lambda p: p + scale * jnp.arange(p.shape[-1]), params)  # noqa: B023
+        masked, _, layouts = pruned(shifted)
+        expected = model.apply({"params": masked}, X)
+        np.testing.assert_allclose(apply(masked, layouts), expected, rtol=1e-4, atol=1e-2)
+    assert len(traces) == 1
+
+
+def test_linen_innermost_block_counts():
+    student, teacher = Block(), Block()
+    params, _, layouts = pruned(student.init(jax.random.key(1), X)["params"])
+    dense = student.init(jax.random.key(2), X)["params"]
+    with bsj.linen.use_layouts(layouts) as outer, bsj.linen.use_layouts({}) as inner:
+        y = teacher.apply({"params": dense}, X)
+    np.testing.assert_array_equal(y, teacher.apply({"params": dense}, X))
+    assert outer == inner == {}
+    with bsj.linen.use_layouts({}), bsj.linen.use_layouts(layouts) as inner:
+        student.apply({"params": params}, X)
+    assert list(inner) == ["shared/kernel"]
+
+
+class StandardizedConv(nn.Conv):
+    """A convolution that changes its kernel on the way out, as in Big Transfer."""
+
+    def param(self, name, *args, **kwargs):
+        value = super().param(name, *args, **kwargs)
+        return value / 2 if name == "kernel" else value
+
+
+class SmallConv(nn.Conv):
+    """A convolution with other defaults."""
+
+    use_bias: bool = False
+
+
+@pytest.mark.parametrize(
+    ("layer", "runs"),
+    [(StandardizedConv, "dense: StandardizedConv"), (SmallConv, "block-sparse")],
+)
+def test_linen_subclasses_run_sparse_only_where_they_compute_as_conv(layer, runs):
+    executions = assert_linen_equals_masked_dense(layer(16, (3, 3)), X)
+    assert executions == {"kernel": runs}
+
+
+def test_linen_block_sparse_conv_takes_its_layout_from_the_block_too():
+    assert assert_linen_equals_masked_dense(Block(bsj.linen.BlockSparseConv), X) == {
+        "shared/kernel": "block-sparse"
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"input_dilation": (2, 1), "padding": 1},
+            "Conv/kernel: a convolution with input_dilation=(2, 1)",
+        ),
+        (
+            {"conv_general_dilated": jax.lax.conv_general_dilated},
+            "Conv/kernel: a convolution with a conv_general_dilated of its own",
+        ),
+        ({"feature_group_count": 2}, "Conv/kernel: a convolution with feature_group_count=2"),
+    ],
+)
+def test_linen_layer_that_cannot_run_says_so_by_name(options, message):
+    model = nn.Conv(**conv(options))
+    params = model.init(jax.random.key(1), X)["params"]
+    _, _, layouts = pruned(params, where=lambda name, leaf: leaf.ndim == 4)
+    with pytest.raises(ValueError, match=re.escape(message)), bsj.linen.use_layouts(layouts):
+        model.apply({"params": params}, X)
+
+
+def test_linen_packed_values_of_a_layer_that_runs_as_written_are_refused_by_name():
+    model = nn.ConvTranspose(32, (3, 3))
+    params, state, layouts = pruned(model.init(jax.random.key(1), X)["params"])
+    values, _ = bsj.pack_tree(params, state, layouts)
+    with (
+        pytest.raises(ValueError, match="kernel: ConvTranspose runs as it is written and needs"),
+        bsj.linen.use_layouts(layouts),
+    ):
+        model.apply({"params": values}, X)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (lambda layouts: {"params": layouts}, "'params/shared/kernel' is no parameter of Block"),
+        (lambda layouts: {"shared": {"kernel": 3}}, "expected a BlockLayout or Dense"),
+    ],
+)
+def test_linen_layouts_of_another_tree_are_refused(wrap, message):
+    model = Block()
+    params, _, layouts = pruned(model.init(jax.random.key(1), X)["params"])
+    with pytest.raises(ValueError, match=message), bsj.linen.use_layouts(wrap(layouts)):
+        model.apply({"params": params}, X)
+
+
+class NnxNetwork(nnx.Module):
+    """Shared modules, a tied kernel, containers, and layers that stay as they are."""
+
+    def __init__(self, rngs):
+        def layer(cls=nnx.Conv, **options):
+            return cls(16, 16, (3, 3), rngs=rngs, **options)
+
+        self.z = layer()
+        self.a = self.z
+        self.tied = layer()
+        self.tied_too = layer()
+        self.tied_too.kernel = self.tied.kernel
+        self.list = nnx.List([layer(strides=1, padding="CIRCULAR")])
+        self.sequential = nnx.Sequential(layer(), nnx.relu)
+        self.transposed = layer(nnx.ConvTranspose)
+        self.masked = layer(mask=jnp.ones((3, 3, 16, 16)).at[0].set(0))
+        self.grouped = layer(feature_group_count=4)
+
+    def __call__(self, x):
+        layers = (self.z, self.a, self.tied, self.tied_too, *self.list, self.sequential)
+        for layer in (*layers, self.transposed, self.masked, self.grouped):
+            x = x + nnx.relu(layer(x))
+        return x
+
+
+def test_nnx_network_keeps_its_objects_parameters_and_paths():
+    model = NnxNetwork(nnx.Rngs(0))
+    before, layer, y = nnx.state(model, nnx.Param), model.z, model(X)
+    assert bsj.nnx.sparsify(model) is model
+    assert model.z is model.a is layer
+    assert model.tied.kernel is model.tied_too.kernel
+    after = nnx.state(model, nnx.Param)
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    np.testing.assert_array_equal(model(X), y)
+    assert type(model.masked) is type(model.sequential.layers[0]).__mro__[1] is nnx.Conv
+
+
+def test_nnx_network_trains_as_masked_dense():
+    def train(model):
+        tx = bsj.sparse(bsj.hrbp_prune(0.75, group_size=8, block_density=1), optax.sgd(0.01))
+        optimizer = bsj.nnx.Optimizer(model, tx, wrt=nnx.Param)
+        bsj.nnx.set_layouts(model, bsj.get_layouts(optimizer.opt_state))
+        masks = bsj.get_masks(optimizer.opt_state)
+        nnx.update(model, bsj.apply_masks(nnx.state(model, nnx.Param), masks))
+
+        @nnx.jit
+        def step(model, optimizer):
+            loss, grads = nnx.value_and_grad(lambda model: (model(X) ** 2).mean())(model)
+            optimizer.update(model, grads)
+            return loss
+
+        return [float(step(model, optimizer)) for _ in range(3)]
+
+    dense, sparse = NnxNetwork(nnx.Rngs(0)), bsj.nnx.sparsify(NnxNetwork(nnx.Rngs(0)))
+    np.testing.assert_allclose(train(sparse), train(dense), rtol=1e-5)
+    assert bsj.nnx.executions(dense) == {}
+    assert sorted(bsj.nnx.executions(sparse)) == [
+        "a/kernel",
+        "list/0/kernel",
+        "sequential/layers/0/kernel",
+        "tied/kernel",
+    ]
+    assert isinstance(sparse.tied_too.layout.get_value(), bsj.BlockLayout)
+
+
+def test_nnx_layouts_that_do_not_fit_change_nothing():
+    model = bsj.nnx.sparsify(nnx.List([nnx.Conv(16, 32, (3, 3), rngs=nnx.Rngs(0))]))
+    layout = pruned({"kernel": jnp.ones((3, 3, 16, 32)) * jnp.arange(32)})[2]["kernel"]
+    bsj.nnx.set_layouts(model, {0: {"kernel": layout}})
+    for bad in ({0: {"kernel": layout}, 1: {"kernel": layout}}, {0: {"bias": layout, "kernel": 3}}):
+        with pytest.raises(ValueError, match="layouts: "):
+            bsj.nnx.set_layouts(model, bad)
+        kept = model[0].layout.get_value()
+        assert kept.channels is layout.channels
