@@ -13,8 +13,9 @@ test slow: export OPENBLAS_NUM_THREADS = 1
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-# The long tests that `make test` leaves out: before a release.
+# The long tests that `make test` leaves out: before a release. The networks of flaxmodels are some of their inputs.
 slow: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps flaxmodels h5py filelock regex
 	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal $(ARGS)
 
 # Compile the GPU kernels without a GPU: the compilers, without NVIDIA's libraries. The tests that need them skip otherwise.

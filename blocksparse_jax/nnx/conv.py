@@ -94,7 +94,7 @@ class BlockSparseConv(nnx.Conv):
             out_features,
             pair("kernel_size", kernel_size),
             strides,
-            padding=padding,
+            padding=padding,  # type: ignore[arg-type]
             kernel_dilation=kernel_dilation,
             feature_group_count=feature_group_count,
             use_bias=use_bias,
@@ -116,7 +116,7 @@ class BlockSparseConv(nnx.Conv):
         self.implementation = implementation
         self.kernel_gradient = kernel_gradient
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         x: Float[Array, "..."],
         layout: BlockLayout | Dense | None = None,

@@ -16,11 +16,11 @@ class Optimizer(nnx.Optimizer):
 
     Example:
       >>> import blocksparse_jax as bsj
-      >>> model = nnx.List([BlockSparseConv(16, 32, 3, rngs=nnx.Rngs(0))])
+      >>> model = nnx.List([bsj.nnx.BlockSparseConv(16, 32, 3, rngs=nnx.Rngs(0))])
       >>> method = bsj.hrbp_prune(0.5, group_size=16, block_density=1)
       >>> tx = bsj.sparse(method, optax.sgd(0.1))
-      >>> optimizer = Optimizer(model, tx, wrt=nnx.Param)
-      >>> set_layouts(model, bsj.get_layouts(optimizer.opt_state))
+      >>> optimizer = bsj.nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> bsj.nnx.set_layouts(model, bsj.get_layouts(optimizer.opt_state))
       >>> model[0].layout.get_value().packed_shape
       (2, 8, 9, 16)
     """

@@ -333,7 +333,7 @@ def test_nnx_layouts_travel_and_stay_out_of_the_params():
         ),
         (
             {"head": {"kernel": block_layout()}},
-            r"layouts: head/kernel is of a kernel \(3, 3, 6, 8\), expected \(32, 10\)",
+            r"layouts: head/kernel is of a kernel \(3, 3, 6, 8\), expected \(64, 10\)",
         ),
         (
             {"conv": {"kernel": block_layout()}},
