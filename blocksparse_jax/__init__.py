@@ -45,6 +45,7 @@ from blocksparse_jax.transforms.snfs import snfs
 from blocksparse_jax.transforms.sr_ste import sr_ste, ste
 from blocksparse_jax.transforms.static import fixed_masks, random_channel_layouts, random_masks
 from blocksparse_jax.transforms.subp import subp
+from blocksparse_jax.transposes import cancel_transposes
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,7 @@ __all__ = [
     "available_implementations",
     "between",
     "block_fill",
+    "cancel_transposes",
     "channel_orders",
     "choose_implementation",
     "conv",

@@ -20,9 +20,10 @@ has_flaxmodels = importlib.util.find_spec("flaxmodels") is not None
 @pytest.mark.slow
 @needs(None if has_flaxmodels else "flaxmodels is not installed; `make slow` installs it")
 @pytest.mark.parametrize(
-    ("name", "convolutions"), [("ResNet18", 19), ("ResNet50", 52), ("VGG16", 12)]
+    ("name", "size", "convolutions"),
+    [("ResNet18", 64, 19), ("ResNet50", 64, 52), ("VGG16", 224, 12)],
 )
-def test_flaxmodels_networks_equal_masked_dense(name, convolutions):
+def test_flaxmodels_networks_equal_masked_dense(name, size, convolutions):
     import flaxmodels
 
     model = getattr(flaxmodels, name)(output="logits", pretrained=None, num_classes=10)
