@@ -26,6 +26,7 @@ from blocksparse_jax.layout import (
     mask_to_layout,
     validate,
 )
+from blocksparse_jax.linear import linear
 from blocksparse_jax.masks import apply_masks, layouts_from_scores, masks_from_scores
 from blocksparse_jax.metrics import nonzero_pruned, sad
 from blocksparse_jax.packing import pack, pack_tree, unpack, unpack_tree
@@ -83,6 +84,7 @@ __all__ = [
     "kept_score",
     "layout_to_mask",
     "layouts_from_scores",
+    "linear",
     "linen",
     "magnitude",
     "mask_to_layout",

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from blocksparse_jax import _checks
-from blocksparse_jax.geometry import Geometry, Padding, explicit_geometry, with_border
+from blocksparse_jax.geometry import (
+    Geometry,
+    Padding,
+    explicit_geometry,
+    images_of_rows,
+    with_border,
+)
 from blocksparse_jax.kernel_gradient import dense_kernel_gradient
 from blocksparse_jax.layout import BlockLayout, Dense, layout_to_mask
 from blocksparse_jax.masks import straight_through
@@ -122,10 +128,11 @@ def conv(
     _checks.choice("kernel_gradient", kernel_gradient, ("masked", "dense"))
     if implementation is not None:
         _checks.choice("implementation", implementation, available_implementations())
-    if not isinstance(layout, BlockLayout | Dense):
+    _check_layout(layout)
+    if isinstance(layout, BlockLayout) and len(layout.shape) != 4:
         raise ValueError(
-            f"layout: expected a BlockLayout or Dense(), got {type(layout).__name__}; get it from "
-            f"get_layouts(state)"
+            f"layout: expected that of a conv kernel, got one of a dense kernel {layout.shape}; "
+            "call linear"
         )
     if jnp.ndim(x) != 4 or jnp.ndim(kernel) != 4:
         raise ValueError(
@@ -195,7 +202,8 @@ def choose_implementation(
     """What `conv(x, kernel, layout, implementation=None)` runs, and why.
 
     Args:
-      x: the input, or anything with its shape and dtype.
+      x: the input of `conv` (or of `linear`, where the layout is of a dense kernel), or anything
+        with its shape and dtype.
       layout: the kernel's layout.
       strides: step in pixels `(y, x)`.
       padding: as in `conv`.
@@ -216,11 +224,15 @@ def choose_implementation(
       True
     """
     data_format = _checks.data_format(data_format)
+    _check_layout(layout)
     if isinstance(layout, Dense):
         return Choice("dense", "the kernel has no layout", {})
+    kh, kw, cin, cout = layout.kernels.conv_shape
+    if len(layout.shape) == 2:
+        x = jax.ShapeDtypeStruct(images_of_rows(x.shape), x.dtype)
+        data_format = "NHWC"
     if x.shape[data_format.index("N")] == 0:
         return Choice("dense", "the batch is empty", {})
-    kh, kw, cin, cout = layout.shape
     groups, kept, kept_taps, group_size = layout.packed_shape
     _, height, width, _ = jax.eval_shape(
         lambda x: with_border(x, (kh, kw), padding, dilation),
@@ -262,6 +274,21 @@ def finish(
 
 def _is_relu(activation: str | None) -> bool:
     return activation is not None and _checks.choice("activation", activation, ("relu",)) == "relu"
+
+
+def _check_layout(layout: Any) -> None:
+    """ValueError unless it is a layout of one kernel."""
+    if not isinstance(layout, BlockLayout | Dense):
+        raise ValueError(
+            f"layout: expected a BlockLayout or Dense(), got {type(layout).__name__}; get it from "
+            f"get_layouts(state)"
+        )
+    if isinstance(layout, BlockLayout) and (stack := layout.kernels.stack):
+        raise ValueError(
+            f"layout: expected that of one kernel, got a stack of {stack}; go over kernels and "
+            "layouts together with lax.scan or vmap, or take one: jax.tree.map(lambda a: a[0], "
+            "layout)"
+        )
 
 
 def _check_activations(x: Array, data_format: str, runs_dense: bool) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from blocksparse_jax.erk import Shapes
+from blocksparse_jax.kernels import kernels
 
 TOLERANCE = 0.005  # half a percentage point: |density - target|, both as fractions of all weights
 RELATIVE = 0.05  # of the target itself: a larger error is worth a warning
@@ -38,7 +39,7 @@ class BlockCount(NamedTuple):
 
 
 def weight_counts(densities: Mapping[str, float], shapes: Shapes) -> dict[str, int]:
-    """Gives each layer `round(density * size)` weights, at least 1.
+    """Gives each layer `round(density * size)` weights, at least 1; of stacked kernels, each one.
 
     Args:
       densities: layer name -> density.
@@ -51,7 +52,7 @@ def weight_counts(densities: Mapping[str, float], shapes: Shapes) -> dict[str, i
       >>> weight_counts({"a": 0.1}, {"a": (3, 3, 4, 4)})
       {'a': 14}
     """
-    return {name: max(1, round(densities[name] * math.prod(shapes[name]))) for name in shapes}
+    return {name: max(1, round(densities[name] * math.prod(shapes[name][-4:]))) for name in shapes}
 
 
 def set_counts(densities: Mapping[str, float], units: Mapping[str, Units]) -> dict[str, int]:
@@ -103,7 +104,7 @@ def block_counts(
     density reached.
 
     Args:
-      shapes: layer name -> `(kh, kw, cin, cout)`.
+      shapes: layer name -> parameter shape, of a leaf that holds kernels.
       densities: layer name -> target density.
       block_density: fraction of the taps that a block keeps, in (0, 1].
       channel_blocks: layer name -> channels come in runs of this many.
@@ -123,11 +124,12 @@ def block_counts(
     """
     target = sum(densities[name] * math.prod(shape) for name, shape in shapes.items())
     size = sum(math.prod(shape) for shape in shapes.values())
+    columns = {name: _columns(shape) for name, shape in shapes.items()}
     taps = {
-        name: max(1, math.ceil(block_density * shape[0] * shape[1] - 1e-9))
-        for name, shape in shapes.items()
+        name: max(1, math.ceil(block_density * column.taps - 1e-9))
+        for name, column in columns.items()
     }
-    most = sum(taps[name] * shape[2] * shape[3] for name, shape in shapes.items())
+    most = sum(taps[name] * column.cin * column.filters for name, column in columns.items())
     if target > most + TOLERANCE * size:
         raise ValueError(
             f"block_density: {block_density:.4g} keeps at most {most / size:.4f} of the weights, "
@@ -136,10 +138,10 @@ def block_counts(
         )
     best = dict[str, BlockCount]()
     best_error = math.inf
-    for name, count in _tap_choices(shapes, taps):
+    for name, count in _tap_choices(columns, taps):
         trial = taps if name is None else {**taps, name: count}
-        kept = _channel_counts(shapes, densities, trial, channel_blocks, target)
-        error = abs(sum(kept[n] * trial[n] * shapes[n][3] for n in shapes) - target) / size
+        kept = _channel_counts(columns, densities, trial, channel_blocks, target)
+        error = abs(sum(kept[n] * trial[n] * columns[n].filters for n in shapes) - target) / size
         if error < best_error:
             best = {n: BlockCount(kept[n], trial[n]) for n in shapes}
             best_error = error
@@ -160,32 +162,54 @@ def warn_if_off(error: float, target: float, what: str, fix: str) -> None:
         )
 
 
-def _tap_choices(shapes: Shapes, taps: Mapping[str, int]) -> list[tuple[str | None, int]]:
+class _Columns(NamedTuple):
+    """The sizes of a layer's kernels.
+
+    Attributes:
+      taps: kernel positions.
+      cin: input channels.
+      filters: of all stacked kernels together.
+    """
+
+    taps: int
+    cin: int
+    filters: int
+
+
+def _columns(shape: tuple[int, ...]) -> _Columns:
+    of = kernels("shapes", shape)
+    kh, kw, cin, cout = of.conv_shape
+    return _Columns(kh * kw, cin, of.count * cout)
+
+
+def _tap_choices(
+    columns: Mapping[str, _Columns], taps: Mapping[str, int]
+) -> list[tuple[str | None, int]]:
     """No change first, then one layer's tap count changed, the smallest changes first."""
     moves = [
         (name, t)
-        for name, shape in shapes.items()
-        for t in range(1, shape[0] * shape[1] + 1)
+        for name, column in columns.items()
+        for t in range(1, column.taps + 1)
         if t != taps[name]
     ]
     return [(None, 0), *sorted(moves, key=lambda move: abs(move[1] - taps[move[0]]))]
 
 
 def _channel_counts(
-    shapes: Shapes,
+    columns: Mapping[str, _Columns],
     densities: Mapping[str, float],
     taps: Mapping[str, int],
     runs: Mapping[str, int],
     target: float,
 ) -> dict[str, int]:
     """Kept channels of each layer, in whole runs."""
-    step = {name: runs[name] * taps[name] * shape[3] for name, shape in shapes.items()}
-    most = {name: shape[2] // runs[name] for name, shape in shapes.items()}
+    step = {name: runs[name] * taps[name] * column.filters for name, column in columns.items()}
+    most = {name: column.cin // runs[name] for name, column in columns.items()}
     ideal = {
-        name: densities[name] * math.prod(shape) / step[name] for name, shape in shapes.items()
+        name: densities[name] * math.prod(column) / step[name] for name, column in columns.items()
     }
     counts = _move_towards(target, ideal, step, most)
-    return {name: counts[name] * runs[name] for name in shapes}
+    return {name: counts[name] * runs[name] for name in columns}
 
 
 def _move_towards(

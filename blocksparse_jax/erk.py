@@ -12,7 +12,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def erk_densities(shapes: Shapes, density: float) -> dict[str, float]:
-    """Erdos-Renyi-Kernel: the formula on whole kernel shapes.
+    """Erdos-Renyi-Kernel: the formula on whole kernel shapes; of stacked kernels, on that of one.
 
     Args:
       shapes: layer name -> parameter shape.
@@ -28,7 +28,7 @@ def erk_densities(shapes: Shapes, density: float) -> dict[str, float]:
 
     Reference: Evci et al., "RigL", ICML 2020.
     """
-    return _erdos_renyi(shapes, shapes, density)
+    return _erdos_renyi({name: shape[-4:] for name, shape in shapes.items()}, shapes, density)
 
 
 def er_densities(shapes: Shapes, density: float) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Strides, padding and dilation of a convolution, in the forms that callers write them."""
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -114,6 +115,29 @@ def explicit_geometry(
     if min(map(min, explicit)) < 0:
         raise ValueError(f"padding: expected pixels of at least 0, got {padding!r}; crop x instead")
     return Geometry(strides, explicit, dilation)
+
+
+def images_of_rows(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """The shape in which a 1x1 convolution takes rows: `(n, h, w, cin)`.
+
+    Every row is an image of one pixel, which makes the transposition to CHWN one of a matrix. On
+    several devices the first axis alone counts the images, so that a batch may stay sharded, and
+    the axes between are their pixels.
+
+    Args:
+      shape: of `[..., cin]`.
+
+    Returns:
+      A shape of as many elements.
+
+    Example:
+      >>> images_of_rows((8, 4)), math.prod(images_of_rows((2, 3, 5, 4)))
+      ((8, 1, 1, 4), 120)
+    """
+    *rows, cin = shape
+    if jax.device_count() == 1 or not rows or 0 in rows:
+        return math.prod(rows), 1, 1, cin
+    return rows[0], 1, math.prod(rows[1:]), cin
 
 
 def _padding_name(padding: str) -> str:

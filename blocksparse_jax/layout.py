@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from blocksparse_jax import _checks
+from blocksparse_jax.kernels import Kernels, kernels
 from pallas_kernels.block_sparse_conv.index import Index
 
 
@@ -22,6 +23,10 @@ from pallas_kernels.block_sparse_conv.index import Index
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockLayout:
     """The kept blocks of one conv kernel `[kh, kw, cin, cout]`; a pytree of three index arrays.
+
+    The layout of a dense kernel `[cin, cout]` is that of a 1x1 convolution. The layouts of stacked
+    kernels (`nn.scan`) are stacked alike: every array has their leading axes in front, and
+    `lax.scan` or `vmap` over it gives the layout of one kernel.
 
     Layouts compare by identity, since `==` on arrays gives one answer for each element. To compare
     two patterns, compare their `layout_to_mask`.
@@ -32,7 +37,8 @@ class BlockLayout:
         repeats.
       taps: int32 `[groups, kept_taps]`, the kernel positions `y * kw + x` that each group keeps,
         ascending, without repeats.
-      shape: `(kh, kw, cin, cout)` of the conv kernel (static).
+      shape: `(kh, kw, cin, cout)` of the conv kernel, or `(cin, cout)` of a dense kernel; of one
+        kernel of a stack (static).
       channel_block: channels come in aligned runs of this many (static).
 
     Example:
@@ -47,12 +53,27 @@ class BlockLayout:
     filters: jax.Array  # int32[groups, group_size]
     channels: jax.Array  # int32[groups, kept]
     taps: jax.Array  # int32[groups, kept_taps]
-    shape: tuple[int, int, int, int] = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     channel_block: int = dataclasses.field(default=1, metadata={"static": True})
 
     @property
+    def kernels(self) -> Kernels:
+        """The kernels that the layout is of: the leading axes of a stack, and the shape of one."""
+        return Kernels(tuple(self.filters.shape[:-2]), self.shape)
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """Shape of the parameter: that of a kernel, behind the leading axes of a stack."""
+        return *self.kernels.stack, *self.shape
+
+    @property
+    def full_packed_shape(self) -> tuple[int, ...]:
+        """Shape of its packed values, behind the leading axes of a stack."""
+        return *self.kernels.stack, *self.packed_shape
+
+    @property
     def packed_shape(self) -> tuple[int, int, int, int]:
-        """Shape of the packed values: `(groups, kept, kept_taps, group_size)`."""
+        """Shape of a kernel's packed values: `(groups, kept, kept_taps, group_size)`."""
         return (
             self.filters.shape[-2],
             self.channels.shape[-1],
@@ -97,9 +118,9 @@ class ConsecutiveGroups:
 
     group_size: int
 
-    def read(self, mask: Bool[Array, "kh kw cin cout"]) -> BlockLayout:
+    def read(self, mask: Bool[Array, "..."]) -> BlockLayout:
         """The layout of a concrete mask."""
-        return mask_to_layout(mask, jnp.arange(mask.shape[3]).reshape(-1, self.group_size))
+        return mask_to_layout(mask, jnp.arange(mask.shape[-1]).reshape(-1, self.group_size))
 
 
 @jax.tree_util.register_dataclass
@@ -122,7 +143,7 @@ class FilterGroups:
     filters: jax.Array  # int32[groups, group_size]
     channel_block: int = dataclasses.field(default=1, metadata={"static": True})
 
-    def read(self, mask: Bool[Array, "kh kw cin cout"]) -> BlockLayout:
+    def read(self, mask: Bool[Array, "..."]) -> BlockLayout:
         """The layout of a concrete mask."""
         layout = mask_to_layout(mask, self.filters)
         return dataclasses.replace(layout, channel_block=self.channel_block)
@@ -187,7 +208,7 @@ def validate(layout: BlockLayout) -> BlockLayout:
     runs.
 
     Args:
-      layout: a concrete layout (call outside of jit).
+      layout: a concrete layout, or a stack (call outside of jit).
 
     Returns:
       The same layout.
@@ -205,7 +226,16 @@ def validate(layout: BlockLayout) -> BlockLayout:
             f"layout: expected a BlockLayout, got {type(layout).__name__}; a dense leaf has "
             f"nothing to validate"
         )
-    kh, kw, cin, cout = _checks.kernel_shape("layout.shape", layout.shape)
+    if len(layout.shape) not in (2, 4):
+        raise ValueError(
+            f"layout.shape: expected (kh, kw, cin, cout), or (cin, cout) of a dense kernel, got "
+            f"{layout.shape}"
+        )
+    if layout.kernels.stack:
+        for one in _unstacked(layout):
+            validate(one)
+        return layout
+    kh, kw, cin, cout = kernels("layout.shape", layout.shape).conv_shape
     filters, channels, taps = (
         _checks.concrete(f"layout.{n}", getattr(layout, n)) for n in ("filters", "channels", "taps")
     )
@@ -244,14 +274,14 @@ def validate(layout: BlockLayout) -> BlockLayout:
     return layout
 
 
-def layout_to_mask(layout: BlockLayout) -> Bool[Array, "kh kw cin cout"]:
+def layout_to_mask(layout: BlockLayout) -> Bool[Array, "..."]:
     """The mask that a layout stands for: True at `taps x channels x filters` of every group.
 
     Args:
-      layout: a layout of a conv kernel `[kh, kw, cin, cout]`.
+      layout: a layout, or a stack.
 
     Returns:
-      bool `[kh, kw, cin, cout]`, True = kept.
+      bool in the shape of the parameter, `[kh, kw, cin, cout]` of a conv kernel, True = kept.
 
     Example:
       >>> filters, channels, taps = ([[0, 2], [1, 3]], [[0], [2]], [[0], [0]])
@@ -259,9 +289,30 @@ def layout_to_mask(layout: BlockLayout) -> Bool[Array, "kh kw cin cout"]:
       >>> layout_to_mask(layout)[0, 0].astype(int).tolist()
       [[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]
     """
-    kh, kw, cin, cout = layout.shape
-    mask = jnp.zeros((kh * kw, cin, cout), bool)
-    return mask.at[block_index(layout)].set(True).reshape(layout.shape)
+    kh, kw, cin, cout = layout.kernels.conv_shape
+
+    def mask_of(layout: BlockLayout) -> Array:
+        return jnp.zeros((kh * kw, cin, cout), bool).at[block_index(layout)].set(True)
+
+    return layout.kernels.each(mask_of)(layout).reshape(layout.full_shape)
+
+
+def conv_layout(layout: Any) -> Any:
+    """The layout as that of conv kernels: the one of a dense kernel becomes a 1x1 convolution's.
+
+    Args:
+      layout: any layout, or a stack.
+
+    Returns:
+      The same but for the shape; what is no `BlockLayout`, as it is.
+
+    Example:
+      >>> conv_layout(mask_to_layout(jnp.ones((4, 8), bool))).shape
+      (1, 1, 4, 8)
+    """
+    if not isinstance(layout, BlockLayout):
+        return layout
+    return dataclasses.replace(layout, shape=layout.kernels.conv_shape)
 
 
 def block_index(
@@ -270,7 +321,7 @@ def block_index(
     """Index arrays into a kernel `[kh * kw, cin, cout]` that broadcast to the packed shape.
 
     Args:
-      layout: a layout.
+      layout: a layout of one kernel.
 
     Returns:
       `(taps, channels, filters)` with shapes `[groups, 1, kept_taps, 1]`, `[groups, kept, 1, 1]`,
@@ -285,21 +336,23 @@ def block_index(
 
 
 def mask_to_layout(
-    mask: Bool[Array | np.ndarray, "kh kw cin cout"],
-    filters: Int[Array, "groups group_size"] | None = None,
+    mask: Bool[Array | np.ndarray, "..."],
+    filters: Int[Array, "... groups group_size"] | None = None,
 ) -> BlockLayout:
     """Reads the layout off a block-structured mask (on the host: the kept counts become shapes).
 
     Args:
-      mask: bool `[kh, kw, cin, cout]`, concrete.
-      filters: int `[groups, group_size]`, the groups; None groups the filters whose masks are
-        equal.
+      mask: bool `[kh, kw, cin, cout]`, concrete; or `[cin, cout]` of a dense kernel, or stacked
+        `[layers, kh, kw, cin, cout]`, whose layouts are stacked alike.
+      filters: int `[groups, group_size]`, the groups (of a stack: of every kernel, or stacked);
+        None groups the filters whose masks are equal.
 
     Returns:
       A layout with `layout_to_mask(layout) == mask`.
 
     Raises:
-      ValueError: the mask is no such pattern; the message says at which group and why.
+      ValueError: the mask is no such pattern; the message says at which group and why. Or the
+        kernels of a stack keep different counts.
 
     Example:
       >>> mask = jnp.zeros((3, 3, 4, 4), bool).at[1, :, 0, :2].set(True).at[0, :, 3, 2:].set(True)
@@ -308,8 +361,11 @@ def mask_to_layout(
       ([[0, 1], [2, 3]], [[0], [3]], [[3, 4, 5], [0, 1, 2]])
     """
     flat = _checks.concrete("mask", mask)
-    kh, kw, cin, cout = _checks.kernel_shape("mask.shape", flat.shape)
+    of = kernels("mask.shape", flat.shape)
     _checks.boolean("mask", flat.dtype)
+    if of.stack:
+        return _stack_of_masks(flat, of, filters)
+    kh, kw, cin, cout = of.conv_shape
     flat = flat.reshape(kh * kw, cin, cout)
     groups = _equal_filters(flat) if filters is None else _checks.concrete("filters", filters)
     _checks.partition("filters", groups, cout)
@@ -334,7 +390,42 @@ def mask_to_layout(
         jnp.asarray(np.array(channel_lists), jnp.int32),
         jnp.asarray(np.array(tap_lists), jnp.int32),
     )
-    return BlockLayout(jnp.asarray(groups, jnp.int32), channels, taps, (kh, kw, cin, cout))
+    return BlockLayout(jnp.asarray(groups, jnp.int32), channels, taps, of.shape)
+
+
+def _stack_of_masks(masks: np.ndarray, of: Kernels, filters: Any) -> BlockLayout:
+    """The stacked layouts of stacked masks; ValueError where they differ in a count."""
+    masks = masks.reshape(of.count, *of.shape)
+    groups: list[Any] = [None] * of.count
+    if filters is not None:
+        filters = _checks.concrete("filters", filters)
+        groups = list(
+            np.broadcast_to(filters, (*of.stack, *filters.shape[-2:])).reshape(
+                of.count, *filters.shape[-2:]
+            )
+        )
+    layouts = [mask_to_layout(mask, members) for mask, members in zip(masks, groups, strict=True)]
+    shapes = {layout.packed_shape for layout in layouts}
+    if len(shapes) != 1:
+        raise ValueError(
+            f"mask: stacked kernels keep different counts (groups, channels, taps, group size) "
+            f"{sorted(shapes)[:4]}, expected one; run it masked-dense"
+        )
+    return jax.tree.map(
+        lambda *arrays: jnp.stack(arrays).reshape(*of.stack, *arrays[0].shape), *layouts
+    )
+
+
+def _unstacked(layout: BlockLayout) -> list[BlockLayout]:
+    """The layouts of a stack, one by one; ValueError where the arrays have other leading axes."""
+    stack = layout.kernels.stack
+    for name in ("channels", "taps"):
+        if getattr(layout, name).shape[:-2] != stack:
+            raise ValueError(
+                f"layout.{name}: expected the leading axes {stack} of layout.filters, got shape "
+                f"{getattr(layout, name).shape}"
+            )
+    return [jax.tree.map(lambda a, i=i: a[i], layout) for i in np.ndindex(stack)]
 
 
 def _equal_filters(flat: np.ndarray) -> np.ndarray:

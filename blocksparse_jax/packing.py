@@ -14,18 +14,19 @@ from blocksparse_jax.state import SparseState, is_sparse_state
 
 
 def pack(
-    kernel: Float[Array, "kh kw cin cout"], layout: BlockLayout
-) -> Float[Array, "groups kept kept_taps group_size"]:
+    kernel: Float[Array, "..."], layout: BlockLayout
+) -> Float[Array, "... groups kept kept_taps group_size"]:
     """Gathers the kept weights of a conv kernel.
 
     `values[g, k, t, i] = kernel[tap taps[g, t], channels[g, k], filters[g, i]]`.
 
     Args:
-      kernel: a conv kernel.
-      layout: its layout.
+      kernel: a conv kernel, a dense kernel, or stacked kernels.
+      layout: its layout, stacked alike.
 
     Returns:
-      Packed values `[groups, kept, kept_taps, group_size]`, of the kernel's dtype.
+      Packed values `[groups, kept, kept_taps, group_size]` behind the leading axes of a stack, of
+      the kernel's dtype.
 
     Raises:
       ValueError: the layout is of another kernel.
@@ -35,33 +36,36 @@ def pack(
       >>> pack(jnp.arange(4.0).reshape(1, 1, 2, 2), layout).shape
       (1, 2, 1, 2)
     """
-    if jnp.shape(kernel) != layout.shape:
+    if jnp.shape(kernel) != layout.full_shape:
         raise ValueError(
-            f"kernel: expected shape {layout.shape} of the layout, got {jnp.shape(kernel)}; was "
-            f"the layout made for another layer?"
+            f"kernel: expected shape {layout.full_shape} of the layout, got {jnp.shape(kernel)}; "
+            f"was the layout made for another layer?"
         )
-    kh, kw, cin, cout = layout.shape
-    return (
-        jnp.asarray(kernel)
-        .reshape(kh * kw, cin, cout)
-        .at[block_index(layout)]
-        .get(mode="promise_in_bounds", unique_indices=True)
-    )
+    kh, kw, cin, cout = layout.kernels.conv_shape
+
+    def gather(kernel: Array, layout: BlockLayout) -> Array:
+        return (
+            kernel.reshape(kh * kw, cin, cout)
+            .at[block_index(layout)]
+            .get(mode="promise_in_bounds", unique_indices=True)
+        )
+
+    return layout.kernels.each(gather)(jnp.asarray(kernel), layout)
 
 
 def unpack(
-    values: Float[Array, "groups kept kept_taps group_size"], layout: BlockLayout
-) -> Float[Array, "kh kw cin cout"]:
+    values: Float[Array, "... groups kept kept_taps group_size"], layout: BlockLayout
+) -> Float[Array, "..."]:
     """Scatters packed values into a conv kernel that is zero elsewhere.
 
     `unpack(pack(w)) == where(mask, w, 0)`.
 
     Args:
-      values: packed values.
-      layout: their layout.
+      values: packed values, or a stack.
+      layout: their layout, stacked alike.
 
     Returns:
-      A conv kernel `[kh, kw, cin, cout]`, of the values' dtype.
+      A conv kernel `[kh, kw, cin, cout]`, or what the layout is of, in the values' dtype.
 
     Raises:
       ValueError: the layout is of other values.
@@ -71,19 +75,19 @@ def unpack(
       >>> unpack(jnp.ones((1, 2, 1, 2)), layout).shape
       (1, 1, 2, 2)
     """
-    if jnp.shape(values) != layout.packed_shape:
+    if jnp.shape(values) != layout.full_packed_shape:
         raise ValueError(
             f"values: expected packed shape (groups, kept, kept_taps, group_size) = "
-            f"{layout.packed_shape} of the layout, "
-            f"got {jnp.shape(values)}"
+            f"{layout.full_packed_shape} of the layout, got {jnp.shape(values)}"
         )
-    kh, kw, cin, cout = layout.shape
-    flat = jnp.zeros((kh * kw, cin, cout), jnp.asarray(values).dtype)
-    return (
-        flat.at[block_index(layout)]
-        .set(values, mode="promise_in_bounds", unique_indices=True)
-        .reshape(layout.shape)
-    )
+    kh, kw, cin, cout = layout.kernels.conv_shape
+
+    def scatter(values: Array, layout: BlockLayout) -> Array:
+        flat = jnp.zeros((kh * kw, cin, cout), values.dtype)
+        index = block_index(layout)
+        return flat.at[index].set(values, mode="promise_in_bounds", unique_indices=True)
+
+    return layout.kernels.each(scatter)(jnp.asarray(values), layout).reshape(layout.full_shape)
 
 
 def pack_tree(
@@ -125,7 +129,7 @@ def pack_tree(
     if not drop_pruned:
         _refuse_loss(params, state, layouts)
     return _convert(
-        params, state, layouts, pack, lambda layout: layout.shape, lambda layout: jnp.asarray(True)
+        params, state, layouts, pack, lambda layout: layout.full_shape, lambda layout: jnp.asarray(True)
     )
 
 
@@ -150,7 +154,12 @@ def unpack_tree(values: PyTree, state: PyTree, layouts: PyTree) -> tuple[PyTree,
       (1, 1, 2, 2)
     """
     return _convert(
-        values, state, layouts, unpack, lambda layout: layout.packed_shape, layouts_.layout_to_mask
+        values,
+        state,
+        layouts,
+        unpack,
+        lambda layout: layout.full_packed_shape,
+        layouts_.layout_to_mask,
     )
 
 
@@ -165,7 +174,7 @@ def _refuse_loss(params: PyTree, state: PyTree, layouts: PyTree) -> None:
     named = {
         tree.path_name(path): (leaf, layout)
         for (path, leaf), layout in zip(leaves, nodes, strict=True)
-        if isinstance(layout, BlockLayout) and jnp.shape(leaf) == layout.shape
+        if isinstance(layout, BlockLayout) and jnp.shape(leaf) == layout.full_shape
     }
     states = [
         node for node in jax.tree.leaves(state, is_leaf=is_sparse_state) if is_sparse_state(node)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from blocksparse_jax import _checks, tree
+from blocksparse_jax.kernels import kernels
 
 Kind = Literal["magnitude", "gradient", "random"]
 Criterion = Literal["l1", "l2", "bpar"]
@@ -159,7 +160,7 @@ def snip(loss_fn: Callable[[PyTree, Any], Array], params: PyTree, batch: Any) ->
 
 
 def block_scores(
-    kernel: Float[Array, "kh kw cin cout"],
+    kernel: Float[Array, "..."],
     block: int,
     criterion: Criterion = "l1",
     alpha: float = 1.0,
@@ -171,16 +172,16 @@ def block_scores(
     to 1.
 
     Args:
-      kernel: a conv kernel; NaN counts as 0.
+      kernel: a conv kernel, a dense kernel or stacked conv kernels; NaN counts as 0.
       block: N, a divisor of cout.
       criterion: "l1", "l2" (the norms) or "bpar" (block angular redundancy).
       alpha: weight of the redundancy in BPAR.
 
     Returns:
-      float32 `[cout / block, cin]`.
+      float32 `[cout / block, cin]`; the groups of stacked kernels follow each other.
 
     Raises:
-      ValueError: an unknown criterion.
+      ValueError: an unknown criterion, or a leaf that holds no kernels.
 
     Example:
       >>> block_scores(jnp.ones((1, 1, 2, 4)), block=2).tolist()
@@ -189,6 +190,15 @@ def block_scores(
     Reference: Xiang et al., "SUBP", NeurIPS 2023 (block scores and BPAR).
     """
     _checks.choice("criterion", criterion, CRITERIA)
+    of = kernels("kernel", kernel.shape)
+    scores = of.each(lambda one: _block_scores(one, block, criterion, alpha))(of.as_conv(kernel))
+    return scores.reshape(-1, scores.shape[-1])
+
+
+def _block_scores(
+    kernel: Float[Array, "kh kw cin cout"], block: int, criterion: Criterion, alpha: float
+) -> Float[Array, "groups cin"]:
+    """The scores of the blocks of one conv kernel."""
     kh, kw, cin, cout = kernel.shape
     weights = jnp.where(jnp.isnan(kernel), 0, kernel).astype(jnp.float32)
     blocks = jnp.moveaxis(weights.reshape(kh * kw, cin, cout // block, block), 2, 0)

@@ -68,6 +68,11 @@ class Summary:
         """What the first method asked for."""
         return self.target_densities[0]
 
+    @property
+    def dense_convs(self) -> tuple[Row, ...]:
+        """The rows that are dense though they look like conv kernels: `where` passed them over."""
+        return tuple(row for row in self.rows if row.pattern == "dense" and len(row.shape) >= 4)
+
     def __str__(self) -> str:
         lines = _aligned([_HEADINGS, *map(_cells, self.rows)])
         rule = "-" * max(map(len, lines))
@@ -79,6 +84,10 @@ class Summary:
             f"{self.method}: sparse layers keep {self.density:.4f} (target {targets}), all "
             f"parameters {self.total_density:.4f}"
         ]
+        if self.dense_convs:
+            named = [f"{row.name} ({_by(row.shape)})" for row in self.dense_convs]
+            others = f" and {len(named) - 8} more" if len(named) > 8 else ""
+            totals.append(f"dense, though conv kernels by shape: {', '.join(named[:8])}{others}")
         if self.stalled_updates:
             totals.append(
                 f"{self.stalled_updates} updates of the masks could grow nothing: the gradient of "
@@ -98,9 +107,13 @@ _HEADINGS = ("layer", "shape", "weights", "kept", "density", "pattern")
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    shape = "x".join(map(str, row.shape))
     numbers = (f"{row.weights:,}", f"{row.kept:,}", f"{row.density:.4f}")
-    return row.name, shape, *numbers, row.pattern
+    return row.name, _by(row.shape), *numbers, row.pattern
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    """A shape as 3x3x64x64."""
+    return "x".join(map(str, shape))
 
 
 def _aligned(table: list[tuple[str, ...]]) -> list[str]:
@@ -153,13 +166,13 @@ def summarize(params: PyTree, state: PyTree) -> Summary:
     ):
         name = tree.path_name(path)
         is_packed = isinstance(layout, BlockLayout) and not jnp.ndim(mask)
-        expected = layout.packed_shape if is_packed else jnp.shape(mask) or jnp.shape(leaf)
+        expected = layout.full_packed_shape if is_packed else jnp.shape(mask) or jnp.shape(leaf)
         if jnp.shape(leaf) != expected:
             raise ValueError(
                 f"params: expected shape {expected} of the state at {name!r}, got "
                 f"{jnp.shape(leaf)}; pack both, or neither"
             )
-        shape = layout.shape if is_packed else jnp.shape(leaf)
+        shape = layout.full_shape if is_packed else jnp.shape(leaf)
         kept = int(mask.sum()) if jnp.ndim(mask) else leaf.size
         row = Row(name, tuple(shape), math.prod(shape), kept, "dense")
         if is_packed or jnp.ndim(mask):
@@ -193,11 +206,13 @@ def _in_words(row: Row, layout: Layout, states: list[SparseState]) -> str:
         if any(node != Dense() for node in _nodes(sparse.layouts, row.name))
     )
     groups, kept, kept_taps, group_size = layout.packed_shape
+    stack = layout.kernels.count
+    of_each = f"{stack} kernels of " if stack > 1 else ""
     size = _requested(pattern, "group_size", group_size)
     run = _requested(pattern, "channel_block", layout.channel_block)
     runs = f" in runs of {layout.channel_block}{run}" if layout.channel_block > 1 or run else ""
     return (
-        f"{groups} groups of {group_size} filters{size}, {kept} channels{runs} x {kept_taps} taps"
+        f"{of_each}{groups} groups of {group_size} filters{size}, {kept} channels{runs} x {kept_taps} taps"
     )
 
 

@@ -30,9 +30,10 @@ def path_name(path: tuple[Any, ...]) -> str:
 def conv_kernels(name: str, leaf: Array) -> bool:
     """The default choice of sparse leaves: conv kernels except the stem.
 
-    A conv kernel is a leaf `[kh, kw, cin, cout]`; the stem is one whose name holds "stem" or that
-    reads at most 4 input channels (images); depthwise kernels read one channel each and stay dense
-    by the same rule.
+    A conv kernel is a leaf `[kh, kw, cin, cout]`, or `[layers, kh, kw, cin, cout]` as `nn.scan` and
+    vmapped ensembles stack them (the kernel of a 3-D convolution looks the same); the stem is one
+    whose name holds "stem" or that reads at most 4 input channels (images); depthwise kernels read
+    one channel each and stay dense by the same rule.
 
     Args:
       name: the leaf's path name.
@@ -49,7 +50,7 @@ def conv_kernels(name: str, leaf: Array) -> bool:
 
     Reference: the dense layers of Xiang et al., "SUBP", NeurIPS 2023 (stem and classifier).
     """
-    return leaf.ndim == 4 and leaf.shape[2] > 4 and "stem" not in name.lower()
+    return leaf.ndim >= 4 and leaf.shape[-2] > 4 and "stem" not in name.lower()
 
 
 def choose(where: Where | None, params: PyTree, label: str = "params") -> dict[str, Array]:

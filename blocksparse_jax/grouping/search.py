@@ -136,12 +136,12 @@ def random_groups(
     return _layout(filters, runs, taps, (kh, kw, cin, cout), kept, kept_taps)
 
 
-def kept_score(scores: Float[Array, "kh kw cin cout"], layout: BlockLayout) -> Float[Array, ""]:
+def kept_score(scores: Float[Array, "..."], layout: BlockLayout) -> Float[Array, ""]:
     """Sum of the scores that a layout keeps.
 
     Args:
-      scores: `[kh, kw, cin, cout]`.
-      layout: a layout of that kernel shape.
+      scores: `[kh, kw, cin, cout]`, or the shape of a dense kernel or of a stack.
+      layout: a layout of that shape.
 
     Returns:
       A scalar, float32.
@@ -155,12 +155,17 @@ def kept_score(scores: Float[Array, "kh kw cin cout"], layout: BlockLayout) -> F
       >>> float(kept_score(jnp.ones(shape), layout)) == 4 * 4 * 3 * 8
       True
     """
-    if scores.shape != layout.shape:
+    if scores.shape != layout.full_shape:
         raise ValueError(
-            f"scores: shape {scores.shape} is not the layout's {layout.shape}; pass the scores of "
-            f"the same conv kernel"
+            f"scores: shape {scores.shape} is not the layout's {layout.full_shape}; pass the "
+            f"scores of the same conv kernel"
         )
-    return scores.reshape(-1, *scores.shape[2:])[block_index(layout)].sum(dtype=jnp.float32)
+    kh, kw, cin, cout = layout.kernels.conv_shape
+
+    def kept(scores: Array, layout: BlockLayout) -> Array:
+        return scores.reshape(kh * kw, cin, cout)[block_index(layout)].sum(dtype=jnp.float32)
+
+    return layout.kernels.each(kept)(scores, layout).sum()
 
 
 def _sizes(

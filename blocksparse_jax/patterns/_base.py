@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -13,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from blocksparse_jax import _checks
 from blocksparse_jax.counts import Units, set_counts, warn_if_off
-from blocksparse_jax.layout import BlockLayout, Dense, Layout, ShrinkingLayout
+from blocksparse_jax.kernels import Kernels, kernels
+from blocksparse_jax.layout import BlockLayout, Dense, Layout, ShrinkingLayout, conv_layout
 from blocksparse_jax.selection import highest_in_rows, ranks
 
 Shape = tuple[int, ...]
@@ -39,15 +41,22 @@ class Pattern(abc.ABC):
     weights. Every row keeps the same number of sets, those of the highest scores; equal scores go
     to the lower index. All shapes are static, so everything here runs inside jit.
 
+    The methods with an underscore, which a pattern defines, see one conv kernel
+    `[kh, kw, cin, cout]`; those without, which everyone calls, take leaves that hold dense or
+    stacked kernels too (`kernels.py`). The rows of stacked kernels follow each other, so every
+    kernel of a stack keeps as many sets.
+
     Attributes:
       noun: what the sets are called in reports.
       has_layout: whether its masks fit a `BlockLayout`, so that the block-sparse convolution runs
         them.
+      any_rank: whether leaves of one or three axes are divided too, as they are.
       density: the density that the pattern itself fixes; None where a sparsity sets it.
     """
 
     noun: ClassVar[str]
     has_layout: ClassVar[bool] = False
+    any_rank: ClassVar[bool] = False
 
     @property
     def density(self) -> float | None:
@@ -55,20 +64,82 @@ class Pattern(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def units(self, shape: Shape, label: str = "scores") -> Units:
+    def _units(self, shape: Shape, label: str) -> Units:
         """How the pattern divides a kernel; ValueError, naming `label`, where it cannot."""
 
     @abc.abstractmethod
-    def sets(self, scores: Float[Array, "..."], layout: Layout) -> Float[Array, "rows sets"]:
+    def _sets(self, scores: Float[Array, "..."], layout: Layout) -> Float[Array, "rows sets"]:
         """The score of each set."""
 
     @abc.abstractmethod
+    def _mask(self, kept: Bool[Array, "rows sets"], shape: Shape) -> Bool[Array, "..."]:
+        """The mask of the kept sets."""
+
+    def _kept_sets(self, mask: Bool[Array, "..."], layout: Layout) -> Bool[Array, "rows sets"]:
+        """Which sets a mask keeps: the inverse of `_mask`."""
+        return self._sets(mask.astype(jnp.float32), layout) > 0
+
+    def _draw(self, scores: Float[Array, "..."], count: Any) -> Kept:
+        """Keeps the `count` highest sets of every row; a traced count gives no layout."""
+        kept = highest_in_rows(self._sets(scores, Dense()), count)
+        is_static = not isinstance(count, jax.core.Tracer)
+        layout = self._layout_of(kept, scores.shape, int(count)) if is_static else Dense()
+        return Kept(self._mask(kept, scores.shape), layout)
+
+    def _layout_of(self, kept: Bool[Array, "rows sets"], shape: Shape, count: int) -> Layout:
+        """The layout of kept sets, `count` in each row; `Dense()` where the pattern has none."""
+        del kept, shape, count
+        return Dense()
+
+    def _move(self, kept: Bool[Array, "rows sets"], mask: Array, layout: Layout) -> Kept:
+        """What is kept after some sets were exchanged for others, as many in each row as before."""
+        count = layout.channels.shape[1] if isinstance(layout, BlockLayout) else None
+        new = Dense() if count is None else self._layout_of(kept, mask.shape, count)
+        return Kept(self._mask(kept, mask.shape), new)
+
+    def _shrinking(self, shape: Shape) -> ShrinkingLayout | Dense:
+        """The marker of a layout whose kept count changes in training."""
+        del shape
+        return Dense()
+
+    def _shrink(
+        self,
+        scores: Float[Array, "..."],
+        mask: Bool[Array, "..."],
+        layout: Layout,
+        density: Float[Array, ""],
+        final: Any,
+    ) -> Bool[Array, "..."]:
+        """The smaller mask: see `shrink`."""
+        units = self.units(mask.shape)
+        count = jnp.maximum(final, jnp.round(density * units.sets).astype(jnp.int32))
+        return self.keep(scores, mask, layout, count)
+
+    def _kernels(self, shape: Shape, label: str = "scores") -> Kernels:
+        """The kernels in a leaf."""
+        return kernels(label, shape, any_rank=self.any_rank)
+
+    def units(self, shape: Shape, label: str = "scores") -> Units:
+        """How the pattern divides a leaf; ValueError, naming `label`, where it cannot."""
+        of = self._kernels(shape, label)
+        one = self._units(of.conv_shape, label)
+        return one._replace(rows=of.count * one.rows)
+
+    def sets(self, scores: Float[Array, "..."], layout: Layout) -> Float[Array, "rows sets"]:
+        """The score of each set."""
+        of = self._kernels(scores.shape)
+        return _rows(of.each(self._sets)(of.as_conv(scores), conv_layout(layout)))
+
     def mask(self, kept: Bool[Array, "rows sets"], shape: Shape) -> Bool[Array, "..."]:
         """The mask of the kept sets."""
+        of = self._kernels(shape)
+        masks = of.each(lambda kept: self._mask(kept, of.conv_shape))
+        return masks(_of_each_kernel(kept, of)).reshape(shape)
 
     def kept_sets(self, mask: Bool[Array, "..."], layout: Layout) -> Bool[Array, "rows sets"]:
         """Which sets a mask keeps: the inverse of `mask`."""
-        return self.sets(mask.astype(jnp.float32), layout) > 0
+        of = self._kernels(mask.shape)
+        return _rows(of.each(self._kept_sets)(of.as_conv(mask), conv_layout(layout)))
 
     def check_leaves(self, leaves: Mapping[str, Array], label: str = "params") -> None:
         """Raises a ValueError that names the first leaf which the pattern cannot divide."""
@@ -85,21 +156,19 @@ class Pattern(abc.ABC):
 
     def draw(self, scores: Float[Array, "..."], count: Any) -> Kept:
         """Keeps the `count` highest sets of every row; a traced count gives no layout."""
-        kept = highest_in_rows(self.sets(scores, Dense()), count)
-        is_static = not isinstance(count, jax.core.Tracer)
-        layout = self.layout_of(kept, scores.shape, int(count)) if is_static else Dense()
-        return Kept(self.mask(kept, scores.shape), layout)
-
-    def layout_of(self, kept: Bool[Array, "rows sets"], shape: Shape, count: int) -> Layout:
-        """The layout of kept sets, `count` in each row; `Dense()` where the pattern has none."""
-        del kept, shape, count
-        return Dense()
+        of = self._kernels(scores.shape)
+        draw = functools.partial(self._draw, count=count)
+        for _ in of.stack:
+            draw = functools.partial(jax.lax.map, draw)  # one by one, for the memory of a search
+        return _in_leaf(draw(of.as_conv(scores)), of, scores.shape)
 
     def move(self, kept: Bool[Array, "rows sets"], mask: Array, layout: Layout) -> Kept:
         """What is kept after some sets were exchanged for others, as many in each row as before."""
-        count = layout.channels.shape[1] if isinstance(layout, BlockLayout) else None
-        new = Dense() if count is None else self.layout_of(kept, mask.shape, count)
-        return Kept(self.mask(kept, mask.shape), new)
+        of = self._kernels(mask.shape)
+        moved = of.each(self._move)(
+            _of_each_kernel(kept, of), of.as_conv(mask), conv_layout(layout)
+        )
+        return _in_leaf(moved, of, mask.shape)
 
     def moves(
         self, fraction: Float[Array, ""], active: Int[Array, "rows 1"]
@@ -112,8 +181,11 @@ class Pattern(abc.ABC):
 
     def shrinking(self, shape: Shape) -> ShrinkingLayout | Dense:
         """The marker of a layout whose kept count changes in training."""
-        del shape
-        return Dense()
+        of = self._kernels(shape)
+        return jax.tree.map(
+            lambda array: jnp.broadcast_to(array, (*of.stack, *array.shape)),
+            self._shrinking(of.conv_shape),
+        )
 
     def shrink(
         self,
@@ -135,9 +207,13 @@ class Pattern(abc.ABC):
         Returns:
           The smaller mask.
         """
-        units = self.units(mask.shape)
-        count = jnp.maximum(final, jnp.round(density * units.sets).astype(jnp.int32))
-        return self.keep(scores, mask, layout, count)
+        of = self._kernels(mask.shape)
+
+        def shrink(scores: Array, mask: Array, layout: Layout) -> Array:
+            return self._shrink(scores, mask, layout, density, final)
+
+        smaller = of.each(shrink)(of.as_conv(scores), of.as_conv(mask), conv_layout(layout))
+        return smaller.reshape(mask.shape)
 
     def keep(
         self, scores: Float[Array, "..."], mask: Bool[Array, "..."], layout: Layout, count: Any
@@ -187,6 +263,24 @@ class Pattern(abc.ABC):
         sets = self.comparable(self.sets(scores, Dense()), unit)
         sets = jnp.nan_to_num(sets, nan=-jnp.inf, neginf=-jnp.inf)
         return sets[0] if unit.rows == 1 else jnp.sort(sets, axis=1, descending=True).mean(0)
+
+
+def _rows(rows: Array) -> Array:
+    """The rows of stacked kernels, one after the other."""
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def _of_each_kernel(rows: Array, of: Kernels) -> Array:
+    """The inverse of `_rows`."""
+    return rows.reshape(*of.stack, -1, rows.shape[-1])
+
+
+def _in_leaf(kept: Kept, of: Kernels, shape: Shape) -> Kept:
+    """What is kept of conv kernels, in the leaf's shape."""
+    layout = kept.layout
+    if isinstance(layout, BlockLayout):
+        layout = dataclasses.replace(layout, shape=of.shape)
+    return Kept(kept.mask.reshape(shape), layout)
 
 
 def check_static(counts: Mapping[str, Any], noun: str) -> None:

@@ -1,6 +1,7 @@
 """HRBP's blocks: groups of filters that keep the same input channels and the same taps."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -41,7 +42,7 @@ class Block(Pattern):
         """Filters in a group: the largest divisor of `cout` that is at most `group_size`."""
         return _checks.divisor(cout, self.group_size)
 
-    def units(self, shape: Shape, label: str = "scores") -> Units:
+    def _units(self, shape: Shape, label: str) -> Units:
         """A row for each group, of its runs of channels, whole kernels."""
         kh, kw, cin, cout = _checks.kernel_shape(label, shape)
         size, run = self._size(cout), self._run(cin)
@@ -51,12 +52,12 @@ class Block(Pattern):
         self, shapes: Mapping[str, Shape], densities: Mapping[str, float]
     ) -> dict[str, BlockCount]:
         """Kept channels and taps of each layer."""
-        runs = {name: self._run(shape[2]) for name, shape in shapes.items()}
+        runs = {name: self._run(shape[-2]) for name, shape in shapes.items()}
         return block_counts(
             shapes, densities, block_density=self.block_density, channel_blocks=runs
         )
 
-    def draw(self, scores: Float[Array, "kh kw cin cout"], count: BlockCount) -> Kept:
+    def _draw(self, scores: Float[Array, "kh kw cin cout"], count: BlockCount) -> Kept:
         """Groups the filters and chooses channels and taps, so that the kept score is large."""
         layout = hrbp_groups(
             scores,
@@ -67,7 +68,7 @@ class Block(Pattern):
         )
         return Kept(layout_to_mask(layout), layout)
 
-    def sets(self, scores: Float[Array, "kh kw cin cout"], layout: Layout) -> Float[Array, "g r"]:
+    def _sets(self, scores: Float[Array, "kh kw cin cout"], layout: Layout) -> Float[Array, "g r"]:
         """The sum over each group's filters and kept taps, and over each run of channels."""
         assert isinstance(layout, BlockLayout)
         kh, kw, cin, cout = layout.shape
@@ -77,18 +78,18 @@ class Block(Pattern):
         channels = blocks.sum((1, 2))
         return channels.reshape(len(channels), -1, layout.channel_block).sum(-1)
 
-    def kept_sets(self, mask: Bool[Array, "kh kw cin cout"], layout: Layout) -> Bool[Array, "g r"]:
+    def _kept_sets(self, mask: Bool[Array, "kh kw cin cout"], layout: Layout) -> Bool[Array, "g r"]:
         """The runs that the layout names."""
         assert isinstance(layout, BlockLayout)
         groups, runs = len(layout.filters), layout.shape[2] // layout.channel_block
         index = layout.channels // layout.channel_block
         return jnp.zeros((groups, runs), bool).at[jnp.arange(groups)[:, None], index].set(True)
 
-    def mask(self, kept: Bool[Array, "groups runs"], shape: Shape) -> Bool[Array, "..."]:
+    def _mask(self, kept: Bool[Array, "groups runs"], shape: Shape) -> Bool[Array, "..."]:
         """Not defined without the groups: see `move`."""
         raise NotImplementedError("the mask of HRBP's blocks follows from a layout: use move")
 
-    def move(self, kept: Bool[Array, "groups runs"], mask: Array, layout: Layout) -> Kept:
+    def _move(self, kept: Bool[Array, "groups runs"], mask: Array, layout: Layout) -> Kept:
         """The same filters and taps with other channels."""
         assert isinstance(layout, BlockLayout)
         count = layout.channels.shape[1]
@@ -105,7 +106,9 @@ class Block(Pattern):
         """
         counts = Unstructured().global_counts(scores, density)
         check_static(counts, self.noun)
-        densities = {name: counts[name] / leaf.size for name, leaf in scores.items()}
+        densities = {  # of one kernel, and so of all that are stacked
+            name: counts[name] / math.prod(leaf.shape[-4:]) for name, leaf in scores.items()
+        }
         return self.counts({name: leaf.shape for name, leaf in scores.items()}, densities)
 
     def groups(self, scores: Float[Array, "kh kw cin cout"], count: BlockCount) -> FilterGroups:
@@ -114,13 +117,13 @@ class Block(Pattern):
         assert isinstance(layout, BlockLayout)
         return FilterGroups(layout.filters, layout.channel_block)
 
-    def shrinking(self, shape: Shape) -> FilterGroups:
+    def _shrinking(self, shape: Shape) -> FilterGroups:
         """Groups of consecutive filters, until `groups` has found others."""
         size = self._size(shape[3])
         filters = jnp.arange(shape[3], dtype=jnp.int32).reshape(-1, size)
         return FilterGroups(filters, self._run(shape[2]))
 
-    def shrink(
+    def _shrink(
         self,
         scores: Float[Array, "kh kw cin cout"],
         mask: Bool[Array, "kh kw cin cout"],
@@ -186,7 +189,7 @@ def block(group_size: int = 32, block_density: float = 1 / 3, channel_block: int
         cin.
 
     Returns:
-      A pattern for conv kernels `[kh, kw, cin, cout]` that has a layout.
+      A pattern for conv kernels and dense kernels (`block_density` is 1 there) that has a layout.
 
     Raises:
       ValueError: a size out of range.

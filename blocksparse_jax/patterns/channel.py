@@ -22,6 +22,7 @@ class Channel(Pattern):
     """Whole input or output channels: see `channel`."""
 
     noun: ClassVar[str] = "channels"
+    any_rank: ClassVar[bool] = True
     side: Side = "output"
 
     @property
@@ -29,7 +30,7 @@ class Channel(Pattern):
         """Input channels: one group that holds all filters."""
         return self.side == "input"
 
-    def units(self, shape: Shape, label: str = "scores") -> Units:
+    def _units(self, shape: Shape, label: str) -> Units:
         """One row of channels."""
         if len(shape) < 2 or min(shape) < 1:
             raise ValueError(
@@ -39,25 +40,25 @@ class Channel(Pattern):
         channels = shape[-2 if self.side == "input" else -1]
         return Units(rows=1, sets=channels, weights=math.prod(shape) // channels)
 
-    def sets(self, scores: Float[Array, "..."], layout: Layout) -> Float[Array, "1 channels"]:
+    def _sets(self, scores: Float[Array, "..."], layout: Layout) -> Float[Array, "1 channels"]:
         """The sum over each channel."""
         others = [axis for axis in range(scores.ndim) if axis != self._axis(scores.ndim)]
         return scores.sum(tuple(others))[None]
 
-    def mask(self, kept: Bool[Array, "1 channels"], shape: Shape) -> Bool[Array, "..."]:
+    def _mask(self, kept: Bool[Array, "1 channels"], shape: Shape) -> Bool[Array, "..."]:
         """All weights of the kept channels."""
         column = kept.reshape(-1, 1) if self.side == "input" else kept.reshape(1, -1)
         return jnp.broadcast_to(column, shape)
 
-    def layout_of(
+    def _layout_of(
         self, kept: Bool[Array, "1 channels"], shape: Shape, count: int
     ) -> BlockLayout | Dense:
-        """One group of all filters; filters that are gone have no layout."""
+        """One group of all filters; filters that are gone have no layout, nor have 1-D kernels."""
         if self.side == "output" or len(shape) != 4:
             return Dense()
-        return OneByN(shape[3]).layout_of(kept, shape, count)
+        return OneByN(shape[3])._layout_of(kept, shape, count)
 
-    def shrinking(self, shape: Shape) -> ConsecutiveGroups | Dense:
+    def _shrinking(self, shape: Shape) -> ConsecutiveGroups | Dense:
         """One group of all filters, the channels read from the mask."""
         has_layout = self.side == "input" and len(shape) == 4
         return ConsecutiveGroups(shape[3]) if has_layout else Dense()
@@ -73,8 +74,9 @@ def channel(side: Side = "output") -> Channel:
       side: "output" removes filters, "input" removes input channels, the same for all filters.
 
     Returns:
-      A pattern for kernels `[..., cin, cout]`. Input channels of conv kernels have a layout, one
-      group of all filters; output channels run masked-dense.
+      A pattern for conv kernels, dense kernels and the kernels `[k, cin, cout]` of 1-D
+      convolutions. Input channels of the first two have a layout, one group of all filters; output
+      channels run masked-dense.
 
     Raises:
       ValueError: an unknown side.

@@ -27,12 +27,12 @@ class Kernel(Pattern):
     noun: ClassVar[str] = "kernel slices"
     reduce: Reduce = "sum"
 
-    def units(self, shape: Shape, label: str = "scores") -> Units:
+    def _units(self, shape: Shape, label: str) -> Units:
         """One row of kernel slices."""
         kh, kw, cin, cout = _checks.kernel_shape(label, shape)
         return Units(rows=1, sets=cin * cout, weights=kh * kw)
 
-    def sets(self, scores: Float[Array, "kh kw cin cout"], layout: Layout) -> Float[Array, "1 n"]:
+    def _sets(self, scores: Float[Array, "kh kw cin cout"], layout: Layout) -> Float[Array, "1 n"]:
         """One score for each (channel, filter)."""
         return REDUCTIONS[self.reduce](scores, axis=(0, 1)).reshape(1, -1)
 
@@ -40,7 +40,7 @@ class Kernel(Pattern):
         """The mean or the maximum compares as it is."""
         return super().comparable(sets, unit) if self.reduce == "sum" else sets
 
-    def mask(self, kept: Bool[Array, "1 n"], shape: Shape) -> Bool[Array, "kh kw cin cout"]:
+    def _mask(self, kept: Bool[Array, "1 n"], shape: Shape) -> Bool[Array, "kh kw cin cout"]:
         """All taps of the kept slices."""
         return jnp.broadcast_to(kept.reshape(shape[2:]), shape)
 
@@ -53,7 +53,8 @@ def kernel(reduce: Reduce = "sum") -> Kernel:
         (Campfire).
 
     Returns:
-      A pattern for conv kernels `[kh, kw, cin, cout]`, without a layout: it runs masked-dense.
+      A pattern for conv kernels and dense kernels (of which a slice is one weight), without a
+      layout: it runs masked-dense.
 
     Raises:
       ValueError: an unknown reduction.

@@ -1,6 +1,7 @@
 """N:M: n of each m consecutive weights."""
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Mapping
 from typing import ClassVar, Literal
@@ -42,41 +43,30 @@ class NOfM(Pattern):
             )
         return fixed
 
-    def units(self, shape: Shape, label: str = "scores") -> Units:
+    def _units(self, shape: Shape, label: str) -> Units:
         """A row for each run of m weights."""
-        if len(shape) not in (2, 4):
-            raise ValueError(
-                f"{label}: expected a kernel [kh, kw, cin, cout] or [cin, cout], got shape "
-                f"{tuple(shape)}"
-            )
-        by_input = self.axis == "input" or len(shape) == 2
-        length = shape[-2] if by_input else shape[0] * shape[1] * shape[2]
+        length = shape[2] if self.axis == "input" else math.prod(shape[:3])
         if length % self.m:
             raise ValueError(
                 f"{label}: m: {self.m} does not divide the {self.axis} axis of length {length}; "
                 "exclude the layer with `where`, or take another m"
             )
-        size = 1
-        for side in shape:
-            size *= side
-        return Units(rows=size // self.m, sets=self.m, weights=1)
+        return Units(rows=math.prod(shape) // self.m, sets=self.m, weights=1)
 
-    def _order(self, rank: int) -> tuple[int, ...]:
+    @property
+    def _order(self) -> tuple[int, ...]:
         """The axes of a kernel with the reduction axis last."""
-        if rank == 2:
-            return (1, 0)
         return (0, 1, 3, 2) if self.axis == "input" else (3, 2, 0, 1)
 
-    def sets(self, scores: Float[Array, "..."], layout: Layout) -> Float[Array, "rows m"]:
+    def _sets(self, scores: Float[Array, "..."], layout: Layout) -> Float[Array, "rows m"]:
         """The weights, run by run."""
-        self.units(scores.shape)
-        return jnp.transpose(scores, self._order(scores.ndim)).reshape(-1, self.m)
+        self._units(scores.shape, "scores")
+        return jnp.transpose(scores, self._order).reshape(-1, self.m)
 
-    def mask(self, kept: Bool[Array, "rows m"], shape: Shape) -> Bool[Array, "..."]:
+    def _mask(self, kept: Bool[Array, "rows m"], shape: Shape) -> Bool[Array, "..."]:
         """The kept weights in the kernel's shape."""
-        order = self._order(len(shape))
-        rows = kept.reshape([shape[axis] for axis in order])
-        back = [order.index(axis) for axis in range(len(shape))]
+        rows = kept.reshape([shape[axis] for axis in self._order])
+        back = [self._order.index(axis) for axis in range(4)]
         return jnp.transpose(rows, back)
 
     def counts(self, shapes: Mapping[str, Shape], densities: Mapping[str, float]) -> dict[str, int]:
@@ -102,8 +92,8 @@ def n_of_m(n: int, m: int, axis: Axis = "input") -> NOfM:
         one filter, x fastest.
 
     Returns:
-      A pattern for kernels `[kh, kw, cin, cout]` or `[cin, cout]`, without a layout: it runs
-      masked-dense. It fixes its own density n / m.
+      A pattern for conv kernels and dense kernels, without a layout: it runs masked-dense. It fixes
+      its own density n / m.
 
     Raises:
       ValueError: not 0 < n <= m, or an unknown axis; when it is used, a layer whose axis m does not

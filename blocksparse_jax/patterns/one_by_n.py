@@ -24,13 +24,13 @@ class OneByN(Pattern):
         """Filters in a group of a layer: the largest divisor of `cout` that is at most N."""
         return _checks.divisor(cout, self.group_size)
 
-    def units(self, shape: Shape, label: str = "scores") -> Units:
+    def _units(self, shape: Shape, label: str) -> Units:
         """A row for each group, of its input channels."""
         kh, kw, cin, cout = _checks.kernel_shape(label, shape)
         size = self.size(cout)
         return Units(rows=cout // size, sets=cin, weights=kh * kw * size)
 
-    def sets(
+    def _sets(
         self, scores: Float[Array, "kh kw cin cout"], layout: Layout
     ) -> Float[Array, "groups cin"]:
         """The sum over each block."""
@@ -38,19 +38,19 @@ class OneByN(Pattern):
         slices = scores.sum((0, 1))
         return slices.reshape(len(slices), -1, size).sum(-1).T
 
-    def mask(self, kept: Bool[Array, "groups cin"], shape: Shape) -> Bool[Array, "kh kw cin cout"]:
+    def _mask(self, kept: Bool[Array, "groups cin"], shape: Shape) -> Bool[Array, "kh kw cin cout"]:
         """The kept blocks."""
         filters = jnp.repeat(kept, shape[3] // len(kept), axis=0)
         return jnp.broadcast_to(filters.T, shape)
 
-    def layout_of(self, kept: Bool[Array, "groups cin"], shape: Shape, count: int) -> BlockLayout:
+    def _layout_of(self, kept: Bool[Array, "groups cin"], shape: Shape, count: int) -> BlockLayout:
         """Groups of consecutive filters, whole kernels."""
         kh, kw, cin, cout = shape
         filters = jnp.arange(cout, dtype=jnp.int32).reshape(len(kept), -1)
         taps = jnp.broadcast_to(jnp.arange(kh * kw, dtype=jnp.int32), (len(kept), kh * kw))
         return channel_layout(filters, kept, taps, (kh, kw, cin, cout), kept=count)
 
-    def shrinking(self, shape: Shape) -> ConsecutiveGroups:
+    def _shrinking(self, shape: Shape) -> ConsecutiveGroups:
         """Groups of consecutive filters, the channels read from the mask."""
         return ConsecutiveGroups(self.size(shape[3]))
 
@@ -66,7 +66,7 @@ def one_by_n(n: int) -> OneByN:
         divisor below it.
 
     Returns:
-      A pattern for conv kernels `[kh, kw, cin, cout]` that has a layout.
+      A pattern for conv kernels and dense kernels that has a layout.
 
     Raises:
       ValueError: `n` is no integer of at least 1.

@@ -18,21 +18,22 @@ class Unstructured(Pattern):
     """Every weight lives or dies by itself: see `unstructured`."""
 
     noun: ClassVar[str] = "single weights"
+    any_rank: ClassVar[bool] = True
 
-    def units(self, shape: Shape, label: str = "scores") -> Units:
+    def _units(self, shape: Shape, label: str) -> Units:
         """One row of single weights."""
         return Units(rows=1, sets=math.prod(shape), weights=1)
 
-    def sets(self, scores: Float[Array, "..."], layout: Layout) -> Float[Array, "1 n"]:
+    def _sets(self, scores: Float[Array, "..."], layout: Layout) -> Float[Array, "1 n"]:
         """The weights in C order."""
         return scores.reshape(1, -1)
 
-    def mask(self, kept: Bool[Array, "1 n"], shape: Shape) -> Bool[Array, "..."]:
+    def _mask(self, kept: Bool[Array, "1 n"], shape: Shape) -> Bool[Array, "..."]:
         """The kept weights in the kernel's shape."""
         return kept.reshape(shape)
 
     def counts(self, shapes: Mapping[str, Shape], densities: Mapping[str, float]) -> dict[str, int]:
-        """`round(density * size)` weights of each layer, at least 1."""
+        """`round(density * size)` weights of each kernel, at least 1."""
         return weight_counts(densities, shapes)
 
     def moves(
@@ -46,7 +47,7 @@ def unstructured() -> Unstructured:
     """The pattern of single weights.
 
     Returns:
-      A pattern for kernels of any rank, without a layout: it runs masked-dense.
+      A pattern for leaves of any rank, without a layout: it runs masked-dense.
 
     Example:
       >>> from blocksparse_jax import masks_from_scores

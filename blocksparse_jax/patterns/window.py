@@ -17,18 +17,18 @@ class Window(Pattern):
 
     noun: ClassVar[str] = "windows"
 
-    def units(self, shape: Shape, label: str = "scores") -> Units:
+    def _units(self, shape: Shape, label: str) -> Units:
         """A row for each (channel, filter), of its taps."""
         kh, kw, cin, cout = _checks.kernel_shape(label, shape)
         return Units(rows=cin * cout, sets=kh * kw, weights=1)
 
-    def sets(
+    def _sets(
         self, scores: Float[Array, "kh kw cin cout"], layout: Layout
     ) -> Float[Array, "rows taps"]:
         """The weights, slice by slice."""
         return scores.reshape(-1, scores.shape[2] * scores.shape[3]).T
 
-    def mask(self, kept: Bool[Array, "rows taps"], shape: Shape) -> Bool[Array, "kh kw cin cout"]:
+    def _mask(self, kept: Bool[Array, "rows taps"], shape: Shape) -> Bool[Array, "kh kw cin cout"]:
         """The kept weights in the kernel's shape."""
         return kept.T.reshape(shape)
 

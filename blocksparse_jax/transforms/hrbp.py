@@ -59,8 +59,8 @@ def hrbp_prune(
         (higher = keep).
       schedule: when masks move, e.g. `every(100, until=30_000)`; None = static masks.
       drop_fraction: fraction of the kept channels that moves at the schedule's start, in [0, 1].
-      where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem; each
-        must be `[kh, kw, cin, cout]`.
+      where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem; conv
+        kernels, stacked ones too, and dense kernels `[cin, cout]`.
       key: JAX random key for `scores="random"`; None is `jax.random.key(0)`, the same masks in
         every run.
       update: deprecated name of `schedule`.
@@ -70,7 +70,7 @@ def hrbp_prune(
       read it with `get_masks`, `get_layouts`.
 
     Raises:
-      ValueError: a bad argument, or at init a chosen leaf that is no conv kernel.
+      ValueError: a bad argument, or at init a chosen leaf that holds no kernels.
 
     Example:
       >>> import blocksparse_jax as bsj, jax.numpy as jnp

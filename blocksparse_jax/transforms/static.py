@@ -13,6 +13,7 @@ from blocksparse_jax import _checks, tree
 from blocksparse_jax import scores as scores_
 from blocksparse_jax.budgets import Budget, check_budget, layer_densities
 from blocksparse_jax.counts import block_counts
+from blocksparse_jax.kernels import Kernels, kernels
 from blocksparse_jax.layout import BlockLayout, Dense, is_layout, layout_to_mask, mask_to_layout
 from blocksparse_jax.masks import draw, per_leaf
 from blocksparse_jax.patterns import Kept, unstructured
@@ -133,8 +134,6 @@ def _kept(node: Any) -> Kept:
     if isinstance(node, BlockLayout):
         return Kept(layout_to_mask(node), node)
     mask = jnp.asarray(node)
-    if mask.ndim != 4:
-        return Kept(mask, Dense())
     try:
         return Kept(mask, mask_to_layout(mask))
     except ValueError:
@@ -197,7 +196,7 @@ def random_channel_layouts(
       Layouts for `fixed_masks(layouts=...)`.
 
     Raises:
-      ValueError: a bad argument, or a chosen leaf that is no conv kernel.
+      ValueError: a bad argument, or a chosen leaf that holds no kernels.
 
     Example:
       >>> params = {"w": jnp.ones((3, 3, 8, 16)), "b": jnp.ones(8)}
@@ -209,22 +208,27 @@ def random_channel_layouts(
     channels is our choice.
     """
     chosen = tree.choose(where, params)
-    shapes = {
-        name: _checks.kernel_shape(f"params[{name!r}]", leaf.shape) for name, leaf in chosen.items()
-    }
+    layers = {name: kernels(f"params[{name!r}]", leaf.shape) for name, leaf in chosen.items()}
+    shapes = tree.shapes(chosen)
     densities = layer_densities("uniform", shapes, sparsity)
     single = dict.fromkeys(shapes, 1)
     counts = block_counts(shapes, densities, block_density=1.0, channel_blocks=single)
     key = _checks.random_key("key", key)
     layouts = {}
-    for i, (name, shape) in enumerate(shapes.items()):
-        kh, kw, cin, cout = shape
-        order = jax.random.permutation(jax.random.fold_in(key, i), cin)
-        channels = jnp.sort(order[: counts[name].kept]).astype(jnp.int32)
-        layouts[name] = BlockLayout(
-            filters=jnp.arange(cout, dtype=jnp.int32)[None],
-            channels=channels[None],
-            taps=jnp.arange(kh * kw, dtype=jnp.int32)[None, : counts[name].kept_taps],
-            shape=shape,
-        )
+    for i, (name, of) in enumerate(layers.items()):
+
+        def draw_one(key: Array, name: str = name, of: Kernels = of) -> BlockLayout:
+            kh, kw, cin, cout = of.conv_shape
+            order = jax.random.permutation(key, cin)
+            channels = jnp.sort(order[: counts[name].kept]).astype(jnp.int32)
+            return BlockLayout(
+                filters=jnp.arange(cout, dtype=jnp.int32)[None],
+                channels=channels[None],
+                taps=jnp.arange(kh * kw, dtype=jnp.int32)[None, : counts[name].kept_taps],
+                shape=of.shape,
+            )
+
+        leaf_key = jax.random.fold_in(key, i)
+        keys = jax.random.split(leaf_key, of.stack) if of.stack else leaf_key
+        layouts[name] = of.each(draw_one)(keys)
     return per_leaf(params, layouts, Dense())

@@ -86,8 +86,8 @@ def subp(
       tau: temperature of the regrowth.
       alpha: weight of the redundancy in BPAR.
       decay: pull of pruned weights towards zero, soft only.
-      where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem; each
-        must be `[kh, kw, cin, cout]`.
+      where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem; conv
+        kernels and dense kernels.
       key: JAX random key of the regrowth, each update and leaf folds in its number; None is
         `jax.random.key(0)`, the same in every run.
       start: deprecated, as are `end`, `update_every` and the name of a curve as `schedule`: they
@@ -102,7 +102,7 @@ def subp(
 
     Raises:
       ValueError: a bad argument, no schedule, a deprecated argument beside it, or at init a chosen
-        leaf that is no conv kernel.
+        leaf that holds no kernels.
 
     Example:
       >>> import blocksparse_jax as bsj
@@ -145,7 +145,7 @@ def subp(
         kept = {}
         for i, (name, leaf) in enumerate(leaves.items()):
             kernel = jnp.where(leaf.mask, leaf.weights, 0) if version == 2 else leaf.weights
-            size = pattern.size(leaf.mask.shape[3])
+            size = pattern.size(leaf.mask.shape[-1])
             scores = block_scores(kernel, size, criterion, alpha)
             blocks = soft_blocks(jax.random.fold_in(update_key, i), scores, sparsity, rho, tau)
             kept[name] = Kept(pattern.mask(blocks, leaf.mask.shape), leaf.layout)
@@ -233,7 +233,7 @@ def _floor(x: float) -> int:
 def _density(chosen: dict[str, Array], sparsity: float) -> float:
     """The pattern's final density, which the paper's floor decides."""
     kept = sum(
-        leaf.size * (1 - _floor(sparsity * leaf.shape[2]) / leaf.shape[2])
+        leaf.size * (1 - _floor(sparsity * leaf.shape[-2]) / leaf.shape[-2])
         for leaf in chosen.values()
     )
     return kept / sum(leaf.size for leaf in chosen.values())

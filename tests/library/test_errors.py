@@ -185,9 +185,14 @@ def test_traced_sparsity_says_why():
 def test_wrong_rank_names_the_leaf(method):
     with pytest.raises(
         ValueError,
-        match=r"params\['dense'\]: expected a conv kernel \(kh, kw, cin, cout\).*got \(4, 4\)",
+        match=r"params\['bias'\]: expected a conv kernel \(kh, kw, cin, cout\).*got \(4,\)",
     ):
-        method.init({"dense": jnp.ones((4, 4))})
+        method.init({"bias": jnp.ones(4)})
+    with pytest.raises(
+        ValueError,
+        match=r"params\['three'\]: .*got shape \(3, 4, 4\); three axes may be .* with `where`",
+    ):
+        method.init({"three": jnp.ones((3, 4, 4))})
 
 
 def test_n_of_m_names_the_layer_it_does_not_fit():
@@ -432,7 +437,8 @@ BAD_LAYOUTS = {
     "layout.channels: expected aligned runs": lambda: _bad(
         channel_block=4, channels=LAYOUT.channels.at[:].set(jnp.arange(1, 5))
     ),
-    "layout.shape: expected a conv kernel": lambda: _bad(shape=(3, 3, 16)),
+    r"layout.shape: expected \(kh, kw, cin, cout\), or": lambda: _bad(shape=(3, 3, 16)),
+    "layout.channels: expected the leading axes": lambda: _bad(filters=LAYOUT.filters[None]),
 }
 
 
@@ -443,7 +449,10 @@ def test_validate_names_the_field(message):
 
 
 BAD_MASKS = {
-    "mask.shape: expected a conv kernel": lambda: bsj.mask_to_layout(jnp.ones((3, 3), bool)),
+    "mask.shape: expected a conv kernel": lambda: bsj.mask_to_layout(jnp.ones((3, 3, 3), bool)),
+    "mask: stacked kernels keep different counts": lambda: bsj.mask_to_layout(
+        jnp.ones((2, 3, 3, 2, 2), bool).at[1, :, :, 0].set(False)
+    ),
     "mask: expected dtype bool": lambda: bsj.mask_to_layout(jnp.ones((3, 3, 2, 2))),
     "is not one block of channels x taps": lambda: bsj.mask_to_layout(
         jnp.ones((3, 3, 2, 2), bool).at[0, 0, 0].set(False)

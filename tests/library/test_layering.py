@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Modules on one line do not import each other.
 ORDER = [
     {"_checks", "transposes"},
+    {"kernels"},
     {"tree", "geometry", "erk"},
     {"selection", "scores", "budgets", "schedules"},
     {"counts"},
@@ -31,6 +32,7 @@ ORDER = [
     {"transforms.rigl", "transforms.set", "transforms.snfs", "transforms.hrbp"},
     {"kernel_gradient"},
     {"conv"},
+    {"linear"},
     {"_layer_forward"},
     {"linen.conv"},
     {"linen.interceptor"},

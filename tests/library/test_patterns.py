@@ -340,8 +340,8 @@ def test_bad_patterns(make, message):
 
 
 def test_a_leaf_that_the_pattern_cannot_divide_is_named():
-    scores = {"conv": jnp.ones((3, 3, 6, 8)), "dense": jnp.ones((8, 4))}
+    scores = {"conv": jnp.ones((3, 3, 6, 8)), "sequence": jnp.ones((5, 8, 4))}
     with pytest.raises(ValueError, match=r"scores\['conv'\]: m: 4 does not divide the input axis"):
         bsj.masks_from_scores(scores, None, pattern=P.n_of_m(2, 4))
-    with pytest.raises(ValueError, match=r"scores\['dense'\]: expected a conv kernel"):
+    with pytest.raises(ValueError, match=r"scores\['sequence'\]: expected a conv kernel"):
         bsj.masks_from_scores(scores, 0.5, pattern=P.kernel(), where=lambda name, leaf: True)

@@ -658,6 +658,18 @@ def patterns__one_by_n():
 
 
 @check
+def linear():
+    """The product with the kept weights alone."""
+    weights = jax.random.normal(jax.random.key(0), (16, 32))
+    layouts = bsj.layouts_from_scores(
+        jnp.abs(weights), 0.5, pattern=bsj.patterns.one_by_n(8), where=lambda name, leaf: True
+    )
+    x = jax.random.normal(jax.random.key(1), (5, 16))
+    expected = x @ jnp.where(bsj.layout_to_mask(layouts), weights, 0)
+    np.testing.assert_allclose(bsj.linear(x, weights, layouts), expected, rtol=1e-5, atol=1e-5)
+
+
+@check
 def patterns__channel():
     mask = mask_by(bsj.patterns.channel("output"))
     assert sorted(set(mask.sum((0, 1, 2)))) == [0, 9 * 16]
