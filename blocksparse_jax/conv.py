@@ -368,7 +368,7 @@ def _sparse_conv(
         layout.filters,
         layout.channels,
         layout.taps,
-        kernel_shape=layout.shape,
+        kernel_shape=layout.kernels.conv_shape,
         **call.geometry._asdict(),
         implementation=call.implementation,
         channel_block=layout.channel_block,

@@ -129,7 +129,12 @@ def pack_tree(
     if not drop_pruned:
         _refuse_loss(params, state, layouts)
     return _convert(
-        params, state, layouts, pack, lambda layout: layout.full_shape, lambda layout: jnp.asarray(True)
+        params,
+        state,
+        layouts,
+        pack,
+        lambda layout: layout.full_shape,
+        lambda layout: jnp.asarray(True),
     )
 
 

@@ -211,9 +211,8 @@ def _in_words(row: Row, layout: Layout, states: list[SparseState]) -> str:
     size = _requested(pattern, "group_size", group_size)
     run = _requested(pattern, "channel_block", layout.channel_block)
     runs = f" in runs of {layout.channel_block}{run}" if layout.channel_block > 1 or run else ""
-    return (
-        f"{of_each}{groups} groups of {group_size} filters{size}, {kept} channels{runs} x {kept_taps} taps"
-    )
+    filters = f"{of_each}{groups} groups of {group_size} filters{size}"
+    return f"{filters}, {kept} channels{runs} x {kept_taps} taps"
 
 
 def _requested(pattern: Pattern | None, name: str, used: int) -> str:

@@ -93,7 +93,9 @@ class Block(Pattern):
         """The same filters and taps with other channels."""
         assert isinstance(layout, BlockLayout)
         count = layout.channels.shape[1]
-        moved = channel_layout(layout.filters, kept, layout.taps, layout.shape, kept=count)
+        moved = channel_layout(
+            layout.filters, kept, layout.taps, layout.kernels.conv_shape, kept=count
+        )
         return Kept(layout_to_mask(moved), moved)
 
     def global_counts(

@@ -43,7 +43,9 @@ def assert_close(found, expected, tolerance=1e-5):
     for a, b in zip(found, expected, strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * (1 + np.abs(b).max(initial=0)))
+        np.testing.assert_allclose(
+            a, b, rtol=tolerance, atol=tolerance * (1 + np.abs(b).max(initial=0))
+        )
 
 
 @pytest.mark.parametrize("rows", [(), (1,), (5,), (2, 3), (2, 1, 3, 2), (0,), (2, 0, 3)], ids=str)

@@ -27,6 +27,7 @@ def moving(pattern, **options):
         pattern=pattern,
         scores="magnitude",
         fraction=0.6,
+        budget="uniform",
         schedule=bsj.every(2),
         where=any_leaf,
         **options,
@@ -132,7 +133,9 @@ def test_stacked_kernels_are_pruned_one_by_one(name):
     [
         lambda: bsj.set_(0.5, schedule=bsj.every(1), where=any_leaf),
         lambda: bsj.subp(0.5, block=4, schedule=bsj.between(0, 9), where=any_leaf),
-        lambda: bsj.hrbp_prune(0.5, group_size=4, scores="random", where=any_leaf),
+        lambda: bsj.hrbp_prune(
+            0.5, group_size=4, block_density=1.0, scores="random", where=any_leaf
+        ),
     ],
     ids=["set", "subp", "hrbp"],
 )
@@ -294,7 +297,9 @@ def test_nn_scan_takes_stacked_layouts():
     np.testing.assert_allclose(y, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("call", [bsj.conv, lambda x, w, layout: bsj.choose_implementation(x, layout)])
+@pytest.mark.parametrize(
+    "call", [bsj.conv, lambda x, w, layout: bsj.choose_implementation(x, layout)]
+)
 def test_a_stack_of_layouts_is_no_layout_of_one_convolution(call):
     kernels, layouts, x = stacked_case()
     with pytest.raises(ValueError, match=r"layout: .* got a stack of \(3,\); .* lax.scan"):
@@ -349,7 +354,7 @@ def test_leaves_of_three_axes_under_patterns_that_fit_any():
 def test_fixed_masks_of_other_ranks_have_layouts():
     dense = jnp.zeros((4, 6), bool).at[:2, :3].set(True).at[2:, 3:].set(True)
     masks = {"d": dense, "s": jnp.stack([dense, ~dense])[:, None, None], "any": jnp.eye(3) > 0}
-    state = bsj.fixed_masks(masks).init(jax.tree.map(jnp.ones_like, masks))
+    state = bsj.fixed_masks(masks).init(jax.tree.map(lambda mask: mask + 1.0, masks))
     layouts = bsj.get_layouts(state)
     for name in ("d", "s"):
         np.testing.assert_array_equal(bsj.layout_to_mask(layouts[name]), masks[name])
