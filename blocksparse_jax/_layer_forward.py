@@ -11,6 +11,7 @@ from blocksparse_jax import _checks
 from blocksparse_jax.conv import conv, finish
 from blocksparse_jax.geometry import Padding, Pair, explicit_geometry, with_border
 from blocksparse_jax.layout import BlockLayout, Dense
+from blocksparse_jax.linear import linear
 from pallas_kernels.dense_conv import dense_conv
 
 LayerPadding = Padding
@@ -123,6 +124,45 @@ def convolve(
     return y if layer.data_format == "CHWN" else y.reshape(*batch_axes, *y.shape[1:])
 
 
+def multiply(
+    layer: Any,
+    name: str,
+    x: Float[Array, "*rows cin"],
+    kernel: Float[Array, "..."],
+    bias: Float[Array, " cout"] | None,
+    layout: Any,
+    shape: tuple[int, int],
+) -> Float[Array, "*rows cout"]:
+    """The forward pass of a linear layer.
+
+    Args:
+      layer: has the fields `dtype`, `implementation`, `kernel_gradient` and `precision`.
+      name: the layer's path, for messages.
+      x: `[..., cin]`.
+      kernel: dense, in `shape`, or packed values.
+      bias: `[cout]` or None.
+      layout: a `BlockLayout` or `Dense()`.
+      shape: `(cin, cout)`.
+
+    Returns:
+      `[..., cout]`.
+
+    Raises:
+      ValueError: the layout or the kernel does not fit; the message starts with `name`.
+    """
+    _check_layer(layer, name, kernel, layout, shape)
+    x, promoted_kernel, bias = promote_dtype(x, kernel, bias, dtype=layer.dtype)
+    return linear(
+        x,
+        promoted_kernel if isinstance(layout, Dense) else kernel,
+        layout,
+        bias=bias,
+        implementation=layer.implementation,
+        kernel_gradient=layer.kernel_gradient,
+        precision=layer.precision,
+    )
+
+
 def _convolve(
     layer: Any,
     x: jax.Array,
@@ -173,7 +213,7 @@ def _shifted_bias(
 
 
 def _check_layer(
-    layer: Any, name: str, kernel: jax.Array, layout: Any, shape: tuple[int, int, int, int]
+    layer: Any, name: str, kernel: jax.Array, layout: Any, shape: tuple[int, ...]
 ) -> None:
     """ValueError unless the kernel and the layout are this layer's."""
     if isinstance(layout, Dense):
@@ -187,7 +227,7 @@ def _check_layer(
             f"{name}/kernel: expected a BlockLayout or Dense() as its layout, got {layout!r}; read "
             f"layouts with get_layouts(state)"
         )
-    elif layer.feature_group_count > 1:
+    elif getattr(layer, "feature_group_count", 1) > 1:
         raise ValueError(
             f"{name}/kernel: a convolution with feature_group_count={layer.feature_group_count} "
             f"stays dense; give it Dense()"

@@ -2,7 +2,9 @@
 
 import functools
 import sys
+import types
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from new_process import run_python
 
 import blocksparse_jax as bsj
+from blocksparse_jax._layer_forward import multiply
 
 CIN, COUT = 12, 16
 IMPLEMENTATIONS = [
@@ -171,6 +174,34 @@ BAD = {
 def test_bad_arguments(message):
     with pytest.raises(ValueError, match=message):
         BAD[message]()
+
+
+def test_the_forward_pass_of_layers_promotes_dtypes_and_names_the_layer():
+    """As `nn.Dense`; the kernel's gradient keeps the kernel's own dtype."""
+    kernel, layout, mask = case()
+    x, bias = normal(1, (3, 2, CIN), jnp.bfloat16), normal(2, (COUT,))
+    fields = {"implementation": None, "kernel_gradient": "masked", "precision": None}
+    masked = {"kernel": jnp.where(mask, kernel, 0), "bias": bias}
+    for dtype in (None, jnp.bfloat16):
+        layer = types.SimpleNamespace(dtype=dtype, **fields)
+        expected = nn.Dense(COUT, dtype=dtype).apply({"params": masked}, x)
+        for weights, known in (
+            (kernel, layout),
+            (bsj.pack(kernel, layout), layout),
+            (masked["kernel"], bsj.Dense()),
+        ):
+            found = multiply(layer, "mlp", x, weights, bias, known, kernel.shape)
+            assert_close([found], [expected], 2e-2 if dtype else 1e-5)
+    gradient = jax.grad(
+        lambda w: multiply(layer, "mlp", x, w, bias, layout, w.shape).astype(jnp.float32).sum()
+    )(kernel)
+    assert gradient.dtype == jnp.float32
+    with pytest.raises(ValueError, match=r"mlp/kernel: its layout is of a kernel \(12, 16\)"):
+        multiply(layer, "mlp", x, kernel.T, bias, layout, (COUT, CIN))
+    with pytest.raises(ValueError, match=r"mlp/kernel: expected shape \(12, 16\) or packed"):
+        multiply(layer, "mlp", x, kernel[1:], bias, layout, (CIN, COUT))
+    with pytest.raises(ValueError, match=r"mlp/kernel: expected shape .* packed values need their"):
+        multiply(layer, "mlp", x, kernel[1:], bias, bsj.Dense(), (CIN, COUT))
 
 
 def test_a_sharded_batch_stays_sharded():
