@@ -2,5 +2,6 @@
 
 from blocksparse_jax.linen.conv import BlockSparseConv
 from blocksparse_jax.linen.interceptor import use_layouts
+from blocksparse_jax.linen.linear import BlockSparseLinear
 
-__all__ = ["BlockSparseConv", "use_layouts"]
+__all__ = ["BlockSparseConv", "BlockSparseLinear", "use_layouts"]

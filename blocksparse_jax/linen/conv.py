@@ -120,7 +120,7 @@ class BlockSparseConv(nn.Module):
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         layout: Any = self.get_variable("layouts", "kernel", None)
         if layout is None:
-            _check_layouts_name_params(self)
+            check_layouts_name_params(self)
             layout = Dense()
         name = "/".join(self.path) or type(self).__name__
         arguments = CallArguments(scale, shift, residual, activation)
@@ -133,7 +133,7 @@ def kernel_shape(layer: BlockSparseConv, x: Float[Array, "..."]) -> tuple[int, i
     return (*pair("kernel_size", layer.kernel_size), cin, layer.features)
 
 
-def _check_layouts_name_params(layer: nn.Module) -> None:
+def check_layouts_name_params(layer: nn.Module) -> None:
     """ValueError where the collection `layouts` names a kernel that is no parameter.
 
     Such a layout would be ignored, and its layer run dense.

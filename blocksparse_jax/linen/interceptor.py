@@ -1,7 +1,8 @@
 """`use_layouts`: the plain layers of any linen model on block-sparse convolutions."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -9,10 +10,11 @@ import numpy as np
 from flax import linen as nn
 
 from blocksparse_jax import _checks
-from blocksparse_jax._layer_forward import CallArguments, convolve
+from blocksparse_jax._layer_forward import CallArguments, convolve, multiply
 from blocksparse_jax.conv import available_implementations
 from blocksparse_jax.layout import BlockLayout, Dense, is_layout
 from blocksparse_jax.linen.conv import BlockSparseConv, kernel_shape
+from blocksparse_jax.linen.linear import BlockSparseLinear
 from blocksparse_jax.tree import path_name
 
 Executions = dict[str, str]
@@ -29,10 +31,10 @@ def use_layouts(
 ) -> Iterator[Executions]:
     """Runs the plain Flax layers of a model block-sparse where their kernels have a layout.
 
-    Within the `with` block, `nn.Conv` and subclasses that keep its `__call__` compute with the kept
-    weights only, in all three passes; every other layer runs as it is written. The network needs no
-    change, and its parameters and their names stay as they are. Kernels may be dense arrays or
-    packed values (`pack_tree`).
+    Within the `with` block, `nn.Conv`, `nn.Dense` and subclasses that keep their `__call__` compute
+    with the kept weights only, in all three passes; every other layer runs as it is written. The
+    network needs no change, and its parameters and their names stay as they are. Kernels may be
+    dense arrays or packed values (`pack_tree`).
 
     Enter it where the model is applied, inside of the jitted function, and pass the layouts to that
     function as an argument: then new masks do not recompile it. Entered outside of a jitted
@@ -163,10 +165,10 @@ def _interceptor(block: _Block, key: object) -> Callable[..., Any]:
         layout = block.layouts.get(name)
         if layout is None or not module.has_variable("params", "kernel"):
             return method(*args, **kwargs)
-        layer = _block_sparse(module, layout, block.arguments)
-        if layer is not None:
+        run = _block_sparse_call(module, layout, block.arguments)
+        if run is not None:
             block.executions[name] = "block-sparse"
-            return _convolve(layer, module, layout, *args, **kwargs)
+            return run(*args, **kwargs)
         kind = type(module).__name__
         if nn.meta.unbox(module.get_variable("params", "kernel")).shape != layout.shape:
             raise ValueError(
@@ -198,33 +200,46 @@ def _is_plain(module: nn.Module, layer: type[nn.Module]) -> bool:
     )
 
 
-def _block_sparse(
+def _block_sparse_call(
     module: nn.Module, layout: BlockLayout, arguments: _Arguments
-) -> BlockSparseConv | None:
-    """The options of the block-sparse convolution that takes a module's place, if one can."""
-    if isinstance(module, BlockSparseConv):
-        return None if module.has_variable("layouts", "kernel") else module
-    if not _is_plain(module, nn.Conv) or module.mask is not None:
+) -> Callable[..., jax.Array] | None:
+    """What computes a module's output with its layout, if anything can."""
+    if isinstance(module, BlockSparseConv | BlockSparseLinear):
+        if module.has_variable("layouts", "kernel"):
+            return None
+        layer = module
+    elif _is_plain(module, nn.Conv) and module.mask is None:
+        _refuse_what_cannot_run(module, layout, _conv_option(module))
+        layer = BlockSparseConv(
+            module.features,
+            module.kernel_size,
+            module.strides,
+            module.padding,
+            module.kernel_dilation,
+            module.feature_group_count,
+            **_common_options(module, arguments),
+        )
+    elif _is_plain(module, nn.Dense):
+        _refuse_what_cannot_run(module, layout, _dense_option(module))
+        layer = BlockSparseLinear(module.features, **_common_options(module, arguments))
+    else:
         return None
-    _refuse_what_cannot_run(module, layout)
-    return BlockSparseConv(
-        module.features,
-        module.kernel_size,
-        module.strides,
-        module.padding,
-        module.kernel_dilation,
-        module.feature_group_count,
-        module.use_bias,
-        dtype=module.dtype,
-        precision=module.precision if arguments.precision is None else arguments.precision,
-        implementation=arguments.implementation,
-        kernel_gradient=arguments.kernel_gradient,
-        parent=None,
-    )
+    return functools.partial(_call, layer, module, layout)
 
 
-def _convolve(
-    layer: BlockSparseConv,
+def _common_options(module: Any, arguments: _Arguments) -> dict[str, Any]:
+    return {
+        "use_bias": module.use_bias,
+        "dtype": module.dtype,
+        "precision": module.precision if arguments.precision is None else arguments.precision,
+        "implementation": arguments.implementation,
+        "kernel_gradient": arguments.kernel_gradient,
+        "parent": None,
+    }
+
+
+def _call(
+    layer: BlockSparseConv | BlockSparseLinear,
     module: nn.Module,
     layout: BlockLayout,
     inputs: jax.Array,
@@ -236,33 +251,52 @@ def _convolve(
     promote_dtype = getattr(module, "promote_dtype", nn.dtypes.promote_dtype)
     if promote_dtype is not nn.dtypes.promote_dtype:
         inputs, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=layer.dtype)
-    shape = kernel_shape(layer, inputs)
+    name = _name(module)
+    if isinstance(layer, BlockSparseLinear):
+        rows = np.shape(inputs)[-1], layer.features
+        return multiply(layer, name, inputs, kernel, bias, layout, rows)
     arguments = CallArguments(**call_arguments)
-    return convolve(layer, _name(module), inputs, kernel, bias, layout, shape, arguments)
+    return convolve(
+        layer, name, inputs, kernel, bias, layout, kernel_shape(layer, inputs), arguments
+    )
 
 
 def _name(module: nn.Module) -> str:
     return "/".join(module.path) or type(module).__name__
 
 
-def _refuse_what_cannot_run(module: nn.Module, layout: BlockLayout) -> None:
-    """ValueError, with the layer's name, where a block-sparse convolution cannot take its place."""
+def _refuse_what_cannot_run(module: nn.Module, layout: BlockLayout, option: str | None) -> None:
+    """ValueError, with the layer's name, where a block-sparse layer cannot take its place."""
     name = _name(module)
-    if layout.filters.ndim != 2:
+    if layout.kernels.stack:
         raise ValueError(
-            f"{name}/kernel: its layout is that of {layout.filters.shape[0]} stacked layers, which "
+            f"{name}/kernel: its layout is that of {layout.kernels.count} stacked layers, which "
             f"cannot follow them into the loop of nn.scan or nn.vmap; write the layer with "
             f"BlockSparseConv and variable_axes={{'params': 0, 'layouts': 0}}, or give it Dense()"
         )
-    if np.any(np.asarray(1 if module.input_dilation is None else module.input_dilation) != 1):
-        option = f"input_dilation={module.input_dilation}"
-    elif module.conv_general_dilated or module.conv_general_dilated_cls:
-        option = "a conv_general_dilated of its own"
-    elif not isinstance(module.kernel_size, Sequence) or len(module.kernel_size) != 2:
-        option = f"kernel_size={module.kernel_size}"
-    else:
-        return
-    raise ValueError(
-        f"{name}/kernel: a convolution with {option} has no block-sparse form; give it Dense() as "
-        f"its layout, or leave it out with where="
-    )
+    if option is not None:
+        raise ValueError(
+            f"{name}/kernel: a layer with {option} has no block-sparse form; give it Dense() as "
+            f"its layout, or leave it out with where="
+        )
+
+
+def _conv_option(module: Any) -> str | None:
+    """The option of a convolution that a block-sparse one does not have."""
+    dilation = 1 if module.input_dilation is None else module.input_dilation
+    if np.any(np.asarray(dilation) != 1):
+        return f"input_dilation={module.input_dilation}"
+    if module.conv_general_dilated or module.conv_general_dilated_cls:
+        return "a conv_general_dilated of its own"
+    if np.size(module.kernel_size) != 2:
+        return f"kernel_size={module.kernel_size}"
+    return None
+
+
+def _dense_option(module: Any) -> str | None:
+    """The option of a dense layer that a block-sparse one does not have."""
+    if module.dot_general or module.dot_general_cls:
+        return "a dot_general of its own"
+    if module.preferred_element_type is not None:
+        return f"preferred_element_type={module.preferred_element_type}"
+    return None

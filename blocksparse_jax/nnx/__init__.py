@@ -2,7 +2,16 @@
 
 from blocksparse_jax.nnx.conv import BlockSparseConv
 from blocksparse_jax.nnx.layouts import Layouts
+from blocksparse_jax.nnx.linear import BlockSparseLinear
 from blocksparse_jax.nnx.model import executions, set_layouts, sparsify
 from blocksparse_jax.nnx.optimizer import Optimizer
 
-__all__ = ["BlockSparseConv", "Layouts", "Optimizer", "executions", "set_layouts", "sparsify"]
+__all__ = [
+    "BlockSparseConv",
+    "BlockSparseLinear",
+    "Layouts",
+    "Optimizer",
+    "executions",
+    "set_layouts",
+    "sparsify",
+]

@@ -105,10 +105,10 @@ class BlockSparseConv(nnx.Conv):
             bias_init=bias_init,
             rngs=rngs,
         )
-        self.set_options(data_format, implementation, kernel_gradient)
+        self.set_options(implementation, kernel_gradient, data_format)
 
     def set_options(
-        self, data_format: str, implementation: str | None, kernel_gradient: str
+        self, implementation: str | None, kernel_gradient: str, data_format: str = "NHWC"
     ) -> None:
         """Sets what this layer has beside the fields of `nnx.Conv`; its layout is dense."""
         self.layout = Layouts(Dense())

@@ -11,16 +11,18 @@ from blocksparse_jax import _checks
 from blocksparse_jax.conv import available_implementations
 from blocksparse_jax.layout import BlockLayout, Dense, is_layout
 from blocksparse_jax.nnx.conv import BlockSparseConv
+from blocksparse_jax.nnx.linear import BlockSparseLinear
 from blocksparse_jax.tree import path_name
 
 Model = TypeVar("Model", bound=nnx.Module)
-_PLAIN_CONV = {
-    "mask": None,
-    "conv_general_dilated": lax.conv_general_dilated,
-    "promote_dtype": nnx.nn.dtypes.promote_dtype,
-    "preferred_element_type": None,
+Layer = BlockSparseConv | BlockSparseLinear
+_OWN = {"promote_dtype": nnx.nn.dtypes.promote_dtype, "preferred_element_type": None}
+_PLAIN: dict[type[nnx.Module], dict[str, Any]] = {
+    nnx.Conv: _OWN | {"mask": None, "conv_general_dilated": lax.conv_general_dilated},
+    nnx.Linear: _OWN | {"dot_general": lax.dot_general},
 }
-"""The fields of an `nnx.Conv` that a block-sparse convolution cannot have otherwise."""
+"""The fields of Flax's layers that a block-sparse layer cannot have otherwise."""
+_BLOCK_SPARSE = {nnx.Conv: BlockSparseConv, nnx.Linear: BlockSparseLinear}
 
 
 def sparsify(
@@ -29,13 +31,13 @@ def sparsify(
     kernel_gradient: Literal["masked", "dense"] = "masked",
     implementation: str | None = None,
 ) -> Model:
-    """Makes the plain convolutions of any nnx model ready for layouts, in place.
+    """Makes the plain layers of any nnx model ready for layouts, in place.
 
-    Each `nnx.Conv` with a two-dimensional kernel becomes a `BlockSparseConv`: the same object with
-    the same parameters under the same paths, shared modules included. It computes what it did
-    before until `set_layouts` gives it a layout. Other layers stay as they are: subclasses,
-    transposed convolutions, convolutions with a `mask`, an `input_dilation`, or functions of their
-    own.
+    Each `nnx.Conv` with a two-dimensional kernel becomes a `BlockSparseConv`, and each `nnx.Linear`
+    a `BlockSparseLinear`: the same object with the same parameters under the same paths, shared
+    modules included. It computes what it did before until `set_layouts` gives it a layout. Other
+    layers stay as they are: subclasses, transposed convolutions, convolutions with a `mask` or an
+    `input_dilation`, layers with functions of their own.
 
     Args:
       model: any nnx module.
@@ -57,21 +59,22 @@ def sparsify(
     if implementation is not None:
         _checks.choice("implementation", implementation, available_implementations())
     for _, module in nnx.iter_modules(model):
-        if type(module) is nnx.Conv and _is_plain(module):
+        if _is_plain(module):
             # The object itself changes, so that all references to it see the new layer.
-            object.__setattr__(module, "__class__", BlockSparseConv)
-            cast(BlockSparseConv, module).set_options("NHWC", implementation, kernel_gradient)
+            object.__setattr__(module, "__class__", _BLOCK_SPARSE[type(module)])
+            cast(Layer, module).set_options(implementation, kernel_gradient)
     return model
 
 
-def _is_plain(module: nnx.Conv) -> bool:
-    """Whether a block-sparse convolution computes what this layer does."""
+def _is_plain(module: nnx.Module) -> bool:
+    """Whether a block-sparse layer computes what this layer does."""
+    fields = _PLAIN.get(type(module))
+    if fields is None or any(getattr(module, name) is not value for name, value in fields.items()):
+        return False
+    if not isinstance(module, nnx.Conv):
+        return True
     dilation = 1 if module.input_dilation is None else module.input_dilation
-    return (
-        len(module.kernel_size) == 2
-        and bool(np.all(np.asarray(dilation) == 1))
-        and all(getattr(module, name) is value for name, value in _PLAIN_CONV.items())
-    )
+    return len(module.kernel_size) == 2 and bool(np.all(np.asarray(dilation) == 1))
 
 
 def set_layouts(model: nnx.Module, layouts: Any) -> None:
@@ -82,7 +85,7 @@ def set_layouts(model: nnx.Module, layouts: Any) -> None:
     kernel: these layers run dense (`executions` says so).
 
     Args:
-      model: any nnx module, of `BlockSparseConv` layers or after `sparsify`.
+      model: any nnx module, of block-sparse layers or after `sparsify`.
       layouts: a tree with the structure of `nnx.state(model, nnx.Param)` (`get_layouts` gives one),
         its leaves `BlockLayout | Dense()`.
 
@@ -149,9 +152,9 @@ def executions(model: nnx.Module) -> dict[str, str]:
     return {name: "block-sparse" for name, param in _params(model).items() if id(param) in sparse}
 
 
-def _layers(model: nnx.Module) -> list[BlockSparseConv]:
+def _layers(model: nnx.Module) -> list[Layer]:
     """The layers that can have a layout."""
-    return [module for _, module in nnx.iter_modules(model) if isinstance(module, BlockSparseConv)]
+    return [module for _, module in nnx.iter_modules(model) if isinstance(module, Layer)]
 
 
 def _params(model: nnx.Module) -> dict[str, nnx.Variable]:

@@ -249,11 +249,11 @@ def test_linen_block_sparse_conv_takes_its_layout_from_the_block_too():
     [
         (
             {"input_dilation": (2, 1), "padding": 1},
-            "Conv/kernel: a convolution with input_dilation=(2, 1)",
+            "Conv/kernel: a layer with input_dilation=(2, 1)",
         ),
         (
             {"conv_general_dilated": jax.lax.conv_general_dilated},
-            "Conv/kernel: a convolution with a conv_general_dilated of its own",
+            "Conv/kernel: a layer with a conv_general_dilated of its own",
         ),
         ({"feature_group_count": 2}, "Conv/kernel: a convolution with feature_group_count=2"),
     ],
@@ -365,3 +365,115 @@ def test_nnx_layouts_that_do_not_fit_change_nothing():
             bsj.nnx.set_layouts(model, bad)
         kept = model[0].layout.get_value()
         assert kept.channels is layout.channels
+
+
+class Mlp(nn.Module):
+    """Dense layers alone, as in an MLP or in ConvNeXt's pointwise layers."""
+
+    dense: Any = nn.Dense
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.gelu(self.dense(64, name="hidden")(x))
+        return self.dense(16, use_bias=False, dtype=jnp.float32, name="out")(x)
+
+
+@pytest.mark.parametrize("layer", [nn.Dense, bsj.linen.BlockSparseLinear])
+def test_linen_dense_layers_equal_masked_dense(layer):
+    for x in (X, X[0, 0], X[0, 0, 0]):
+        ran = assert_linen_equals_masked_dense(
+            Mlp(layer), x, where=lambda name, leaf: leaf.ndim == 2
+        )
+        assert ran == {"hidden/kernel": "block-sparse", "out/kernel": "block-sparse"}
+
+
+def test_linen_linear_layer_takes_the_collection_and_packed_values():
+    model, where = Mlp(bsj.linen.BlockSparseLinear), lambda name, leaf: leaf.ndim == 2
+    params, state, layouts = pruned(model.init(jax.random.key(1), X)["params"], where=where)
+    assert jax.tree.structure(params) == jax.tree.structure(
+        Mlp().init(jax.random.key(1), X)["params"]
+    )
+    values, _ = bsj.pack_tree(params, state, layouts)
+    expected = Mlp().apply({"params": params}, X)
+    for weights in (params, values):
+        y = model.apply({"params": weights, "layouts": layouts}, X)
+        np.testing.assert_allclose(y, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="hidden/kernel: expected shape"):
+        model.apply({"params": values, "layouts": {}}, X)
+    with pytest.raises(ValueError, match="'hiden' is no parameter|'hiden/kernel' is no parameter"):
+        model.apply({"params": params, "layouts": {"hiden": layouts["hidden"]}}, X)
+
+
+def test_nnx_linear_layers_equal_masked_dense():
+    def network():
+        rngs = nnx.Rngs(0)
+        return nnx.Sequential(nnx.Linear(16, 64, rngs=rngs), nnx.relu, nnx.Linear(64, 8, rngs=rngs))
+
+    model, dense = bsj.nnx.sparsify(network()), network()
+    params, _, layouts = pruned(
+        nnx.state(dense, nnx.Param), where=lambda name, leaf: leaf.ndim == 2
+    )
+    bsj.nnx.set_layouts(model, layouts)
+    for each in (model, dense):
+        nnx.update(each, params)
+    loss = lambda model: (model(X) ** 2).mean()  # noqa: E731
+    (actual, grads), (expected, full) = (
+        nnx.value_and_grad(loss)(model),
+        nnx.value_and_grad(loss)(dense),
+    )
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+    for layout, gradient, whole in zip(
+        [layouts["layers"][i]["kernel"].get_value() for i in (0, 2)],
+        [grads["layers"][i]["kernel"][...] for i in (0, 2)],
+        [full["layers"][i]["kernel"][...] for i in (0, 2)],
+        strict=True,
+    ):
+        kept = jnp.where(bsj.layout_to_mask(layout), whole, 0)
+        np.testing.assert_allclose(gradient, kept, atol=1e-6)
+    assert sorted(bsj.nnx.executions(model)) == ["layers/0/kernel", "layers/2/kernel"]
+
+
+class ScannedNetwork(nn.Module):
+    """A stack of layers in nn.scan."""
+
+    layer: Any = nn.Conv
+    axes: Any = None
+
+    @nn.compact
+    def __call__(self, x):
+        def body(layer, x, _):
+            return nn.relu(layer(x)), None
+
+        scan = nn.scan(
+            body,
+            variable_axes={"params": 0} | (self.axes or {}),
+            split_rngs={"params": True},
+            length=3,
+        )
+        return scan(self.layer(16, (3, 3), name="layers"), x, None)[0]
+
+
+def test_linen_scanned_layers_are_refused_with_what_works():
+    model = ScannedNetwork()
+    params, _, layouts = pruned(model.init(jax.random.key(1), X)["params"])
+    expected = model.apply({"params": params}, X)
+    with (
+        pytest.raises(ValueError, match="layers/kernel: its layout is that of 3 stacked layers"),
+        bsj.linen.use_layouts(layouts),
+    ):
+        model.apply({"params": params}, X)
+    model = ScannedNetwork(bsj.linen.BlockSparseConv, {"layouts": 0})
+    y = model.apply({"params": params, "layouts": layouts}, X)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    ensemble = jax.vmap(lambda params, layouts: with_layouts(Block(), params, layouts))
+    members = jax.vmap(lambda key: Block().init(key, X)["params"])(
+        jax.random.split(jax.random.key(1))
+    )
+    members, _, layouts = pruned(members)
+    expected = jax.vmap(lambda params: Block().apply({"params": params}, X))(members)
+    np.testing.assert_allclose(ensemble(members, layouts), expected, atol=1e-5)
+
+
+def with_layouts(model, params, layouts):
+    with bsj.linen.use_layouts(layouts):
+        return model.apply({"params": params}, X)

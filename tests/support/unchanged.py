@@ -13,10 +13,10 @@ def pruned(params, **options):
     return bsj.apply_masks(params, bsj.get_masks(state)), state, bsj.get_layouts(state)
 
 
-def assert_linen_equals_masked_dense(model, x, tolerance=1e-5, **apply_options):
+def assert_linen_equals_masked_dense(model, x, tolerance=1e-5, where=None, **apply_options):
     """Values and gradients of a linen model, with and without layouts; returns what ran."""
     variables = model.init(jax.random.key(1), x)
-    params, state, layouts = pruned(variables["params"])
+    params, state, layouts = pruned(variables["params"], where=where)
     others = {name: tree for name, tree in variables.items() if name != "params"}
 
     def loss(params, x):
