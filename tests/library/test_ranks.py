@@ -1,5 +1,7 @@
 """Dense kernels are pruned as those of 1x1 convolutions, stacked kernels one by one."""
 
+import warnings
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,8 @@ import numpy as np
 import optax
 import pytest
 from flax import serialization
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sparse_methods import noise
 
 import blocksparse_jax as bsj
@@ -371,3 +375,55 @@ def test_mask_to_layout_reads_what_a_pattern_drew():
     assert float(bsj.kept_score(scores, layout)) == pytest.approx(
         float(jnp.where(mask, scores, 0).sum()), rel=1e-5
     )
+
+
+@given(
+    pattern=st.sampled_from(
+        (
+            P.block(4, 1.0),
+            P.block(3, 1.0, 2),
+            P.one_by_n(3),
+            P.kernel(),
+            P.window(),
+            P.channel("input"),
+            P.channel("output"),
+            P.unstructured(),
+            P.n_of_m(1, 2),
+        )
+    ),
+    stack=st.lists(st.integers(1, 3), max_size=2),
+    kernel=st.tuples(*(st.integers(1, 3) for _ in range(2))),
+    cin=st.integers(1, 4),
+    cout=st.integers(1, 7),
+    density=st.floats(0.05, 1),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=6, deadline=None)
+def test_any_stack_is_drawn_moved_and_read_kernel_by_kernel(
+    pattern, stack, kernel, cin, cout, density, seed
+):
+    """Draws of few different numbers, so that ties are many."""
+    shape = (*stack, *kernel, 2 * cin, cout)
+    scores = jnp.round(4 * jax.random.uniform(jax.random.key(seed), shape))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # few sets miss the density
+        count = pattern.counts({"w": shape}, {"w": density})["w"]
+    units = pattern.units(shape)
+    assert units.rows * units.sets * units.weights == scores.size
+    kept = pattern.draw(scores, count)
+    sets = pattern.kept_sets(kept.mask, kept.layout)
+    assert sets.shape == (units.rows, units.sets)
+    moved = pattern.move(sets, kept.mask, kept.layout)
+    assert_same(moved, kept)
+    one = [pattern.draw(scores[i], count) for i in np.ndindex(*stack)]
+    masks = jnp.stack([layer.mask for layer in one])
+    np.testing.assert_array_equal(kept.mask, masks.reshape(shape))
+    if isinstance(kept.layout, bsj.BlockLayout):
+        stacked = jax.tree.map(lambda *a: jnp.stack(a), *(layer.layout for layer in one))
+        for a, b in zip(jax.tree.leaves(kept.layout), jax.tree.leaves(stacked), strict=True):
+            np.testing.assert_array_equal(a, b.reshape(a.shape))
+        packed = bsj.pack(scores, kept.layout)
+        assert packed.shape == (*stack, *kept.layout.packed_shape)
+        np.testing.assert_array_equal(
+            bsj.unpack(packed, kept.layout), jnp.where(kept.mask, scores, 0)
+        )
