@@ -1,15 +1,18 @@
-"""Readers of the file formats in which data sets are published.
+"""Folders, zip archives and tar archives as files by name, whatever state they are in.
 
-Folders, zip and tar archives, `.npz`, idx files and pickled arrays. Nothing here knows a data set.
+Files that an operating system left beside the data (`._x`, `.DS_Store`, `__MACOSX`, `Thumbs.db`)
+and links that lead nowhere are skipped. Nothing is ever extracted to the disk.
 """
 
 import contextlib
 import functools
 import gzip
-import io
-import math
+import lzma
+import os
 import pickle
+import posixpath
 import re
+import stat
 import tarfile
 import zipfile
 import zlib
@@ -17,10 +20,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-from jaxtyping import UInt8
-
 Files = Mapping[str, Callable[[], bytes]]
+
+MAX_BYTES = 2**31
+"""No published file of these data sets is larger once unpacked; a larger one is a mistake."""
 
 
 @contextlib.contextmanager
@@ -28,17 +31,24 @@ def readable(path: Path, expected: str) -> Iterator[None]:
     """Turns errors of corrupted files in the `with` block into a ValueError that names `path`."""
     try:
         yield
+    except FileNotFoundError:
+        raise
     except (
         EOFError,
         gzip.BadGzipFile,
+        lzma.LZMAError,
         pickle.UnpicklingError,
         tarfile.TarError,
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
         raise ValueError(
             f"source: {str(path)!r} is corrupted or not {expected} ({reason}); fetch it again"
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"source: {str(path)!r} cannot be read ({error}); make it readable, or fetch it again"
         ) from error
 
 
@@ -55,30 +65,164 @@ def open_files(path: Path) -> Iterator[Files]:
     Raises:
       tarfile.TarError: the file is neither a zip nor a tar archive, or it is corrupted.
       zipfile.BadZipFile: the zip archive is corrupted.
+      ValueError: a file is encrypted, or too large.
+      OSError: a folder cannot be listed.
     """
     if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-        yield {file.relative_to(path).as_posix(): file.read_bytes for file in files}
-    elif path.suffix == ".zip":
+        names = {file.relative_to(path).as_posix(): file for file in _walk(path)}
+        yield {
+            name: functools.partial(_read_file, names[name])
+            for name in sorted(names)
+            if not hidden(name)
+        }
+    elif path.suffix.lower() == ".zip":
         with zipfile.ZipFile(path) as archive:
-            yield {
-                entry: functools.partial(archive.read, entry)
-                for entry in sorted(archive.namelist())
-                if not entry.endswith("/")
-            }
+            yield dict(sorted(_zip_files(archive).items()))
     else:
-        yield {entry: functools.partial(bytes, file.read()) for entry, file in tar_members(path)}
+        contents: dict[str, bytes] = {}
+        size = 0
+        for entry, file in tar_members(path):
+            contents[entry] = file.read()
+            size += len(contents[entry])
+            if size > MAX_BYTES:
+                raise too_large(path)
+        yield {entry: functools.partial(bytes, data) for entry, data in contents.items()}
+
+
+def hidden(entry: str) -> bool:
+    """Whether an operating system made a file for itself beside the data.
+
+    Example:
+      >>> [hidden(entry) for entry in ("./a/x.png", "a/._x.png", "__MACOSX/a", "a/Thumbs.db")]
+      [False, True, True, True]
+    """
+    parts = [part for part in entry.split("/") if part not in ("", ".", "..")]
+    system = {"__MACOSX", "Thumbs.db", "desktop.ini"}
+    return any(part.startswith(".") or part in system for part in parts)
+
+
+def too_large(name: str | Path) -> ValueError:
+    """The error for a file that unpacks to more than `MAX_BYTES`."""
+    return ValueError(
+        f"source: {str(name)!r} holds more than {MAX_BYTES:,} bytes, which no file of this data "
+        f"set does; fetch it again"
+    )
+
+
+def _walk(path: Path) -> Iterator[Path]:
+    """The files below a folder, also those of linked folders; each real folder once."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for folder, subfolders, names in os.walk(path, onerror=fail, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders.sort()
+        yield from (file for name in names if (file := Path(folder, name)).is_file())
+
+
+def _read_file(file: Path) -> bytes:
+    """The bytes of a file on the disk."""
+    if file.stat().st_size > MAX_BYTES:
+        raise too_large(file)
+    return file.read_bytes()
+
+
+def _zip_files(archive: zipfile.ZipFile) -> dict[str, Callable[[], bytes]]:
+    """Name -> function that reads the bytes, for the files of a zip archive and its links."""
+    files: dict[str, Callable[[], bytes]] = {}
+    links = {}
+    for entry in archive.infolist():
+        name = entry.filename
+        if entry.is_dir() or hidden(name):
+            continue
+        if entry.flag_bits & 1:
+            raise ValueError(
+                f"source: {archive.filename}: {name} is encrypted; extract the archive with its "
+                f"password and give the folder"
+            )
+        if entry.file_size > MAX_BYTES:
+            raise too_large(f"{archive.filename}/{name}")
+        if stat.S_ISLNK(entry.external_attr >> 16):
+            target = _read_zip(archive, entry).decode(errors="replace")
+            links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+        else:
+            files[name] = functools.partial(_read_zip, archive, entry)
+    return files | {name: files[target] for name, target in links.items() if target in files}
+
+
+def _read_zip(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    """The bytes of a file in a zip archive; BadZipFile if Python cannot unpack it."""
+    try:
+        return archive.read(entry)
+    except NotImplementedError as error:
+        raise zipfile.BadZipFile(f"{entry.filename}: {error}") from error
+
+
+class _TarInfo(tarfile.TarInfo):
+    """A member whose damaged or missing header is an error.
+
+    Python's tarfile takes such a header for the end of the archive and gives fewer files
+    (github.com/python/cpython/issues/120740).
+    """
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "_TarInfo":
+        """Reads the header at the current position."""
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.HeaderError as error:
+            if type(error).__name__ == "EOFHeaderError":
+                raise
+            raise tarfile.ReadError(f"{error} at byte {tarfile_.offset:,}") from error
 
 
 def tar_members(archive: Path | IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
-    """Yields the name and the open file of each file in a tar archive, in one pass."""
+    """Yields the name and the open file of each file in a tar archive, in one pass.
+
+    Args:
+      archive: the tar archive, compressed or not.
+
+    Yields:
+      The name and the file. A link gives the file that it leads to.
+
+    Raises:
+      tarfile.TarError: this is no tar archive, it is cut or damaged, or it holds a name twice.
+      ValueError: a file is too large.
+    """
     source: dict[str, Any] = (
         {"name": archive} if isinstance(archive, Path) else {"fileobj": archive}
     )
-    with tarfile.open(**source) as tar:
+    names: set[str] = set()
+    repeated = None
+    with tarfile.open(**source, tarinfo=_TarInfo) as tar:
         for entry in tar:
-            if (file := tar.extractfile(entry)) is not None:
-                yield entry.name, file
+            if hidden(entry.name) or (file := _open_member(tar, entry)) is None:
+                continue
+            if entry.size > MAX_BYTES:
+                raise too_large(entry.name)
+            if entry.name in names:
+                repeated = entry.name
+            names.add(entry.name)
+            yield entry.name, file
+        assert tar.fileobj is not None
+        while tar.fileobj.read(2**20):  # the checksum of a compressed archive is at its end
+            pass
+    if repeated:
+        raise tarfile.ReadError(f"{repeated} is in it twice")
+
+
+def _open_member(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> IO[bytes] | None:
+    """The open file of a member; None for a folder, a device, and a link that leads nowhere."""
+    try:
+        return tar.extractfile(entry)
+    except (KeyError, RecursionError):  # no such member, and links that lead to each other
+        return None
 
 
 def find(files: Files, pattern: str) -> str:
@@ -92,76 +236,11 @@ def find(files: Files, pattern: str) -> str:
     )
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """Reads the arrays of an `.npz`; zipfile.BadZipFile if it is none or holds Python objects."""
+def read_text(files: Files, entry: str) -> str:
+    """The text of a file, with or without a byte order mark; ValueError unless it is UTF-8."""
     try:
-        with path.open("rb") as file, np.load(file) as archive:
-            return {key: archive[key] for key in archive.files}
-    except (ValueError, AttributeError) as error:  # NumPy raises these for other files
-        raise zipfile.BadZipFile(str(error)) from error
-
-
-def read_idx(entry: str, data: bytes) -> UInt8[np.ndarray, "..."]:
-    r"""Reads an idx file of unsigned bytes.
-
-    The file holds the bytes 0, 0, the type 8, the rank, the sizes as big-endian int32, the values.
-
-    Args:
-      entry: name of the file; it ends in .gz if the file is gzipped.
-      data: bytes of the file.
-
-    Returns:
-      The array.
-
-    Raises:
-      EOFError: this is no idx file of bytes, or it is cut short.
-
-    Example:
-      >>> read_idx("a", b"\0\0\x08\x01" + b"\0\0\0\x02" + b"ab").tolist()
-      [97, 98]
-
-    Reference: LeCun, Cortes and Burges, The MNIST database of handwritten digits.
-    """
-    if entry.endswith(".gz"):
-        data = gzip.decompress(data)
-    error = EOFError(f"{entry}: no idx file of bytes, or cut short")
-    if len(data) < 4 or data[:3] != b"\0\0\x08":
-        raise error
-    rank = data[3]
-    header = 4 + 4 * rank
-    if rank == 0 or len(data) < header:
-        raise error
-    shape = [int(size) for size in np.frombuffer(data[4:header], ">i4")]
-    if len(data) - header != math.prod(shape):
-        raise error
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """An unpickler of lists, dicts, strings and NumPy arrays that never runs code of the file."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (
-            name in ("ndarray", "dtype", "_reconstruct", "_frombuffer")
-            and module.partition(".")[0] == "numpy"
-        ):
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        if (module, name) == ("_codecs", "encode"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"unexpected {module}.{name} in the pickle")
-
-
-def read_pickle(data: bytes) -> Any:
-    """Unpickles containers of NumPy arrays, also those that Python 2 wrote.
-
-    Raises:
-      pickle.UnpicklingError: the bytes are no pickle, or hold anything else.
-
-    Example:
-      >>> read_pickle(pickle.dumps({"labels": [1, 2]}))
-      {'labels': [1, 2]}
-    """
-    try:
-        return _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
-    except Exception as error:  # for random bytes pickle raises nearly any exception
-        raise pickle.UnpicklingError(str(error)) from error
+        return files[entry]().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"source: {entry}: expected UTF-8 text ({error}); fetch it again"
+        ) from error

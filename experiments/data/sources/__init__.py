@@ -8,7 +8,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from experiments.data.archives import Files, open_files, read_npz, readable
+from experiments.data.archives import Files, open_files, readable
+from experiments.data.array_files import read_npz
 from experiments.data.sources import arrays, cifar, imagenet, mnist, tiny_imagenet
 from experiments.data.sources.source import Examples, Source
 from experiments.data.specs import SPECS
@@ -36,7 +37,8 @@ def open_source(name: str, path: Path) -> Iterator[Source]:
 
     Raises:
       FileNotFoundError: `path`, or a file that belongs in it, is missing.
-      ValueError: a file is corrupted, or its images or labels are not those of the data set.
+      ValueError: a file is corrupted or encrypted, or its images or labels are not those of the
+        data set.
     """
     expected = SPECS[name].source
     if not path.exists():
@@ -50,7 +52,7 @@ def open_source(name: str, path: Path) -> Iterator[Source]:
         with readable(path, expected):
             if name == "imagenet2012":
                 source = imagenet.read(path)
-            elif path.suffix == ".npz":
+            elif path.suffix.lower() == ".npz":
                 source = arrays.from_arrays(name, read_npz(path))
             else:
                 files = stack.enter_context(open_files(path))

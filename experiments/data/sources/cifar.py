@@ -5,10 +5,12 @@ The files are pickled batches, in which each image is a row of 3 x 32 x 32 bytes
 
 import pickle
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from experiments.data.archives import Files, find, read_pickle
+from experiments.data.archives import Files, find
+from experiments.data.array_files import read_pickle
 from experiments.data.sources.arrays import from_arrays
 from experiments.data.sources.source import Source
 
@@ -52,7 +54,7 @@ def _read_batches(
     """
     arrays: dict[str, np.ndarray] = {}
     for split, entries in batch_files.items():
-        batches = [read_pickle(files[find(files, entry)]()) for entry in entries]
+        batches = [_load(files, entry) for entry in entries]
         try:
             for prefix, key in label_keys.items():
                 arrays[f"{prefix}_{split}"] = np.concatenate([batch[key] for batch in batches])
@@ -67,5 +69,19 @@ def _read_class_names(
     files: Files, meta_file: str, keys: Mapping[str, str]
 ) -> dict[str, list[str]]:
     """Reads the class names of each label feature; those that the file lacks are left out."""
-    meta = read_pickle(files[find(files, meta_file)]())
-    return {feature: meta[key] for feature, key in keys.items() if key in meta}
+    meta = _load(files, meta_file)
+    if not isinstance(meta, dict):
+        raise pickle.UnpicklingError(f"{meta_file}: expected a dict, got {type(meta).__name__}")
+    class_names = {feature: meta[key] for feature, key in keys.items() if key in meta}
+    for feature, names in class_names.items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise pickle.UnpicklingError(f"{meta_file}: {keys[feature]} is no list of names")
+    return class_names
+
+
+def _load(files: Files, entry: str) -> Any:
+    """Unpickles one file; UnpicklingError with its name."""
+    try:
+        return read_pickle(files[find(files, entry)]())
+    except pickle.UnpicklingError as error:
+        raise pickle.UnpicklingError(f"{entry}: {error}") from error

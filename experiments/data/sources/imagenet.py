@@ -1,11 +1,13 @@
 """ImageNet 2012: the two official tar archives."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 import tensorflow_datasets as tfds
 
-from experiments.data.archives import tar_members
+from experiments.data.archives import readable, tar_members
 from experiments.data.images import rgb_jpeg
 from experiments.data.sources.source import Examples, Source
 from experiments.data.specs import SPECS
@@ -27,7 +29,7 @@ def _examples(path: Path) -> Examples:
     wnids = _tfds_lines("labels.txt")
     validation_wnids = _tfds_lines("validation_labels.txt")
 
-    for folder, class_archive in tar_members(train_archive):
+    for folder, class_archive in _members(train_archive, train_archive):
         wnid = PurePosixPath(folder).stem
         if wnid not in wnids:
             raise ValueError(
@@ -35,11 +37,11 @@ def _examples(path: Path) -> Examples:
                 f"again"
             )
         label = wnids.index(wnid)
-        for entry, file in tar_members(class_archive):
+        for entry, file in _members(class_archive, train_archive / folder):
             image = rgb_jpeg(file.read(), entry)
             yield "train", {"file_name": entry, "image": image, "label": label}
 
-    for entry, file in tar_members(validation_archive):
+    for entry, file in _members(validation_archive, validation_archive):
         number = re.search(r"_val_(\d{8})\.JPEG$", entry)
         if not number or not 1 <= int(number[1]) <= len(validation_wnids):
             raise ValueError(
@@ -49,6 +51,12 @@ def _examples(path: Path) -> Examples:
         label = wnids.index(validation_wnids[int(number[1]) - 1])
         image = rgb_jpeg(file.read(), entry)
         yield "validation", {"file_name": entry, "image": image, "label": label}
+
+
+def _members(archive: Path | IO[bytes], name: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    """The files of an archive; errors call it `name`."""
+    with readable(name, SPECS["imagenet2012"].source):
+        yield from tar_members(archive)
 
 
 def _tfds_lines(file: str) -> list[str]:
