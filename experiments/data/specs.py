@@ -18,6 +18,7 @@ class Spec:
         zero-padded image.
       flip: whether half of the training images are mirrored left to right. Never for digits: their
         mirror images mean something else.
+      varying_sizes: whether the files hold images of any size, of which the model sees crops.
       test_split: name of the test split in the TFDS layout.
       source: the file or folder that `prepare_data --source` takes, in words, for messages.
       urls: official archives that need no registration.
@@ -30,6 +31,7 @@ class Spec:
     sizes: tuple[int, int]
     pad: int = 0
     flip: bool = False
+    varying_sizes: bool = False
     test_split: str = "test"
     source: str = ""
     urls: tuple[str, ...] = ()
@@ -96,6 +98,7 @@ SPECS: dict[str, Spec] = {
         (0.229, 0.224, 0.225),
         (1_281_167, 50_000),
         flip=True,
+        varying_sizes=True,
         test_split="validation",
         source="the folder that holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar",
     ),

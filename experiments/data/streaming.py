@@ -18,13 +18,16 @@ from jaxtyping import Array, Float, UInt8
 
 from experiments.data.augment import normalize
 from experiments.data.batches import TestBatch, TrainBatch, count_steps, local_size, step_range
-from experiments.data.images import decode
+from experiments.data.integrity import decode_example
 from experiments.data.specs import SPECS
 from experiments.data.tfds_layout import Example
 
 cv2.setNumThreads(0)  # Grain's threads and processes already use all cores
 
 Pixels = UInt8[np.ndarray, "h w c"]
+
+_LONGEST = 8
+"""Sides of an image in the ratio up to which the whole image is resized for its central square."""
 
 
 def random_resized_crop(
@@ -78,7 +81,8 @@ def random_resized_crop(
 def center_crop(image: Pixels, size: int, *, shorter: int) -> Pixels:
     """Resizes the image so that its shorter side has `shorter` pixels; returns the central square.
 
-    The square has `size` x `size` pixels.
+    The square has `size` x `size` pixels. Only the centre of a long strip is resized: whole, an
+    image of 1 x 20,000 pixels would become gigabytes.
 
     Example:
       >>> center_crop(np.zeros((30, 40, 3), np.uint8), 8, shorter=10).shape
@@ -88,6 +92,12 @@ def center_crop(image: Pixels, size: int, *, shorter: int) -> Pixels:
     224).
     """
     h, w, _ = image.shape
+    longest = _LONGEST * min(h, w)
+    if max(h, w) > longest:
+        top = max(0, h - longest) // 2
+        left = max(0, w - longest) // 2
+        image = image[top : h - top, left : w - left]
+        h, w, _ = image.shape
     scale = shorter / min(h, w)
     image = resize(image, max(shorter, round(h * scale)), max(shorter, round(w * scale)))
     top = (image.shape[0] - size) // 2
@@ -173,19 +183,21 @@ class ImageNet:
 
 def _train_example(example: Example, rng: np.random.Generator) -> tuple[Any, ...]:
     """The cropped image and the label of a training example."""
-    size, _, channels = ImageNet.image_shape
-    image = random_resized_crop(rng, decode(example["image"], channels), size)
-    return image, np.int32(example["label"])
+    image, label = _decode(example)
+    return random_resized_crop(rng, image, ImageNet.image_shape[0]), label
 
 
 def _test_example(source: Sequence[Example], row: int) -> tuple[Any, ...]:
     """The image, the label and the weight of a test example; rows past the end are padding."""
-    size, _, channels = ImageNet.image_shape
     if row >= len(source):
         return np.zeros(ImageNet.image_shape, np.uint8), np.int32(0), np.float32(0)
-    example = source[row]
-    image = center_crop(decode(example["image"], channels), size, shorter=256)
-    return image, np.int32(example["label"]), np.float32(1)
+    image, label = _decode(source[row])
+    return center_crop(image, ImageNet.image_shape[0], shorter=256), label, np.float32(1)
+
+
+def _decode(example: Example) -> tuple[Pixels, np.int32]:
+    """The pixels and the label of an example."""
+    return decode_example(ImageNet.name, example, example["file_name"].decode(errors="replace"))
 
 
 def _to_device(batch: tuple[np.ndarray, ...]) -> tuple[Any, ...]:

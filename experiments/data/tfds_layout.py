@@ -5,7 +5,7 @@
 
 import itertools
 import re
-import tempfile
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +15,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int, UInt8
 
-from experiments.data.images import decode
+from experiments.data.integrity import damaged, decode_example, first_line, open_builder
 from experiments.data.specs import SPECS, prepare_command
+from experiments.data.work_folder import work_folder, writable
 
 Example = dict[str, Any]
 _CHUNK = 500
@@ -24,7 +25,15 @@ _CHUNK = 500
 
 def prepared_versions(name: str, data_dir: str | Path) -> list[Path]:
     """The folders of the prepared versions of a data set, oldest version first."""
-    folders = [info.parent for info in Path(data_dir, name).glob("*/dataset_info.json")]
+    return [
+        folder for folder in _versions(name, data_dir) if Path(folder, "dataset_info.json").exists()
+    ]
+
+
+def _versions(name: str, data_dir: str | Path) -> list[Path]:
+    """The folders named by a version, whether they are complete or not, oldest version first."""
+    root = Path(data_dir, name)
+    folders = root.iterdir() if root.is_dir() else ()
     versions = [folder for folder in folders if re.fullmatch(r"\d+\.\d+\.\d+", folder.name)]
     return sorted(versions, key=lambda folder: [int(part) for part in folder.name.split(".")])
 
@@ -43,27 +52,17 @@ def open_split(name: str, data_dir: str | Path, split: str) -> Sequence[Example]
 
     Raises:
       FileNotFoundError: the data set is not prepared in `data_dir`.
-      ValueError: its files are not in the array_record format, or the split is missing.
+      ValueError: see `integrity.open_builder`.
     """
     versions = prepared_versions(name, data_dir)
     if not versions:
+        if lost := _versions(name, data_dir):
+            raise damaged(name, lost[-1], "dataset_info.json is missing")
         raise FileNotFoundError(
             f"data_dir: no {name} in {str(data_dir)!r}; prepare it "
             f"with:\n{prepare_command(name, data_dir)}"
         )
-    builder = tfds.builder_from_directory(versions[-1])
-    file_format = builder.info.file_format
-    if (
-        file_format is None
-        or file_format.value != "array_record"
-        or split not in builder.info.splits
-    ):
-        actual = f"{file_format and file_format.value} with splits {list(builder.info.splits)}"
-        raise ValueError(
-            f"data_dir: expected {str(versions[-1])!r} to hold array_record files with a split "
-            f"{split!r}, got {actual}; "
-            f"prepare it again, with --overwrite:\n{prepare_command(name, data_dir)}"
-        )
+    builder = open_builder(name, versions[-1], split)
     return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
 
 
@@ -82,7 +81,7 @@ def read_arrays(
 
     Raises:
       FileNotFoundError: see `open_split`.
-      ValueError: see `open_split`.
+      ValueError: see `open_split`; or an example cannot be read, or is none of the data set.
     """
     source: Any = open_split(name, data_dir, split)
     n = len(source)
@@ -91,10 +90,15 @@ def read_arrays(
     y = np.empty(n, np.int32)
     for start in range(0, n, _CHUNK):
         rows = range(start, min(start + _CHUNK, n))
-        examples = source.__getitems__(rows)  # ten times faster than `source[i]` for each
+        try:
+            examples = source.__getitems__(rows)  # ten times faster than `source[i]` for each
+        except Exception as error:  # the readers raise nearly any exception for damaged records
+            problem = (
+                f"examples {rows[0]} to {rows[-1]} of {split} cannot be read ({first_line(error)})"
+            )
+            raise damaged(name, prepared_versions(name, data_dir)[-1], problem) from error
         for i, example in zip(rows, examples, strict=True):
-            x[i] = decode(example["image"], channels)
-            y[i] = example["label"]
+            x[i], y[i] = decode_example(name, example, f"example {i} of {split}")
     return x, y
 
 
@@ -126,8 +130,8 @@ def write(
 ) -> tuple[Path, dict[str, int]]:
     """Writes a data set in the TFDS layout.
 
-    The files go into a temporary folder, which takes its final place when all of them are written:
-    a data set is complete or absent.
+    The files go into a folder `.NAME.partial`, which takes its final place when all of them are
+    written: a data set is complete or absent. What a killed conversion left is removed.
 
     Args:
       name: a name in `SPECS`.
@@ -141,27 +145,45 @@ def write(
       The folder of the version and the number of examples in each split.
 
     Raises:
-      ValueError: a copy exists already and `overwrite` is false, or a split stays empty.
+      ValueError: a copy exists already and `overwrite` is false, a split stays empty, another
+        process writes this data set, or the folder cannot be written.
     """
     data_dir = Path(data_dir)
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=data_dir, prefix=f".{name}-") as scratch:
-        version, features = _features(name, scratch)
+    with work_folder(data_dir / f".{name}.partial") as work:
+        lookup, new_folder = work / "lookup", work / "new"
+        lookup.mkdir()
+        new_folder.mkdir()
+        version, features = _features(name, lookup)
         folder = data_dir / name / version
-        new_folder = Path(scratch, "new")
+        _finish_replacing(folder)
         if folder.exists() and not overwrite:
             raise ValueError(
                 f"data_dir: {str(folder)!r} exists already; pass --overwrite to replace it"
             )
         for label, names in class_names.items():
             features[label].names = list(names)
-        new_folder.mkdir()
         counts = _write_records(name, version, features, new_folder, examples)
-        folder.parent.mkdir(exist_ok=True)
-        if folder.exists():
-            folder.rename(Path(scratch, "old"))
-        new_folder.rename(folder)
+        with writable(data_dir):
+            folder.parent.mkdir(exist_ok=True)
+            if folder.exists():
+                folder.rename(_replaced(folder))
+            new_folder.rename(folder)
+            _finish_replacing(folder)
     return folder, counts
+
+
+def _replaced(folder: Path) -> Path:
+    """The place of an old copy while the new one takes its own."""
+    return folder.with_name(f"{folder.name}.replaced")
+
+
+def _finish_replacing(folder: Path) -> None:
+    """Removes the old copy; where the new one has not come, the old one stays."""
+    old = _replaced(folder)
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    elif old.exists():
+        shutil.rmtree(old)
 
 
 def _write_records(
@@ -188,9 +210,11 @@ def _write_records(
     for chunk in _chunks(examples):
         for split, group in itertools.groupby(chunk, key=lambda pair: pair[0]):
             records = [example for _, example in group]
-            writer.add_examples({split: records})
+            with writable(folder):
+                writer.add_examples({split: records})
             counts[split] += len(records)
-    writer.close_all()
+    with writable(folder):
+        writer.close_all()
     if empty := [split for split in splits if not counts[split]]:
         raise ValueError(
             f"source: expected examples of {' and '.join(splits)}, got none of "
