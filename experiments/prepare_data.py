@@ -63,7 +63,10 @@ def _print_summary(name: str, summary: Summary) -> None:
 
 
 def cli(args: list[str] | None = None) -> None:
-    """Runs the command line. Wrong arguments or sources end it with one line and exit code 2.
+    """Runs the command line.
+
+    Wrong arguments or sources and unwritable folders end it with one line and exit code 2, Ctrl-C
+    with one line and 130.
 
     Args:
       args: the arguments; None takes those of the process.
@@ -73,9 +76,12 @@ def cli(args: list[str] | None = None) -> None:
     )
     try:
         main(config)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"stopped: nothing was written into {config.data_dir}", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """`prepare` converts the original files of a data set to the TFDS layout, which `load` reads."""
 
+import contextlib
 import dataclasses
+import http.client
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ from blocksparse_jax._checks import choice
 from experiments.data.sources import open_source
 from experiments.data.specs import SPECS
 from experiments.data.tfds_layout import prepared_versions, write
+from experiments.data.work_folder import work_folder
 
 T = TypeVar("T")
 
@@ -52,8 +54,8 @@ def prepare(
       The folder, the number of examples, the size and the duration.
 
     Raises:
-      ValueError: the data set is unknown, the source is wrong or corrupted, or a prepared copy
-        exists already.
+      ValueError: the data set is unknown, the source is wrong or corrupted, a prepared copy exists
+        already, or another process prepares it.
       FileNotFoundError: the source, or a part of it, is missing.
     """
     choice("dataset", name, [key for key in SPECS if SPECS[key].source])
@@ -63,13 +65,13 @@ def prepare(
             f"data_dir: {str(versions[-1])!r} exists already; pass --overwrite to replace it"
         )
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        path = source or _download(name, Path(scratch))
-        with open_source(name, path) as opened:
-            examples = _progress(opened.examples, opened.total, name)
-            folder, counts = write(
-                name, data_dir, examples, opened.class_names, overwrite=overwrite
-            )
+    with contextlib.ExitStack() as stack:
+        if source is None:
+            work = stack.enter_context(work_folder(data_dir / f".{name}.download"))
+            source = _download(name, work)
+        opened = stack.enter_context(open_source(name, source))
+        examples = _progress(opened.examples, opened.total, name)
+        folder, counts = write(name, data_dir, examples, opened.class_names, overwrite=overwrite)
     megabytes = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     return Summary(folder, counts, megabytes, time.perf_counter() - start)
 
@@ -98,7 +100,7 @@ def _download(name: str, folder: Path) -> Path:
         print(f"downloading {url}", file=sys.stderr)
         try:
             urllib.request.urlretrieve(url, folder / url.rpartition("/")[2])
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise FileNotFoundError(
                 f"source: {url} cannot be fetched ({error}); fetch it yourself and pass --source"
             ) from error

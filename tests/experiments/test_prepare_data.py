@@ -5,7 +5,10 @@ set is written completely or not at all.
 import dataclasses
 import itertools
 import pickle
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import data_files as files
@@ -18,7 +21,10 @@ from experiments import prepare_data
 from experiments.data import load, tfds_layout
 from experiments.data.images import png
 from experiments.data.specs import SPECS
+from experiments.data.work_folder import work_folder
 from experiments.prepare_data import Config
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -221,6 +227,89 @@ def test_overwrite_replaces_only_when_complete(tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mnist"]
 
 
+def prepare_mnist(tmp_path, arrays, **options):
+    source = files.npz_source("mnist", arrays, tmp_path)
+    return prepare_data.main(
+        Config(dataset="mnist", source=source, data_dir=tmp_path / "out", **options)
+    )
+
+
+SLEEPER = """
+import sys, time
+from experiments.data import tfds_layout
+from experiments.data.images import png
+import numpy as np
+
+def examples():
+    for i in range(600):
+        yield "train", {"image": png(np.zeros((28, 28, 1), np.uint8)), "label": 0}
+    print("writing", flush=True)
+    time.sleep(600)
+
+tfds_layout.write("mnist", sys.argv[1], examples(), {})
+"""
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path):
+    out = tmp_path / "out"
+    arrays = files.arrays_for("mnist")
+    with subprocess.Popen(
+        [sys.executable, "-c", SLEEPER, out], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        # while it runs the folder is its own
+        with pytest.raises(ValueError, match=r"another process works in .*mnist.partial'; wait"):
+            prepare_mnist(tmp_path, arrays)
+        process.kill()
+    (left,) = out.iterdir()
+    assert list(left.rglob("*.array_record*"))
+    with pytest.raises(FileNotFoundError, match="no mnist in"):
+        load("mnist", out)
+    prepare_mnist(tmp_path, arrays)
+    assert [path.name for path in out.iterdir()] == ["mnist"]
+    np.testing.assert_array_equal(load("mnist", out).train.x, arrays["x_train"])
+
+
+def test_what_a_killed_download_left_is_removed_by_the_next(tmp_path, monkeypatch):
+    arrays = files.arrays_for("mnist")
+    server = tmp_path / "server"
+    server.mkdir()
+    files.idx_source("mnist", arrays, server)
+    urls = tuple(path.as_uri() for path in sorted(server.iterdir()))
+    monkeypatch.setitem(SPECS, "mnist", dataclasses.replace(SPECS["mnist"], urls=urls))
+    left = tmp_path / "out" / ".mnist.download"
+    (left / "folder").mkdir(parents=True)
+    (left / "lock").touch()
+    (left / "t10k-images-idx3-ubyte.gz").write_bytes(b"half of it")
+    prepare_data.main(Config(dataset="mnist", data_dir=tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mnist"]
+
+
+@pytest.mark.parametrize("killed", ["before", "between", "after"])
+def test_a_copy_survives_a_kill_while_it_is_replaced(killed, tmp_path):
+    """The old copy moves aside, the new one takes its place, the old one is removed."""
+    first, second = files.arrays_for("mnist"), files.arrays_for("mnist", train=7)
+    folder = prepare_mnist(tmp_path, first).folder
+    aside = folder.with_name(folder.name + ".replaced")
+    if killed == "between":
+        folder.rename(aside)
+    elif killed == "after":
+        shutil.copytree(folder, aside)
+    with pytest.raises(ValueError, match="exists already; pass --overwrite"):
+        prepare_mnist(tmp_path, second)
+    np.testing.assert_array_equal(load("mnist", tmp_path / "out").train.x, first["x_train"])
+    prepare_mnist(tmp_path, second, overwrite=True)
+    np.testing.assert_array_equal(load("mnist", tmp_path / "out").train.x, second["x_train"])
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_data_sets_are_prepared_side_by_side(tmp_path):
+    with work_folder(tmp_path / "out/.cifar10.partial"):
+        prepare_mnist(tmp_path, files.arrays_for("mnist"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mnist"]
+
+
 def test_download(tmp_path, monkeypatch):
     """`download=True` fetches the archive of the spec; here from file:// addresses."""
     arrays = files.arrays_for("mnist")
@@ -256,6 +345,71 @@ def test_the_command_line_names_itself_and_ends_wrong_input_with_code_2(tmp_path
             ]
         )
     assert stop.value.code == 2
-    text = capsys.readouterr().err
-    assert text.startswith("error: ")
-    assert "Traceback" not in text
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+
+
+def unwritable(tmp_path, monkeypatch):
+    """A data folder that is a file."""
+    (tmp_path / "out").write_text("")
+
+
+def unwritable_name(tmp_path, monkeypatch):
+    """A data set's folder that is a file."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mnist").write_text("")
+
+
+def interrupted(tmp_path, monkeypatch):
+    def write(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tfds_layout, "_write_records", write)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "code", "message"),
+    [
+        (unwritable, 2, "error: data_dir: '.*out' cannot be written"),
+        (unwritable_name, 2, "error: data_dir: '.*out' cannot be written"),
+        (interrupted, 130, "stopped: nothing was written into .*out"),
+    ],
+)
+def test_unwritable_folders_and_ctrl_c_end_with_one_line(
+    trouble, code, message, tmp_path, monkeypatch, capsys
+):
+    trouble(tmp_path, monkeypatch)
+    source = files.npz_source("mnist", files.arrays_for("mnist"), tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    arguments = ["--source", str(source), "--data-dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stop:
+        prepare_data.cli(["--dataset", "mnist", *arguments])
+    assert stop.value.code == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(message, line)
+    assert set(tmp_path.rglob("*")) - set(before) <= {tmp_path / "out"}
+
+
+FULL_DISK = """
+import resource, sys
+from experiments import prepare_data
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+prepare_data.cli(["--dataset", "cifar10", "--source", sys.argv[1], "--data-dir", sys.argv[2]])
+"""
+
+
+def test_a_full_disk_ends_with_one_line(tmp_path):
+    """Here files end at 100 kB, which array_record meets as it meets a full disk."""
+    source = files.npz_source("cifar10", files.arrays_for("cifar10", train=60), tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, source, tmp_path / "out"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert re.match(r"error: data_dir: '.*out.*' cannot be written \(.*too large", line)
+    assert not list((tmp_path / "out").iterdir())
