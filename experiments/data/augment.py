@@ -34,13 +34,14 @@ def augment(
     """
     if not pad and not flip:
         return images
+    # The dtypes are explicit, so that the draws are the same where 64 bits are on.
     n, h, w, _ = images.shape
     shift_key, flip_key = jax.random.split(key)
-    shift = jax.random.randint(shift_key, (n, 2, 1), -pad, pad + 1)
-    mirrored = jax.random.bernoulli(flip_key, 0.5, (n, 1)) & flip
-    columns = jnp.arange(w)
-    rows = jnp.arange(h) + shift[:, 0]
-    columns = jnp.where(mirrored, columns[::-1], columns) + shift[:, 1]
+    shift = jax.random.randint(shift_key, (n, 2, 1), -pad, pad + 1, jnp.int32)
+    mirrored = jax.random.bernoulli(flip_key, jnp.float32(0.5), (n, 1)) & flip
+    rows = jnp.arange(h, dtype=jnp.int32)[None] + shift[:, 0]
+    columns = jnp.arange(w, dtype=jnp.int32)[None]
+    columns = jnp.where(mirrored, columns[:, ::-1], columns) + shift[:, 1]
     return _take(_take(images, rows[:, :, None, None], 1), columns[:, None, :, None], 2)
 
 
@@ -68,5 +69,6 @@ def normalize(
       >>> normalize(jnp.full((1, 1, 1, 1), 255, jnp.uint8), (0.5,), (0.25,)).item()
       2.0
     """
-    scale = 1 / jnp.asarray(std, jnp.float32)
-    return images.astype(jnp.float32) * (scale / 255) - jnp.asarray(mean, jnp.float32) * scale
+    scale = 1 / jnp.asarray(std, jnp.float32).reshape(1, 1, 1, -1)
+    offset = jnp.asarray(mean, jnp.float32).reshape(1, 1, 1, -1) * scale
+    return images.astype(jnp.float32) * (scale / 255) - offset

@@ -158,7 +158,7 @@ def _test_batch(
     process: tuple[int, int],
 ) -> TestBatch:
     index, count = process
-    rows = start + jnp.arange(index, batch_size, count)
+    rows = start + jnp.arange(index, batch_size, count, dtype=jnp.int32)
     last = len(x) - 1
     kept = jnp.minimum(rows, last)
     return normalize(x[kept], spec.mean, spec.std), y[kept], (rows <= last).astype(jnp.float32)

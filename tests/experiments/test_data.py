@@ -163,6 +163,40 @@ def test_bad_batches():
         numbered().train_batches(0, 8, seed=0, start_step=7)
 
 
+MODES = {
+    "jax_enable_x64": True,
+    "jax_numpy_rank_promotion": "raise",
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_debug_nans": True,
+    "jax_disable_jit": True,
+    "jax_enable_checks": True,
+}
+
+
+def some_batches():
+    """Two training batches with crops and mirrors, and the padded test batch, as NumPy arrays."""
+    data = numbered(train=20)
+    batches = [*data.train_batches(1, 8, seed=3), *data.test_batches(23)]
+    return jax.tree.map(np.asarray, batches)
+
+
+@pytest.mark.parametrize("modes", [*([mode] for mode in MODES), list(MODES)])
+def test_batches_are_the_same_in_every_mode_of_jax(modes):
+    expected = some_batches()
+    before = {mode: getattr(jax.config, mode) for mode in modes}
+    try:
+        for mode in modes:
+            jax.config.update(mode, MODES[mode])
+        batches = some_batches()
+    finally:
+        for mode, value in before.items():
+            jax.config.update(mode, value)
+    for actual, wanted in zip(jax.tree.leaves(batches), jax.tree.leaves(expected), strict=True):
+        assert actual.dtype == wanted.dtype
+        # without jit the product and the sum of the normalisation round one by one
+        np.testing.assert_allclose(actual, wanted, rtol=0, atol=5e-7)
+
+
 def test_batches_transfer_nothing_implicitly():
     train, test = numbered().train_batches(0, 8, seed=0), numbered().test_batches(8)
     with jax.transfer_guard("disallow"):
