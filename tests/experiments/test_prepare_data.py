@@ -256,12 +256,14 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", SLEEPER, out], stdout=subprocess.PIPE, text=True, cwd=ROOT
     ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "writing\n"
-        # while it runs the folder is its own
-        with pytest.raises(ValueError, match=r"another process works in .*mnist.partial'; wait"):
-            prepare_mnist(tmp_path, arrays)
-        process.kill()
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "writing\n"
+            # while it runs the folder is its own
+            with pytest.raises(ValueError, match=r"another process works in .*mnist.partial'"):
+                prepare_mnist(tmp_path, arrays)
+        finally:
+            process.kill()
     (left,) = out.iterdir()
     assert list(left.rglob("*.array_record*"))
     with pytest.raises(FileNotFoundError, match="no mnist in"):
