@@ -10,7 +10,7 @@ from blocksparse_jax import _checks
 from experiments.data.specs import SPECS
 from experiments.models import names as model_names
 from experiments.training.methods import Options
-from experiments.training.presets import PRESETS
+from experiments.training.presets import preset_of
 from experiments.training.registry import METHODS, method
 
 EXECUTIONS = ("masked", "sparse", "packed")
@@ -106,7 +106,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     options.check()
     pattern = options.make_pattern()
     has_layout = pattern is not None and pattern.has_layout
-    preset = {"stem": "cifar"} | PRESETS[config.dataset]
+    preset = preset_of(config.dataset, config.model)
     config = dataclasses.replace(
         config,
         **{name: value for name, value in preset.items() if getattr(config, name) is None},

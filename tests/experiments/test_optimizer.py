@@ -62,3 +62,22 @@ def test_the_loss_is_the_cross_entropy_of_smoothed_labels(smoothing):
     expected = -(targets * log_probabilities).sum(1).mean()
     _, metrics = trainer.step(state, 0, images, labels)
     assert float(metrics.loss) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "model", "decay"),
+    [
+        ("cifar10", "resnet32", 1e-4),
+        ("cifar100", "resnet32", 1e-4),
+        ("tiny_imagenet", "resnet32", 1e-4),
+        ("cifar10", "resnet56", 1e-4),
+        ("cifar10", "vgg19", 5e-4),
+        ("tiny_imagenet", "vgg19", 5e-4),
+        ("imagenet2012", "resnet50", 1e-4),
+        ("digits", "resnet20", 5e-4),
+    ],
+)
+def test_the_weight_decay_of_each_network_is_that_of_its_source(dataset, model, decay):
+    assert resolve(TrainConfig(dataset=dataset, model=model)).weight_decay == decay
+    given = TrainConfig(dataset=dataset, model=model, weight_decay=3e-4)
+    assert resolve(given).weight_decay == 3e-4
