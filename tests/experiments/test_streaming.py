@@ -144,6 +144,51 @@ def test_bad_imagenet(imagenet_dir, file, member, message, tmp_path):
         )
 
 
+def class_archive(names, cut=None):
+    """A tar of one class with one image under each name, or its first bytes."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name in names:
+            files.add(tar, name, files.jpeg(np.zeros((9, 9, 3), np.uint8)))
+    return buffer.getvalue()[:cut]
+
+
+def test_companions_and_dangling_links_are_no_images(imagenet_dir, tmp_path):
+    archive = class_archive([f"{LABELS[9]}_1.JPEG", f"._{LABELS[9]}_1.JPEG", ".DS_Store"])
+    link = tarfile.TarInfo(f"{LABELS[9]}_2.JPEG")
+    link.type, link.linkname = tarfile.SYMTYPE, "nowhere"
+    with tarfile.open(tmp_path / "ILSVRC2012_img_train.tar", "w") as tar:
+        files.add(tar, f"._{LABELS[9]}.tar", b"\0\5\26\7")
+        files.add(tar, f"{LABELS[9]}.tar", archive)
+        tar.addfile(link)
+    shutil.copy(imagenet_dir / "ILSVRC2012_img_val.tar", tmp_path)
+    summary = prepare_data.main(
+        Config(dataset="imagenet2012", source=tmp_path, data_dir=tmp_path / "out")
+    )
+    assert summary.counts == {"train": 1, "validation": 7}
+
+
+@pytest.mark.parametrize(
+    ("archive", "message"),
+    [
+        (class_archive(["a.JPEG", "b.JPEG"], cut=1536), "truncated|end|empty"),
+        (class_archive(["a.JPEG", "b.JPEG"], cut=700), "unexpected end of data"),
+        (class_archive(["a.JPEG", "a.JPEG"]), "a.JPEG is in it twice"),
+    ],
+)
+def test_a_damaged_class_is_named(archive, message, imagenet_dir, tmp_path):
+    with tarfile.open(tmp_path / "ILSVRC2012_img_train.tar", "w") as tar:
+        files.add(tar, f"{LABELS[9]}.tar", archive)
+    shutil.copy(imagenet_dir / "ILSVRC2012_img_val.tar", tmp_path)
+    expected = rf"img_train.tar/{LABELS[9]}.tar' is corrupted or not .*\(.*({message})"
+    with pytest.raises(ValueError, match=expected) as error:
+        prepare_data.main(
+            Config(dataset="imagenet2012", source=tmp_path, data_dir=tmp_path / "out")
+        )
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_random_resized_crop_statistics():
     """The crops lie inside of the image, have the documented areas and aspects, and half are
     mirrored.

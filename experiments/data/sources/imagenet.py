@@ -29,19 +29,20 @@ def _examples(path: Path) -> Examples:
     wnids = _tfds_lines("labels.txt")
     validation_wnids = _tfds_lines("validation_labels.txt")
 
-    for folder, class_archive in _members(train_archive, train_archive):
-        wnid = PurePosixPath(folder).stem
-        if wnid not in wnids:
-            raise ValueError(
-                f"source: {train_archive.name}: {folder} is no class of ImageNet 2012; fetch it "
-                f"again"
-            )
-        label = wnids.index(wnid)
-        for entry, file in _members(class_archive, train_archive / folder):
-            image = rgb_jpeg(file.read(), entry)
-            yield "train", {"file_name": entry, "image": image, "label": label}
+    with readable(train_archive, SPECS["imagenet2012"].source):
+        for folder, class_archive in tar_members(train_archive):
+            wnid = PurePosixPath(folder).stem
+            if wnid not in wnids:
+                raise ValueError(
+                    f"source: {train_archive.name}: {folder} is no class of ImageNet 2012; fetch "
+                    f"it again"
+                )
+            label = wnids.index(wnid)
+            for entry, data in _images(class_archive, train_archive / folder):
+                image = rgb_jpeg(data, entry)
+                yield "train", {"file_name": entry, "image": image, "label": label}
 
-    for entry, file in _members(validation_archive, validation_archive):
+    for entry, data in _images(validation_archive, validation_archive):
         number = re.search(r"_val_(\d{8})\.JPEG$", entry)
         if not number or not 1 <= int(number[1]) <= len(validation_wnids):
             raise ValueError(
@@ -49,14 +50,14 @@ def _examples(path: Path) -> Examples:
                 f"{len(validation_wnids)}, got {entry}; fetch it again"
             )
         label = wnids.index(validation_wnids[int(number[1]) - 1])
-        image = rgb_jpeg(file.read(), entry)
-        yield "validation", {"file_name": entry, "image": image, "label": label}
+        yield "validation", {"file_name": entry, "image": rgb_jpeg(data, entry), "label": label}
 
 
-def _members(archive: Path | IO[bytes], name: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """The files of an archive; errors call it `name`."""
-    with readable(name, SPECS["imagenet2012"].source):
-        yield from tar_members(archive)
+def _images(archive: Path | IO[bytes], path: Path) -> Iterator[tuple[str, bytes]]:
+    """The name and the bytes of each image in an archive; errors name its `path`."""
+    with readable(path, SPECS["imagenet2012"].source):
+        for entry, file in tar_members(archive):
+            yield entry, file.read()
 
 
 def _tfds_lines(file: str) -> list[str]:
