@@ -150,8 +150,9 @@ def choice(name: str, value: Any, options: Iterable[T]) -> T:
     options = tuple(options)
     if value in options:
         return value
-    nearest = difflib.get_close_matches(str(value), options, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    lower = {option.lower(): option for option in options}
+    nearest = difflib.get_close_matches(str(value).lower(), lower, n=1)
+    hint = f"; did you mean {lower[nearest[0]]!r}?" if nearest else ""
     names = ", ".join(map(repr, options))
     raise ValueError(f"{name}: expected one of {names}, got {value!r}{hint}")
 

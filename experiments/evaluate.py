@@ -48,14 +48,13 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     step = folder.latest() if config.step is None else config.step
     if step is None:
         raise ValueError(
-            f"{folder.path}: has no checkpoint yet; go on with the run: python -m "
-            f"experiments.train --out {config.run} --resume"
+            f"{folder.path}: has no checkpoint yet; go on with the run: {folder.resume_command}"
         )
     data = load(train.dataset, config.data_dir or train.data_dir)
     trainer = trainer_for(train, data)
     fresh = trainer.init(first_batch(train, data))
-    like = to_form(folder.meta(step)["form"], fresh), masks_of(fresh)
-    state, _ = folder.restore(step, like)
+    like = to_form(folder.checkpoints.meta(step)["form"], fresh), masks_of(fresh)
+    state, _ = folder.checkpoints.restore(step, like)
     accuracy = trainer.evaluate(state, data.test_batches(train.batch_size))
     print(f"{train.method} on {train.dataset}, step {step}: test accuracy {accuracy:.2%}")
     if (summary := summary_of(state, train.method)) is not None:
@@ -66,6 +65,6 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
 if __name__ == "__main__":
     try:
         main(tyro.cli(EvaluateConfig, prog="python -m experiments.evaluate"))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -34,7 +34,7 @@ def parse(args: list[str]) -> tuple[TrainConfig, bool]:
         config, resume = _parse(args, TrainConfig())
     else:
         config, resume = _parse(args, dataclasses.replace(folder.config(), out=str(folder.path)))
-        folder.check_same_run(config)  # before `resolve`, which would not know what was given
+        folder.continued(config)  # before `resolve`, which would not know what was given
     return resolve(config), resume
 
 
@@ -67,7 +67,9 @@ def _parse(args: list[str], default: TrainConfig) -> tuple[TrainConfig, bool]:
     if default.options is not None and name == default.method:
         options = default.options
     _refuse_other_methods(args, name)
-    arguments: Any = tyro.cli(_arguments(name, options, default), args=args, prog=_PROGRAM)
+    # What tyro says about a wrong flag sends the reader to the help of this method.
+    program = f"{_PROGRAM} --method {name}" if method_of(args) or default.options else _PROGRAM
+    arguments: Any = tyro.cli(_arguments(name, options, default), args=args, prog=program)
     config = dataclasses.replace(arguments.config, options=getattr(arguments, "options", options))
     return config, arguments.resume
 
@@ -85,7 +87,7 @@ def _arguments(name: str, options: Options, default: TrainConfig) -> type:
 
     Attributes:
       resume: go on with the run in --out, from its last checkpoint and with its config; flags that
-        are given must agree with it.
+        are given must agree with it, but --epochs may extend a run that has ended.
     """
     return arguments
 

@@ -1,7 +1,9 @@
 """What a run is: the frozen `TrainConfig` and the checks that name a typo's nearest option."""
 
 import dataclasses
-from typing import Annotated
+import re
+import zlib
+from typing import Annotated, Any
 
 import tyro
 
@@ -17,6 +19,7 @@ EXECUTIONS = ("masked", "sparse", "packed")
 PRECISIONS = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "adam")
 LR_SCHEDULES = ("step", "cosine", "constant")
+_LONGEST_NAME = 180  # characters of a default run folder's name; file systems end at 255
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +33,11 @@ class TrainConfig:
       method: `--method list` prints all of them, `--method NAME --help` shows one's own options.
       sparsity: fraction of the sparse layers' weights that is removed; None is what the method's
         pattern fixes (dense 0, sr-ste and ste 1 - n/m), else 0.9.
-      epochs: passes over the training set.
+      epochs: passes over the training set. With --resume, more than a run that has ended had extend
+        it: the learning rate then follows the schedule of the longer run, the masks keep theirs.
       seed: of the initial weights, the masks and the data order.
-      out: run folder; None is runs/DATASET-MODEL-METHOD-SEED.
+      out: run folder; None is runs/DATASET-MODEL-METHOD-SPARSITY-SEED, with all fields that are not
+        the preset's in its name.
       execution: masked (dense conv on masked weights), sparse (block-sparse conv, dense
         parameters), packed (block-sparse conv, packed parameters and optimizer state); None is
         packed where the method's pattern has a layout, else masked.
@@ -53,6 +58,8 @@ class TrainConfig:
         only there.
       options: the method's own, e.g. `methods.Subp(block=32)`; None is its defaults. On the command
         line `--METHOD.OPTION`: `--method subp --subp.block 32`.
+      mask_epochs: epochs of the masks' schedule, where an extension gave the run more; None is
+        `epochs`.
     """
 
     dataset: str = "digits"
@@ -78,6 +85,7 @@ class TrainConfig:
     log_every: int = 50
     checkpoint_every: int | None = None
     options: Annotated[Options | None, tyro.conf.Suppress] = None
+    mask_epochs: Annotated[int | None, tyro.conf.Suppress] = None
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -87,7 +95,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
       config: as a user wrote it.
 
     Returns:
-      The complete config; only `checkpoint_every` may stay None.
+      The complete config; only `checkpoint_every` and `mask_epochs` may stay None.
 
     Raises:
       ValueError: names the field, the value, what was expected and, for a typo, the nearest option.
@@ -110,7 +118,6 @@ def resolve(config: TrainConfig) -> TrainConfig:
     config = dataclasses.replace(
         config,
         **{name: value for name, value in preset.items() if getattr(config, name) is None},
-        out=config.out or f"runs/{config.dataset}-{config.model}-{config.method}-{config.seed}",
         execution=config.execution or ("packed" if has_layout else "masked"),
         sparsity=_sparsity(config, options),
         options=options,
@@ -136,9 +143,39 @@ def resolve(config: TrainConfig) -> TrainConfig:
     _checks.number("weight_decay", config.weight_decay)
     for name in ("epochs", "batch_size", "log_every"):
         _checks.positive_int(name, getattr(config, name))
-    if config.checkpoint_every is not None:
-        _checks.positive_int("checkpoint_every", config.checkpoint_every)
-    return config
+    for name in ("checkpoint_every", "mask_epochs"):
+        if getattr(config, name) is not None:
+            _checks.positive_int(name, getattr(config, name))
+    return config if config.out else dataclasses.replace(config, out=_default_folder(config))
+
+
+def _default_folder(config: TrainConfig) -> str:
+    """The folder of a run without --out: its name tells the runs of a sweep apart."""
+    names = ("dataset", "model", "method")
+    preset = resolve(TrainConfig(**{name: getattr(config, name) for name in names}, out="-"))
+    values, usual = flat(config), flat(preset)
+    parts = [str(values.pop(name)) for name in (*names, "sparsity")] + [f"seed{values.pop('seed')}"]
+    for name, value in values.items():
+        if name not in ("out", "data_dir") and value != usual[name]:
+            parts.append(f"{name.rpartition('.')[2]}{value}")
+    text = re.sub(r"[^\w.+-]", "_", "-".join(parts), flags=re.ASCII)
+    if len(text) > _LONGEST_NAME:
+        text = f"{text[:_LONGEST_NAME]}-{zlib.crc32(text.encode()):08x}"
+    return f"runs/{text}"
+
+
+def flat(config: TrainConfig) -> dict[str, Any]:
+    """The fields of a config by the names of their flags.
+
+    Args:
+      config: a resolved config.
+
+    Returns:
+      Values by name; the method's options are `METHOD.OPTION`.
+    """
+    fields = dataclasses.asdict(config)
+    options = fields.pop("options") or {}
+    return fields | {f"{config.method}.{name}": value for name, value in options.items()}
 
 
 def _options(config: TrainConfig) -> Options:

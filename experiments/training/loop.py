@@ -100,8 +100,10 @@ class Trainer:
             variables = {"params": params, "batch_stats": batch_stats}
             return self._loss(self.model("masked"), variables, *batch)[0]
 
-        method_key = jax.random.fold_in(key, 1)
-        setup = Setup(config.sparsity, method_key, self.length, params, loss_fn, batch)
+        method_key, length = jax.random.fold_in(key, 1), self.length
+        if config.mask_epochs is not None:
+            length = length._replace(total=length.steps_per_epoch * config.mask_epochs)
+        setup = Setup(config.sparsity, method_key, length, params, loss_fn, batch)
         method = METHODS[config.method].build(config.options, setup)
         self._tx = optimizer(config, method, self.length)
         opt_state = self._tx.init(params)

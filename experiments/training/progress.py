@@ -58,7 +58,11 @@ class Progress:
         self._bar.update(self._task, completed=step, info=line)
         self._print(f"{self._name} {line}")
 
+    def stopping(self) -> None:
+        """Ctrl-C was pressed: says on a terminal that the run saves a checkpoint first."""
+        self._bar.update(self._task, info="stops after this step; again to stop at once")
+
     def _print(self, line: str) -> None:
         if not self._console.is_terminal:
-            self._console.print(line)
+            self._console.print(line, markup=False)
             self._last = time.perf_counter()

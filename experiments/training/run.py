@@ -11,7 +11,7 @@ from experiments.data import load
 from experiments.measuring.environment import commit, device, versions
 from experiments.measuring.timing import StepTimer, median_iqr
 from experiments.models.flops import conv_positions
-from experiments.training import plots
+from experiments.training import plots, stopping
 from experiments.training.config import TrainConfig, resolve
 from experiments.training.execution import State, layouts_of, masks_of, to_form
 from experiments.training.length import Length
@@ -20,6 +20,7 @@ from experiments.training.optimizer import learning_rate
 from experiments.training.progress import Progress
 from experiments.training.registry import METHODS
 from experiments.training.run_folder import RunFolder
+from experiments.training.stopping import Stopped, StopRequest
 
 
 class Sums(NamedTuple):
@@ -33,7 +34,8 @@ class Sums(NamedTuple):
 class Run:
     """One training run.
 
-    Everything that can be wrong is found when it is made; `train` then does the work.
+    Everything that can be wrong is found when it is made: the folder is locked and written, the
+    data are open, a checkpoint is on the disk. `train` then does the work.
 
     Args:
       config: what to train; fields left at None take their preset.
@@ -46,16 +48,26 @@ class Run:
       state: of the training, after `step` steps.
       step: steps done.
       seconds: of training, up to the last checkpoint, those before each resume included.
+      result: as in result.json, once the run has ended; else None.
 
     Raises:
       ValueError: a field, the folder or a checkpoint is wrong; the message says which and what to
         do.
       FileNotFoundError: the data set is not prepared; the message holds the command.
+      OSError: the folder cannot be written, or its disk is full.
     """
 
     def __init__(self, config: TrainConfig, resume: bool = False):
-        self.config = config = resolve(config)
+        config = resolve(config)
         self.folder = RunFolder.open(config, resume)
+        try:
+            self._open(self.folder.continued(config) if resume else config, resume)
+        except BaseException:
+            self.folder.discard()
+            raise
+
+    def _open(self, config: TrainConfig, resume: bool) -> None:
+        self.config = config
         self.data = load(config.dataset, config.data_dir)
         self.trainer = trainer_for(config, self.data)
         self.length = self.trainer.length
@@ -68,13 +80,19 @@ class Run:
         last = self.folder.latest() if resume else None
         if last is not None:
             self._restore(last)
+        ended = self.step == self.length.total
+        self.result = self.folder.result() if ended else None
         self.folder.start(config)
-        self.folder.rewind(self.step)
+        self.folder.rewind(self.step, config.log_every, self.length.steps_per_epoch)
+        if last is None:
+            self._save()
+        if not ended:
+            self.folder.checkpoints.check_space()
 
     def _restore(self, step: int) -> None:
-        meta = self.folder.meta(step)
+        meta = self.folder.checkpoints.meta(step)
         like = to_form(meta["form"], self.state), self._masks
-        self.state, self._masks = self.folder.restore(step, like)
+        self.state, self._masks = self.folder.checkpoints.restore(step, like)
         self.step, self._window, self._epoch = step, Sums(*meta["window"]), Sums(*meta["epoch"])
         self.seconds = meta["seconds"]
 
@@ -101,19 +119,53 @@ class Run:
           The result, as in result.json; None when it stopped before the end.
 
         Raises:
+          Stopped: Ctrl-C or SIGTERM; the message says how to go on. After the first the step ends
+            and a checkpoint is written, a second stops at once.
           FloatingPointError: the loss is not finite.
+          OSError: the folder can no longer be written.
         """
-        if self.step == self.length.total and (done := self.folder.result()) is not None:
-            return done
-        self._since = time.perf_counter()
-        with Progress(self.config.method, self.length.total, self.step) as progress:
-            while self.step < self.length.total:
-                if self._train_epoch(progress, stop_after):
-                    return None
-        return self._finish()
+        self.folder.lock()
+        try:
+            if (self.folder.latest() or 0) > self.step:
+                raise ValueError(
+                    f"out: {self.folder.path} has a later checkpoint than step {self.step}: another "
+                    "process went on with the run; make a new Run with resume=True"
+                )
+            if self.result is None and not self._train(stop_after):
+                return None
+            self.result = self.result or self._finish()
+            return self.result
+        except Stopped:
+            raise
+        except KeyboardInterrupt as stop:
+            message = f"stopped at once; {self._how_to_go_on()}"
+            raise Stopped(message, stopping.number_of(stop)) from None
+        finally:
+            self.folder.close()
 
-    def _train_epoch(self, progress: Progress, stop_after: int | None) -> bool:
-        """The rest of an epoch; True where it stopped before its end."""
+    def _train(self, stop_after: int | None) -> bool:
+        """The steps; False where they stopped before the end."""
+        total, self._since = self.length.total, time.perf_counter()
+        with (
+            Progress(self.config.method, total, self.step) as progress,
+            StopRequest(progress.stopping) as request,
+        ):
+            while self.step < total:
+                self._train_epoch(progress, stop_after, request)
+                if request.number is not None:
+                    raise Stopped(f"stopped; {self._how_to_go_on()}", request.number)
+                if self.step == stop_after:
+                    return False
+        return True
+
+    def _how_to_go_on(self) -> str:
+        at = f"step {self.folder.latest()} of {self.length.total}"
+        return f"go on from {at} with: {self.folder.resume_command}"
+
+    def _train_epoch(
+        self, progress: Progress, stop_after: int | None, request: StopRequest
+    ) -> None:
+        """The rest of an epoch, or of the steps before a stop."""
         epoch, done = divmod(self.step, self.length.steps_per_epoch)
         batch_size, seed = self.config.batch_size, self.config.seed
         for images, labels in self.data.train_batches(epoch, batch_size, seed, start_step=done):
@@ -123,12 +175,12 @@ class Run:
             ends = self.step % self.length.steps_per_epoch == 0
             if ends:
                 progress.epoch(self.step, self._log_epoch(epoch))
-            every = self.config.checkpoint_every
-            if self.step == stop_after or ends or (every and self.step % every == 0):
+            every, stops = self.config.checkpoint_every, self.step == stop_after
+            if stops or request.number or ends or (every and self.step % every == 0):
                 self._save()
-            if self.step == stop_after:
-                return True
-        return False
+                stops = stops or request.number is not None
+            if stops:
+                return
 
     def _train_step(self, images: Any, labels: Any) -> None:
         step, state, trainer = self.step, self.state, self.trainer
