@@ -25,7 +25,7 @@ from experiments.measuring.environment import origin
 from experiments.measuring.memory import steady_memory
 from experiments.measuring.timing import median_iqr, time_in_turn, timed
 from experiments.reporting import results
-from experiments.training import plots
+from experiments.training import plots, stopping
 from experiments.training.config import TrainConfig
 from experiments.training.execution import to_form
 from experiments.training.loop import stepper
@@ -74,8 +74,9 @@ def main(config: CompareConfig) -> dict[str, Any]:
       What comparison.json holds: `rows`, one for each method, device, versions and commit.
 
     Raises:
-      ValueError: no method or an unknown one, no repetitions, or `out` holds runs already.
-      OSError: `results` cannot be written.
+      ValueError: no method or an unknown one, no repetitions, or `out` holds something already.
+      OSError: `out` or `results` cannot be written.
+      FloatingPointError: a training diverged.
     """
     if config.smoke:
         methods = SMOKE if config.methods == COMPARED else config.methods
@@ -91,12 +92,13 @@ def main(config: CompareConfig) -> dict[str, Any]:
         )
         for name in config.methods
     }
-    console, trained = Console(), {}
+    trained = {}
     for name, run in runs.items():
         trained[name] = run.train() or {}
-        console.print(
+        print(
             f"{name}: test accuracy {trained[name]['test_accuracy']:.2%} after "
-            f"{trained[name]['train_seconds']:.0f} s"
+            f"{trained[name]['train_seconds']:.0f} s",
+            flush=True,
         )
     times = time_in_turn(
         {name: timed(step) for name, step in _steppers(runs).items()}, rounds=config.repetitions
@@ -138,7 +140,8 @@ def main(config: CompareConfig) -> dict[str, Any]:
     plots.comparison(
         {name: run.folder.metrics() for name, run in runs.items()}, out / "learning_curves.png"
     )
-    Console(width=None if console.is_terminal else 120).print(_table(report))
+    width = None if Console().is_terminal else 120
+    Console(width=width).print(_table(report))
     print(f"run folders, pictures and comparison.json: {out}")
     return report
 
@@ -150,11 +153,15 @@ def _check(config: CompareConfig) -> None:
     for name in config.methods:
         method(name)
     _checks.positive_int("repetitions", config.repetitions)
+    if config.out and Path(config.out).is_dir() and any(Path(config.out).iterdir()):
+        raise ValueError(f"out: {config.out} is not empty; choose another --out")
     if config.results:
         path = Path(config.results)
         if path.is_dir():
             raise ValueError(f"results: {config.results} is a folder; name a file in it")
         path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a"):  # writable, and what is there stays until the end
+            pass
 
 
 def _options(config: CompareConfig, name: str) -> dict[str, Any]:
@@ -216,9 +223,22 @@ def _table(report: dict[str, Any]) -> Table:
     return table
 
 
-if __name__ == "__main__":
+def cli(args: list[str] | None = None) -> None:
+    """The command line; what stops it is said in one line, as `experiments.train` does.
+
+    Args:
+      args: None takes the process's arguments.
+    """
     try:
-        main(tyro.cli(CompareConfig, prog="python -m experiments.compare"))
-    except (ValueError, OSError) as error:
+        with stopping.RaiseSignalled():
+            main(tyro.cli(CompareConfig, args=args, prog="python -m experiments.compare"))
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
+    except KeyboardInterrupt as stop:
+        print("stopped; a comparison starts anew, with another --out", file=sys.stderr)
+        raise SystemExit(128 + stopping.number_of(stop)) from None
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,21 +1,25 @@
-"""The Orbax checkpoints of a run folder, with checksums."""
+"""The checkpoints of a run folder: one zip file each, written in one step, read with its checksums.
 
-import contextlib
-import logging
+`STEP.zip` holds the bytes of every array and `meta.json` with their shapes and dtypes. A zip file
+has a checksum of each entry.
+"""
+
+import json
+import os
 import shutil
-import zlib
-from collections.abc import Iterator
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
-from experiments.training.files import read_json_map, write_json
+from experiments.training.files import naming
 
 KEEP = 2
+_META = "meta.json"
+_PART = ".part"
 
 
 class Checkpoints:
@@ -27,19 +31,19 @@ class Checkpoints:
 
     def __init__(self, run_folder: Path):
         self.path = run_folder / "checkpoints"
-        self._sums_path = run_folder / "checksums.json"
 
     def steps(self) -> list[int]:
-        """The steps of the complete checkpoints, in order; [] when there is none yet."""
-        if not self.path.exists():
-            return []
-        return sorted(int(entry.name) for entry in self.path.iterdir() if entry.name.isdecimal())
+        """The steps of the checkpoints, in order; [] when there is none yet."""
+        return sorted(int(file.stem) for file in self._files(".zip") if file.stem.isdecimal())
+
+    def file(self, step: int) -> Path:
+        """The file of a checkpoint."""
+        return self.path / f"{step}.zip"
 
     def remove_unfinished(self) -> None:
         """Removes what an interrupted save has left."""
-        for entry in self.path.iterdir() if self.path.exists() else ():
-            if ".orbax-checkpoint-tmp" in entry.name:
-                shutil.rmtree(entry)
+        for file in self._files(_PART):
+            file.unlink()
 
     def check_space(self) -> None:
         """Checks that the checkpoints still to come fit on the disk.
@@ -48,14 +52,12 @@ class Checkpoints:
           OSError: they do not; the message says how much they need.
         """
         steps = self.steps()
-        files = (self.path / str(steps[-1])).rglob("*")
-        size = sum(file.stat().st_size for file in files if file.is_file())
-        # A new one is written before the oldest is removed.
-        needed, free = size * (KEEP + 1 - min(len(steps), KEEP)), shutil.disk_usage(self.path).free
+        size, free = self.file(steps[-1]).stat().st_size, shutil.disk_usage(self.path).free
+        needed = size * (KEEP + 1 - min(len(steps), KEEP))  # a new one comes before the oldest goes
         if free < needed:
             raise OSError(
-                f"the disk of {self.path} is full: the checkpoints need {needed / 2**20:.0f} MiB, "
-                f"and {free / 2**20:.0f} MiB are free"
+                f"the disk of {self.path} is full: the checkpoints to come need "
+                f"{needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free"
             )
 
     def save(self, step: int, tree: Any, meta: dict[str, Any]) -> None:
@@ -72,26 +74,25 @@ class Checkpoints:
         Raises:
           OSError: it cannot be written.
         """
-        arrays = {f"{i:05d}": _to_host(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
-        empty = {
-            name: [list(a.shape), str(a.dtype)] for name, a in arrays.items() if a.size == 0
-        }  # Orbax refuses empty arrays
-        args = ocp.args.Composite(
-            arrays=ocp.args.PyTreeSave({name: a for name, a in arrays.items() if a.size}),
-            meta=ocp.args.JsonSave({"run": meta, "empty": empty}),
-        )
-        options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, enable_async_checkpointing=False)
-        sums = self._checksums()
-        if sums.pop(str(step), None) is not None:  # of a checkpoint that was deleted
-            write_json(self._sums_path, sums)
+        arrays = [_to_host(leaf) for leaf in jax.tree.leaves(tree)]
+        kinds = [[list(array.shape), array.dtype.name] for array in arrays]
+        file = self.file(step)
+        part = file.with_name(file.name + _PART)
+        self.path.mkdir(exist_ok=True)
         try:
-            with _quiet(), self._manager(options) as manager:
-                manager.save(step, args=args, force=True)
-        except Exception as error:  # Orbax raises many types where a file cannot be written
-            raise OSError(f"{self._of(step)}: cannot be written ({_reason(error)})") from error
-        kept = {str(kept) for kept in self.steps()}
-        sums = {name: files for name, files in sums.items() if name in kept}
-        write_json(self._sums_path, sums | {str(step): _checksums_of(self._of(step))})
+            with naming(file), open(part, "wb") as stream:
+                with zipfile.ZipFile(stream, "w") as archive:
+                    archive.writestr(_META, json.dumps({"run": meta, "arrays": kinds}))
+                    for number, array in enumerate(arrays):
+                        with archive.open(str(number), "w", force_zip64=True) as entry:
+                            entry.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
+        for old in self.steps()[:-KEEP]:
+            self.file(old).unlink()
 
     def meta(self, step: int) -> dict[str, Any]:
         """What `save` was given as `meta`.
@@ -105,7 +106,7 @@ class Checkpoints:
         Raises:
           ValueError: the checkpoint cannot be read.
         """
-        return self._read(step, meta=ocp.args.JsonRestore()).meta["run"]
+        return self._read(step)[0]
 
     def restore(self, step: int, like: Any) -> Any:
         """Reads a checkpoint.
@@ -120,85 +121,41 @@ class Checkpoints:
         Raises:
           ValueError: the checkpoint cannot be read, or is of another structure.
         """
-        read = self._read(step, arrays=ocp.args.PyTreeRestore(), meta=ocp.args.JsonRestore())
-        arrays = dict(read.arrays) | {
-            name: np.zeros(shape, dtype) for name, (shape, dtype) in read.meta["empty"].items()
-        }
+        stored = self._read(step)[1]
         leaves, structure = jax.tree.flatten(like)
-        stored = [arrays[name] for name in sorted(arrays)]
-        if [a.dtype for a in stored] != [_to_host(leaf).dtype for leaf in leaves]:
+        if [array.dtype for array in stored] != [_to_host(leaf).dtype for leaf in leaves]:
             raise ValueError(
-                f"{self._of(step)}: holds {len(stored)} arrays that do not match this "
+                f"{self.file(step)}: holds {len(stored)} arrays that do not match this "
                 f"version's {len(leaves)}; "
                 "it was written by another version: train again with another --out"
             )
         return structure.unflatten([_to_device(a, leaf) for a, leaf in zip(stored, leaves)])
 
-    def _of(self, step: int) -> Path:
-        return self.path / str(step)
+    def _files(self, ending: str) -> list[Path]:
+        files = self.path.iterdir() if self.path.exists() else ()
+        return [file for file in files if file.name.endswith(ending)]
 
-    def _manager(self, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
-        # With OCDBT, Orbax takes a folder's name for a glob pattern: one with brackets in it would
-        # be written and could not be read.
-        handlers = {
-            "arrays": ocp.PyTreeCheckpointHandler(use_ocdbt=False),
-            "meta": ocp.JsonCheckpointHandler(),
-        }
-        return ocp.CheckpointManager(self.path, item_handlers=handlers, options=options)
-
-    def _checksums(self) -> dict[str, Any]:
-        fix = "delete it: the checkpoints are then read unchecked"
-        return read_json_map(self._sums_path, fix) if self._sums_path.exists() else {}
-
-    def _read(self, step: int, **items: Any) -> Any:
-        if not self._of(step).exists():
+    def _read(self, step: int) -> tuple[dict[str, Any], list[np.ndarray]]:
+        """The meta values and the arrays; ValueError where they are not what was saved."""
+        file = self.file(step)
+        if not file.exists():
             raise ValueError(
                 f"step: {self.path.parent} has no checkpoint of step {step}; it has "
                 f"{', '.join(map(str, self.steps())) or 'none'}"
             )
-        expected = self._checksums().get(
-            str(step), {}
-        )  # none when a stop came between a checkpoint and its checksums
-        damaged = [
-            name
-            for name, crc in _checksums_of(self._of(step)).items()
-            if expected.get(name, crc) != crc
-        ]
-        damaged += [name for name in expected if not (self._of(step) / name).exists()]
-        if damaged:
-            raise ValueError(
-                f"{self._of(step)}: {damaged[0]} is damaged or missing; {self._without(step)}"
-            )
         try:
-            options = ocp.CheckpointManagerOptions(read_only=True)
-            with _quiet(), self._manager(options) as manager:
-                return manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # Orbax raises many types for a damaged checkpoint
+            with zipfile.ZipFile(file) as archive:
+                meta = json.loads(archive.read(_META))
+                arrays = [
+                    np.frombuffer(archive.read(str(number)), jnp.dtype(dtype)).reshape(shape)
+                    for number, (shape, dtype) in enumerate(meta["arrays"])
+                ]
+        except Exception as error:  # zipfile raises many types for a damaged file
             raise ValueError(
-                f"{self._of(step)}: cannot be read ({_reason(error)}); {self._without(step)}"
+                f"{file}: is damaged ({error}); delete it to go on from the checkpoint before it, "
+                "or from the start when there is none"
             ) from error
-
-    def _without(self, step: int) -> str:
-        return (
-            f"delete the folder {step} to go on from the checkpoint before it, or from the start "
-            "when there is none"
-        )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Orbax's threads from logging the traceback of an error that is raised anyway."""
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        return meta["run"], arrays
 
 
 def _to_host(leaf: Any) -> np.ndarray:
@@ -210,11 +167,3 @@ def _to_device(array: np.ndarray, like: Any) -> jax.Array:
     if isinstance(like, jax.Array) and jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
     return jnp.array(array)
-
-
-def _checksums_of(folder: Path) -> dict[str, int]:
-    return {
-        str(file.relative_to(folder)): zlib.crc32(file.read_bytes())
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }

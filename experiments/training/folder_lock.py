@@ -1,5 +1,6 @@
 """The lock of a run folder: one process at a time writes to it."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -7,6 +8,8 @@ import platform
 import warnings
 from io import TextIOWrapper
 from pathlib import Path
+
+from experiments.training.files import naming
 
 NAME = "lock"  # of the file in the run folder
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -45,14 +48,22 @@ class FolderLock:
             file = open(self._path, "a+", encoding="utf-8")
             try:
                 self._lock(file)
-                if self._is_ours(file):  # else its holder removed the file meanwhile
+            except BaseException:
+                file.close()
+                raise
+            if self._is_ours(file):
+                self._file = file
+            else:  # its holder removed the file meanwhile
+                file.close()
+                continue
+            try:
+                with naming(self._path):
                     file.truncate(0)
                     file.write(f"process {os.getpid()} on {platform.node()}")
                     file.flush()
-                    self._file = file
-            finally:
-                if not self.held:
-                    file.close()
+            except BaseException:
+                self.release()
+                raise
 
     def check(self) -> None:
         """Checks that the folder is still the one that was locked.
@@ -70,7 +81,8 @@ class FolderLock:
         file, self._file = self._file, None
         if self._is_ours(file):
             self._path.unlink(missing_ok=True)
-        file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take
+            file.close()
 
     def _lock(self, file: TextIOWrapper) -> None:
         try:

@@ -73,7 +73,7 @@ class RunFolder:
             out.encode("utf-8")
         except UnicodeEncodeError:
             raise ValueError(
-                f"out: {ascii(out)} is no text in this locale; set PYTHONUTF8=1 or LC_ALL=C.UTF-8, "
+                f"out: {ascii(out)} is not valid text in this locale; set PYTHONUTF8=1 or LC_ALL=C.UTF-8, "
                 "or choose another --out"
             ) from None
         if self.path.is_symlink() and not self.path.exists():
@@ -101,7 +101,7 @@ class RunFolder:
     def discard(self) -> None:
         """Removes what a run that did not begin has written, and lets other runs use the folder."""
         if self._begins and self._lock.held:
-            for name in ("config.json", "metrics.jsonl", "checksums.json"):
+            for name in ("config.json", "metrics.jsonl"):
                 (self.path / name).unlink(missing_ok=True)
                 (self.path / f"{name}.part").unlink(missing_ok=True)
             shutil.rmtree(self.checkpoints.path, ignore_errors=True)
@@ -245,11 +245,12 @@ class RunFolder:
         """
         missing = metrics_log.first_missing(self.metrics(), step, log_every, steps_per_epoch)
         if missing is not None:
-            later = [str(at) for at in self.checkpoints.steps() if at >= missing]
+            steps = [at for at in self.checkpoints.steps() if at >= missing]
+            later = [f"checkpoints/{self.checkpoints.file(at).name}" for at in steps]
             raise ValueError(
                 f"{self._metrics}: the row of step {missing} is missing, and the run goes on from "
-                f"step {step}; restore the file, or delete {' and '.join(later)} in "
-                f"{self.checkpoints.path} to train from before that row again"
+                f"step {step}; restore the file, or delete {' and '.join(later)} to train from before "
+                "that row again"
             )
         metrics_log.rewind(self._metrics, step)
 

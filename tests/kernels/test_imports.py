@@ -6,8 +6,8 @@ from pathlib import Path
 from new_process import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
-# Flax itself depends on orbax, rich and importlib-resources.
-OF_FLAX = {"importlib_resources", "orbax_checkpoint", "rich"}
+# Flax itself depends on rich and importlib-resources.
+OF_FLAX = {"importlib_resources", "rich"}
 NAMES = {
     "array_record": "array_record",
     "grain": "grain",
