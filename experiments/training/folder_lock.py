@@ -1,12 +1,10 @@
 """The lock of a run folder: one process at a time writes to it."""
 
-import contextlib
 import errno
 import fcntl
 import os
 import platform
 import warnings
-from io import TextIOWrapper
 from pathlib import Path
 
 from experiments.training.files import naming
@@ -27,7 +25,7 @@ class FolderLock:
 
     def __init__(self, folder: Path):
         self._path = folder / NAME
-        self._file: TextIOWrapper | None = None
+        self._descriptor: int | None = None
 
     def __del__(self) -> None:
         self.release()
@@ -35,7 +33,7 @@ class FolderLock:
     @property
     def held(self) -> bool:
         """Whether this object holds the lock."""
-        return self._file is not None
+        return self._descriptor is not None
 
     def acquire(self) -> None:
         """Takes the lock; nothing happens where it is held already.
@@ -45,25 +43,19 @@ class FolderLock:
           OSError: the folder cannot be written.
         """
         while not self.held:
-            file = open(self._path, "a+", encoding="utf-8")
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                self._lock(file)
-            except BaseException:
-                file.close()
-                raise
-            if self._is_ours(file):
-                self._file = file
-            else:  # its holder removed the file meanwhile
-                file.close()
-                continue
-            try:
-                with naming(self._path):
-                    file.truncate(0)
-                    file.write(f"process {os.getpid()} on {platform.node()}")
-                    file.flush()
-            except BaseException:
-                self.release()
-                raise
+                self._lock(descriptor)
+                if self._is_ours(descriptor):  # else its holder removed the file meanwhile
+                    self._descriptor = descriptor
+            finally:
+                if not self.held:
+                    os.close(descriptor)
+        try:
+            self._name_holder()
+        except OSError:
+            self.release()
+            raise
 
     def check(self) -> None:
         """Checks that the folder is still the one that was locked.
@@ -71,40 +63,46 @@ class FolderLock:
         Raises:
           OSError: it was deleted or replaced.
         """
-        if self._file is not None and not self._is_ours(self._file):
+        if self._descriptor is not None and not self._is_ours(self._descriptor):
             raise OSError(f"{self._path.parent} was deleted or replaced while the run wrote to it")
 
     def release(self) -> None:
         """Gives the lock back and removes its file; nothing happens where it is not held."""
-        if self._file is None:
+        if self._descriptor is None:
             return
-        file, self._file = self._file, None
-        if self._is_ours(file):
+        descriptor, self._descriptor = self._descriptor, None
+        if self._is_ours(descriptor):
             self._path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # what a full disk did not take
-            file.close()
+        os.close(descriptor)
 
-    def _lock(self, file: TextIOWrapper) -> None:
+    def _lock(self, descriptor: int) -> None:
+        folder = self._path.parent
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
+            holder = os.read(descriptor, 1000).decode(errors="replace")
             raise ValueError(
-                f"out: {self._path.parent} is in use by another run "
-                f"({file.read() or 'which has just begun'}); choose another --out, or wait until "
-                "it has ended"
+                f"out: {folder} is in use by another run ({holder or 'which has just begun'}); "
+                "choose another --out, or wait until it has ended"
             ) from None
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise
             warnings.warn(
-                f"{self._path.parent} cannot be locked ({error.strerror}): start no other run in it",
+                f"{folder} cannot be locked ({error.strerror}): start no other run in it",
                 stacklevel=4,
             )
 
-    def _is_ours(self, file: TextIOWrapper) -> bool:
+    def _name_holder(self) -> None:
+        """Writes into the file which process holds the lock, for the message of the others."""
+        assert self._descriptor is not None
+        with naming(self._path):
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+
+    def _is_ours(self, descriptor: int) -> bool:
         """Whether the open file is the one that the path names."""
         try:
-            return os.path.samestat(os.fstat(file.fileno()), os.stat(self._path))
-        except FileNotFoundError:
+            return os.path.samestat(os.fstat(descriptor), os.stat(self._path))
+        except OSError:
             return False

@@ -128,8 +128,8 @@ class Run:
         try:
             if (self.folder.latest() or 0) > self.step:
                 raise ValueError(
-                    f"out: {self.folder.path} has a later checkpoint than step {self.step}: another "
-                    "process went on with the run; make a new Run with resume=True"
+                    f"out: another process went on with the run in {self.folder.path}, beyond step "
+                    f"{self.step}; make a new Run with resume=True"
                 )
             if self.result is None and not self._train(stop_after):
                 return None

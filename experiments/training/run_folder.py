@@ -73,8 +73,8 @@ class RunFolder:
             out.encode("utf-8")
         except UnicodeEncodeError:
             raise ValueError(
-                f"out: {ascii(out)} is not valid text in this locale; set PYTHONUTF8=1 or LC_ALL=C.UTF-8, "
-                "or choose another --out"
+                f"out: {out!a} is not valid text in this locale; set PYTHONUTF8=1 or "
+                "LC_ALL=C.UTF-8, or choose another --out"
             ) from None
         if self.path.is_symlink() and not self.path.exists():
             raise ValueError(f"out: {out} is a link to nothing; choose another --out")
@@ -249,8 +249,8 @@ class RunFolder:
             later = [f"checkpoints/{self.checkpoints.file(at).name}" for at in steps]
             raise ValueError(
                 f"{self._metrics}: the row of step {missing} is missing, and the run goes on from "
-                f"step {step}; restore the file, or delete {' and '.join(later)} to train from before "
-                "that row again"
+                f"step {step}; restore the file, or delete {' and '.join(later)} to train from "
+                "before that row again"
             )
         metrics_log.rewind(self._metrics, step)
 

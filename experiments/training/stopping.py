@@ -57,7 +57,7 @@ class _Handler:
 
 
 class RaiseSignalled(_Handler):
-    """A context in which each of the signals raises `Signalled`, as Ctrl-C does KeyboardInterrupt."""
+    """A context in which each of the signals raises `Signalled`."""
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Ends what runs now."""
@@ -65,8 +65,9 @@ class RaiseSignalled(_Handler):
 
 
 class StopRequest(_Handler):
-    """A context in which the first of the signals only asks to stop, so that no step and no save is
-    cut; the second acts as outside.
+    """A context in which the first of the signals only asks to stop.
+
+    So no step and no save is cut. The second signal acts as outside.
 
     Attributes:
       number: of the signal that came; None before.
