@@ -40,10 +40,12 @@ class Checkpoints:
         """The file of a checkpoint."""
         return self.path / f"{step}.zip"
 
-    def remove_unfinished(self) -> None:
-        """Removes what an interrupted save has left."""
+    def tidy(self) -> None:
+        """Removes what an interrupted save has left, and all checkpoints but the last two."""
         for file in self._files(_PART):
             file.unlink()
+        for old in self.steps()[:-KEEP]:
+            self.file(old).unlink()
 
     def check_space(self) -> None:
         """Checks that the checkpoints still to come fit on the disk.
@@ -91,8 +93,7 @@ class Checkpoints:
             part.replace(file)
         finally:
             part.unlink(missing_ok=True)
-        for old in self.steps()[:-KEEP]:
-            self.file(old).unlink()
+        self.tidy()
 
     def meta(self, step: int) -> dict[str, Any]:
         """What `save` was given as `meta`.

@@ -134,7 +134,7 @@ class RunFolder:
           config: a resolved config, with the places of the run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        self.checkpoints.remove_unfinished()
+        self.checkpoints.tidy()
         path = self.path / "config.json"
         if path.exists() and self.config().epochs == config.epochs:
             return
