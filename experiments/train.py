@@ -15,11 +15,16 @@ import io
 import sys
 from typing import Any
 
+from experiments.training import stopping
+
+if __name__ == "__main__":
+    stopping.end_at_once()  # the imports below take seconds
+
 from experiments.measuring.environment import device
 from experiments.measuring.memory import steady_memory
 from experiments.reporting import markdown
 from experiments.reporting.reports import methods
-from experiments.training import command_line, stopping
+from experiments.training import command_line
 from experiments.training.config import TrainConfig
 from experiments.training.execution import summary_of
 from experiments.training.run import Run
@@ -54,9 +59,9 @@ def main(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
 def cli(args: list[str] | None = None) -> None:
     """The command line.
 
-    Wrong arguments, a wrong folder or missing data end it with one line and exit code 2. Diverging
-    or a disk that becomes full ends it with one line and 1, a signal with one line and 128 + its
-    number.
+    What goes wrong ends it with one line. The exit code is 2 for wrong arguments, a wrong folder
+    or missing data; 1 where training diverges, or the disk becomes full or the data unreadable
+    while it runs; 128 + the number of a signal.
 
     Args:
       args: None takes the process's arguments.
@@ -68,7 +73,7 @@ def cli(args: list[str] | None = None) -> None:
             _run(sys.argv[1:] if args is None else args)
     except KeyboardInterrupt as stop:
         began = isinstance(stop, stopping.Stopped)
-        print(stop if began else "stopped before training began", file=sys.stderr)
+        print(stop if began else stopping.BEFORE_TRAINING, file=sys.stderr)
         raise SystemExit(128 + stopping.number_of(stop)) from None
 
 

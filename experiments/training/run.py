@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -122,7 +123,7 @@ class Run:
           Stopped: Ctrl-C or SIGTERM; the message says how to go on. After the first the step ends
             and a checkpoint is written, a second stops at once.
           FloatingPointError: the loss is not finite.
-          OSError: the folder can no longer be written.
+          OSError: the folder can no longer be written, or the data no longer be read.
         """
         self.folder.lock()
         try:
@@ -168,7 +169,8 @@ class Run:
         """The rest of an epoch, or of the steps before a stop."""
         epoch, done = divmod(self.step, self.length.steps_per_epoch)
         batch_size, seed = self.config.batch_size, self.config.seed
-        for images, labels in self.data.train_batches(epoch, batch_size, seed, start_step=done):
+        batches = self.data.train_batches(epoch, batch_size, seed, start_step=done)
+        for images, labels in _readable(batches):
             self._train_step(images, labels)
             if self.step % self.config.log_every == 0:
                 progress.step(self.step, self._log_window(epoch))
@@ -222,7 +224,7 @@ class Run:
         self._fetch()
         masks = masks_of(self.state)
         median, iqr = median_iqr(self._timer.milliseconds(self.state.form))
-        batches = self.data.test_batches(self.config.batch_size)
+        batches = _readable(self.data.test_batches(self.config.batch_size))
         row = {
             "kind": "epoch",
             "step": self.step,
@@ -294,6 +296,14 @@ class Run:
         )
         self.folder.write_result(result)
         return result
+
+
+def _readable(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches; OSError where one cannot be read, which is no fault of the program."""
+    try:
+        yield from batches
+    except ValueError as error:
+        raise OSError(f"the data cannot be read: {error}") from error
 
 
 def trainer_for(config: TrainConfig, data: Any) -> Trainer:

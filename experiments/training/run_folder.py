@@ -85,18 +85,22 @@ class RunFolder:
             missing = [path for path in above if not path.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             self._made = missing
-        elif not self.path.exists():
+        elif not self.path.exists() or not self._contents():
+            what = "is empty" if self.path.exists() else "does not exist"
             raise ValueError(
-                f"resume: {out} does not exist, so there is no run to go on with; leave --resume "
-                "out to start one"
+                f"resume: {out} {what}, so there is no run to go on with; leave --resume out to "
+                "start one"
             )
         self._lock.acquire()
-        if self._begins and {path.name for path in self.path.iterdir()} - _LEFTOVERS:
+        if self._begins and self._contents():
             self._begins = False  # what is there is not this run's to discard
             raise ValueError(
                 f"out: {out} is not empty; add --resume to go on with that run, or choose another "
                 "--out"
             )
+
+    def _contents(self) -> set[str]:
+        return {path.name for path in self.path.iterdir()} - _LEFTOVERS
 
     def discard(self) -> None:
         """Removes what a run that did not begin has written, and lets other runs use the folder."""

@@ -69,7 +69,7 @@ def begin(out):
 
 
 def message_of_open(out, resume=False):
-    with pytest.raises(ValueError, match=r"^out: ") as caught:
+    with pytest.raises(ValueError, match=r"^(out|resume): ") as caught:
         RunFolder.open(config_of(out), resume)
     text = str(caught.value)
     assert "\n" not in text
@@ -198,6 +198,7 @@ def test_a_folder_that_is_not_writable(capsys):
 def test_a_stop_before_the_run_began_leaves_a_folder_that_can_be_used(tmp_path):
     (tmp_path / folder_lock.NAME).write_text("process 1")
     (tmp_path / "config.json.part").write_text("{")
+    assert "is empty, so there is no run to go on with" in message_of_open(tmp_path, resume=True)
     begin(tmp_path).close()
 
 
