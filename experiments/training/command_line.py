@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import difflib
 from typing import Annotated, Any
 
 import tyro
@@ -93,11 +94,21 @@ def _arguments(name: str, options: Options, default: TrainConfig) -> type:
 
 
 def _refuse_other_methods(args: list[str], name: str) -> None:
-    """ValueError where a flag is another method's."""
-    for flag in args:
-        other = flag.removeprefix("--").partition(".")[0].replace("_", "-")
-        if flag.startswith("--") and "." in flag and other in METHODS and other != name:
+    """ValueError where a flag is another method's, or would be if it were spelt right."""
+    for flag in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
+        other, _, option = flag.removeprefix("--").replace("_", "-").partition(".")
+        if not option or other not in METHODS or other == name:
+            continue
+        fields = dataclasses.fields(METHODS[other].options)
+        options = [field.name.replace("_", "-") for field in fields]
+        if option.removeprefix("no-") in options:
             raise ValueError(
-                f"{flag.partition('=')[0]}: an option of {other}, and the method is {name}; add "
-                f"--method {other}, or leave the option out"
+                f"{flag}: an option of {other}, and the method is {name}; add --method {other}, or "
+                f"leave the option out"
             )
+        nearest = difflib.get_close_matches(option, options, n=1)
+        hint = f", did you mean --{other}.{nearest[0]}?" if nearest else ""
+        raise ValueError(
+            f"{flag}: {other} has no such option{hint}; all of them: {_PROGRAM} --method {other} "
+            "--help"
+        )

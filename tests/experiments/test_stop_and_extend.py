@@ -15,14 +15,14 @@ import time
 import jax
 import numpy as np
 import pytest
-from new_process import run_python
+from new_process import host_devices, run_python
 from tiny_runs import PER_EPOCH, assert_same_run, config, error_of, flags, output_of
 
 from experiments import compare
 from experiments.data.resident import Dataset
 from experiments.train import cli
 from experiments.training import checkpoints as checkpoints_module
-from experiments.training import command_line, folder_lock, stopping
+from experiments.training import command_line, stopping
 from experiments.training.config import resolve
 from experiments.training.execution import masks_of
 from experiments.training.optimizer import learning_rate
@@ -332,7 +332,18 @@ def test_only_a_run_that_has_ended_is_extended_and_none_is_cut(whole, tmp_path, 
         (["--method", "Sr_Ste"], "did you mean 'sr-ste'"),
         (["--dataset", "CIFAR-10"], "did you mean 'cifar10'"),
         (["--model", "ResNet50"], "did you mean 'resnet50'"),
-        (["--subp.bloc", "32"], "--subp.bloc: an option of subp, and the method is hrbp; add"),
+        (["--subp.block=32"], "--subp.block: an option of subp, and the method is hrbp; add"),
+        (["--subp.no-soft"], "--subp.no-soft: an option of subp, and the method is hrbp; add"),
+        (
+            ["--subp.bloc", "32"],
+            "--subp.bloc: subp has no such option, did you mean --subp.block?; all of them: "
+            "python -m experiments.train --method subp --help",
+        ),
+        (
+            ["--dense.x=3"],
+            "--dense.x: dense has no such option; all of them: python -m experiments.train "
+            "--method dense --help",
+        ),
         (
             ["--method", "subp", "--subp.bloc", "32"],
             "python -m experiments.train --method subp --help",
@@ -386,24 +397,30 @@ def test_kills_at_random_moments_give_the_same_bits(tmp_path):
     whole = Run(dataclasses.replace(settings, out=str(tmp_path / "whole")))
     whole.train()
     folder, rng = RunFolder(settings.out), random.Random(0)
+    rows = folder.path / "metrics.jsonl"
+    cached = host_devices(1)  # the compilation cache of these tests
     for number in (*SIGNALS, *[signal.SIGKILL] * 4):
         began = (folder.path / "config.json").exists()
         arguments = ["--resume", "--out", settings.out] if began else flags(settings)
+        start = time.time()
         with open(tmp_path / "log", "w+") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "experiments.train", *arguments], stdout=log, stderr=log
+                [sys.executable, "-m", "experiments.train", *arguments],
+                stdout=log,
+                stderr=log,
+                env=os.environ | cached,
             )
-            while not (folder.path / folder_lock.NAME).exists() and process.poll() is None:
-                time.sleep(0.01)
+            while process.poll() is None and not (rows.exists() and rows.stat().st_mtime > start):
+                time.sleep(0.01)  # until it goes on from its checkpoint
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(rng.uniform(0, 4))
+                process.wait(rng.uniform(0, 6 if number == signal.SIGKILL else 2))
             process.send_signal(number)
             code = process.wait(120)
             log.seek(0)
             text = log.read()
-            assert code in (0, -number, 128 + number), text
-            assert "Traceback" not in text
-            print(number, code, folder.latest(), text.splitlines()[-1])
-    again = Run(settings, resume=(folder.path / "config.json").exists())
+        assert code in (0, -number, 128 + number), text
+        assert "Traceback" not in text
+        print(number, code, folder.latest())
+    again = Run(settings, resume=True)
     again.train()
     assert_same_run(again, whole)
