@@ -20,12 +20,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from experiments.training import stopping
+
+if __name__ == "__main__":
+    stopping.end_at_once()  # the imports below take seconds
+
 from blocksparse_jax import _checks
 from experiments.measuring.environment import origin
 from experiments.measuring.memory import steady_memory
 from experiments.measuring.timing import median_iqr, time_in_turn, timed
 from experiments.reporting import results
-from experiments.training import plots, stopping
+from experiments.training import plots
 from experiments.training.config import TrainConfig
 from experiments.training.execution import to_form
 from experiments.training.loop import stepper
@@ -160,8 +165,11 @@ def _check(config: CompareConfig) -> None:
         if path.is_dir():
             raise ValueError(f"results: {config.results} is a folder; name a file in it")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a"):  # writable, and what is there stays until the end
+        new = not path.exists()
+        with open(path, "a"):  # it can be written, and what is there stays until the end
             pass
+        if new:
+            path.unlink()
 
 
 def _options(config: CompareConfig, name: str) -> dict[str, Any]:

@@ -9,6 +9,11 @@ from typing import Any
 
 import tyro
 
+from experiments.training import stopping
+
+if __name__ == "__main__":
+    stopping.end_at_once()  # Ctrl-C: nothing is written, so nothing is lost
+
 from experiments.data import load
 from experiments.training.execution import masks_of, summary_of, to_form
 from experiments.training.run import first_batch, trainer_for

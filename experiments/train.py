@@ -18,7 +18,7 @@ from typing import Any
 from experiments.training import stopping
 
 if __name__ == "__main__":
-    stopping.end_at_once()  # the imports below take seconds
+    stopping.end_at_once(stopping.BEFORE_TRAINING)  # the imports below take seconds
 
 from experiments.measuring.environment import device
 from experiments.measuring.memory import steady_memory

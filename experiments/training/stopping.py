@@ -66,14 +66,17 @@ class RaiseSignalled(_Handler):
         raise Signalled(signal.Signals(number).name, number)
 
 
-def end_at_once() -> None:
+def end_at_once(line: str = "stopped") -> None:
     """From now on each of the signals ends the process with one line and no traceback.
 
     Outside of the contexts of this module, that is, while a command imports what it needs.
+
+    Args:
+      line: what is printed.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
-        os.write(2, f"{BEFORE_TRAINING}\n".encode())
+        os.write(2, f"{line}\n".encode())
         os._exit(128 + number)
 
     for number in SIGNALS:
