@@ -83,11 +83,13 @@ class Run:
             self._restore(last)
         ended = self.step == self.length.total
         self.result = self.folder.result() if ended else None
+        if resume:  # what is wrong with the folder is found before `start` extends the run
+            self.folder.rewind(self.step, config.log_every, self.length.steps_per_epoch)
+        if last is not None and not ended:
+            self.folder.checkpoints.check_space()
         self.folder.start(config)
-        self.folder.rewind(self.step, config.log_every, self.length.steps_per_epoch)
         if last is None:
             self._save()
-        if not ended:
             self.folder.checkpoints.check_space()
 
     def _restore(self, step: int) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -309,6 +310,18 @@ def test_a_kill_while_a_run_is_extended_leaves_the_run_that_it_was(whole, tmp_pa
     monkeypatch.undo()
     assert Run(settings, resume=True).train()["test_accuracy"] == whole.result["test_accuracy"]
     assert Run(longer, resume=True).length.total == 4 * PER_EPOCH
+
+
+def test_a_run_whose_folder_is_damaged_is_not_extended(whole, tmp_path, capsys, monkeypatch):
+    subprocess.run(["cp", "-r", str(whole.folder.path), str(tmp_path / "run")], check=True)
+    longer = ["--resume", "--out", str(tmp_path / "run"), "--epochs", "4"]
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    assert "checkpoints is full: " in error_of(capsys, longer)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert "metrics.jsonl: the row of step 4 is missing" in error_of(capsys, longer)
+    assert RunFolder(tmp_path / "run").config().epochs == 3
+    assert RunFolder(tmp_path / "run").result() == whole.result
 
 
 def test_only_a_run_that_has_ended_is_extended_and_none_is_cut(whole, tmp_path, capsys):
