@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 T = TypeVar("T", bound=str)
+MAX_STEP = np.iinfo(np.int32).max  # the count of updates stays there
 
 
 def concrete(name: str, array: Any) -> np.ndarray:
@@ -52,13 +53,29 @@ def static_hint(name: str, value: Any) -> str:
 def step(name: str, value: Any, *, start: int | None = None) -> int:
     """The value as an int; ValueError unless it is a training step.
 
-    A step is an integer of at least 0, and after step `start` if that is given.
+    A step is an integer of at least 0 that fits the int32 count, and after step `start` if that is
+    given.
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
         hint = static_hint(name, value)
         raise ValueError(f"{name}: expected a step, an integer of at least 0{hint}, got {value!r}")
     if start is not None and value <= start:
         raise ValueError(f"{name}: expected a step after start={start}, got {value}")
+    if value >= MAX_STEP:
+        raise ValueError(
+            f"{name}: expected a step below {MAX_STEP:,}, where the int32 count of updates ends, "
+            f"got {value:,}"
+        )
+    return int(value)
+
+
+def period(name: str, value: Any) -> int:
+    """The value as an int; ValueError unless it is a number of steps that fits int32."""
+    if positive_int(name, value) >= MAX_STEP:
+        raise ValueError(
+            f"{name}: expected fewer than {MAX_STEP:,} steps, where the int32 count of updates "
+            f"ends, got {value:,}"
+        )
     return int(value)
 
 

@@ -41,7 +41,7 @@ class Every:
     until: int | None = None
 
     def __post_init__(self) -> None:
-        _checks.positive_int("every", self.every)
+        _checks.period("every", self.every)
         start = _checks.step("start", self.start)
         if self.until is not None:
             _checks.step("until", self.until, start=start)
@@ -80,7 +80,7 @@ class Between:
 
     def __post_init__(self) -> None:
         _checks.step("end", self.end, start=_checks.step("start", self.start))
-        _checks.positive_int("every", self.every)
+        _checks.period("every", self.every)
 
     def __call__(self, count: Any) -> Any:
         """Whether `count` (int or int32 array) is an update step."""

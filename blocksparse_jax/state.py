@@ -30,10 +30,14 @@ class SparseState(NamedTuple):
         and found it zero on every pruned weight of a layer, though not on the kept ones: the step
         gave the masked gradient where the method needs the full one.
       spec: what is fixed about the method (static).
+      nonfinite_updates: int32, updates of the masks that were left out, since weights or gradients
+        that decide them were not finite: the masks stayed as they were.
 
     Example:
-      >>> SparseState._fields
-      ('count', 'masks', 'layouts', 'memory', 'skip_gradient', 'stalled_updates', 'spec')
+      >>> SparseState._fields[:6]
+      ('count', 'masks', 'layouts', 'memory', 'skip_gradient', 'stalled_updates')
+      >>> SparseState._fields[6:]
+      ('spec', 'nonfinite_updates')
     """
 
     count: jax.Array  # type: ignore[assignment]  # int32[]; optax names it so, tuple.count or not
@@ -43,6 +47,7 @@ class SparseState(NamedTuple):
     skip_gradient: jax.Array  # bool[]
     stalled_updates: jax.Array  # int32[]
     spec: Spec
+    nonfinite_updates: jax.Array  # int32[]
 
 
 def is_sparse_state(node: Any) -> TypeGuard[SparseState]:

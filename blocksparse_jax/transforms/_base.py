@@ -115,6 +115,7 @@ def sparse_transformation(
             skip_gradient=jnp.asarray(False),
             stalled_updates=jnp.zeros((), jnp.int32),
             spec=spec(chosen) if callable(spec) else spec,
+            nonfinite_updates=jnp.zeros((), jnp.int32),
         )
 
     def update(
@@ -132,15 +133,19 @@ def sparse_transformation(
                 name: leaf._replace(memory=remember(step, leaf)) for name, leaf in leaves.items()
             }
         due = jnp.asarray(False)
-        stalled = state.stalled_updates
+        stalled, nonfinite = state.stalled_updates, state.nonfinite_updates
         if redraw is not None and leaves:
-            due = jnp.asarray(state.spec.schedule(state.count))
+            due = _is_due(state.spec.schedule, state.count)
             if state.spec.grows_by_gradient:
                 stalled = stalled + _cannot_grow(state.spec.method, due, leaves)
-            leaves = _redraw(redraw, state.spec.schedule, due, step, leaves)
+            leaves, left_out = _redraw(redraw, state.spec, due, step, leaves)
+            nonfinite = nonfinite + left_out
         skip = due if state.spec.skips_gradient else jnp.asarray(False)
         new_state = with_leaves(state, leaves)._replace(
-            count=optax.safe_increment(state.count), skip_gradient=skip, stalled_updates=stalled
+            count=optax.safe_increment(state.count),
+            skip_gradient=skip,
+            stalled_updates=stalled,
+            nonfinite_updates=nonfinite,
         )
         passed_on = {name: _gradient(state.spec, leaf, penalty) for name, leaf in leaves.items()}
         grads = jax.tree.unflatten(
@@ -202,17 +207,17 @@ def propose(
         return params, state
     step = Step(count, extra)
     schedule = state.spec.schedule
-    if isinstance(schedule, schedules.Always):
-        leaves = on_proposed(step, leaves)
-    else:
-        leaves = jax.lax.cond(
-            jnp.asarray(schedule(count)),
-            lambda leaves: on_proposed(step, leaves),
-            lambda leaves: leaves,
-            leaves,
-        )
+    always = isinstance(schedule, schedules.Always)
+    due = has_moved(state, count) if always else _is_due(schedule, count) & has_moved(state, count)
+    change = due & jax.lax.cond(due, _weights_are_finite, lambda leaves: due, leaves)
+    leaves = jax.lax.cond(
+        change, lambda leaves: on_proposed(step, leaves), lambda leaves: leaves, leaves
+    )
     weights = {name: leaf.weights for name, leaf in leaves.items()}
-    return tree.replace(params, weights, is_leaf=is_layout), with_leaves(state, leaves)
+    new_state = with_leaves(state, leaves)._replace(
+        nonfinite_updates=state.nonfinite_updates + (due & ~change)
+    )
+    return tree.replace(params, weights, is_leaf=is_layout), new_state
 
 
 def sparse_leaves(state: SparseState, params: PyTree, grads: PyTree) -> Leaves:
@@ -235,6 +240,12 @@ def sparse_leaves(state: SparseState, params: PyTree, grads: PyTree) -> Leaves:
         if not isinstance(columns[2], optax.MaskedNode) and jnp.ndim(columns[2])
     }
     for name, leaf in leaves.items():
+        if leaf.mask.dtype != bool:
+            raise ValueError(
+                f"state: expected a bool mask at {name!r}, got {leaf.mask.dtype}: a wrapper did "
+                "arithmetic with the masks; optax.lookahead(reset_state=True) does, and it would "
+                "take masks and step count back to the start: use reset_state=False"
+            )
         if not leaf.weights.shape == leaf.grad.shape == leaf.mask.shape:
             raise ValueError(
                 f"params: expected shape {leaf.mask.shape} at {name!r} as at init, got weights "
@@ -256,21 +267,53 @@ def with_leaves(state: SparseState, leaves: Leaves) -> SparseState:
     )
 
 
+def _is_due(schedule: schedules.Schedule, count: Array) -> Array:
+    """Whether masks change at that count; never at the last int32, where the count stays."""
+    return jnp.asarray(schedule(count)) & (count < jnp.iinfo(jnp.int32).max)
+
+
+def has_moved(state: SparseState, count: Array) -> Array:
+    """Whether the update ran since that count: a wrapper such as MultiSteps leaves some out."""
+    return (state.count != count) | (count == jnp.iinfo(jnp.int32).max)
+
+
 def _redraw(
-    redraw: Redraw, schedule: schedules.Schedule, due: Array, step: Step, leaves: Leaves
-) -> Leaves:
-    """The leaves with new masks and layouts, where the schedule is due."""
-    if isinstance(schedule, schedules.Always):
-        kept = redraw(step, leaves)
-    else:
-        present = {name: Kept(leaf.mask, leaf.layout) for name, leaf in leaves.items()}
+    redraw: Redraw, spec: Spec, due: Array, step: Step, leaves: Leaves
+) -> tuple[Leaves, Array]:
+    """The leaves with new masks and layouts, where the schedule is due.
+
+    Where a weight, or a gradient that decides, is not finite, masks stay; int32 1 says so.
+    """
+    present = {name: Kept(leaf.mask, leaf.layout) for name, leaf in leaves.items()}
+
+    def change(leaves: Leaves) -> tuple[dict[str, Kept], Array]:
+        finite = _weights_are_finite(leaves)
+        if spec.grows_by_gradient:
+            finite = finite & _all_finite([leaf.grad for leaf in leaves.values()])
         kept = jax.lax.cond(
-            due, lambda leaves: dict(redraw(step, leaves)), lambda leaves: present, leaves
+            finite, lambda leaves: dict(redraw(step, leaves)), lambda leaves: present, leaves
         )
-    return {
+        return kept, ~finite
+
+    if isinstance(spec.schedule, schedules.Always):
+        kept, left_out = change(leaves)
+    else:
+        kept, left_out = jax.lax.cond(
+            due, change, lambda leaves: (present, jnp.asarray(False)), leaves
+        )
+    moved = {
         name: leaf._replace(mask=kept[name].mask, layout=kept[name].layout)
         for name, leaf in leaves.items()
     }
+    return moved, left_out.astype(jnp.int32)
+
+
+def _weights_are_finite(leaves: Leaves) -> Array:
+    return _all_finite([leaf.weights for leaf in leaves.values()])
+
+
+def _all_finite(arrays: list[Array]) -> Array:
+    return jnp.stack([jnp.isfinite(array).all() for array in arrays]).all()
 
 
 def _gradient(spec: Spec, leaf: Leaf, penalty: Penalty | None) -> Array:

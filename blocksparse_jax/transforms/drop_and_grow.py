@@ -120,8 +120,9 @@ def drop_and_grow(
         )
 
     def remember(step: Step, leaf: Leaf) -> Array:
-        grad = jnp.nan_to_num(leaf.grad.astype(jnp.float32))
-        return momentum * leaf.memory + (1 - momentum) * grad
+        grad = leaf.grad.astype(jnp.float32)
+        average = momentum * leaf.memory + (1 - momentum) * grad
+        return jnp.where(jnp.isfinite(grad), average, leaf.memory)
 
     by_momentum = "momentum" in (drop, grow)
     spec = _publish(name, first, schedule, (drop, grow))

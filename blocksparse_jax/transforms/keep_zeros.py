@@ -10,7 +10,8 @@ from jaxtyping import Array, PyTree
 
 from blocksparse_jax import tree
 from blocksparse_jax.state import hard_masks, is_sparse_state, sparse_states
-from blocksparse_jax.transforms._base import propose
+from blocksparse_jax.transforms._base import has_moved, propose
+from blocksparse_jax.transforms.nesting import accumulates_for_method, check_nesting
 
 
 def sparse(
@@ -64,8 +65,9 @@ def sparse(
 def keep_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Keeps pruned weights exactly zero under momentum, weight decay, whatever the chain does.
 
-    One exception: a weight that is NaN or infinite when it is pruned is NaN from then on, as no
-    update that is added can make it zero. `apply_masks(params, get_masks(state))` does.
+    One exception: a weight that is NaN or infinite at init and pruned there is NaN from then on, as
+    no update that is added can make it zero. `apply_masks(params, get_masks(state))` does. Masks
+    never change where a weight that decides them is not finite (`SparseState.nonfinite_updates`).
 
     The update becomes `u = -p` where pruned. Every state leaf that belongs to a parameter (found by
     its key path, not by optimizer type: moments, traces, accumulators) is zeroed where the weight
@@ -83,8 +85,9 @@ def keep_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformat
       An optax transformation.
 
     Raises:
-      ValueError: `inner` is no transformation; at init, when there is no sparse method inside; at
-        update, when params is None.
+      ValueError: `inner` is no transformation; at init, when there is no sparse method inside, or
+        gradients are accumulated beside one that changes masks (`optax.apply_every`, or
+        `optax.MultiSteps` around the optimizer alone); at update, when params is None.
 
     Example:
       >>> import blocksparse_jax as bsj
@@ -101,6 +104,7 @@ def keep_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformat
 
     def init(params: PyTree) -> PyTree:
         state = inner.init(params)
+        check_nesting(state, params)
         sparse_states(state)
         return state
 
@@ -157,7 +161,15 @@ def _project(
     before, after = hard_masks(state, params), hard_masks(new_state, params)
     methods = sparse_states(new_state)
     skips = any(sparse.spec.skips_gradient for sparse in methods)
-    skip = jnp.any(jnp.stack([sparse.skip_gradient for sparse in methods]))
+    # not where a wrapper inside (MultiSteps) has left the state of an earlier step
+    skip = jnp.any(
+        jnp.stack(
+            [
+                new.skip_gradient & has_moved(new, old.count)
+                for new, old in zip(methods, sparse_states(state), strict=True)
+            ]
+        )
+    )
 
     def project(update: Array, weight: Array, mask: Array) -> Array:
         update = jnp.where(skip, jnp.zeros_like(update), update) if skips else update
@@ -181,5 +193,14 @@ def _project(
 
     leaves = zip(tree.match("updates", updates, params), weights, after, strict=True)
     projected = [project(update, weight, mask) for update, weight, mask in leaves]
-    new_state = tree.map_state(reset, params, new_state, state, is_leaf=is_sparse_state)
-    return jax.tree.unflatten(jax.tree.structure(params), projected), new_state
+    reset_state = tree.map_state(reset, params, new_state, state, is_leaf=is_sparse_state)
+    # gradients on their way to a method are no moments
+    reset_state = jax.tree.map(
+        lambda node, new: (
+            node._replace(acc_grads=new.acc_grads) if accumulates_for_method(node) else node
+        ),
+        reset_state,
+        new_state,
+        is_leaf=accumulates_for_method,
+    )
+    return jax.tree.unflatten(jax.tree.structure(params), projected), reset_state

@@ -151,7 +151,8 @@ def subp(
             kept[name] = Kept(pattern.mask(blocks, leaf.mask.shape), leaf.layout)
         return kept
 
-    last = None if version == 1 else -(-era.end // era.every) * era.every
+    last_epoch = min(-(-era.end // era.every) * era.every, _checks.MAX_STEP)
+    last = None if version == 1 else last_epoch
     all_steps = schedules.Always() if last is None else schedules.Through(last)
 
     def spec(chosen: dict[str, Array]) -> Spec:
