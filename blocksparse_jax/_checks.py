@@ -4,6 +4,7 @@ Each raises a ValueError that names the argument, the value, what was expected a
 """
 
 import difflib
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -177,6 +178,17 @@ def choice(name: str, value: Any, options: Iterable[T]) -> T:
 def divisor(n: int, most: int) -> int:
     """The largest divisor of `n` that is at most `most`."""
     return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
+
+
+def warn_of_collapse(layer: str, argument: str, asked: int, used: int, size: int) -> None:
+    """Warns where the divisor that a layer uses is less than half of what was asked for."""
+    if used * 2 < min(asked, size):
+        warnings.warn(
+            f"{argument}: {layer!r} has an axis of {size}, whose largest divisor up to {asked} is "
+            f"{used}, so its blocks are small and slow; choose another {argument}, pad the layer, "
+            "or leave it out by where=",
+            stacklevel=5,
+        )
 
 
 def partition(name: str, groups: np.ndarray, cout: int) -> None:

@@ -10,6 +10,7 @@ from blocksparse_jax.kernels import kernels
 
 TOLERANCE = 0.005  # half a percentage point: |density - target|, both as fractions of all weights
 RELATIVE = 0.05  # of the target itself: a larger error is worth a warning
+BLOCK_DENSITY = 1 / 3  # of the taps, where none is asked for and it can hold a layer's density
 
 
 class Units(NamedTuple):
@@ -91,22 +92,24 @@ def block_counts(
     shapes: Shapes,
     densities: Mapping[str, float],
     *,
-    block_density: float,
+    block_density: float | None,
     channel_blocks: Mapping[str, int],
 ) -> dict[str, BlockCount]:
     """Gives each layer the kept channels and taps whose total density comes closest to the target.
 
     A layer keeps `ceil(block_density * kh * kw)` taps and the nearest number of channels, at least
-    one run; then layers move by one run of channels at a time, the cheapest move first, while the
-    total comes closer. Where that does not reach half a percentage point of all weights (very few,
-    narrow layers), the number of taps of a layer moves too; where nothing reaches it, or where the
-    density is off by more than 5% of the target itself (targets below 0.1), a warning gives the
-    density reached.
+    one run. Without a `block_density` that is 1/3, and in a layer whose density is above it as few
+    taps as hold that density, of which a warning tells. Then layers move by one run of channels at
+    a time, the cheapest move first, while the total comes closer. Where that does not reach half a
+    percentage point of all weights (very few, narrow layers), the number of taps of a layer moves
+    too; where nothing reaches it, or where the density is off by more than 5% of the target itself
+    (targets below 0.1), a warning gives the density reached.
 
     Args:
       shapes: layer name -> parameter shape, of a leaf that holds kernels.
       densities: layer name -> target density.
-      block_density: fraction of the taps that a block keeps, in (0, 1].
+      block_density: fraction of the taps that a block keeps, in (0, 1]; None = 1/3, more where a
+        layer's density needs it.
       channel_blocks: layer name -> channels come in runs of this many.
 
     Returns:
@@ -125,14 +128,16 @@ def block_counts(
     target = sum(densities[name] * math.prod(shape) for name, shape in shapes.items())
     size = sum(math.prod(shape) for shape in shapes.values())
     columns = {name: _columns(shape) for name, shape in shapes.items()}
+    fraction = BLOCK_DENSITY if block_density is None else block_density
     taps = {
-        name: max(1, math.ceil(block_density * column.taps - 1e-9))
-        for name, column in columns.items()
+        name: max(1, math.ceil(fraction * column.taps - 1e-9)) for name, column in columns.items()
     }
+    if block_density is None:
+        taps |= _more_taps(columns, densities, taps)
     most = sum(taps[name] * column.cin * column.filters for name, column in columns.items())
     if target > most + TOLERANCE * size:
         raise ValueError(
-            f"block_density: {block_density:.4g} keeps at most {most / size:.4f} of the weights, "
+            f"block_density: {fraction:.4g} keeps at most {most / size:.4f} of the weights, "
             f"but the sparsity asks for density {target / size:.4f}; raise block_density or the "
             "sparsity"
         )
@@ -150,6 +155,29 @@ def block_counts(
     fix = "block_density=1, a smaller channel_block or more layers"
     warn_if_off(best_error, target / size, "whole blocks", fix)
     return best
+
+
+def _more_taps(
+    columns: Mapping[str, "_Columns"], densities: Mapping[str, float], taps: Mapping[str, int]
+) -> dict[str, int]:
+    """Taps of the layers whose density is above what `taps` hold; a warning tells of them."""
+    more = {
+        name: math.ceil(densities[name] * column.taps - 1e-9)
+        for name, column in columns.items()
+        if densities[name] > taps[name] / column.taps + TOLERANCE
+    }
+    if more:
+        name = next(iter(more))
+        others = (
+            f", and {len(more) - 1} more layers more than 1/3 of theirs" if len(more) > 1 else ""
+        )
+        warnings.warn(
+            f"block_density: 1/3 of the taps cannot hold density {densities[name]:.4f} at "
+            f"{name!r}, which keeps {more[name]} of {columns[name].taps} taps{others}; pass "
+            "block_density to choose yourself",
+            stacklevel=4,
+        )
+    return more
 
 
 def warn_if_off(error: float, target: float, what: str, fix: str) -> None:

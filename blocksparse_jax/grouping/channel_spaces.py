@@ -32,7 +32,7 @@ def space_consumers(
     *,
     channel_block: int,
     group_size: int = 32,
-    block_density: float = 1 / 3,
+    block_density: float | None = None,
     budget: budgets.Budget = "uniform",
     scores: scores_.Kind | PyTree = "magnitude",
     where: tree.Where | None = None,
@@ -46,7 +46,7 @@ def space_consumers(
       channel_block: channels are kept in runs of this many; a layer whose channels it does not
         divide uses the largest divisor below it.
       group_size: filters in a group; likewise the largest divisor of the filters.
-      block_density: fraction of the taps that a block keeps, in (0, 1].
+      block_density: fraction of the taps that a block keeps, in (0, 1]; None as in `hrbp_prune`.
       budget: "uniform", "erk", "er", or a map layer name -> sparsity.
       scores: "magnitude" or a tree of arrays; the other kinds are not known before training.
       where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.

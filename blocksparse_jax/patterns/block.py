@@ -30,7 +30,7 @@ class Block(Pattern):
 
     noun: ClassVar[str] = "HRBP blocks"
     group_size: int = 32
-    block_density: float = 1 / 3
+    block_density: float | None = None
     channel_block: int = 1
     has_layout: ClassVar[bool] = True
 
@@ -47,6 +47,14 @@ class Block(Pattern):
         kh, kw, cin, cout = _checks.kernel_shape(label, shape)
         size, run = self._size(cout), self._run(cin)
         return Units(rows=cout // size, sets=cin // run, weights=kh * kw * size * run)
+
+    def check_leaves(self, leaves: Mapping[str, Array], label: str = "params") -> None:
+        """As every pattern, and warns of groups or runs far smaller than asked for."""
+        super().check_leaves(leaves, label)
+        for name, leaf in leaves.items():
+            cin, cout = leaf.shape[-2:]
+            _checks.warn_of_collapse(name, "group_size", self.group_size, self._size(cout), cout)
+            _checks.warn_of_collapse(name, "channel_block", self.channel_block, self._run(cin), cin)
 
     def counts(
         self, shapes: Mapping[str, Shape], densities: Mapping[str, float]
@@ -176,7 +184,9 @@ def _choose(
     return kept_taps, kept_runs
 
 
-def block(group_size: int = 32, block_density: float = 1 / 3, channel_block: int = 1) -> Block:
+def block(
+    group_size: int = 32, block_density: float | None = None, channel_block: int = 1
+) -> Block:
     """HRBP's pattern: groups of similar filters that keep the same input channels and taps.
 
     A layer keeps K channels and `ceil(block_density * kh * kw)` taps in every group, so its density
@@ -184,9 +194,10 @@ def block(group_size: int = 32, block_density: float = 1 / 3, channel_block: int
 
     Args:
       group_size: filters in a group; a layer whose filter count it does not divide uses the largest
-        divisor below it.
+        divisor below it, and warns where that is less than half of what can be.
       block_density: fraction of the taps that a block keeps, in (0, 1]; 1 keeps whole kernels (HRBP
-        without "++").
+        without "++"). None is 1/3; a layer whose density is above that keeps as few taps as hold
+        it, and a warning says so.
       channel_block: channels are kept in aligned runs of this many; likewise the largest divisor of
         cin.
 
@@ -207,5 +218,8 @@ def block(group_size: int = 32, block_density: float = 1 / 3, channel_block: int
     """
     _checks.positive_int("group_size", group_size)
     _checks.positive_int("channel_block", channel_block)
-    _checks.fraction("block_density", block_density, low_open=True, high_open=False)
-    return Block(group_size, float(block_density), channel_block)
+    if block_density is not None:
+        block_density = float(
+            _checks.fraction("block_density", block_density, low_open=True, high_open=False)
+        )
+    return Block(group_size, block_density, channel_block)

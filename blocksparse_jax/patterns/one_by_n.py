@@ -1,6 +1,7 @@
 """1xN blocks: N consecutive filters x one input channel x the whole kernel."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -23,6 +24,13 @@ class OneByN(Pattern):
     def size(self, cout: int) -> int:
         """Filters in a group of a layer: the largest divisor of `cout` that is at most N."""
         return _checks.divisor(cout, self.group_size)
+
+    def check_leaves(self, leaves: Mapping[str, Array], label: str = "params") -> None:
+        """As every pattern, and warns of blocks far smaller than asked for."""
+        super().check_leaves(leaves, label)
+        for name, leaf in leaves.items():
+            cout = leaf.shape[-1]
+            _checks.warn_of_collapse(name, "block", self.group_size, self.size(cout), cout)
 
     def _units(self, shape: Shape, label: str) -> Units:
         """A row for each group, of its input channels."""
@@ -63,7 +71,7 @@ def one_by_n(n: int) -> OneByN:
 
     Args:
       n: N, filters in a block; a layer whose filter count it does not divide uses the largest
-        divisor below it.
+        divisor below it, and warns where that is less than half of what can be.
 
     Returns:
       A pattern for conv kernels and dense kernels that has a layout.

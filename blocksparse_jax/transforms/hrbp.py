@@ -18,7 +18,7 @@ def hrbp_prune(
     sparsity: float,
     *,
     group_size: int = 32,
-    block_density: float = 1 / 3,
+    block_density: float | None = None,
     channel_block: int = 1,
     budget: Budget = "uniform",
     scores: scores_.Kind | PyTree = "magnitude",
@@ -48,9 +48,10 @@ def hrbp_prune(
     Args:
       sparsity: fraction of the chosen weights to remove, in [0, 1).
       group_size: filters in a group; a layer whose filter count it does not divide uses the largest
-        divisor below it.
+        divisor below it, and warns where that is less than half of what can be.
       block_density: fraction of the taps that a block keeps, in (0, 1]; 1 keeps whole kernels (HRBP
-        without "++").
+        without "++"). None is 1/3; a layer whose density is above that (all of them at sparsity
+        0.5) keeps as few taps as hold it, and a warning says so.
       channel_block: channels are kept in aligned runs of this many; likewise the largest divisor of
         cin.
       budget: "uniform", "erk", "er", "global" (outside of jit, and not with `scores="gradient"`),

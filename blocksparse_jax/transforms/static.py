@@ -23,7 +23,7 @@ from blocksparse_jax.transforms._base import sparse_transformation
 
 
 def fixed_masks(
-    masks: PyTree | None = None, *, layouts: PyTree | None = None
+    masks: PyTree | None = None, *, layouts: PyTree | None = None, sparsity: float | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Trains with given masks: static sparse training.
 
@@ -32,13 +32,15 @@ def fixed_masks(
         True for the others. A mask of a conv kernel that is a block pattern gets its `BlockLayout`
         by itself.
       layouts: instead of masks: a tree of the params' structure with `BlockLayout | Dense()`.
+      sparsity: what was asked for when they were made, the target that `summarize` shows, in
+        [0, 1); None is what they have.
 
     Returns:
       An optax transformation that masks gradients; wrap the chain with `keep_zeros`.
 
     Raises:
-      ValueError: neither or both are given, a mask is not bool, or at init the tree or a shape is
-        not that of the params.
+      ValueError: neither or both are given, a mask is not bool, a sparsity out of range, or at init
+        the tree or a shape is not that of the params.
 
     Example:
       >>> import blocksparse_jax as bsj
@@ -52,6 +54,8 @@ def fixed_masks(
     if (masks is None) == (layouts is None):
         number = "neither" if masks is None else "both"
         raise ValueError(f"masks: expected either masks or layouts=..., got {number}")
+    if sparsity is not None:
+        _checks.fraction("sparsity", sparsity)
     nodes = _sparse_nodes(masks) if layouts is None else _layout_nodes(layouts)
     if not nodes:
         raise ValueError(
@@ -83,9 +87,10 @@ def fixed_masks(
         return {name: kept[name] for name in chosen}
 
     def spec(chosen: dict[str, Array]) -> Spec:
+        reached = sum(counts.values()) / sum(leaf.size for leaf in chosen.values())
         return Spec(
             "fixed",
-            sum(counts.values()) / sum(leaf.size for leaf in chosen.values()),
+            reached if sparsity is None else 1 - sparsity,
             has_layout=any(isinstance(layer.layout, BlockLayout) for layer in kept.values()),
         )
 

@@ -80,7 +80,8 @@ class Hrbp(Options):
 
     Attributes:
       group_size: filters in a group.
-      block_density: fraction of the taps that a group keeps; 1 keeps whole kernels.
+      block_density: fraction of the taps that a group keeps; 1 keeps whole kernels; None is 1/3,
+        and more where a layer's density needs it.
       channel_block: input channels come in aligned runs of this many.
       channel_order: reorder the channels once, before training, so that these runs lose little;
         with magnitude scores.
@@ -89,7 +90,7 @@ class Hrbp(Options):
     """
 
     group_size: int = 32
-    block_density: float = 1 / 3
+    block_density: float | None = None
     channel_block: int = 1
     channel_order: bool = False
     budget: str = "uniform"
@@ -343,7 +344,7 @@ class RandomWeights(Options):
     def arguments(self, setup: Setup) -> dict[str, Any]:
         """The drawn masks."""
         masks = bsj.random_masks(setup.key, setup.params, setup.sparsity, budget=self.budget)
-        return {"masks": masks}
+        return {"masks": masks, "sparsity": setup.sparsity}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,7 +357,8 @@ class RandomChannels(Options):
 
     def arguments(self, setup: Setup) -> dict[str, Any]:
         """The layouts of the drawn channels."""
-        return {"layouts": bsj.random_channel_layouts(setup.key, setup.params, setup.sparsity)}
+        layouts = bsj.random_channel_layouts(setup.key, setup.params, setup.sparsity)
+        return {"layouts": layouts, "sparsity": setup.sparsity}
 
 
 def _first_three_quarters(setup: Setup, update_every: int | None) -> bsj.schedules.Every:

@@ -1,5 +1,7 @@
 """SUBP equals its plain NumPy reference: scores, schedule, counts, gradients and whole runs."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -208,7 +210,9 @@ def test_float32_does_not_lose_a_block_of_a_wide_layer(sparsity, cin, step, regr
 def test_a_block_that_does_not_divide_falls_to_the_largest_divisor(cout, block, used):
     params = {"conv": normal(0, (3, 3, 8, cout))}
     init, update = compiled(sparsity=0.5, block=block, start=0, end=1)
-    state = init(params)
+    collapses = pytest.warns(UserWarning, match="block: 'conv' has an axis of 13, .* up to 4 is 1")
+    with collapses if used == 1 else contextlib.nullcontext():
+        state = init(params)
     for _ in range(3):
         state = update(jax.random.key(0), params["conv"], state)
     layout = bsj.get_layouts(state)["conv"]
