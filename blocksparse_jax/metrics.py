@@ -1,14 +1,14 @@
 """Metrics: density, kept FLOPs, distances between masks, pruned weights that are not zero."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from blocksparse_jax import tree
-from blocksparse_jax.state import hard_masks
+from blocksparse_jax.state import hard_masks, is_sparse_state
 
 
 class Sad(NamedTuple):
@@ -148,10 +148,35 @@ def nonzero_pruned(params: PyTree, state: PyTree) -> Int[Array, ""]:
       >>> int(nonzero_pruned(params, state)), int(nonzero_pruned(masked, state))
       (288, 0)
     """
-    masks = hard_masks(state, params)
-    counts = [
-        jnp.count_nonzero(jnp.where(mask, 0, leaf))
-        for mask, leaf in zip(masks, jax.tree.leaves(params), strict=True)
+    return sum(nonzero_pruned_by_layer(params, state).values(), jnp.int32(0))
+
+
+def nonzero_pruned_by_layer(params: PyTree, state: PyTree) -> dict[str, Int[Array, ""]]:
+    """Path name -> pruned weights that are not zero, for each leaf with a hard mask."""
+    leaves = jax.tree.leaves_with_path(params)
+    return {
+        tree.path_name(path): jnp.count_nonzero(jnp.where(mask, 0, leaf))
+        for mask, (path, leaf) in zip(hard_masks(state, params), leaves, strict=True)
         if jnp.ndim(mask)
-    ]
-    return sum(counts, jnp.int32(0))
+    }
+
+
+def nonfinite_by_leaf(params: PyTree, state: PyTree) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How many values are NaN or infinite: of each weight, and of each leaf of its moments.
+
+    Scalars of an optimizer state may be infinite on purpose (the best loss so far), so only what
+    belongs to a parameter counts.
+    """
+
+    def count(name: str | None, leaf: Any) -> Array | None:
+        if name is None or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            return None
+        return jnp.count_nonzero(~jnp.isfinite(leaf))
+
+    weights = jax.tree.map(lambda leaf: count("", leaf), params)
+    moments = tree.map_state(count, params, state, is_leaf=is_sparse_state)
+    by_weight, by_moment = (
+        {tree.path_name(path): number for path, number in jax.tree.leaves_with_path(counts)}
+        for counts in (weights, moments)
+    )
+    return by_weight, by_moment

@@ -2,16 +2,29 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+import optax
+from jaxtyping import Array, PyTree
 
 from blocksparse_jax import tree
 from blocksparse_jax.layout import BlockLayout, Dense, Layout, is_layout
-from blocksparse_jax.metrics import nonzero_pruned
+from blocksparse_jax.metrics import nonfinite_by_leaf, nonzero_pruned_by_layer
 from blocksparse_jax.patterns import Pattern
-from blocksparse_jax.state import SparseState, get_layouts, get_masks, sparse_states
+from blocksparse_jax.state import (
+    SparseState,
+    get_layouts,
+    get_masks,
+    is_sparse_state,
+    sparse_states,
+)
+
+# One program each, rather than one for every leaf.
+_count_revived = jax.jit(nonzero_pruned_by_layer)
+_count_nonfinite = jax.jit(nonfinite_by_leaf)
 
 _LEFT_ALIGNED = ("layer", "shape", "pattern")
 
@@ -48,11 +61,19 @@ class Summary:
       rows: one for each parameter.
       method: names of the methods.
       target_densities: what each method asked for over its sparse leaves.
-      density: reached over the sparse leaves.
-      total_density: reached over all parameters.
+      density: of the masks, over the sparse leaves.
+      total_density: of the masks, over all parameters.
       stalled_updates: updates of the masks that could grow no weight, since the gradient of the
         pruned ones was missing (`SparseState`).
+      weight_density: of the weights, over the sparse leaves: above `density` where pruned weights
+        are not zero though the method promises zeros.
       nonzero_pruned: pruned weights that are not zero though the method promises zeros.
+      nonzero_pruned_layers: layer -> how many of them, where there are any.
+      nonfinite_weights: layer -> weights that are NaN or infinite, where there are any.
+      nonfinite_state: leaf of the optimizer state (a moment, a trace) -> likewise.
+      nonfinite_updates: updates of the masks that were left out, since what decides them was not
+        finite (`SparseState`).
+      averaging: a remark on weights inside the optimizer state that are not zero where pruned.
     """
 
     rows: tuple[Row, ...]
@@ -61,7 +82,13 @@ class Summary:
     density: float
     total_density: float
     stalled_updates: int = 0
+    weight_density: float = 0.0
     nonzero_pruned: int = 0
+    nonzero_pruned_layers: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    nonfinite_weights: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    nonfinite_state: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    nonfinite_updates: int = 0
+    averaging: str = ""
 
     @property
     def target_density(self) -> float:
@@ -76,31 +103,70 @@ class Summary:
     def __str__(self) -> str:
         lines = _aligned([_HEADINGS, *map(_cells, self.rows)])
         rule = "-" * max(map(len, lines))
-        return "\n".join([lines[0], rule, *lines[1:], rule, *self._totals()])
+        totals = [*self._dense_though_convs(), *self.remarks, self._total()]
+        return "\n".join([lines[0], rule, *lines[1:], rule, *totals])
 
-    def _totals(self) -> list[str]:
+    def _dense_though_convs(self) -> list[str]:
+        if not self.dense_convs:
+            return []
+        named = [f"{row.name} ({_by(row.shape)})" for row in self.dense_convs]
+        others = f" and {len(named) - 8} more" if len(named) > 8 else ""
+        return [f"dense, though conv kernels by shape: {', '.join(named[:8])}{others}"]
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """One sentence for each thing that is wrong with the weights or the updates."""
+        return tuple(filter(None, self._remarks()))
+
+    def _total(self) -> str:
         targets = " and ".join(f"{target:.4f}" for target in self.target_densities)
-        totals = [
-            f"{self.method}: sparse layers keep {self.density:.4f} (target {targets}), all "
+        truth = ""
+        if self.nonzero_pruned:
+            truth = f" by the masks, but {self.weight_density:.4f} of the weights are not zero"
+        return (
+            f"{self.method}: sparse layers keep {self.density:.4f}{truth} (target {targets}), all "
             f"parameters {self.total_density:.4f}"
-        ]
-        if self.dense_convs:
-            named = [f"{row.name} ({_by(row.shape)})" for row in self.dense_convs]
-            others = f" and {len(named) - 8} more" if len(named) > 8 else ""
-            totals.append(f"dense, though conv kernels by shape: {', '.join(named[:8])}{others}")
+        )
+
+    def _remarks(self) -> Iterator[str]:
+        if self.nonzero_pruned:
+            yield (
+                f"{self.nonzero_pruned:,} pruned weights are not zero"
+                f"{_most(self.nonzero_pruned_layers)}: start from apply_masks(params, "
+                "get_masks(state)), and train with sparse(method, optimizer) or keep_zeros(...) "
+                "around the whole chain"
+            )
+        yield self.averaging
+        if self.nonfinite_weights:
+            yield f"{_total_and_most(self.nonfinite_weights, 'weights')} are not finite"
+        if self.nonfinite_state:
+            moments = _total_and_most(self.nonfinite_state, "values of the optimizer state")
+            yield f"{moments} are not finite"
+        if self.nonfinite_updates:
+            yield (
+                f"{self.nonfinite_updates} updates of the masks were left out, since the weights "
+                "or gradients that decide them were not finite: the masks stayed as they were"
+            )
         if self.stalled_updates:
-            totals.append(
+            yield (
                 f"{self.stalled_updates} updates of the masks could grow nothing: the gradient of "
                 "the pruned weights was zero; give these steps the full one, e.g. conv(..., "
                 "kernel_gradient='dense')"
             )
-        if self.nonzero_pruned:
-            totals.append(
-                f"{self.nonzero_pruned:,} pruned weights are not zero: start from "
-                "apply_masks(params, get_masks(state)), and train with sparse(method, optimizer) "
-                "or keep_zeros(...) around the whole chain"
-            )
-        return totals
+
+
+def _most(counts: Mapping[str, int]) -> str:
+    """The leaf that has most of them, and how many others have some."""
+    if not counts:
+        return ""
+    name = max(counts, key=lambda name: counts[name])
+    others = len(counts) - 1
+    layers = f", and in {others} other{'s' if others > 1 else ''}" if others else ""
+    return f" ({counts[name]:,} at {name!r}{layers})"
+
+
+def _total_and_most(counts: Mapping[str, int], what: str) -> str:
+    return f"{sum(counts.values()):,} {what}{_most(counts)}"
 
 
 _HEADINGS = ("layer", "shape", "weights", "kept", "density", "pattern")
@@ -132,7 +198,10 @@ def _aligned(table: list[tuple[str, ...]]) -> list[str]:
 def summarize(params: PyTree, state: PyTree) -> Summary:
     """A table per layer, and totals: target and reached density, group sizes asked for and used.
 
-    It looks at the weights too: pruned weights that are not zero are counted and shown.
+    It looks at the weights too, not only at the masks: pruned weights that are not zero, and
+    weights and moments that are not finite, are counted and shown with their layer. Give it the
+    weights that you evaluate: a wrapper outside of `keep_zeros` may have other ones than those that
+    are trained (`lookahead`'s slow weights, `schedule_free_eval_params(state, params)`).
 
     Args:
       params: the parameters, dense or packed by `pack_tree`.
@@ -180,16 +249,54 @@ def summarize(params: PyTree, state: PyTree) -> Summary:
             sparse_rows.append(row)
         rows.append(row)
     weights = sum(row.weights for row in sparse_rows)
+    revived = _some(_count_revived(params, state))
+    nonfinite_weights, nonfinite_state = _count_nonfinite(params, state)
+    reached = sum(row.kept for row in sparse_rows) / max(1, weights)
     return Summary(
         rows=tuple(rows),
         method=" + ".join(sparse.spec.method for sparse in states),
         target_densities=tuple(sparse.spec.density for sparse in states),
-        density=sum(row.kept for row in sparse_rows) / max(1, weights),
+        density=reached,
         total_density=sum(row.kept for row in rows) / sum(row.weights for row in rows),
         stalled_updates=sum(
             int(count) for sparse in states for count in jax.tree.leaves(sparse.stalled_updates)
         ),
-        nonzero_pruned=int(nonzero_pruned(params, state)),
+        weight_density=reached + sum(revived.values()) / max(1, weights),
+        nonzero_pruned=sum(revived.values()),
+        nonzero_pruned_layers=revived,
+        nonfinite_weights=_some(nonfinite_weights),
+        nonfinite_state=_some(nonfinite_state),
+        nonfinite_updates=sum(
+            int(count) for sparse in states for count in jax.tree.leaves(sparse.nonfinite_updates)
+        ),
+        averaging=_schedule_free_outside(state),
+    )
+
+
+def _some(counts: Mapping[str, Array]) -> dict[str, int]:
+    """The counts above zero, as Python ints."""
+    fetched = jax.device_get(dict(counts))
+    return {name: int(count) for name, count in fetched.items() if count}
+
+
+def _schedule_free_outside(state: PyTree) -> str:
+    """A remark where schedule_free's own weights are not zero though pruned."""
+
+    def stop(node: Any) -> bool:
+        return isinstance(node, optax.contrib.ScheduleFreeState)
+
+    count = 0
+    for node in jax.tree.leaves(state, is_leaf=stop):
+        holds_method = stop(node) and any(
+            map(is_sparse_state, jax.tree.leaves(node, is_leaf=is_sparse_state))
+        )
+        if holds_method:
+            count += sum(_some(nonzero_pruned_by_layer(node.z, node)).values())
+    if not count:
+        return ""
+    return (
+        f"schedule_free holds {count:,} pruned weights that are not zero, which its averages bring "
+        "back: put it inside, keep_zeros(schedule_free(optax.chain(method, optimizer), rate))"
     )
 
 
