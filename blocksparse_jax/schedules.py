@@ -280,8 +280,9 @@ def progress(curve: Curve, count: Any, start: int, end: int, every: int = 1) -> 
     """How far a gradual method has come: 0 until `start`, 1 from `end` on.
 
     With `t = clip((count - start) / (end - start), 0, 1)`: cubic `t^3`, linear `t`, cos
-    `1 - cos(pi t / 2)`, and exp `(1 - exp(-i / 20)) / (1 - exp(-n / 20))` with i of n the update
-    (epoch) since `start`.
+    `1 - cos(pi t / 2)`, and exp `(1 - exp(-i / 20)) / (1 - exp(-(n - 1) / 20))` with i of n the
+    update (epoch) since `start`, so that exp is 1 one update before the others; of a single update
+    it is 0 before the end.
 
     Args:
       curve: which curve.
@@ -312,7 +313,10 @@ def progress(curve: Curve, count: Any, start: int, end: int, every: int = 1) -> 
     if curve == "cos":
         return 1 - jnp.cos(jnp.pi * t / 2)
     n = (end - start) / every
-    return (1 - jnp.exp(-0.05 * t * n)) / (1 - jnp.exp(-0.05 * n))
+    if n <= 1:
+        return jnp.floor(t)
+    updates = jnp.minimum(t * n, n - 1)
+    return (1 - jnp.exp(-0.05 * updates)) / (1 - jnp.exp(-0.05 * (n - 1)))
 
 
 def cubic_sparsity(

@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from blocksparse_jax import _checks, tree
 from blocksparse_jax.kernels import kernels
@@ -164,6 +164,7 @@ def block_scores(
     block: int,
     criterion: Criterion = "l1",
     alpha: float = 1.0,
+    mask: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "groups cin"]:
     """Scores of 1xN blocks: N consecutive filters x one input channel x the whole kernel.
 
@@ -176,6 +177,9 @@ def block_scores(
       block: N, a divisor of cout.
       criterion: "l1", "l2" (the norms) or "bpar" (block angular redundancy).
       alpha: weight of the redundancy in BPAR.
+      mask: the blocks that BPAR's redundancy is between: the cosines are those of
+        `kernel * mask`, and a masked block counts as a zero one, while its norm stays that of
+        `kernel` (the authors' version 1); None = all.
 
     Returns:
       float32 `[cout / block, cin]`; the groups of stacked kernels follow each other.
@@ -191,21 +195,34 @@ def block_scores(
     """
     _checks.choice("criterion", criterion, CRITERIA)
     of = kernels("kernel", kernel.shape)
-    scores = of.each(lambda one: _block_scores(one, block, criterion, alpha))(of.as_conv(kernel))
+    mask = jnp.ones(kernel.shape, bool) if mask is None else mask
+    scores = of.each(lambda one, kept: _block_scores(one, kept, block, criterion, alpha))(
+        of.as_conv(kernel), of.as_conv(mask)
+    )
     return scores.reshape(-1, scores.shape[-1])
 
 
 def _block_scores(
-    kernel: Float[Array, "kh kw cin cout"], block: int, criterion: Criterion, alpha: float
+    kernel: Float[Array, "kh kw cin cout"],
+    mask: Bool[Array, "kh kw cin cout"],
+    block: int,
+    criterion: Criterion,
+    alpha: float,
 ) -> Float[Array, "groups cin"]:
     """The scores of the blocks of one conv kernel."""
     kh, kw, cin, cout = kernel.shape
+
+    def in_blocks(weights: Array) -> Float[Array, "groups cin n"]:
+        blocks = jnp.moveaxis(weights.reshape(kh * kw, cin, cout // block, block), 2, 0)
+        return jnp.swapaxes(blocks, 1, 2).reshape(cout // block, cin, -1)
+
     weights = jnp.where(jnp.isnan(kernel), 0, kernel).astype(jnp.float32)
-    blocks = jnp.moveaxis(weights.reshape(kh * kw, cin, cout // block, block), 2, 0)
-    blocks = jnp.swapaxes(blocks, 1, 2).reshape(cout // block, cin, -1)
+    blocks = in_blocks(weights)
     l1 = jnp.abs(blocks).sum(-1)
     if criterion == "l1":
         return l1
+    if criterion == "bpar":
+        blocks = in_blocks(jnp.where(mask, weights, 0))
     l2 = jnp.sqrt(jnp.square(blocks).sum(-1))
     if criterion == "l2":
         return l2

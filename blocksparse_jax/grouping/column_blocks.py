@@ -49,46 +49,50 @@ class ColumnBlocks:
 def rumi_groups(
     mask: Bool[Array | np.ndarray, "kh kw cin cout"],
     *,
-    min_rows: int = 16,
+    clusters: int = 8,
+    min_rows: int = 17,
     max_rows: int = 32,
     t1: float = 1.5,
 ) -> ColumnBlocks:
     """Regroups an unstructured mask into dense blocks of filters x columns.
 
-    Empty rows and columns go; the rows are clustered; clusters of more than `max_rows` are split
-    evenly and those of fewer than `min_rows` dropped; each cluster takes its non-empty columns in
-    order of non-zeros while `i <= t1 * remaining` for some row: `i` columns taken, `remaining` the
-    row's non-zeros. The mask is the union of the blocks.
+    Empty rows and columns go; the rows are clustered; clusters of fewer than `min_rows` are
+    dropped; each cluster takes its non-empty columns in order of non-zeros while
+    `i <= t1 * remaining` for some row: `i` columns taken, `remaining` the row's non-zeros. Of a
+    cluster of n rows, more than `max_rows`, the first `max_rows * floor(n / max_rows)` form one
+    block, and the rest another of the same columns. The mask is the union of the blocks.
 
     Args:
       mask: bool `[kh, kw, cin, cout]`, concrete.
+      clusters: how many clusters of rows.
       min_rows: smallest cluster that is kept.
-      max_rows: largest cluster that is not split.
+      max_rows: blocks of larger clusters have a multiple of this many rows, and one has the rest.
       t1: columns taken per non-zero of the fullest row, at most.
 
     Returns:
-      The blocks; none when every cluster is too small.
+      The blocks; none when every cluster is too small: then the authors keep the mask as it is,
+      `blocks.mask() if blocks.blocks else mask`.
 
     Raises:
       ValueError: the mask is traced, not bool or of the wrong rank, or a number is out of range.
 
     Example:
-      >>> mask = np.zeros((1, 1, 4, 32), bool)
+      >>> mask = np.zeros((1, 1, 4, 40), bool)
       >>> mask[0, 0, 1, ::2] = mask[0, 0, 2, 1::2] = True
-      >>> blocks = rumi_groups(mask, max_rows=16).blocks
-      >>> [(rows[:3].tolist(), columns.tolist()) for rows, columns in blocks]
-      [([0, 2, 4], [1]), ([1, 3, 5], [2])]
+      >>> blocks = rumi_groups(mask, clusters=2).blocks
+      >>> [(len(rows), rows[:3].tolist(), columns.tolist()) for rows, columns in blocks]
+      [(20, [0, 2, 4], [1]), (20, [1, 3, 5], [2])]
 
     Reference: Rumi et al., "Accelerating sparse CNN inference on GPUs with performance-aware weight
     pruning", 2020, in the variant of its public re-implementation. Our choice: complete-linkage
-    clusters by Jaccard distance, as few as fit `max_rows`, instead of a hypergraph partition;
-    `remaining` read as above.
+    clusters by Jaccard distance instead of a hypergraph partition; `remaining` read as above.
     """
     kept = _checks.concrete("mask", mask)
     shape = _checks.kernel_shape("mask.shape", kept.shape)
     _checks.boolean("mask", kept.dtype)
-    if _checks.positive_int("min_rows", min_rows) > _checks.positive_int("max_rows", max_rows):
-        raise ValueError(f"min_rows: expected at most max_rows={max_rows}, got {min_rows}")
+    _checks.positive_int("clusters", clusters)
+    _checks.positive_int("min_rows", min_rows)
+    _checks.positive_int("max_rows", max_rows)
     if not t1 > 0:
         raise ValueError(f"t1: expected a positive number, got {t1!r}")
     forward = _forward(kept)
@@ -97,13 +101,16 @@ def rumi_groups(
     shared, counts = dense @ dense.T, dense.sum(1)
     distance = 1 - shared / np.maximum(counts[:, None] + counts - shared, 1)
     blocks = []
-    for cluster in _complete_linkage(distance, math.ceil(len(rows) / max_rows)):
-        for members in np.array_split(rows[cluster], math.ceil(len(cluster) / max_rows)):
-            if len(members) >= min_rows:
-                block = forward[members]
-                taken = min(int(t1 * block.sum(1).max()), int(block.any(0).sum()))
-                columns = np.argsort(-block.sum(0), kind="stable")[:taken]
-                blocks.append((np.sort(members), np.sort(columns)))
+    for cluster in _complete_linkage(distance, clusters):
+        members = np.sort(rows[cluster])
+        if len(members) < min_rows:
+            continue
+        block = forward[members]
+        taken = min(int(t1 * block.sum(1).max()), int(block.any(0).sum()))
+        columns = np.sort(np.argsort(-block.sum(0), kind="stable")[:taken])
+        whole = len(members) // max_rows * max_rows or len(members)
+        parts = (members[:whole], members[whole:])
+        blocks.extend((part, columns) for part in parts if len(part))
     return ColumnBlocks(shape, tuple(blocks))
 
 
@@ -112,9 +119,11 @@ def dsb_groups(
 ) -> ColumnBlocks:
     """Shuffles rows and columns into `block x block` squares and keeps the heaviest.
 
-    Rows are clustered by `1 - cosine` and cut into groups of `block`; a group's columns, by
-    descending L2 norm, are cut into runs of `block`; the `ceil((1 - sparsity) * size / block^2)`
-    squares of largest L2 norm in the layer stay.
+    The largest `1 - sparsity` of `|w|` are the layer's unstructured mask `m0`. The filters are
+    clustered by `1 - cosine` of their rows of `m0` (0 or 1) into `cout // block` clusters, which
+    are listed by size and cut into groups of `block`. A group's columns, by descending L2 norm of
+    `|w| * m0`, are cut into runs of `block`; the `ceil((1 - sparsity) * size / block^2)` squares
+    whose column norms have the largest sum in the layer stay.
 
     Args:
       weights: `[kh, kw, cin, cout]`, weights or scores, concrete.
@@ -129,32 +138,40 @@ def dsb_groups(
       ValueError: the weights are traced or of the wrong rank, or a number is out of range.
 
     Example:
-      >>> blocks = dsb_groups(np.arange(64.0).reshape(1, 1, 8, 8), sparsity=0.75, block=4)
+      >>> weights = np.ones((1, 1, 8, 8))
+      >>> weights[0, 0, 1::2, ::2] = weights[0, 0, ::2, 1::2] = 3
+      >>> blocks = dsb_groups(weights, sparsity=0.5, block=4)
       >>> [(rows.tolist(), columns.tolist()) for rows, columns in blocks.blocks]
-      [([4, 5, 6, 7], [4, 5, 6, 7])]
-      >>> float(blocks.mask().mean())
-      0.25
+      [([0, 2, 4, 6], [1, 3, 5, 7]), ([1, 3, 5, 7], [0, 2, 4, 6])]
 
-    Reference: "Shuffled block sparsity" (DSB), 2022. Our choice: groups of exactly `block` are cut
-    from the order in which the complete-linkage tree lists the rows; ties go to the lower index.
+    Reference: "Shuffled block sparsity" (DSB), 2022, and its authors' code. Our choice: clusters
+    are complete-linkage ones, the smallest first; ties go to the lower index.
     """
     dense = _checks.concrete("weights", weights)
     shape = _checks.kernel_shape("weights.shape", dense.shape)
     density = 1 - _checks.fraction("sparsity", sparsity)
     block = _checks.positive_int("block", block)
-    forward = _forward(dense).astype(np.float64)
-    unit = forward / np.maximum(np.linalg.norm(forward, axis=1, keepdims=True), 1e-30)
-    order = _complete_linkage(1 - unit @ unit.T, 1)[0]
-    squares, energy = [], []
+    magnitude = np.abs(_forward(dense).astype(np.float64))
+    kept = max(1, round(density * magnitude.size))
+    mask = np.zeros(magnitude.size, bool)
+    mask[np.argsort(-magnitude, axis=None, kind="stable")[:kept]] = True
+    magnitude = np.where(mask.reshape(magnitude.shape), magnitude, 0)
+
+    binary = mask.reshape(magnitude.shape).astype(np.float64)
+    shared, counts = binary @ binary.T, binary.sum(1)
+    distance = 1 - shared / np.sqrt(np.maximum(np.outer(counts, counts), 1))
+    clusters = _complete_linkage(distance, max(1, len(binary) // block))
+    order = np.concatenate(sorted(map(np.sort, clusters), key=len))
+    squares, scores = [], []
     for start in range(0, len(order), block):
         rows = np.sort(order[start : start + block])
-        norms = np.square(forward[rows]).sum(0)
+        norms = np.linalg.norm(magnitude[rows], axis=0)
         columns = np.argsort(-norms, kind="stable")
         for at in range(0, len(columns), block):
             squares.append((rows, np.sort(columns[at : at + block])))
-            energy.append(norms[columns[at : at + block]].sum())
-    best = np.argsort(-np.array(energy), kind="stable")[
-        : math.ceil(density * forward.size / block**2 - 1e-9)
+            scores.append(norms[columns[at : at + block]].sum())
+    best = np.argsort(-np.array(scores), kind="stable")[
+        : math.ceil(density * magnitude.size / block**2 - 1e-9)
     ]
     return ColumnBlocks(shape, tuple(squares[i] for i in np.sort(best)))
 

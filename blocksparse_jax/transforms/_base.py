@@ -66,6 +66,7 @@ def sparse_transformation(
     redraw: Redraw | None = None,
     penalty: Penalty | None = None,
     remember: Remember | None = None,
+    ahead: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes a sparse method from its parts.
 
@@ -79,6 +80,8 @@ def sparse_transformation(
       penalty: leaf -> a term that is added to its gradient, before the optimizer.
       remember: (step, leaf) -> the leaf's memory, at every update, before masks are redrawn; the
         memory starts as float32 zeros in the leaf's shape.
+      ahead: redrawn masks are those of the next step; the update that draws them masks and
+        penalises its gradient by the present ones.
 
     Returns:
       An optax transformation whose state is a `SparseState`.
@@ -132,6 +135,7 @@ def sparse_transformation(
             leaves = {
                 name: leaf._replace(memory=remember(step, leaf)) for name, leaf in leaves.items()
             }
+        present = leaves
         due = jnp.asarray(False)
         stalled, nonfinite = state.stalled_updates, state.nonfinite_updates
         if redraw is not None and leaves:
@@ -147,7 +151,10 @@ def sparse_transformation(
             stalled_updates=stalled,
             nonfinite_updates=nonfinite,
         )
-        passed_on = {name: _gradient(state.spec, leaf, penalty) for name, leaf in leaves.items()}
+        passed_on = {
+            name: _gradient(state.spec, leaf, penalty)
+            for name, leaf in (present if ahead else leaves).items()
+        }
         grads = jax.tree.unflatten(
             jax.tree.structure(params), tree.match("updates", updates, params)
         )

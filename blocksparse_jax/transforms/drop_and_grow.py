@@ -47,7 +47,11 @@ def drop_and_grow(
     scores, and grows as many with the highest `grow` scores among all others, the just dropped ones
     included. Single weights move `floor(f * n)`, as in RigL; patterns with few sets in a row the
     nearest number. Grown weights start at zero with fresh moments (under `keep_zeros`), and that
-    step applies no gradient. Groups and taps of HRBP's blocks stay as they were drawn.
+    step applies no gradient though it counts as one. Groups and taps of HRBP's blocks stay as they
+    were drawn.
+
+    Masks stay as they are where a weight, or a gradient they are grown by, is not finite;
+    `nonfinite_updates` in the state counts these updates, and `summarize` shows them.
 
     Growing by gradient, by momentum or by a function needs the full gradient at the steps that
     `get_spec(state).dense_gradient` names (momentum: at every step); where it is zero on every
@@ -71,7 +75,8 @@ def drop_and_grow(
       momentum: decay of the gradient's moving average that "momentum" scores by, in [0, 1).
       where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.
       key: JAX random key of random masks and growth; None is `jax.random.key(0)`, the same in every
-        run.
+        run. Two methods in one chain need two keys: with one, layers of the same shape would draw
+        the same masks.
       name: of the method, for reports.
 
     Returns:

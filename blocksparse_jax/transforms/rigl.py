@@ -25,6 +25,10 @@ def rigl(
 
     `drop_and_grow` of single weights, dropped by `|w|` and grown by `|g|`; masks start at random.
     At a step of the schedule the gradient must be the full one, as any dense execution gives it.
+    That step changes masks instead of applying a gradient, and it counts: learning-rate schedules
+    and step counts go on, so a run of n steps applies n gradients less one for each update of the
+    masks (the authors' code leaves the optimizer's step as it is there, and trains that much
+    longer).
 
     Args:
       sparsity: fraction of the chosen weights to remove, in [0, 1).

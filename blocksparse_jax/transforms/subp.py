@@ -24,14 +24,15 @@ from blocksparse_jax.transforms._base import (
 
 @dataclasses.dataclass(frozen=True)
 class Epochs:
-    """True at the first step of each epoch from `start` on, through `last`.
+    """True at the step before each epoch that begins at `start` or later, through `last`.
 
-    Epochs are counted from step 0, whatever `start` is.
+    Epochs are counted from step 0, whatever `start` is. The update of that step sets the masks with
+    which the epoch begins.
 
     Attributes:
       length: steps in an epoch.
-      start: no update before this step.
-      last: the last update; None = forever.
+      start: no masks for an epoch that begins before this step.
+      last: the first step of the last epoch with new masks; None = forever.
     """
 
     length: int
@@ -40,8 +41,9 @@ class Epochs:
 
     def __call__(self, count: Any) -> Any:
         """Whether `count` (int or int32 array) is an update step."""
-        due = (count >= self.start) & (count % self.length == 0)
-        return due if self.last is None else due & (count <= self.last)
+        first = count + 1
+        due = (first >= self.start) & (first % self.length == 0)
+        return due if self.last is None else due & (first <= self.last)
 
 
 def subp(
@@ -64,12 +66,21 @@ def subp(
 ) -> optax.GradientTransformationExtraArgs:
     """SUBP: groups of N consecutive filters keep equally many channels, chosen anew each epoch.
 
-    At each update the `floor(P * C)` blocks (N filters x one channel x the whole kernel) of lowest
+    At each epoch the `floor(P * C)` blocks (N filters x one channel x the whole kernel) of lowest
     score go in every group, and `floor((P - P * rho(t)) * C)` of those come back, drawn without
     replacement with probabilities `softmax(x / tau)`, x = their scores divided by the scores' L2
     norm. rho rises from 0 at the schedule's start (dense) to 1 at its end (plain top-k, final from
     there on). Soft: the forward pass uses `w * mask` (`masked(params, state)`), the gradient goes
-    to all weights plus `decay * (1 - mask) * w`. Hard: gradients are masked.
+    to all weights plus `decay * (1 - mask) * w`. Hard: gradients are masked, and pruned weights are
+    zero (the authors' hard class leaves them as they are, decays them and may bring them back).
+
+    The masks with which an epoch begins are set by the last update of the one before it, from the
+    weights that this update started from.
+
+    While masks change, batch normalisation's running averages belong to masks of earlier steps: the
+    test accuracy of the first epochs after `start` can lie below chance though the training loss
+    falls. It recovers as the averages follow; a lower momentum of the averages (0.9) or fresh ones
+    from some training batches before an evaluation show the network as it is.
 
     Args:
       sparsity: P, the final fraction of blocks to remove, in [0, 1). A layer of C channels removes
@@ -83,7 +94,7 @@ def subp(
         that length, counted from step 0.
       soft: straight-through (True) or masked gradients (False).
       version: 2 scores `w * mask` (the authors' published class), 1 scores `w`, so that its masks
-        may change after the end too.
+        may change after the end too; the cosines of its BPAR are those of `w * mask`.
       tau: temperature of the regrowth.
       alpha: weight of the redundancy in BPAR.
       decay: pull of pruned weights towards zero, soft only.
@@ -141,20 +152,21 @@ def subp(
         }
 
     def redraw(step: Step, leaves: Leaves) -> dict[str, Kept]:
-        rho = schedules.progress(curve, step.count, era.start, era.end, era.every)
-        update_key = jax.random.fold_in(random_key, step.count)
+        first = step.count + 1
+        rho = schedules.progress(curve, first, era.start, era.end, era.every)
+        update_key = jax.random.fold_in(random_key, first)
         kept = {}
         for i, (name, leaf) in enumerate(leaves.items()):
             kernel = jnp.where(leaf.mask, leaf.weights, 0) if version == 2 else leaf.weights
             size = pattern.size(leaf.mask.shape[-1])
-            scores = block_scores(kernel, size, criterion, alpha)
+            scores = block_scores(kernel, size, criterion, alpha, leaf.mask)
             blocks = soft_blocks(jax.random.fold_in(update_key, i), scores, sparsity, rho, tau)
             kept[name] = Kept(pattern.mask(blocks, leaf.mask.shape), leaf.layout)
         return kept
 
     last_epoch = min(-(-era.end // era.every) * era.every, _checks.MAX_STEP)
     last = None if version == 1 else last_epoch
-    all_steps = schedules.Always() if last is None else schedules.Through(last)
+    all_steps = schedules.Always() if last is None else schedules.Through(last - 1)
 
     def spec(chosen: dict[str, Array]) -> Spec:
         return Spec(
@@ -170,7 +182,9 @@ def subp(
         )
 
     penalty = decay_of_pruned(decay) if soft else None
-    return sparse_transformation(spec, where=where, draw=draw, redraw=redraw, penalty=penalty)
+    return sparse_transformation(
+        spec, where=where, draw=draw, redraw=redraw, penalty=penalty, ahead=True
+    )
 
 
 def _era(schedule: Any, start: int | None, end: int | None, update_every: int | None) -> Between:

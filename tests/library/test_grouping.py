@@ -508,7 +508,7 @@ def test_hrbp_fills_both_matrices_and_column_blocks_only_one():
     mask = np.abs(weights) > np.quantile(np.abs(weights), 0.9)
     hrbp = hrbp_groups(jnp.abs(jnp.asarray(weights)), group_size=16, kept=19, kept_taps=3)
     assert block_fill(hrbp) == (1.0, 1.0)
-    for blocks in (rumi_groups(mask), dsb_groups(weights, sparsity=0.9)):
+    for blocks in (rumi_groups(mask, clusters=2), dsb_groups(weights, sparsity=0.9)):
         forward, backward = block_fill(blocks)
         assert forward == 1.0
         assert backward < 0.3
@@ -531,19 +531,63 @@ def planted_mask(groups, columns, shape, seed=0):
 
 def test_rumi_recovers_planted_blocks():
     mask = planted_mask(3, 10, (3, 3, 8, 72))
-    blocks = rumi_groups(mask)
+    blocks = rumi_groups(mask, clusters=3)
     assert [len(rows) for rows, _ in blocks.blocks] == [24, 24, 24]
     assert (blocks.mask() == mask).all()
 
 
 def test_rumi_splits_large_clusters_and_drops_small_ones():
-    mask = np.zeros((1, 1, 8, 64), bool)
+    """Of 40 rows the first 32 form a block, and the rest another of the same columns."""
+    mask = np.zeros((1, 1, 8, 80), bool)
     mask[0, 0, :2, :40] = True  # one cluster of 40
-    mask[0, 0, 4:6, 40:50] = True  # one of 10
-    blocks = rumi_groups(mask)  # the other 14 filters are empty rows
-    assert [len(rows) for rows, _ in blocks.blocks] == [20, 20]
-    assert all(columns.tolist() == [0, 1] for _, columns in blocks.blocks)
-    assert np.concatenate([rows for rows, _ in blocks.blocks]).max() < 40
+    mask[0, 0, 4:6, 40:56] = True  # one of 16, which is too small
+    mask[0, 0, 6:, 56:73] = True  # one of 17
+    blocks = rumi_groups(mask, clusters=3)  # the other filters are empty rows
+    expected = [(range(32), [0, 1]), (range(32, 40), [0, 1]), (range(56, 73), [6, 7])]
+    assert [(r.tolist(), c.tolist()) for r, c in blocks.blocks] == [
+        (list(rows), columns) for rows, columns in expected
+    ]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("clusters", "t1"), [(8, 1.5), (3, 0.5), (1, 1.5)])
+def test_rumi_equals_the_reference(seed, clusters, t1):
+    rng = np.random.default_rng(seed)
+    mask = planted_mask(4, 12, (3, 3, 6, 90), seed) ^ (rng.random((3, 3, 6, 90)) < 0.02)
+    blocks = rumi_groups(mask, clusters=clusters, t1=t1).blocks
+    expected = ref.rumi_blocks(mask, clusters, t1)
+    assert [(r.tolist(), c.tolist()) for r, c in blocks] == expected
+    assert expected or clusters == 8
+
+
+@pytest.mark.parametrize("kind", ["iid", "heavy", "clusters", "binary", "equal"])
+@pytest.mark.parametrize(
+    ("shape", "sparsity", "block"),
+    [((3, 3, 6, 40), 0.8, 8), ((1, 1, 20, 17), 0.5, 4), ((3, 3, 4, 6), 0.9, 16)],
+)
+def test_dsb_equals_the_reference(kind, shape, sparsity, block):
+    """Binary and equal weights: nothing but ties."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "iid": rng.normal(size=shape),
+        "heavy": rng.standard_cauchy(size=shape),
+        "clusters": rng.normal(size=shape)
+        * (rng.random((*shape[:3], 3)) < 0.3)[..., rng.integers(3, size=shape[3])],
+        "binary": rng.integers(-1, 2, shape).astype(float),
+        "equal": np.ones(shape),
+    }[kind]
+    mask = dsb_groups(weights, sparsity=sparsity, block=block).mask()
+    np.testing.assert_array_equal(ref.forward_matrix(mask), ref.dsb_mask(weights, sparsity, block))
+
+
+def test_dsb_sees_no_signs():
+    """Filters whose weights lie at the same places belong together, whatever their signs are."""
+    rng = np.random.default_rng(0)
+    weights = planted_mask(4, 16, (1, 1, 64, 64)) * rng.uniform(0.5, 1.0, (1, 1, 64, 64))
+    signs = rng.choice([-1.0, 1.0], weights.shape)
+    blocks = [dsb_groups(w, sparsity=0.75).mask() for w in (weights, signs * weights)]
+    np.testing.assert_array_equal(*blocks)
+    np.testing.assert_array_equal(blocks[0], weights > 0)
 
 
 def test_rumi_takes_columns_while_a_row_gains():
@@ -551,7 +595,7 @@ def test_rumi_takes_columns_while_a_row_gains():
     mask = rng.random((1, 1, 100, 16)) < 0.1
     fullest = int(mask.sum((0, 1, 2)).max())
     for t1 in (0.5, 1.5, 100.0):
-        ((_, columns),) = rumi_groups(mask, t1=t1).blocks
+        ((_, columns),) = rumi_groups(mask, clusters=1, min_rows=16, t1=t1).blocks
         counts = mask[0, 0].sum(1)
         assert len(columns) == min(int(t1 * fullest), np.count_nonzero(counts))
         assert counts[columns].min() >= np.delete(counts, columns).max(initial=0)
@@ -597,8 +641,8 @@ def test_complete_linkage_agrees_with_scipy(rows, clusters):
         (lambda: rumi_groups(np.ones((3, 3, 4, 4))), "mask: expected dtype bool"),
         (lambda: rumi_groups(np.ones((3, 4, 4), bool)), "mask.shape: expected a conv kernel"),
         (
-            lambda: rumi_groups(np.ones((3, 3, 4, 4), bool), min_rows=33),
-            "min_rows: expected at most max_rows=32",
+            lambda: rumi_groups(np.ones((3, 3, 4, 4), bool), clusters=0),
+            "clusters: expected an integer of at least 1",
         ),
         (lambda: rumi_groups(np.ones((3, 3, 4, 4), bool), t1=0), "t1: expected a positive number"),
         (lambda: dsb_groups(np.ones((3, 3, 4, 4)), sparsity=1.0), "sparsity: expected a number in"),

@@ -213,10 +213,10 @@ def kept_score():
 
 @check
 def rumi_groups():
-    mask = np.zeros((1, 1, 8, 16), bool)
+    mask = np.zeros((1, 1, 8, 20), bool)
     mask[0, 0, [2, 5]] = True
-    ((rows, columns),) = bsj.rumi_groups(mask).blocks
-    assert rows.tolist() == list(range(16))
+    ((rows, columns),) = bsj.rumi_groups(mask, clusters=1).blocks
+    assert rows.tolist() == list(range(20))
     assert columns.tolist() == [2, 5]
 
 

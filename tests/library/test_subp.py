@@ -64,8 +64,8 @@ def test_block_scores(shape, block, criterion):
     seed=st.integers(0, 999),
 )
 def test_masks_before_start_between_and_from_end_on(shape, criterion, version, sparsity, seed):
-    """All kept at first and at start; in between the best blocks for certain plus exactly the
-    regrown; from end on plain top-k.
+    """The mask of step t, which the update before it sets: all kept at start; in between the best
+    blocks for certain plus exactly the regrown; from end on plain top-k.
     """
     block, cin = 4, shape[2]
     kernels = [random_kernel(seed + t, shape) for t in range(4)]
@@ -80,14 +80,13 @@ def test_masks_before_start_between_and_from_end_on(shape, criterion, version, s
     }
     masks = list(run_subp(kernels, seed, sparsity=sparsity, **options))
     assert masks[0].all()
-    assert masks[1].all()
     for t in (1, 2, 3):
-        element_mask = np.repeat(masks[t], block, axis=0).T[None, None]  # [1, 1, cin, cout]
-        scores = ref.subp_scores(kernels[t], element_mask, block, criterion, version, alpha=0.7)
+        element_mask = np.repeat(masks[t - 1], block, axis=0).T[None, None]  # [1, 1, cin, cout]
+        scores = ref.subp_scores(kernels[t - 1], element_mask, block, criterion, version, alpha=0.7)
         removed, regrown = ref.subp_counts(sparsity, cin, ref.subp_rho(t, 0, 2, 1, "linear"))
         assert regrown == 0 or t == 1
         for g in range(len(scores)):
-            kept = masks[t + 1][g]
+            kept = masks[t][g]
             assert kept.sum() == cin - removed + regrown
             if regrown == 0:
                 assert_top(scores[g], kept, cin - removed)
@@ -157,37 +156,47 @@ FOUR_CURVES = [(curve, 0.6, 20) for curve in ("cubic", "linear", "cos", "exp")]
     [*FOUR_CURVES, ("linear", 0.29, 100), ("cubic", 0.5, 13), ("exp", 0.0, 5), ("cos", 0.9, 1)],
 )
 @pytest.mark.parametrize(("start", "end"), [(4, 24), (3, 23)])
-def test_counts_after_every_update(schedule, sparsity, cin, start, end):
-    """Every group keeps `C - floor(P C) + floor((P - P rho) C)`; between the updates nothing moves;
-    rounding errors do not cost a block. Epochs of 2 steps begin at even steps, also where pruning
-    starts at an odd one.
+def test_counts_at_every_step(schedule, sparsity, cin, start, end):
+    """Every group keeps `C - floor(P C) + floor((P - P rho) C)` from the first forward pass of an
+    epoch on; inside of it nothing moves; rounding errors do not cost a block. Epochs of 2 steps
+    begin at even steps, also where pruning starts at an odd one.
     """
     every, cout = 2, 6
     kernel = normal(0, (1, 1, cin, cout))
     options = {"block": 3, "schedule": schedule, "start": start, "end": end, "update_every": every}
     masks = list(run_subp([kernel] * 29, sparsity=sparsity, **options))
     regrown_counts = set()
-    for t in range(29):
+    for t in range(30):
         if t % every:
-            np.testing.assert_array_equal(masks[t + 1], masks[t])
+            np.testing.assert_array_equal(masks[t], masks[t - 1])
         else:
             removed, regrown = ref.subp_counts(
                 sparsity, cin, ref.subp_rho(t, start, end, every, schedule)
             )
-            assert (masks[t + 1].sum(1) == cin - removed + regrown).all(), t
+            assert (masks[t].sum(1) == cin - removed + regrown).all(), t
             regrown_counts.add(regrown)
-    assert masks[start + 1].all()
+    assert masks[start].all()
     assert sparsity * cin < 5 or len(regrown_counts) > 4
 
 
-def test_updates_come_at_the_first_step_of_an_epoch_whatever_the_start():
-    """Epochs of 3 steps, pruning from step 4 to step 11: the masks move at steps 6, 9 and 12."""
+def test_the_last_step_of_an_epoch_sets_the_masks_of_the_next_whatever_the_start():
+    """Epochs of 3 steps, pruning from step 4 to step 11: steps 6, 9 and 12 begin with new masks."""
     options = {"block": 3, "schedule": "linear", "start": 4, "end": 11, "update_every": 3}
     masks = list(run_subp([normal(t, (1, 1, 16, 6)) for t in range(18)], sparsity=0.5, **options))
-    changed = [t for t in range(18) if (masks[t + 1] != masks[t]).any()]
+    changed = [t for t in range(1, 19) if (masks[t] != masks[t - 1]).any()]
     assert changed == [6, 9, 12]
     spec = bsj.get_spec(compiled(sparsity=0.5, **options)[0]({"conv": np.ones((1, 1, 16, 6))}))
-    assert [t for t in range(18) if spec.changes(t)] == [6, 9, 12]
+    assert [t for t in range(18) if spec.changes(t)] == [5, 8, 11]
+    assert [t for t in range(18) if spec.dense_gradient(t)] == list(range(12))
+
+
+def test_exp_reaches_its_end_one_epoch_early():
+    """`(1 - e^(-i / 20)) / (1 - e^(-(n - 1) / 20))` at the i-th of n = 10 epochs of 3 steps."""
+    for epoch in range(12):
+        i = min(max(epoch - 1, 0), 9)  # pruning starts with the second epoch
+        expected = (1 - np.exp(-0.05 * i)) / (1 - np.exp(-0.05 * 9))
+        assert float(progress("exp", 3 * epoch, 3, 33, 3)) == pytest.approx(expected, abs=1e-6)
+    assert [float(progress("exp", t, 0, 4, 4)) for t in range(6)] == [0, 0, 0, 0, 1, 1]
 
 
 def test_floor_of_an_exact_product():
@@ -230,7 +239,8 @@ def test_the_soft_phase_has_a_layout_of_the_regrown_size():
     kernel = normal(0, (3, 3, 8, 8))
     init, update = compiled(sparsity=0.75, block=4, schedule="linear", start=0, end=4)
     state = init({"conv": kernel})
-    for kept in (8, 6, 5, 3, 2):  # 8 - 6 + floor(6 (1 - t / 4))
+    assert bsj.get_layouts(state)["conv"].packed_shape == (2, 8, 9, 4)
+    for kept in (6, 5, 3, 2, 2):  # 8 - 6 + floor(6 (1 - t / 4)) at step t = 1, 2, ...
         state = update(jax.random.key(0), kernel, state)
         layout = bsj.get_layouts(state)["conv"]
         assert layout.packed_shape == (2, kept, 9, 4)
@@ -267,7 +277,7 @@ def test_gradients_soft_and_hard(soft):
 @pytest.mark.parametrize("criterion", ["l1", "bpar"])
 def test_trajectory_with_momentum_and_weight_decay(soft, version, criterion):
     """28 steps on `0.5 sum(a (w~ - target)^2)`: NumPy follows, taking from the library only which
-    removed blocks were drawn.
+    removed blocks were drawn. Each epoch begins with its own masks, set by the update before.
     """
     start, end, every, block, sparsity, shape = 4, 20, 4, 4, 0.6, (3, 3, 10, 8)
     rate, momentum, weight_decay, decay = 0.1, 0.9, 1e-2, 0.2
@@ -305,9 +315,10 @@ def test_trajectory_with_momentum_and_weight_decay(soft, version, criterion):
     for t in range(28):
         params, state = step(params, state)
         grad = curvature * (kernel * mask - target)
-        if t % every == 0:
+        grad = ref.sr_ste_gradient(grad, kernel, mask, decay) if soft else grad * mask
+        if (t + 1) % every == 0:
             removed, regrown = ref.subp_counts(
-                sparsity, 10, ref.subp_rho(t, start, end, every, "cubic")
+                sparsity, 10, ref.subp_rho(t + 1, start, end, every, "cubic")
             )
             scores = ref.subp_scores(kernel, mask, block, criterion, version)
             drawn = channels_of(state, block)
@@ -316,14 +327,10 @@ def test_trajectory_with_momentum_and_weight_decay(soft, version, criterion):
                 assert kept[best].all()
                 assert kept.sum() == 10 - removed + regrown
             mask = np.broadcast_to(np.repeat(drawn, block, axis=0).T, shape)
-            if not soft:
-                kernel, trace = kernel * (old & mask), trace * (old & mask)
-        grad = ref.sr_ste_gradient(grad, kernel, mask, decay) if soft else grad * mask
         trace = momentum * trace + grad + weight_decay * kernel
         kernel = kernel - rate * trace
-        trace = (
-            trace if soft else trace * (old & mask)
-        )  # keep_zeros: a newly grown weight leaves its first step without momentum
+        if not soft:  # pruned weights are zero, grown ones begin without momentum
+            kernel, trace = kernel * mask, trace * (old & mask)
         old = mask
         np.testing.assert_array_equal(bsj.get_masks(state)["conv"], mask)
         np.testing.assert_allclose(params["conv"], kernel, rtol=1e-4, atol=1e-5)

@@ -30,7 +30,7 @@ def draws(blocks, seed=0, *, removed=4, block=1, **options):
         "end": removed,
         "version": 1,
     } | options
-    kept = list(run_subp([kernel] * removed, seed, sparsity=removed / cin, **options))[2:]
+    kept = list(run_subp([kernel] * (removed - 1), seed, sparsity=removed / cin, **options))[1:]
     assert [set(k.sum(1).tolist()) for k in kept] == [{cin - s} for s in range(1, removed)]
     return dict(zip(range(removed - 1, 0, -1), kept))
 
@@ -81,8 +81,8 @@ def test_regrowth_by_criterion(criterion):
     scores = ref.subp_scores(
         blocks[None, None].astype(np.float32), np.ones((1, 1, 6, 2)), 2, criterion
     )[0]
-    kept = draws(blocks, 1, block=2, criterion=criterion, tau=0.3)[2]
-    assert_law(kept, scores, removed=4, regrown=2, tau=0.3)
+    kept = draws(blocks, 1, block=2, criterion=criterion, tau=0.3)[3]  # drawn while all are kept
+    assert_law(kept, scores, removed=4, regrown=3, tau=0.3)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5])
@@ -111,7 +111,7 @@ def test_version_2_draws_former_pruned_blocks_at_score_zero():
         "version": 2,
         "tau": 0.3,
     }
-    *_, before, after = run_subp([kernel] * 4, 5, **options)  # step 2 regrows 2 of 4, step 3 one
+    *_, before, after = run_subp([kernel] * 3, 5, **options)  # step 2 regrows 2 of 4, step 3 one
     draws_after, laws = {}, {}
     for row, new in zip(before, after):
         draws_after.setdefault(tuple(row), []).append(new[2:].argmax())
@@ -152,7 +152,7 @@ def test_inclusion_over_many_keys():
             key=key,
         )
         state = tx.init({"conv": kernel})
-        for _ in range(3):
+        for _ in range(2):
             _, state = tx.update({"conv": kernel}, state, {"conv": kernel})
         return bsj.get_masks(state)["conv"]
 

@@ -198,25 +198,30 @@ def subp_scores(kernel, mask, block, criterion, version=2, alpha=1.0):
     (Xiang et al., SUBP, NeurIPS 2023).
     """
     cin, cout = kernel.shape[2:]
-    weights = kernel.astype(np.float64) * (mask if version == 2 else 1)
+    masked = kernel.astype(np.float64) * mask
+    weights = masked if version == 2 else kernel.astype(np.float64)
+
+    def blocks_of(values, g):
+        return [values[:, :, c, g * block : (g + 1) * block].reshape(-1) for c in range(cin)]
+
     scores = np.zeros((cout // block, cin))
     for g in range(cout // block):
-        blocks = [weights[:, :, c, g * block : (g + 1) * block].reshape(-1) for c in range(cin)]
+        blocks = blocks_of(weights, g)
         if criterion == "l1":
             scores[g] = [np.abs(b).sum() for b in blocks]
         elif criterion == "l2":
             scores[g] = [np.sqrt((b**2).sum()) for b in blocks]
         else:
-            scores[g] = _angular_redundancy(blocks, alpha)
+            lengths = [np.abs(b).sum() for b in blocks]
+            scores[g] = _angular_redundancy(lengths, blocks_of(masked, g), alpha)
     return scores
 
 
-def _angular_redundancy(blocks, alpha):
-    """`l_j / sum l - alpha r_j / sum r`, l the L1 norm, `r_j = sum_i |cos(b_i, b_j)|`; a zero
-    block's normalised r is 1.
+def _angular_redundancy(length, blocks, alpha):
+    """`l_j / sum l - alpha r_j / sum r`, l the L1 norm, `r_j = sum_i |cos(b_i, b_j)|` of the masked
+    blocks; a zero block's normalised r is 1.
     """
     norms = [np.linalg.norm(b) for b in blocks]
-    length = [np.abs(b).sum() for b in blocks]
     redundancy = [0.0] * len(blocks)
     for j, i in itertools.product(range(len(blocks)), repeat=2):
         if norms[i] > 0 and norms[j] > 0:
@@ -239,8 +244,11 @@ def subp_rho(step, start, end, every, schedule):
         return t
     if schedule == "cos":
         return 1 - math.cos(math.pi * t / 2)
-    epochs = (end - start) / every
-    return (1 - math.exp(-0.05 * epochs * t)) / (1 - math.exp(-0.05 * epochs))
+    epochs = (end - start) / every  # i-th of them; i = epochs - 1 is the last to change anything
+    if epochs <= 1:
+        return math.floor(t)
+    i = min(epochs * t, epochs - 1)
+    return (1 - math.exp(-0.05 * i)) / (1 - math.exp(-0.05 * (epochs - 1)))
 
 
 def subp_counts(sparsity, channels, rho):
@@ -299,3 +307,82 @@ def exchange(kept, stay, come, n_drop):
     """One row: keeps the best `stay` of the kept sets, grows the best `come` of all others."""
     stays = largest(np.where(kept, stay, -np.inf), int(kept.sum()) - n_drop)
     return stays | largest(np.where(stays, -np.inf, come), n_drop)
+
+
+def complete_linkage(distance, clusters):
+    """Merges the pair of clusters whose farthest members are closest, the first pair of equals,
+    until so many clusters remain; each is the sorted list of its rows.
+    """
+    groups = [[i] for i in range(len(distance))]
+    while len(groups) > clusters:
+        pairs = itertools.combinations(range(len(groups)), 2)
+        first, second = min(
+            pairs,
+            key=lambda pair: max(distance[i, j] for i in groups[pair[0]] for j in groups[pair[1]]),
+        )
+        groups[first] = sorted(groups[first] + groups.pop(second))
+    return groups
+
+
+def forward_matrix(kernel):
+    """`[kh, kw, cin, cout]` as `[cout, cin * kh * kw]`, a filter a row."""
+    kh, kw, cin, cout = kernel.shape
+    rows = [
+        [kernel[y, x, c, f] for c in range(cin) for y in range(kh) for x in range(kw)]
+        for f in range(cout)
+    ]
+    return np.array(rows)
+
+
+def dsb_mask(weights, sparsity, block):
+    """The forward matrix's mask of DSB (2022), by the authors' code as described in words."""
+    matrix = np.abs(forward_matrix(weights).astype(np.float64))
+    top = largest(matrix.reshape(-1), round((1 - sparsity) * matrix.size)).reshape(matrix.shape)
+    counts = top.sum(1)
+    distance = np.ones((len(matrix), len(matrix)))
+    for i, j in itertools.product(range(len(matrix)), repeat=2):
+        if counts[i] * counts[j]:
+            distance[i, j] = 1 - (top[i] & top[j]).sum() / np.sqrt(counts[i] * counts[j])
+    clusters = sorted(complete_linkage(distance, max(1, len(matrix) // block)), key=len)
+    order = [row for cluster in clusters for row in cluster]
+    squares = []
+    for start in range(0, len(order), block):
+        rows = order[start : start + block]
+        norms = [np.sqrt(((matrix * top)[rows, c] ** 2).sum()) for c in range(matrix.shape[1])]
+        columns = sorted(range(len(norms)), key=lambda c: -norms[c])
+        for at in range(0, len(columns), block):
+            chosen = columns[at : at + block]
+            squares.append((sum(norms[c] for c in chosen), rows, chosen))
+    squares.sort(key=lambda square: -square[0])
+    mask = np.zeros(matrix.shape, bool)
+    for _, rows, columns in squares[: math.ceil((1 - sparsity) * matrix.size / block**2 - 1e-9)]:
+        mask[np.ix_(rows, columns)] = True
+    return mask
+
+
+def rumi_blocks(mask, clusters, t1=1.5):
+    """Rows and columns of the blocks of "Grouping" (Rumi et al., 2020), by its public
+    re-implementation as described in words, with Jaccard distances.
+    """
+    matrix = forward_matrix(mask)
+    rows = [f for f in range(len(matrix)) if matrix[f].any()]
+    distance = np.array(
+        [
+            [1 - (matrix[i] & matrix[j]).sum() / (matrix[i] | matrix[j]).sum() for j in rows]
+            for i in rows
+        ]
+    ).astype(np.float32)
+    blocks = []
+    for members in complete_linkage(distance, clusters):
+        cluster = [rows[i] for i in members]
+        if len(cluster) <= 16:
+            continue
+        columns = []
+        counts = matrix[cluster].sum(0)
+        for column in sorted(range(matrix.shape[1]), key=lambda c: -counts[c]):
+            gains = any(len(columns) + 1 <= t1 * matrix[row].sum() for row in cluster)
+            if counts[column] and gains:
+                columns.append(column)
+        whole = len(cluster) // 32 * 32 if len(cluster) > 32 else len(cluster)
+        blocks += [(part, sorted(columns)) for part in (cluster[:whole], cluster[whole:]) if part]
+    return blocks
