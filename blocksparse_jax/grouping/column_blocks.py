@@ -100,7 +100,7 @@ def rumi_groups(
     dense = forward[rows].astype(np.float32)
     shared, counts = dense @ dense.T, dense.sum(1)
     distance = 1 - shared / np.maximum(counts[:, None] + counts - shared, 1)
-    blocks = []
+    blocks: list[tuple[np.ndarray, np.ndarray]] = []
     for cluster in _complete_linkage(distance, clusters):
         members = np.sort(rows[cluster])
         if len(members) < min_rows:

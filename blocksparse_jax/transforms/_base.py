@@ -250,8 +250,9 @@ def sparse_leaves(state: SparseState, params: PyTree, grads: PyTree) -> Leaves:
         if leaf.mask.dtype != bool:
             raise ValueError(
                 f"state: expected a bool mask at {name!r}, got {leaf.mask.dtype}: a wrapper did "
-                "arithmetic with the masks; optax.lookahead(reset_state=True) does, and it would "
-                "take masks and step count back to the start: use reset_state=False"
+                "arithmetic with the masks. optax.lookahead(reset_state=True) does, and would take "
+                "masks and step count back to the start: use reset_state=False; optax.contrib.sam "
+                "does too: leave it out"
             )
         if not leaf.weights.shape == leaf.grad.shape == leaf.mask.shape:
             raise ValueError(

@@ -77,10 +77,11 @@ def subp(
     The masks with which an epoch begins are set by the last update of the one before it, from the
     weights that this update started from.
 
-    While masks change, batch normalisation's running averages belong to masks of earlier steps: the
-    test accuracy of the first epochs after `start` can lie below chance though the training loss
-    falls. It recovers as the averages follow; a lower momentum of the averages (0.9) or fresh ones
-    from some training batches before an evaluation show the network as it is.
+    Batch normalisation's running averages belong to the masks of the steps before. A test right
+    after an epoch's last update sees the next epoch's masks with these averages, and may show less
+    than chance for an epoch though the training loss falls. The final masks do not suffer from it:
+    the averages follow within an epoch. To see the network as it is before that, test with the
+    state before that update, or renew the averages by some training batches first.
 
     Args:
       sparsity: P, the final fraction of blocks to remove, in [0, 1). A layer of C channels removes

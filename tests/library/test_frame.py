@@ -105,13 +105,13 @@ SPECS = {
     ),
     "subp": (
         bsj.subp(0.5, schedule=bsj.between(4, 10, every=4)),
-        AnyOf((Through(-1), lambda step: step in (4, 8, 12))),
-        Through(12),
+        AnyOf((Through(-1), lambda step: step in (3, 7, 11))),
+        Through(11),
         {"has_layout": True, "straight_through": True, "resizes": True},
     ),
     "subp-hard": (
         bsj.subp(0.5, schedule=bsj.between(4, 8, every=4), soft=False, version=1),
-        lambda step: step >= 4 and step % 4 == 0,
+        lambda step: step >= 3 and step % 4 == 3,
         Never(),
         {"has_layout": True, "resizes": True},
     ),
