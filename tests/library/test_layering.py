@@ -26,7 +26,7 @@ ORDER = [
     {"state", "serialization"},
     {"packing"},
     {"transforms._base"},
-    {"transforms.first_masks"},
+    {"transforms.first_masks", "transforms.nesting"},
     {"transforms.keep_zeros", "transforms.static", "transforms.one_shot", "transforms.gradual"}
     | {"transforms.drop_and_grow", "transforms.sr_ste", "transforms.subp"},
     {"transforms.rigl", "transforms.set", "transforms.snfs", "transforms.hrbp"},
