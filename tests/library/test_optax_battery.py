@@ -314,7 +314,7 @@ def test_masks_stay_where_values_that_decide_them_are_not_finite(part, name, bad
     state = tx.init(params)
     first, spec = bsj.get_masks(state), bsj.get_spec(state)
     masks, weights, reads = first, params, part == "weights" or spec.grows_by_gradient
-    for step in range(5):
+    for step in range(6):
         grads = _noise(params, step)
         spoilt = weights if part == "weights" else grads
         spoilt["conv1"]["kernel"] = spoilt["conv1"]["kernel"].at[0, 0, 0, 0].set(bad)
@@ -322,7 +322,7 @@ def test_masks_stay_where_values_that_decide_them_are_not_finite(part, name, bad
         masks = bsj.get_masks(state)
         if reads:
             chex.assert_trees_all_equal(masks, first)
-    due = sum(spec.changes(step) for step in range(5))
+    due = sum(spec.changes(step) for step in range(6))
     assert due > 0
     assert int(state[0].nonfinite_updates) == (due if reads else 0)
     assert reads or float(bsj.sad(first, masks).total) > 0
