@@ -74,6 +74,8 @@ class Summary:
       nonfinite_updates: updates of the masks that were left out, since what decides them was not
         finite (`SparseState`).
       averaging: a remark on weights inside the optimizer state that are not zero where pruned.
+      executions: what each layer with a layout ran, by the name of its kernel; None where that was
+        not given.
     """
 
     rows: tuple[Row, ...]
@@ -89,6 +91,7 @@ class Summary:
     nonfinite_state: Mapping[str, int] = dataclasses.field(default_factory=dict)
     nonfinite_updates: int = 0
     averaging: str = ""
+    executions: Mapping[str, str] | None = None
 
     @property
     def target_density(self) -> float:
@@ -103,7 +106,7 @@ class Summary:
     def __str__(self) -> str:
         lines = _aligned([_HEADINGS, *map(_cells, self.rows)])
         rule = "-" * max(map(len, lines))
-        totals = [*self._dense_though_convs(), *self.remarks, self._total()]
+        totals = [*self._dense_though_convs(), *self._what_ran(), *self.remarks, self._total()]
         return "\n".join([lines[0], rule, *lines[1:], rule, *totals])
 
     def _dense_though_convs(self) -> list[str]:
@@ -112,6 +115,18 @@ class Summary:
         named = [f"{row.name} ({_by(row.shape)})" for row in self.dense_convs]
         others = f" and {len(named) - 8} more" if len(named) > 8 else ""
         return [f"dense, though conv kernels by shape: {', '.join(named[:8])}{others}"]
+
+    def _what_ran(self) -> Iterator[str]:
+        """Which of the pruned layers ran block-sparse, and which did not, and why."""
+        if self.executions is None:
+            return
+        pruned = [row.name for row in self.rows if row.pattern not in ("dense", "all kept")]
+        ran = {name: self.executions.get(name, "dense: no layout reached it") for name in pruned}
+        sparse = [name for name, runs in ran.items() if runs == "block-sparse"]
+        yield f"ran block-sparse: {', '.join(sparse) or 'no layer'}"
+        dense = [f"{name} ({runs})" for name, runs in ran.items() if runs != "block-sparse"]
+        if dense:
+            yield f"pruned, but did not run block-sparse: {', '.join(dense)}"
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -195,7 +210,9 @@ def _aligned(table: list[tuple[str, ...]]) -> list[str]:
     return lines
 
 
-def summarize(params: PyTree, state: PyTree) -> Summary:
+def summarize(
+    params: PyTree, state: PyTree, *, executions: Mapping[str, str] | None = None
+) -> Summary:
     """A table per layer, and totals: target and reached density, group sizes asked for and used.
 
     It looks at the weights too, not only at the masks: pruned weights that are not zero, and
@@ -206,6 +223,8 @@ def summarize(params: PyTree, state: PyTree) -> Summary:
     Args:
       params: the parameters, dense or packed by `pack_tree`.
       state: their optimizer state, of a chain with a sparse method (outside of jit).
+      executions: what the layers of a Flax model ran: what `linen.use_layouts` yields, or
+        `nnx.executions(model)`. The summary then lists which layers ran block-sparse.
 
     Returns:
       A `Summary`; print it.
@@ -270,6 +289,7 @@ def summarize(params: PyTree, state: PyTree) -> Summary:
             int(count) for sparse in states for count in jax.tree.leaves(sparse.nonfinite_updates)
         ),
         averaging=_schedule_free_outside(state),
+        executions=None if executions is None else dict(executions),
     )
 
 

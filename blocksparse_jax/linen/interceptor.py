@@ -297,6 +297,4 @@ def _dense_option(module: Any) -> str | None:
     """The option of a dense layer that a block-sparse one does not have."""
     if module.dot_general or module.dot_general_cls:
         return "a dot_general of its own"
-    if module.preferred_element_type is not None:
-        return f"preferred_element_type={module.preferred_element_type}"
     return None

@@ -115,6 +115,25 @@ def test_linen_network_runs_its_plain_convolutions_sparse_and_all_else_as_writte
     }
 
 
+def test_summarize_lists_which_layers_ran_block_sparse():
+    params, state, layouts = pruned(Network().init(jax.random.key(1), X)["params"])
+    with bsj.linen.use_layouts(layouts) as executions:
+        Network().apply({"params": params}, X)
+    summary = str(bsj.summarize(params, state, executions=executions))
+    ran = [line for line in summary.splitlines() if line.startswith("ran block-sparse: ")]
+    assert ran == [
+        "ran block-sparse: block/shared/kernel, first/kernel, norm/layer_instance/kernel"
+    ]
+    assert (
+        "did not run block-sparse: masked/kernel (dense: Conv), transposed/kernel (dense: "
+        "ConvTranspose)" in summary
+    )
+    assert "ran block-sparse" not in str(bsj.summarize(params, state))
+    nothing = str(bsj.summarize(params, state, executions={}))
+    assert "ran block-sparse: no layer" in nothing
+    assert "first/kernel (dense: no layout reached it)" in nothing
+
+
 def test_linen_other_methods_and_bound_modules_run_sparse():
     model = Network()
     params, _, layouts = pruned(model.init(jax.random.key(1), X)["params"])
@@ -367,6 +386,10 @@ def test_nnx_layouts_that_do_not_fit_change_nothing():
         assert kept.channels is layout.channels
 
 
+def dense_kernels(name, leaf):
+    return leaf.ndim == 2
+
+
 class Mlp(nn.Module):
     """Dense layers alone, as in an MLP or in ConvNeXt's pointwise layers."""
 
@@ -388,19 +411,19 @@ def test_linen_dense_layers_equal_masked_dense(layer):
 
 
 def test_linen_linear_layer_takes_the_collection_and_packed_values():
-    model, where = Mlp(bsj.linen.BlockSparseLinear), lambda name, leaf: leaf.ndim == 2
-    params, state, layouts = pruned(model.init(jax.random.key(1), X)["params"], where=where)
-    assert jax.tree.structure(params) == jax.tree.structure(
-        Mlp().init(jax.random.key(1), X)["params"]
-    )
+    model, plain = Mlp(bsj.linen.BlockSparseLinear), Mlp()
+    params = model.init(jax.random.key(1), X)["params"]
+    expected = plain.init(jax.random.key(1), X)["params"]
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    params, state, layouts = pruned(params, where=dense_kernels)
     values, _ = bsj.pack_tree(params, state, layouts)
-    expected = Mlp().apply({"params": params}, X)
+    expected = plain.apply({"params": params}, X)
     for weights in (params, values):
         y = model.apply({"params": weights, "layouts": layouts}, X)
         np.testing.assert_allclose(y, expected, atol=1e-5)
     with pytest.raises(ValueError, match="hidden/kernel: expected shape"):
         model.apply({"params": values, "layouts": {}}, X)
-    with pytest.raises(ValueError, match="'hiden' is no parameter|'hiden/kernel' is no parameter"):
+    with pytest.raises(ValueError, match="'hiden/kernel' is no parameter"):
         model.apply({"params": params, "layouts": {"hiden": layouts["hidden"]}}, X)
 
 
@@ -410,17 +433,12 @@ def test_nnx_linear_layers_equal_masked_dense():
         return nnx.Sequential(nnx.Linear(16, 64, rngs=rngs), nnx.relu, nnx.Linear(64, 8, rngs=rngs))
 
     model, dense = bsj.nnx.sparsify(network()), network()
-    params, _, layouts = pruned(
-        nnx.state(dense, nnx.Param), where=lambda name, leaf: leaf.ndim == 2
-    )
+    params, _, layouts = pruned(nnx.state(dense, nnx.Param), where=dense_kernels)
     bsj.nnx.set_layouts(model, layouts)
     for each in (model, dense):
         nnx.update(each, params)
-    loss = lambda model: (model(X) ** 2).mean()  # noqa: E731
-    (actual, grads), (expected, full) = (
-        nnx.value_and_grad(loss)(model),
-        nnx.value_and_grad(loss)(dense),
-    )
+    value_and_grad = nnx.value_and_grad(lambda model: (model(X) ** 2).mean())
+    (actual, grads), (expected, full) = value_and_grad(model), value_and_grad(dense)
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
     for layout, gradient, whole in zip(
         [layouts["layers"][i]["kernel"].get_value() for i in (0, 2)],
@@ -446,7 +464,7 @@ class ScannedNetwork(nn.Module):
 
         scan = nn.scan(
             body,
-            variable_axes={"params": 0} | (self.axes or {}),
+            variable_axes={"params": 0, **(self.axes or {})},
             split_rngs={"params": True},
             length=3,
         )
