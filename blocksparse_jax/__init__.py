@@ -13,6 +13,7 @@ from blocksparse_jax.conv import (
     conv,
     dense_kernel_gradient,
 )
+from blocksparse_jax.export import native_calls
 from blocksparse_jax.grouping.channel_spaces import channel_orders, fold_channel_orders
 from blocksparse_jax.grouping.column_blocks import ColumnBlocks, block_fill, dsb_groups, rumi_groups
 from blocksparse_jax.grouping.search import hrbp_groups, kept_score, random_groups
@@ -91,6 +92,7 @@ __all__ = [
     "masked",
     "masks_from_scores",
     "metrics",
+    "native_calls",
     "nnx",
     "nonzero_pruned",
     "one_shot",

@@ -30,6 +30,7 @@ from pallas_kernels.block_sparse_conv import (
 )
 from pallas_kernels.block_sparse_conv import choose_implementation as _choose
 from pallas_kernels.dense_conv import dense_conv
+from pallas_kernels.reverse_mode import reverse_mode_only
 from pallas_kernels.sharding import CONVOLUTION, whole_but_images
 
 __all__ = [
@@ -173,6 +174,7 @@ def conv(
         residual = None if residual is None else jnp.transpose(residual, _TRANSPOSED)
     call = _SparseCall(geometry, implementation, precision)
     if kernel_gradient == "dense":
+        x, kernel = reverse_mode_only((x, kernel))
         x, kernel = whole_but_images(CONVOLUTION["CHWN"][:2], (x, kernel))
         y = _conv_with_dense_gradient(call, x, kernel, layout)
         y = finish(y, scale, bias, residual, activation, "CHWN")

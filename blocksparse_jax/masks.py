@@ -183,7 +183,7 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(params), kept)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def straight_through(weights: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, "..."]:
     """`where(mask, weights, 0)` whose gradient passes to all weights, pruned ones too.
 
@@ -204,9 +204,9 @@ def straight_through(weights: Float[Array, "..."], mask: Bool[Array, "..."]) -> 
     return jnp.where(mask, weights, 0)
 
 
-straight_through.defvjp(
-    lambda weights, mask: (jnp.where(mask, weights, 0), None), lambda _, g: (g, None)
-)
+@straight_through.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    return straight_through(*primals), tangents[0]
 
 
 def per_leaf(structure: PyTree, values: dict[str, Any], other: Any) -> PyTree:

@@ -12,6 +12,7 @@ from pallas_kernels.block_sparse_conv.derivative import ByMode, Operands, convol
 from pallas_kernels.block_sparse_conv.epilogue import Epilogue, apply_epilogue, check_epilogue
 from pallas_kernels.block_sparse_conv.index import Index
 from pallas_kernels.block_sparse_conv.spec import Implementation
+from pallas_kernels.reverse_mode import reverse_mode_only
 from pallas_kernels.varying import vary_alike
 
 
@@ -43,7 +44,7 @@ def block_sparse_conv(
 
     The gradients with respect to `x` and `values` do only the kept work too. Their own derivatives,
     to any order, are those of the XLA formulation. Forward mode (`jax.jvp`) on the convolution
-    itself is not defined.
+    itself is a TypeError.
 
     Args:
       x: activations `[cin, h, w, n]`, float32, bfloat16 or float16.
@@ -113,5 +114,6 @@ def block_sparse_conv(
         zeros = jnp.zeros_like(x, shape=spec.out_shape)
         return apply_epilogue(zeros, *epilogue, relu=spec.relu)
     index = Index(*(jnp.asarray(array, jnp.int32) for array in index))
+    x, values, epilogue = reverse_mode_only((x, values, epilogue))
     operands = vary_alike(whole(Operands(x, values, index, epilogue)))
     return convolve(spec, implementations, operands)

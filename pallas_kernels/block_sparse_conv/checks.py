@@ -81,7 +81,7 @@ def checked_spec(
         precision=precision,
         relu=bool(relu),
     )
-    if min(spec.out_shape) < 1:
+    if min(spec.out_size) < 1:
         raise ValueError(
             f"x: images of {x.shape[1:3]} with padding {spec.padding} are smaller than the reach "
             f"of the kernel, {spec.reach} + 1"
@@ -91,7 +91,7 @@ def checked_spec(
 
 def _check_arrays(x: Any, values: Any, kernel_shape: Any) -> None:
     """Ranks and dtypes."""
-    if x.ndim != 4 or min(x.shape) < 1 or x.dtype not in DTYPES:
+    if x.ndim != 4 or any(size < 1 for size in x.shape) or x.dtype not in DTYPES:
         raise ValueError(
             f"x: expected float32, bfloat16 or float16 [cin, h, w, n] without empty axes, got "
             f"{x.dtype}{list(x.shape)}"

@@ -18,6 +18,8 @@ MODES = {"forward": False, "forward + gradients": True}
 TABLE = FOLDER / "tuned_xla_cpu.json"
 NATIVE = "cpu"
 """The native kernels' name in the table; all other names are XLA's formulations."""
+UNKNOWN_IMAGES = 16
+"""Stands for a batch size that is not known yet, as in `jax.export` of a symbolic batch."""
 
 
 @functools.cache
@@ -96,7 +98,7 @@ def features(spec: ConvSpec) -> list[float]:
     """
     sizes = (
         spec.out_height * spec.out_width,
-        spec.batch,
+        spec.batch if spec.has_known_batch else UNKNOWN_IMAGES,
         spec.cin,
         spec.groups,
         max(1, spec.kept),

@@ -22,7 +22,7 @@ class ConvSpec:
     Attributes:
       cin: input channels.
       height, width: input size in pixels.
-      batch: images.
+      batch: images; a symbolic dimension in `jax.export` of a symbolic batch.
       kernel: `(kh, kw)`.
       cout: output channels, `groups * group_size`.
       groups, kept, kept_taps, group_size: the shape of the packed values.
@@ -61,6 +61,11 @@ class ConvSpec:
     precision: Any = None
     gradients: bool = False
     relu: bool = False
+
+    @property
+    def has_known_batch(self) -> bool:
+        """Whether the number of images is a number, and not a symbolic dimension."""
+        return isinstance(self.batch, int)
 
     @property
     def reach(self) -> Pair:

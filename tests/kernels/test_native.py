@@ -347,7 +347,7 @@ def test_the_sanitizers_find_nothing(tmp_path):
 def test_without_the_library_errors_say_why():
     script = (
         "from pallas_kernels.block_sparse_conv.cpu import kernels\n"
-        "kernels.LIBRARY = 'absent.so'\n"
+        "kernels.LIBRARY = 'absent.so'; kernels.library.cache_clear()\n"
         "import blocksparse_jax as bsj, jax.numpy as jnp\n"
         "print(bsj.available_implementations()['cpu'])\n"
         "from experiments.bench import shapes; from pallas_kernels.block_sparse_conv import "

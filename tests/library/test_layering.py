@@ -42,10 +42,11 @@ ORDER = [
     {"nnx.model", "nnx.optimizer"},
     {"metrics"},
     {"summary"},
+    {"export"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 FLAX_ONLY_IN = {"linen", "nnx", "_layer_forward", "serialization"}  # packages and modules
-KERNELS_ONLY_IN = {"layout", "kernel_gradient", "conv", "_layer_forward"}
+KERNELS_ONLY_IN = {"layout", "kernel_gradient", "conv", "_layer_forward", "export"}
 
 
 def imports(path: Path) -> set[str]:

@@ -127,6 +127,14 @@ def BlockLayout():
 
 
 @check
+def native_calls():
+    one = bsj.mask_to_layout(jnp.ones((1, 1, 2, 2), bool))
+    infer = jax.jit(lambda x: bsj.conv(x, jnp.ones((1, 1, 2, 2)), one))
+    exported = jax.export.export(infer, disabled_checks=bsj.native_calls())(jnp.ones((1, 1, 1, 2)))
+    assert exported.call(jnp.ones((1, 1, 1, 2))).tolist() == [[[[2.0, 2.0]]]]
+
+
+@check
 def ColumnBlocks():
     blocks = bsj.ColumnBlocks((1, 1, 3, 4), ((np.array([0, 2]), np.array([1])),))
     assert blocks.mask()[0, 0].tolist() == [[0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]

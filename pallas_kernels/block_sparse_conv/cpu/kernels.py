@@ -49,7 +49,7 @@ def library() -> ctypes.CDLL | str:
             handler = jax.ffi.pycapsule(getattr(loaded, symbol))
             jax.ffi.register_ffi_target(symbol, handler, platform="cpu")
         loaded.BlockSparseConvVariants.restype = ctypes.c_char_p
-    except (OSError, AttributeError) as error:
+    except (OSError, AttributeError, RuntimeError) as error:
         return f"the native library does not load ({error}); `pip install` this package again"
     return loaded
 

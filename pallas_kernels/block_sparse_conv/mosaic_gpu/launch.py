@@ -75,6 +75,8 @@ def limits(spec: ConvSpec) -> str | None:
       >>> limits(spec)[:46]
       'computes in bfloat16 and float16, not in float'
     """
+    if not spec.has_known_batch:
+        return f"its tiles depend on the number of images, got batch={spec.batch}; use 'xla'"
     if spec.dtype not in HALF_DTYPES:
         return (
             f"computes in {' and '.join(HALF_DTYPES)}, not in {spec.dtype}: wgmma takes 32-bit "

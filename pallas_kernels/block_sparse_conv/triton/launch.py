@@ -64,6 +64,8 @@ def limits(spec: ConvSpec) -> str | None:
       >>> limits(spec)
       "takes kernels up to 16 pixels on a side, got (17, 1); use 'xla'"
     """
+    if not spec.has_known_batch:
+        return f"its tiles depend on the number of images, got batch={spec.batch}; use 'xla'"
     if max(spec.kernel) > kernels.MAX_KERNEL:
         return (
             f"takes kernels up to {kernels.MAX_KERNEL} pixels on a side, got {spec.kernel}; use "
