@@ -109,10 +109,10 @@ def choose_formulation(
 ) -> str:
     """The formulation that `dense_conv` picks.
 
-    - "taps" on CPUs, for small images of many channels: at most `TAP_PIXELS` output pixels (see
+    - "taps" on a CPU, for small images of many channels: at most `TAP_PIXELS` output pixels (see
       `taps_up_to`) and at least `TAP_WEIGHTS` weights for each tap of a kernel larger than 1x1.
-    - "rows" in CHWN, for 1x1 kernels and where the rows take at most twice the memory of the output
-      (a stem of 3 channels).
+    - "rows" in CHWN, for 1x1 kernels, and on a CPU where the rows take at most twice the memory of the
+      output (a stem of 3 channels).
     - "xla" everywhere else.
 
     Args:
@@ -125,17 +125,20 @@ def choose_formulation(
       One of `FORMULATIONS`.
 
     Example:
-      >>> [choose_formulation((3, 3, cin, 64), 32 * 32, "CHWN") for cin in (3, 64)]
-      ['rows', 'xla']
+      >>> [choose_formulation((1, 1, cin, 64), 32 * 32, "CHWN") for cin in (3, 64)]
+      ['rows', 'rows']
     """
     kh, kw, cin, cout = kernel_shape
-    if feature_group_count != 1 or out_pixels < 1:
+    if feature_group_count != 1 or not isinstance(out_pixels, int) or out_pixels < 1:
+        return "xla"
+    if kh * kw == 1:
+        return "rows" if data_format == "CHWN" else "xla"
+    if jax.default_backend() != "cpu":
         return "xla"
     is_small = out_pixels <= _tap_pixels.get() and cin * cout >= TAP_WEIGHTS
-    if jax.default_backend() == "cpu" and kh * kw > 1 and is_small and data_format != "NCHW":
+    if is_small and data_format != "NCHW":
         return "taps"
-    has_few_rows = kh * kw == 1 or kh * kw * cin <= 2 * cout
-    return "rows" if data_format == "CHWN" and has_few_rows else "xla"
+    return "rows" if data_format == "CHWN" and kh * kw * cin <= 2 * cout else "xla"
 
 
 @contextlib.contextmanager

@@ -96,6 +96,11 @@ def _check_arrays(x: Any, values: Any, kernel_shape: Any) -> None:
             f"x: expected float32, bfloat16 or float16 [cin, h, w, n] without empty axes, got "
             f"{x.dtype}{list(x.shape)}"
         )
+    if not all(isinstance(size, int) for size in x.shape[:3]):
+        raise ValueError(
+            f"x: only the number of images may be symbolic, got [cin, h, w, n] = {list(x.shape)}; "
+            f"export one program for each image size, or use conv(..., implementation='dense')"
+        )
     if values.ndim != 4 or not jnp.issubdtype(values.dtype, jnp.floating):
         raise ValueError(
             f"values: expected floats [groups, kept, kept_taps, group_size], got "
