@@ -27,6 +27,7 @@ from pallas_kernels.block_sparse_conv import (
     available_implementations,
     block_sparse_conv,
     check_epilogue,
+    why_dense,
 )
 from pallas_kernels.block_sparse_conv import choose_implementation as _choose
 from pallas_kernels.dense_conv import dense_conv
@@ -129,6 +130,8 @@ def conv(
     _checks.choice("kernel_gradient", kernel_gradient, ("masked", "dense"))
     if implementation is not None:
         _checks.choice("implementation", implementation, available_implementations())
+    elif why_dense():
+        implementation = "dense"
     _check_layout(layout)
     if isinstance(layout, BlockLayout) and len(layout.shape) != 4:
         raise ValueError(

@@ -14,6 +14,7 @@ from experiments.models import names as model_names
 from experiments.training.methods import Options
 from experiments.training.presets import preset_of
 from experiments.training.registry import METHODS, method
+from pallas_kernels.block_sparse_conv import why_dense
 
 EXECUTIONS = ("masked", "sparse", "packed")
 PRECISIONS = ("float32", "bfloat16")
@@ -40,7 +41,7 @@ class TrainConfig:
         the preset's in its name.
       execution: masked (dense conv on masked weights), sparse (block-sparse conv, dense
         parameters), packed (block-sparse conv, packed parameters and optimizer state); None is
-        packed where the method's pattern has a layout, else masked.
+        packed where the method's pattern has a layout, else masked, as on TPUs.
       precision: float32 or bfloat16 (of the activations; parameters stay float32).
       width: multiplies the channels; 2 gives the GraSP ResNets.
       stem: cifar (images up to 64x64) or imagenet (strided).
@@ -118,7 +119,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     config = dataclasses.replace(
         config,
         **{name: value for name, value in preset.items() if getattr(config, name) is None},
-        execution=config.execution or ("packed" if has_layout else "masked"),
+        execution=config.execution or ("packed" if has_layout and not why_dense() else "masked"),
         sparsity=_sparsity(config, options),
         options=options,
     )

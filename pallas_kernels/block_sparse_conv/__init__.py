@@ -6,6 +6,7 @@ from pallas_kernels.block_sparse_conv.choice import (
     Choice,
     available_implementations,
     choose_implementation,
+    why_dense,
 )
 from pallas_kernels.block_sparse_conv.epilogue import apply_epilogue, check_epilogue
 from pallas_kernels.block_sparse_conv.index import Index
@@ -23,4 +24,5 @@ __all__ = [
     "block_sparse_conv",
     "check_epilogue",
     "choose_implementation",
+    "why_dense",
 ]

@@ -118,14 +118,15 @@ def _convolve_bwd(
     scaled_values = values
     if scale is not None:
         scale_of_group = scale[places.filters][:, None, None, :]
-        scaled_values = values * scale_of_group
+        scaled_values = values.astype(jnp.float32) * scale_of_group
     dx = _run_pass(
         "input_gradient", spec, implementation, d, scaled_values.astype(x.dtype), *places
     )
     dvalues = _run_pass("weight_gradient", spec, implementation, x, d, *places)
     dscale = dbias = None
     if scale is not None:
-        per_filter = (dvalues * values.astype(x.dtype)).sum((1, 2))
+        rounded = values.astype(x.dtype).astype(jnp.float32)
+        per_filter = (dvalues * rounded).sum((1, 2))
         dscale = jnp.zeros_like(scale).at[places.filters].set(per_filter)
         dvalues *= scale_of_group
     if bias is not None:

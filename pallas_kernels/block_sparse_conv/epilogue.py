@@ -52,11 +52,11 @@ def apply_epilogue(
     per_channel = [1, 1, 1, 1]
     per_channel[channel_axis] = -1
     if scale is not None:
-        out *= scale.reshape(per_channel)
+        out *= scale.reshape(per_channel).astype(jnp.float32)
     if bias is not None:
-        out += bias.reshape(per_channel)
+        out += bias.reshape(per_channel).astype(jnp.float32)
     if residual is not None:
-        out += residual
+        out += residual.astype(jnp.float32)
     return (jax.nn.relu(out) if relu else out).astype(y.dtype)
 
 

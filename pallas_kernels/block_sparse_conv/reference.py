@@ -70,7 +70,8 @@ def _weight_gradient(
     _, pullback = jax.vjp(lambda kernel: _convolve(spec, x, kernel), kernel)
     gradient = pullback(dy)[0].reshape(-1, spec.cin, spec.cout)
     positions = Index(filters, channels, taps).positions()
-    return gradient.at[positions].get(mode="promise_in_bounds", unique_indices=True)
+    kept = gradient.at[positions].get(mode="promise_in_bounds", unique_indices=True)
+    return kept.astype(jnp.float32)
 
 
 def _supports(spec: ConvSpec) -> str | None:

@@ -45,11 +45,8 @@ def forward_taps(
     height, width = window_size(spec)
     total = jnp.float32(0)
     for t in range(spec.kept_taps):
-        window = lax.dynamic_slice(
-            pad_input(spec, product[t]),
-            (0, tops[t], lefts[t], 0),
-            (spec.group_size, height, width, spec.batch),
-        )
+        sizes = (spec.group_size, height, width, spec.batch)
+        window = _window(pad_input(spec, product[t]), tops[t], lefts[t], sizes)
         total += window[:, :: spec.strides[0], :: spec.strides[1]]
     return total.reshape(spec.group_size, -1)
 
@@ -68,9 +65,9 @@ def input_gradient_rows(
     tops, lefts = _offsets(spec, taps)
     total = jnp.float32(0)
     for t in range(spec.kept_taps):
-        starts = (0, spec.reach[0] - tops[t], spec.reach[1] - lefts[t], 0)
+        top, left = spec.reach[0] - tops[t], spec.reach[1] - lefts[t]
         sizes = (spec.kept, *spec.in_shape[1:])
-        total += lax.dynamic_slice(dilate_output(spec, product[:, t]), starts, sizes)
+        total += _window(dilate_output(spec, product[:, t]), top, left, sizes)
     return total.reshape(spec.kept, -1)
 
 
@@ -133,6 +130,14 @@ def _take(activations: jax.Array, index: jax.Array) -> jax.Array:
     """The indexed channels as rows `[len(index), pixels * n]`."""
     rows = activations.reshape(activations.shape[0], -1)
     return rows.at[index].get(mode="promise_in_bounds", unique_indices=True)
+
+
+def _window(
+    source: jax.Array, top: jax.Array, left: jax.Array, sizes: tuple[int, ...]
+) -> jax.Array:
+    """All channels and images of `[c, h, w, n]` in one window."""
+    zero = jnp.int32(0)  # as the offsets are: a plain 0 is an int64 under jax_enable_x64
+    return lax.dynamic_slice(source, (zero, top, left, zero), sizes)
 
 
 def _windows(

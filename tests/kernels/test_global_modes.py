@@ -1,0 +1,169 @@
+"""JAX's global modes: every implementation computes the same numbers and gradients under each.
+
+The operands are made before a mode is set, as a user's program may set one at any time.
+"""
+
+import contextlib
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conv_cases import CASES, IMPLEMENTATIONS, NAMES, assert_close
+
+import blocksparse_jax as bsj
+from experiments.bench import shapes
+from pallas_kernels.dense_conv import dense_conv
+from pallas_kernels.two_of_four import two_of_four_matmul
+
+MODES = {
+    "jax_enable_x64": True,
+    "jax_numpy_rank_promotion": "raise",
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_debug_nans": True,
+    "jax_disable_jit": True,
+    "jax_enable_checks": True,
+}
+every_mode = pytest.mark.parametrize("mode", MODES)
+
+
+@contextlib.contextmanager
+def switched_on(mode):
+    before = getattr(jax.config, mode)
+    jax.config.update(mode, MODES[mode])
+    try:
+        yield
+    finally:
+        jax.config.update(mode, before)
+
+
+def check(mode, run, *operands, tolerance=1e-5):
+    """A function of arrays has the same dtypes and numbers in a mode as outside of it."""
+    expected = jax.tree.leaves(jax.jit(lambda *operands: run(*operands))(*operands))
+    with switched_on(mode):
+        actual = jax.tree.leaves(jax.jit(lambda *operands: run(*operands))(*operands))
+    assert [a.dtype for a in actual] == [a.dtype for a in expected]
+    assert_close(actual, expected, tolerance)
+    assert all(np.asarray(a, np.float32).any() for a in expected)
+
+
+def with_gradients(f, *operands):
+    """The value of a function, and the gradients of a weighted sum of it."""
+    y, pullback = jax.vjp(f, *operands)
+    return y, pullback(jnp.linspace(-1, 1, y.size, dtype=y.dtype).reshape(y.shape))
+
+
+def convolution(case, name, dtype="float32", relu=True):
+    """A convolution with its epilogue, and all of its operands."""
+    spec = dataclasses.replace(CASES[case], dtype=dtype)
+    x, dy, values, *index = shapes.random_operands(spec)
+    per_channel = jnp.linspace(0.5, 2, spec.cout), jnp.linspace(-1, 1, spec.cout)
+
+    def f(x, values, scale, bias, residual):
+        more = {"scale": scale, "bias": bias, "residual": residual, "relu": relu}
+        return shapes.convolve(spec, IMPLEMENTATIONS.get(name), x, values, *index, **more)
+
+    return f, (x, values, *per_channel, dy)
+
+
+@pytest.mark.parametrize("name", [None, *IMPLEMENTATIONS])
+@every_mode
+def test_all_passes_of_every_implementation(mode, name):
+    f, operands = convolution("stride", name)
+    check(mode, functools.partial(with_gradients, f), *operands)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@every_mode
+def test_half_precision(mode, name):
+    f, operands = convolution("same", name, "bfloat16", relu=False)  # rounding would flip its steps
+    check(mode, functools.partial(with_gradients, f), *operands, tolerance=1e-2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@every_mode
+def test_second_derivatives(mode, name):
+    f, operands = convolution("1x1, stride, batch 1", name)
+
+    def gradient(*operands):
+        positions = tuple(range(len(operands)))
+        return jax.grad(lambda *o: jnp.sum(jnp.sin(f(*o))), positions)(*operands)
+
+    def reverse(*operands):
+        return jax.grad(lambda *o: sum(jnp.sum(g * g) for g in gradient(*o)), (0, 1))(*operands)
+
+    check(mode, reverse, *operands, tolerance=1e-4)
+    check(mode, lambda *o: jax.jvp(gradient, o, o)[1], *operands, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@every_mode
+def test_a_batch_of_calls(mode, name):
+    f, operands = convolution("same", name)
+    many = [jnp.stack([a, -a]) for a in operands]
+    check(mode, jax.vmap(functools.partial(with_gradients, f)), *many)
+
+
+KERNEL = jax.random.normal(jax.random.key(0), (3, 3, 16, 8))
+LAYOUT = bsj.random_groups(jax.random.key(1), KERNEL.shape, group_size=4, kept=5, kept_taps=3)
+DOORS = {
+    "native": {},
+    "xla": {"implementation": "xla"},
+    "dense": {"implementation": "dense"},
+    "dense gradient": {"kernel_gradient": "dense"},
+    "dense gradient of dense": {"kernel_gradient": "dense", "implementation": "dense"},
+    "packed": {"packed": True},
+    "packed, dense": {"packed": True, "implementation": "dense"},
+    "CHWN": {"data_format": "CHWN"},
+    "strides, circular": {"strides": (2, 1), "padding": "CIRCULAR"},
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+@every_mode
+def test_every_door_of_conv(mode, door):
+    options = DOORS[door]
+    x = jax.random.normal(jax.random.key(2), (3, 6, 5, 16))
+    if "data_format" in options:
+        x = x.transpose(3, 1, 2, 0)
+    bias = jnp.linspace(-1, 1, 8)
+
+    def f(x, kernel, bias):
+        kernel = bsj.pack(kernel, LAYOUT) if "packed" in options else kernel
+        return bsj.conv(x, kernel, LAYOUT, bias=bias, activation="relu", **options)
+
+    check(mode, functools.partial(with_gradients, f), x, KERNEL, bias)
+
+
+@pytest.mark.parametrize(
+    ("formulation", "data_format"),
+    [(None, "NHWC"), ("xla", "NHWC"), ("taps", "NHWC"), ("taps", "CHWN"), ("rows", "CHWN")],
+)
+@every_mode
+def test_every_dense_formulation(mode, formulation, data_format):
+    x = jax.random.normal(jax.random.key(0), (4, 4, 4, 4))
+    f = functools.partial(
+        dense_conv,
+        strides=(2, 1),
+        padding=((1, 1), (0, 2)),
+        data_format=data_format,
+        formulation=formulation,
+    )
+    check(mode, functools.partial(with_gradients, f), x, KERNEL[:, :, :4])
+
+
+@every_mode
+def test_the_two_of_four_product(mode):
+    weights, x = KERNEL.reshape(-1, 8)[:32], jax.random.normal(jax.random.key(0), (32, 6))
+    f = functools.partial(two_of_four_matmul, channel_major=True)
+    check(mode, functools.partial(with_gradients, f), weights, x)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_debug_nans_finds_the_first_nan(name):
+    """The mode does what it is for: it stops where a NaN arises, and only there."""
+    f, (x, *others) = convolution("same", name)
+    with switched_on("jax_debug_nans"), pytest.raises(FloatingPointError):
+        jax.block_until_ready(jax.jit(f)(x.at[0, 3, 2, 1].set(jnp.nan), *others))
