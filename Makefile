@@ -4,7 +4,7 @@ VENV ?= .venv
 INSTALL ?= --editable '.[test]'
 BIN := $(VENV)/bin
 
-.PHONY: train test slow lint docs bench gpu-compilers
+.PHONY: train test slow lint docs bench gpu-compilers tpu-compilers
 
 train: $(VENV)/installed
 	$(BIN)/python -m experiments.compare $(ARGS)
@@ -22,6 +22,10 @@ slow: $(VENV)/installed
 gpu-compilers: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt jax-triton triton
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps jax-cuda13-plugin jax-cuda13-pjrt
+
+# Compile for a TPU without a TPU (0.7 GB). Kept out of the environment's packages: with libtpu among them, JAX looks for a TPU at every start.
+tpu-compilers: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade --target $(VENV)/tpu libtpu
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

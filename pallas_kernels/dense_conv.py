@@ -111,8 +111,8 @@ def choose_formulation(
 
     - "taps" on a CPU, for small images of many channels: at most `TAP_PIXELS` output pixels (see
       `taps_up_to`) and at least `TAP_WEIGHTS` weights for each tap of a kernel larger than 1x1.
-    - "rows" in CHWN, for 1x1 kernels, and on a CPU where the rows take at most twice the memory of the
-      output (a stem of 3 channels).
+    - "rows" in CHWN, for 1x1 kernels, and on a CPU where the rows take at most twice the memory of
+      the output (a stem of 3 channels).
     - "xla" everywhere else.
 
     Args:

@@ -8,7 +8,6 @@ fields of a `TrainConfig`. It prints what each step costs as one line of JSON.
 import dataclasses
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 from unittest import mock
@@ -61,13 +60,13 @@ def step_costs(**fields) -> dict[str, float]:
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
     config = TrainConfig(dataset="cifar10", precision="bfloat16", batch_size=BATCH, **fields)
-    with mock.patch.object(jax, "default_backend", lambda: "tpu"):
+    with mock.patch.object(jax, "default_backend", return_value="tpu"):
         config = resolve(config)
     trainer = Trainer(config, IMAGE, CLASSES, Length(steps_per_epoch=390, total=390 * 160))
     state = jax.tree.map(described, trainer.init())
     images = described(jax.ShapeDtypeStruct((BATCH, *IMAGE), jnp.float32))
     labels = described(jax.ShapeDtypeStruct((BATCH,), jnp.int32))
-    with mock.patch.object(jax, "default_backend", lambda: "tpu"):
+    with mock.patch.object(jax, "default_backend", return_value="tpu"):
         without = dataclasses.replace(state, layouts={})
         step = trainer._step.lower(without, state.layouts, images, labels, dense_gradient=False)
     compiled = step.compile()
