@@ -161,6 +161,8 @@ def conv(
         )
     x = with_border(x, kernel_shape[:2], padding, dilation)
     geometry = explicit_geometry(x.shape[1:3], kernel_shape[:2], strides, padding, dilation)
+    if isinstance(layout, BlockLayout):
+        x, kernel = whole_but_images(CONVOLUTION[data_format][:2], (x, kernel))
     if isinstance(layout, Dense) or runs_dense:
         if isinstance(layout, BlockLayout):
             kernel = _masked_kernel(kernel, layout, is_packed, kernel_gradient)
@@ -178,7 +180,6 @@ def conv(
     call = _SparseCall(geometry, implementation, precision)
     if kernel_gradient == "dense":
         x, kernel = reverse_mode_only((x, kernel))
-        x, kernel = whole_but_images(CONVOLUTION["CHWN"][:2], (x, kernel))
         y = _conv_with_dense_gradient(call, x, kernel, layout)
         y = finish(y, scale, bias, residual, activation, "CHWN")
     else:

@@ -9,12 +9,14 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from new_process import run_python
+from new_process import host_devices, run_python
 
 import blocksparse_jax as bsj
+from experiments import models
 from pallas_kernels.dense_conv import dense_conv
 
 SHAPE = (3, 3, 16, 24)
@@ -31,12 +33,22 @@ CASES = {
 }
 
 
+OTHER_AXES = {
+    "height": (P(None, "data"), P()),
+    "width": (P(None, None, "data"), P()),
+    "channels": (P(None, None, None, "data"), P()),
+    "input channels of the kernel": (P(), P(None, None, "data")),
+    "output channels of the kernel": (P(), P(None, None, None, "data")),
+    "images and output channels": (P("data"), P(None, None, None, "data")),
+}
+"""How x and the kernel lie: all but the images is undone."""
+
+
 @pytest.mark.parametrize("devices", [2, 8])
 def test_a_sharded_batch_stays_sharded(devices):
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    done = run_python(__file__, str(devices), XLA_FLAGS=flags)
+    done = run_python(__file__, str(devices), **host_devices(devices))
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert done.stdout.count("agrees") == 2 * len(CASES) + 4
+    assert done.stdout.count("agrees") == 2 * (len(CASES) + 2 + len(OTHER_AXES) + 2)
 
 
 def operands(case, images=16):
@@ -96,6 +108,80 @@ def check(name, mesh, case, axes="data", dimension=None, images=16):
     print(name, "agrees")
 
 
+def assert_equal(result, expected):
+    def close(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * max(1, np.abs(b).max(initial=0)))
+
+    jax.tree.map(close, jax.device_get(result), expected)
+
+
+def check_other_axes(mesh):
+    """Sharding along any other axis is undone, and the numbers are the same."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel = jax.random.normal(keys[0], (8, 8, 8, 16)), jax.random.normal(keys[1], SHAPE)
+    layout = bsj.random_groups(keys[2], SHAPE, **LAYOUT_COUNTS)
+
+    def of_conv(x, kernel):
+        return (jnp.tanh(bsj.conv(x, kernel, layout)) ** 2).sum()
+
+    f = jax.jit(jax.value_and_grad(of_conv, (0, 1)))
+    expected = jax.device_get(f(x, kernel))
+    for name, specs in OTHER_AXES.items():
+        placed = (
+            jax.device_put(array, NamedSharding(mesh, spec))
+            for array, spec in zip((x, kernel), specs, strict=True)
+        )
+        assert_equal(f(*placed), expected)
+        print(name, "agrees")
+
+
+def check_vmap(mesh):
+    """A batch of batches, whose images are sharded."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel = jax.random.normal(keys[0], (3, 8, 4, 4, 16)), jax.random.normal(keys[1], SHAPE)
+    layout = bsj.random_groups(keys[2], SHAPE, **LAYOUT_COUNTS)
+
+    def of_conv(x, kernel):
+        return (jnp.tanh(jax.vmap(lambda x: bsj.conv(x, kernel, layout))(x)) ** 2).sum()
+
+    f = jax.jit(jax.value_and_grad(of_conv, (0, 1)))
+    expected = jax.device_get(f(x, kernel))
+    sharded = jax.device_put(x, NamedSharding(mesh, P(None, "data")))
+    assert_equal(f(sharded, jax.device_put(kernel, NamedSharding(mesh, P()))), expected)
+    print("vmap agrees")
+
+
+def check_training_step(mesh):
+    """A step of the zoo: no activation is gathered, and the parameters come out the same."""
+    network = models.create("cnn", num_classes=10, width=0.25)
+    images, labels = jax.random.normal(jax.random.key(0), (16, 16, 16, 3)), jnp.arange(16) % 10
+    variables = network.init(jax.random.key(1), images)
+    tx = bsj.keep_zeros(optax.chain(bsj.hrbp_prune(0.8, group_size=8), optax.sgd(0.1, 0.9)))
+    state = tx.init(variables["params"])
+    start = variables["params"], variables["batch_stats"], state, bsj.get_layouts(state)
+
+    @jax.jit
+    def step(params, batch_stats, state, layouts, images, labels):
+        def loss(params):
+            variables = {"params": params, "batch_stats": batch_stats, "layouts": layouts}
+            logits, changed = network.apply(variables, images, train=True, mutable=["batch_stats"])
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), changed["batch_stats"]
+
+        (value, batch_stats), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), batch_stats, state, value
+
+    expected = jax.device_get(step(*start, images, labels))
+    whole = jax.device_put(start, NamedSharding(mesh, P()))
+    sharded = jax.device_put((images, labels), NamedSharding(mesh, P("data")))
+    compiled = step.lower(*whole, *sharded).compile()
+    assert_equal(compiled(*whole, *sharded), expected)
+    assert "all-gather" not in compiled.as_text()
+    assert "all-reduce" in compiled.as_text()
+    print("training step agrees")
+
+
 if __name__ == "__main__":
     devices = int(sys.argv[1])
     for kind in (AxisType.Auto, AxisType.Explicit):
@@ -110,3 +196,6 @@ if __name__ == "__main__":
             CASES["native"],
             dimension=1,
         )
+        check_other_axes(mesh)
+        check_vmap(mesh)
+        check_training_step(mesh)
