@@ -1,5 +1,6 @@
 """Masks: bool arrays of kept weights, from scores, and what they do to the weights."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from blocksparse_jax import patterns, tree
+from blocksparse_jax.alike import map_alike
 from blocksparse_jax.budgets import Budget, check_budget, layer_densities
 from blocksparse_jax.layout import Dense
 from blocksparse_jax.patterns import Kept, Pattern, unstructured
@@ -148,7 +150,19 @@ def draw(
     else:
         shapes = tree.shapes(scores)
         counts = pattern.counts(shapes, layer_densities(budget, shapes, sparsity))
-    return {name: pattern.draw(leaf, counts[name]) for name, leaf in scores.items()}
+    if any(isinstance(count, jax.core.Tracer) for count in jax.tree.leaves(counts)):
+        return {name: pattern.draw(leaf, counts[name]) for name, leaf in scores.items()}
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in scores.values()):
+        return map_alike(pattern.draw, scores, counts)
+    # Only patterns that compare by their values can be looked up among compiled programs.
+    draw_one = _draw_one if "__hash__" in vars(type(pattern)) else _draw_one.__wrapped__
+    return {name: draw_one(pattern, leaf, counts[name]) for name, leaf in scores.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _draw_one(pattern: Pattern, scores: Float[Array, "..."], count: Any) -> Kept:
+    """What is kept of one layer, in one program for all layers of its shape and count."""
+    return pattern.draw(scores, count)
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:

@@ -1,11 +1,12 @@
 """Scores: how much a weight, or a block of weights, deserves to be kept (higher = keep)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from blocksparse_jax import _checks, tree
 from blocksparse_jax.kernels import kernels
@@ -16,6 +17,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 
 
+@jax.jit
 def magnitude(weights: Float[Array, "..."]) -> Float[Array, "..."]:
     """`|w|`, in float32; NaN scores 0, so that counts stay exact when a gradient overflows.
 
@@ -54,6 +56,12 @@ def random(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
     return jax.random.uniform(key, shape)
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def _random(key: Array, place: Int[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """The random scores of the layer at a place, with a key of their own."""
+    return random(jax.random.fold_in(key, place), shape)
+
+
 def make(
     scores: Kind | PyTree, chosen: dict[str, Array], grads: dict[str, Array] | None, key: Array
 ) -> dict[str, Array]:
@@ -80,7 +88,7 @@ def make(
         kind = _checks.choice("scores", scores, KINDS)
         if kind == "random":
             return {
-                name: random(jax.random.fold_in(key, i), leaf.shape)
+                name: _random(key, i, leaf.shape)
                 for i, (name, leaf) in enumerate(chosen.items())
             }
         if kind == "gradient" and grads is None:

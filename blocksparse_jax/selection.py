@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+_BISECTED = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def ranks(scores: Float[Array, "... n"]) -> Int[Array, "... n"]:
@@ -65,7 +68,7 @@ def highest(scores: Float[Array, "..."], count: Any) -> Bool[Array, "..."]:
       >>> highest(jnp.array([1.0, 3.0, 2.0]), 2).tolist()
       [False, True, True]
     """
-    return (ranks(scores.reshape(-1)) < count).reshape(scores.shape)
+    return highest_in_rows(scores.reshape(1, -1), count).reshape(scores.shape)
 
 
 def highest_in_rows(scores: Float[Array, "rows n"], count: Any) -> Bool[Array, "rows n"]:
@@ -82,4 +85,54 @@ def highest_in_rows(scores: Float[Array, "rows n"], count: Any) -> Bool[Array, "
       >>> highest_in_rows(jnp.array([[1.0, 2.0], [4.0, 3.0]]), 1).tolist()
       [[False, True], [True, False]]
     """
-    return ranks(scores) < count
+    if scores.dtype not in _BISECTED or not scores.size:
+        return ranks(scores) < count
+    return _bisect(scores.astype(jnp.float32), jnp.asarray(count, jnp.int32))
+
+
+def _bisect(scores: Float[Array, "rows n"], count: Int[Array, "..."]) -> Bool[Array, "rows n"]:
+    """Marks the `count` highest scores of every row without sorting them.
+
+    Bit by bit it finds the largest pair (score, place from the end of the row) that at least
+    `count` entries reach. A loop of comparisons compiles and runs several times as fast as a sort.
+    """
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, jnp.where(scores == 0, 0.0, scores))
+    bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
+    key = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # ordered as the scores
+    # All comparisons see one and the same key, however its computation rounds.
+    key = jax.lax.optimization_barrier(key)
+    length = key.shape[-1]
+    from_end = jnp.arange(length - 1, -1, -1, dtype=jnp.int32)
+    from_end = jnp.broadcast_to(from_end, key.shape)
+    place_bits = max(1, (length - 1).bit_length())
+
+    def reach(key_least: Array, place_least: Array) -> Bool[Array, "rows n"]:
+        return (key > key_least) | ((key == key_least) & (from_end >= place_least))
+
+    def bit(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        i, key_least, place_least, _ = state
+        is_key = i < 32
+        step = jnp.int32(1) << jnp.where(is_key, 31 - i, 31 + place_bits - i)
+        larger_key = jnp.where(is_key, key_least + step, key_least)
+        larger_place = jnp.where(is_key, place_least, place_least + step)
+        number = reach(larger_key, larger_place).sum(-1, keepdims=True, dtype=jnp.int32)
+        enough = number >= count
+        exact = jnp.where(enough, number == count, state[3])
+        return (
+            i + 1,
+            jnp.where(enough, larger_key, key_least),
+            jnp.where(enough, larger_place, place_least),
+            exact,
+        )
+
+    column = (*key.shape[:-1], 1)
+    start = (
+        jnp.int32(0),
+        jnp.full(column, jnp.iinfo(jnp.int32).min, jnp.int32),
+        jnp.zeros(column, jnp.int32),
+        jnp.zeros(column, bool),
+    )
+    _, key_least, place_least, _ = jax.lax.while_loop(
+        lambda state: (state[0] < 32 + place_bits) & ~state[3].all(), bit, start
+    )
+    return reach(key_least, place_least)

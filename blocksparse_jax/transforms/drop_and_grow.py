@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PyTree
 
 from blocksparse_jax import _checks, schedules, tree
 from blocksparse_jax import scores as scores_
+from blocksparse_jax.alike import map_alike
 from blocksparse_jax.budgets import Budget
 from blocksparse_jax.patterns import Kept, Pattern
 from blocksparse_jax.schedules import AnyOf, Never, Schedule, Through, check_schedule
@@ -110,12 +111,15 @@ def drop_and_grow(
     def move(step: Step, leaves: Leaves) -> dict[str, Kept]:
         part = schedules.cosine_fraction(fraction, step.count, start, until)
         step_key = jax.random.fold_in(first.key, step.count)
-        moved = {}
-        for place, (name, leaf) in enumerate(leaves.items()):
+
+        def move_one(layer: tuple[Leaf, Array], _: None) -> Kept:
+            leaf, place = layer
             keys = jax.random.split(jax.random.fold_in(step_key, place))
             drop_scores, grow_scores = (_scores(r, leaf, k) for r, k in zip((drop, grow), keys))
-            moved[name] = _exchange_sets(first.pattern, leaf, drop_scores, grow_scores, part)
-        return moved
+            return _exchange_sets(first.pattern, leaf, drop_scores, grow_scores, part)
+
+        layers = {name: (leaf, jnp.int32(place)) for place, (name, leaf) in enumerate(leaves.items())}
+        return map_alike(move_one, layers, dict.fromkeys(layers))
 
     def redraw(step: Step, leaves: Leaves) -> dict[str, Kept]:
         if not first.by_gradient:

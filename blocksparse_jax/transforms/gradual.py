@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array
 
 from blocksparse_jax import _checks, schedules, tree
+from blocksparse_jax.alike import map_alike
 from blocksparse_jax.budgets import Budget, layer_densities, target_density
 from blocksparse_jax.masks import check_pattern
 from blocksparse_jax.patterns import Kept, Pattern
@@ -123,14 +124,18 @@ def gradual(
                 lambda kept: kept,
                 kept,
             )
-        pruned = {}
+
+        def shrink(layer: tuple[Array, Kept, Array], final_count: Any) -> Kept:
+            leaf_scores, (mask, layout), density = layer
+            smaller = pattern.shrink(leaf_scores, mask, layout, density, final_count)
+            return Kept(smaller, layout)
+
+        layers = {}
         for leaf_name, density in layer_densities(budget, shapes, sparsity).items():
-            mask, layout = kept[leaf_name]
             now = 1 - sparsity_at(step, 1 - density)
             now = jnp.where(step.count >= schedule.end, 0.0, now)  # exactly the final counts
-            smaller = pattern.shrink(scores[leaf_name], mask, layout, now, counts[leaf_name])
-            pruned[leaf_name] = Kept(smaller, layout)
-        return pruned
+            layers[leaf_name] = scores[leaf_name], kept[leaf_name], now
+        return map_alike(shrink, layers, counts)
 
     def spec(chosen: dict[str, Array]) -> Spec:
         return Spec(

@@ -9,12 +9,14 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from blocksparse_jax import _checks, schedules, tree
+from blocksparse_jax.alike import map_alike
 from blocksparse_jax.patterns import Kept, one_by_n
 from blocksparse_jax.schedules import Between, between, check_between
 from blocksparse_jax.scores import CRITERIA, Criterion, block_scores
 from blocksparse_jax.selection import highest_in_rows
 from blocksparse_jax.spec import Spec
 from blocksparse_jax.transforms._base import (
+    Leaf,
     Leaves,
     Step,
     decay_of_pruned,
@@ -156,14 +158,18 @@ def subp(
         first = step.count + 1
         rho = schedules.progress(curve, first, era.start, era.end, era.every)
         update_key = jax.random.fold_in(random_key, first)
-        kept = {}
-        for i, (name, leaf) in enumerate(leaves.items()):
+
+        def prune(layer: tuple[Leaf, Array], _: None) -> Kept:
+            leaf, place = layer
             kernel = jnp.where(leaf.mask, leaf.weights, 0) if version == 2 else leaf.weights
             size = pattern.size(leaf.mask.shape[-1])
             scores = block_scores(kernel, size, criterion, alpha, leaf.mask)
-            blocks = soft_blocks(jax.random.fold_in(update_key, i), scores, sparsity, rho, tau)
-            kept[name] = Kept(pattern.mask(blocks, leaf.mask.shape), leaf.layout)
-        return kept
+            key = jax.random.fold_in(update_key, place)
+            blocks = soft_blocks(key, scores, sparsity, rho, tau)
+            return Kept(pattern.mask(blocks, leaf.mask.shape), leaf.layout)
+
+        layers = {name: (leaf, jnp.int32(i)) for i, (name, leaf) in enumerate(leaves.items())}
+        return map_alike(prune, layers, dict.fromkeys(layers))
 
     last_epoch = min(-(-era.end // era.every) * era.every, _checks.MAX_STEP)
     last = None if version == 1 else last_epoch
