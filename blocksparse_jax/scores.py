@@ -1,12 +1,12 @@
 """Scores: how much a weight, or a block of weights, deserves to be kept (higher = keep)."""
 
-import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from blocksparse_jax import _checks, tree
 from blocksparse_jax.kernels import kernels
@@ -53,13 +53,8 @@ def random(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
 
     Reference: the random baseline (RU) of Ma et al., "HRBP", CPAL 2024.
     """
-    return jax.random.uniform(key, shape)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _random(key: Array, place: Int[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """The random scores of the layer at a place, with a key of their own."""
-    return random(jax.random.fold_in(key, place), shape)
+    # One program serves all shapes of a size: they draw the same numbers.
+    return jax.random.uniform(key, (math.prod(shape),)).reshape(shape)
 
 
 def make(
@@ -88,7 +83,7 @@ def make(
         kind = _checks.choice("scores", scores, KINDS)
         if kind == "random":
             return {
-                name: _random(key, i, leaf.shape)
+                name: random(jax.random.fold_in(key, i), leaf.shape)
                 for i, (name, leaf) in enumerate(chosen.items())
             }
         if kind == "gradient" and grads is None:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+_LARGE = 2**17  # scores; fewer are sorted, which takes half as long to compile
 _BISECTED = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -26,9 +27,7 @@ def ranks(scores: Float[Array, "... n"]) -> Int[Array, "... n"]:
     """
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
     order = jnp.argsort(scores, axis=-1, stable=True, descending=True)
-    places = jnp.broadcast_to(jnp.arange(scores.shape[-1], dtype=jnp.int32), scores.shape)
-    zeros = jnp.zeros(scores.shape, jnp.int32)
-    return jnp.put_along_axis(zeros, order, places, axis=-1, inplace=False)
+    return jnp.argsort(order, axis=-1).astype(jnp.int32)
 
 
 def ranks_of_stored(scores: Float[Array, "... n"]) -> Int[Array, "... n"]:
@@ -85,54 +84,52 @@ def highest_in_rows(scores: Float[Array, "rows n"], count: Any) -> Bool[Array, "
       >>> highest_in_rows(jnp.array([[1.0, 2.0], [4.0, 3.0]]), 1).tolist()
       [[False, True], [True, False]]
     """
-    if scores.dtype not in _BISECTED or not scores.size:
+    if scores.size < _LARGE or scores.dtype not in _BISECTED:
         return ranks(scores) < count
-    return _bisect(scores.astype(jnp.float32), jnp.asarray(count, jnp.int32))
+    return bisect(scores.astype(jnp.float32), count)
 
 
-def _bisect(scores: Float[Array, "rows n"], count: Int[Array, "..."]) -> Bool[Array, "rows n"]:
-    """Marks the `count` highest scores of every row without sorting them.
+def bisect(scores: Float[Array, "... n"], count: Any) -> Bool[Array, "... n"]:
+    """As `highest_in_rows`, without sorting: many times as fast from some 100,000 scores on.
 
-    Bit by bit it finds the largest pair (score, place from the end of the row) that at least
-    `count` entries reach. A loop of comparisons compiles and runs several times as fast as a sort.
+    Bit by bit it raises a threshold, a pair of score and place, that at least `count` scores of a
+    row reach. The marks are those of the last comparison, so their number is exact however the
+    computation of a score rounds.
+
+    Args:
+      scores: float32; rows lie along the last axis.
+      count: as in `highest_in_rows`.
+
+    Returns:
+      bool of the same shape with exactly `count` ones a row.
+
+    Example:
+      >>> bisect(jnp.array([1.0, 3.0, 3.0]), 1).tolist()
+      [False, True, False]
     """
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, jnp.where(scores == 0, 0.0, scores))
     bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
     key = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # ordered as the scores
-    # All comparisons see one and the same key, however its computation rounds.
-    key = jax.lax.optimization_barrier(key)
-    length = key.shape[-1]
-    from_end = jnp.arange(length - 1, -1, -1, dtype=jnp.int32)
-    from_end = jnp.broadcast_to(from_end, key.shape)
-    place_bits = max(1, (length - 1).bit_length())
+    place = jax.lax.broadcasted_iota(jnp.int32, key.shape, key.ndim - 1)
+    place_bits = (key.shape[-1] - 1).bit_length()
 
-    def reach(key_least: Array, place_least: Array) -> Bool[Array, "rows n"]:
-        return (key > key_least) | ((key == key_least) & (from_end >= place_least))
-
-    def bit(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        i, key_least, place_least, _ = state
-        is_key = i < 32
-        step = jnp.int32(1) << jnp.where(is_key, 31 - i, 31 + place_bits - i)
-        larger_key = jnp.where(is_key, key_least + step, key_least)
-        larger_place = jnp.where(is_key, place_least, place_least + step)
-        number = reach(larger_key, larger_place).sum(-1, keepdims=True, dtype=jnp.int32)
-        enough = number >= count
-        exact = jnp.where(enough, number == count, state[3])
+    def bit(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        least, end, kept = state
+        of_key = i < 32
+        step = jnp.left_shift(jnp.int32(1), jnp.where(of_key, 31 - i, 31 + place_bits - i))
+        higher, nearer = jnp.where(of_key, least + step, least), jnp.where(of_key, end, end - step)
+        reached = (key > higher) | ((key == higher) & (place < nearer))
+        enough = reached.sum(-1, keepdims=True, dtype=jnp.int32) >= count
         return (
-            i + 1,
-            jnp.where(enough, larger_key, key_least),
-            jnp.where(enough, larger_place, place_least),
-            exact,
+            jnp.where(enough, higher, least),
+            jnp.where(enough, nearer, end),
+            jnp.where(enough, reached, kept),
         )
 
     column = (*key.shape[:-1], 1)
     start = (
-        jnp.int32(0),
         jnp.full(column, jnp.iinfo(jnp.int32).min, jnp.int32),
-        jnp.zeros(column, jnp.int32),
-        jnp.zeros(column, bool),
+        jnp.full(column, 1 << place_bits, jnp.int32),
+        jnp.ones(key.shape, bool),
     )
-    _, key_least, place_least, _ = jax.lax.while_loop(
-        lambda state: (state[0] < 32 + place_bits) & ~state[3].all(), bit, start
-    )
-    return reach(key_least, place_least)
+    return jax.lax.fori_loop(0, 32 + place_bits, bit, start)[2]

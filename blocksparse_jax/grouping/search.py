@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from blocksparse_jax import _checks
 from blocksparse_jax.layout import BlockLayout, block_index, channel_layout
+from blocksparse_jax.selection import bisect
 
 _MAX_ROUNDS = 100  # of exchanges, from one start
 _GAIN = 3e-6  # relative gains below this are float32 noise
@@ -401,24 +402,13 @@ def _ones(*shape: int) -> Array:
 
 def _multi_hot(values: Float[Array, "*rows n"], count: int) -> Float[Array, "*rows n"]:
     """1.0 at the largest `count` entries of the last axis; the lower index wins a tie."""
-    values = jnp.where(values == 0, 0.0, values)  # top_k and the bits below put 0.0 before -0.0
     if values.size < _BISECTED:
+        values = jnp.where(values == 0, 0.0, values)  # top_k puts 0.0 before -0.0
         top, index = (array[..., -1:] for array in jax.lax.top_k(values, count))
         return (
             (values > top) | ((values == top) & (jnp.arange(values.shape[-1]) <= index))
         ).astype(values.dtype)
-    bits = jax.lax.bitcast_convert_type(values, jnp.int32)
-    key = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # ordered as the values
-
-    def bit(i: int, top: Array) -> Array:
-        larger = top + (jnp.int32(1) << (31 - i))
-        return jnp.where((key >= larger).sum(-1, keepdims=True) >= count, larger, top)
-
-    least = jnp.full((*values.shape[:-1], 1), jnp.iinfo(jnp.int32).min, jnp.int32)
-    top = jax.lax.fori_loop(0, 32, bit, least)  # the count-th largest
-    tie = key == top
-    room = count - (key > top).sum(-1, keepdims=True)
-    return ((key > top) | (tie & (jnp.cumsum(tie, -1) <= room))).astype(values.dtype)
+    return bisect(values, count).astype(values.dtype)
 
 
 def _layout(
