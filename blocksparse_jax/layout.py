@@ -197,7 +197,7 @@ def channel_layout(
     """
     run = shape[2] // kept_runs.shape[1]
     first = jnp.argsort(~kept_runs, axis=1, stable=True)[:, : kept // run].astype(jnp.int32)
-    channels = first[:, :, None] * run + jnp.arange(run, dtype=jnp.int32)
+    channels = first[:, :, None] * run + jnp.arange(run, dtype=jnp.int32)[None, None]
     return BlockLayout(filters, channels.reshape(len(filters), kept), taps, shape, run)
 
 

@@ -48,8 +48,9 @@ def ranks_of_stored(scores: Float[Array, "... n"]) -> Int[Array, "... n"]:
       [2, 0, 1]
     """
     index = jnp.arange(scores.shape[-1])
+    comes_first = jnp.broadcast_to(index[None, :] < index[:, None], (*scores.shape, len(index)))
     other, this = scores[..., None, :], scores[..., :, None]
-    ahead = (other > this) | ((other == this) & (index[None, :] < index[:, None]))
+    ahead = (other > this) | ((other == this) & comes_first)
     return ahead.sum(-1, dtype=jnp.int32)
 
 

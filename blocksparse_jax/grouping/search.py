@@ -299,9 +299,8 @@ def _exchange_filters(
     now = score[group, group][:, None]
     loss = now + _GAIN * jnp.abs(now) - score
     this, other = loss[..., :, None], loss[..., None, :]
-    rank = ((other < this) | ((other == this) & (member < member[:, None]))).sum(
-        -1, dtype=jnp.int32
-    )
+    comes_first = (member[None, :] < member[:, None])[None, None]
+    rank = ((other < this) | ((other == this) & comes_first)).sum(-1, dtype=jnp.int32)
     back = rank.swapaxes(0, 1)
     loss += jnp.where(
         rank[..., :, None] == back[..., None, :], loss.swapaxes(0, 1)[..., None, :], 0
@@ -336,11 +335,10 @@ def _exchange_exact(
     # [place, other]: what the group of place keeps with other in its stead
     exchanged = jax.lax.top_k(apart[:, None] + added[group], counts.runs)[0].sum(-1)
     gain = exchanged - (values + _GAIN * jnp.abs(values))[group][:, None]
-    gain = jnp.where(group[:, None] == group, 0, gain + gain.T).reshape(len(taps), -1)
+    gain = jnp.where(group[:, None] == group[None, :], 0, gain + gain.T).reshape(len(taps), -1)
     best = gain.max(1, keepdims=True)
-    code = (jnp.minimum(here[:, None], here) * cout + jnp.maximum(here[:, None], here)).reshape(
-        gain.shape
-    )
+    this, other = here[:, None], here[None, :]
+    code = (jnp.minimum(this, other) * cout + jnp.maximum(this, other)).reshape(gain.shape)
     pair = jnp.where(gain == best, code, cout * cout).min(1)
     first, second = pair // cout, pair % cout
     agreed = (best[:, 0] > 0) & (pair[group[first]] == pair[group[second]])
@@ -405,9 +403,8 @@ def _multi_hot(values: Float[Array, "*rows n"], count: int) -> Float[Array, "*ro
     if values.size < _BISECTED:
         values = jnp.where(values == 0, 0.0, values)  # top_k puts 0.0 before -0.0
         top, index = (array[..., -1:] for array in jax.lax.top_k(values, count))
-        return (
-            (values > top) | ((values == top) & (jnp.arange(values.shape[-1]) <= index))
-        ).astype(values.dtype)
+        place = jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
+        return ((values > top) | ((values == top) & (place <= index))).astype(values.dtype)
     return bisect(values, count).astype(values.dtype)
 
 

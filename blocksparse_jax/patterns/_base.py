@@ -177,7 +177,7 @@ class Pattern(abc.ABC):
 
         A row has few sets, and the floor would stop moving them while the fraction is not small.
         """
-        return jnp.floor(fraction * active + 0.5).astype(jnp.int32)
+        return jnp.floor(fraction * active.astype(fraction.dtype) + 0.5).astype(jnp.int32)
 
     def shrinking(self, shape: Shape) -> ShrinkingLayout | Dense:
         """The marker of a layout whose kept count changes in training."""

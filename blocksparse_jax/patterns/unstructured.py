@@ -40,7 +40,7 @@ class Unstructured(Pattern):
         self, fraction: Float[Array, ""], active: Int[Array, "rows 1"]
     ) -> Int[Array, "rows 1"]:
         """The floor, as RigL's authors have it."""
-        return jnp.floor(fraction * active).astype(jnp.int32)
+        return jnp.floor(fraction * active.astype(fraction.dtype)).astype(jnp.int32)
 
 
 def unstructured() -> Unstructured:
