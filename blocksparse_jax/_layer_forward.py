@@ -230,7 +230,7 @@ def _check_layer(
     elif getattr(layer, "feature_group_count", 1) > 1:
         raise ValueError(
             f"{name}/kernel: a convolution with feature_group_count={layer.feature_group_count} "
-            f"stays dense; give it Dense()"
+            f"stays dense; leave its kernel out of the method's `where`, or give it Dense()"
         )
     elif tuple(layout.shape) != shape:
         raise ValueError(

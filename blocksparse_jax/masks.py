@@ -184,14 +184,18 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
       >>> apply_masks(params, masks)["w"].tolist()
       [1.0, 0.0]
     """
-    nodes = tree.match("masks", masks, params)
+    try:
+        nodes = tree.match("masks", masks, params)
+    except ValueError as error:
+        raise ValueError(f"{error} Of an optimizer state give get_masks(state)") from None
     leaves = jax.tree.leaves_with_path(params)
     for (path, leaf), mask in zip(leaves, nodes, strict=True):
         is_bool = jnp.asarray(mask).dtype == bool
         if not is_bool or jnp.shape(mask) not in ((), jnp.shape(leaf)):
             raise ValueError(
                 f"masks: expected a bool array of shape {jnp.shape(leaf)} (or the scalar True) at "
-                f"{tree.path_name(path)!r}, got {jnp.asarray(mask).dtype}{list(jnp.shape(mask))}"
+                f"{tree.path_name(path)!r}, got {jnp.asarray(mask).dtype}{list(jnp.shape(mask))}; "
+                "of an optimizer state give get_masks(state)"
             )
     kept = [jnp.where(mask, leaf, 0) for (_, leaf), mask in zip(leaves, nodes, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(params), kept)

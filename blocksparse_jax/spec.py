@@ -37,6 +37,7 @@ class Spec:
       resizes: masks change how many weights are kept, so that each new count would compile a
         block-sparse step of its own.
       has_layout: masks fit a `BlockLayout`, so that the block-sparse convolution runs them.
+      variables: the state was made for Flax nnx variables, as by an `nnx.Optimizer`.
       on_proposed: what `keep_zeros` calls with the proposed weights; None where the method acts on
         gradients only.
 
@@ -58,6 +59,7 @@ class Spec:
     grows_by_gradient: bool = False
     resizes: bool = False
     has_layout: bool = False
+    variables: bool = False
     on_proposed: Callable[..., Any] | None = None
 
     def changes(self, step: int) -> bool:
@@ -86,4 +88,5 @@ def merge_specs(specs: Sequence[Spec]) -> Spec:
         grows_by_gradient=any(spec.grows_by_gradient for spec in specs),
         resizes=any(spec.resizes for spec in specs),
         has_layout=any(spec.has_layout for spec in specs),
+        variables=any(spec.variables for spec in specs),
     )

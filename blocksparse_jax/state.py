@@ -1,5 +1,6 @@
 """The optax state of every sparse method, and what is read from it."""
 
+import contextvars
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeGuard, get_args
 
@@ -48,6 +49,10 @@ class SparseState(NamedTuple):
     stalled_updates: jax.Array  # int32[]
     spec: Spec
     nonfinite_updates: jax.Array  # int32[]
+
+
+LAYOUTS_STAY_WHOLE = contextvars.ContextVar("LAYOUTS_STAY_WHOLE", default=False)
+"""Whether an optimizer that trains nnx variables writes layouts back whole: `bsj.nnx.Optimizer`."""
 
 
 def is_sparse_state(node: Any) -> TypeGuard[SparseState]:
@@ -107,21 +112,22 @@ def get_spec(state: PyTree) -> Spec:
     return merge_specs([sparse.spec for sparse in sparse_states(state)])
 
 
-def get_masks(state: PyTree) -> PyTree:
+def get_masks(state: PyTree, params: PyTree | None = None) -> PyTree:
     """The masks in an optimizer state.
 
     Args:
       state: the state of a transformation that holds a sparse method, under any wrappers.
+      params: the parameters, where `optax.multi_transform` got labels for whole subtrees: a subtree
+        that it hides from the method is not in the state, and comes back as one True without them.
+        The functions here take either.
 
     Returns:
       A tree of the params' structure: bool masks of the leaves' shapes, and the scalar True for
       dense leaves (it broadcasts, so `jax.tree.map(jnp.multiply, params, masks)` works in either
-      order). Where several methods share a leaf: what all of them keep. A subtree that
-      `optax.multi_transform` hides whole from the method comes back as one True; the functions here
-      take it so.
+      order). Where several methods share a leaf: what all of them keep.
 
     Raises:
-      ValueError: there is no sparse method in the state.
+      ValueError: there is no sparse method in the state, or it is of other params.
 
     Example:
       >>> import blocksparse_jax as bsj
@@ -129,7 +135,10 @@ def get_masks(state: PyTree) -> PyTree:
       >>> int(bsj.get_masks(state)["w"].sum()), bool(bsj.get_masks(state)["b"])
       (288, True)
     """
-    return _merge([s.masks for s in sparse_states(state)], _both, jnp.asarray(True))
+    masks = _merge([s.masks for s in sparse_states(state)], _both, jnp.asarray(True))
+    if params is None:
+        return masks
+    return jax.tree.unflatten(jax.tree.structure(params), tree.match("state", masks, params))
 
 
 def get_layouts(state: PyTree) -> PyTree:
@@ -220,6 +229,24 @@ def hard_masks(state: PyTree, params: PyTree) -> list[Array]:
     ]
     nodes = tree.match("state", _merge(trees, _both, optax.MaskedNode()), params, is_leaf=is_node)
     return [jnp.asarray(True) if isinstance(node, optax.MaskedNode) else node for node in nodes]
+
+
+def stands_for_params(params: Any) -> bool:
+    """True for what `optax.tree_map_params` gives to `init` in place of the parameters.
+
+    It finds what is like the parameters in a state. A method's state counts as one node that is
+    not: masks stay bool, and layouts int32, whatever is done to the moments.
+    """
+    return isinstance(params, _PLACEHOLDER)
+
+
+def _placeholder() -> type:
+    seen: list[type] = []
+    optax.tree_utils.tree_map_params(lambda params: seen.append(type(params)), lambda _: _, None)
+    return seen[0]
+
+
+_PLACEHOLDER = _placeholder()
 
 
 def is_node(node: Any) -> bool:

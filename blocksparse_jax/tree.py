@@ -32,8 +32,9 @@ def conv_kernels(name: str, leaf: Array) -> bool:
 
     A conv kernel is a leaf `[kh, kw, cin, cout]`, or `[layers, kh, kw, cin, cout]` as `nn.scan` and
     vmapped ensembles stack them (the kernel of a 3-D convolution looks the same); the stem is one
-    whose name holds "stem" or that reads at most 4 input channels (images); depthwise kernels read
-    one channel each and stay dense by the same rule.
+    whose name holds "stem" or that reads at most 4 input channels (images); depthwise kernels, and
+    grouped ones of at most 4 channels a group, stay dense by the same rule. A grouped convolution
+    of more looks like an ordinary one of few channels: exclude it by name.
 
     Args:
       name: the leaf's path name.
@@ -51,6 +52,22 @@ def conv_kernels(name: str, leaf: Array) -> bool:
     Reference: the dense layers of Xiang et al., "SUBP", NeurIPS 2023 (stem and classifier).
     """
     return leaf.ndim >= 4 and leaf.shape[-2] > 4 and "stem" not in name.lower()
+
+
+def has_variables(params: PyTree) -> bool:
+    """Whether leaves lie in Flax nnx variables, as in `nnx.state(model)`.
+
+    Args:
+      params: any pytree.
+
+    Returns:
+      False also for a tree without leaves.
+
+    Example:
+      >>> has_variables({"kernel": 1.0})
+      False
+    """
+    return any(_plain(path) != path for path, _ in jax.tree.leaves_with_path(params))
 
 
 def choose(where: Where | None, params: PyTree, label: str = "params") -> dict[str, Array]:

@@ -6,6 +6,8 @@ import jax
 import optax
 from flax import nnx
 
+from blocksparse_jax.state import LAYOUTS_STAY_WHOLE
+
 
 class Optimizer(nnx.Optimizer):
     """`nnx.Optimizer` for transformations whose state holds layouts.
@@ -39,7 +41,11 @@ class Optimizer(nnx.Optimizer):
         params = nnx.as_pure(nnx.state(model, self.wrt))
         gradients = nnx.as_pure(nnx.state(grads, self.wrt))
         state = nnx.as_pure(self.opt_state)
-        updates, new_state = self.tx.update(gradients, state, params, **nnx.as_pure(kwargs))
+        token = LAYOUTS_STAY_WHOLE.set(True)
+        try:
+            updates, new_state = self.tx.update(gradients, state, params, **nnx.as_pure(kwargs))
+        finally:
+            LAYOUTS_STAY_WHOLE.reset(token)
         nnx.update(model, optax.apply_updates(params, updates))
         jax.tree.map(
             lambda variable, value: variable.set_value(value),

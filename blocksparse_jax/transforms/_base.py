@@ -5,6 +5,7 @@ the steps of its schedule (`redraw`), and on the proposed weights `params + upda
 optimizer (`on_proposed`, which `keep_zeros` runs). Everywhere it sees its sparse leaves by name.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,7 +18,12 @@ from blocksparse_jax import schedules, tree
 from blocksparse_jax.layout import Dense, Layout, is_layout
 from blocksparse_jax.patterns import Kept
 from blocksparse_jax.spec import Spec
-from blocksparse_jax.state import SparseState, is_node
+from blocksparse_jax.state import (
+    LAYOUTS_STAY_WHOLE,
+    SparseState,
+    is_node,
+    stands_for_params,
+)
 
 
 class Leaf(NamedTuple):
@@ -101,6 +107,8 @@ def sparse_transformation(
     """
 
     def init(params: PyTree) -> SparseState:
+        if stands_for_params(params):
+            return 0  # type: ignore[return-value]  # one node that is not like the parameters
         chosen = tree.choose(where, params)
         kept = _checked_draw(draw(chosen), chosen)
         dense = jax.tree.map(lambda leaf: jnp.asarray(True), params)
@@ -108,6 +116,7 @@ def sparse_transformation(
         layouts = {name: layer.layout for name, layer in kept.items()}
         memory = {name: jnp.zeros(leaf.shape, jnp.float32) for name, leaf in chosen.items()}
         scalars = jax.tree.map(lambda leaf: jnp.zeros((), jnp.float32), params)
+        static = spec(chosen) if callable(spec) else spec
         return SparseState(
             count=jnp.zeros((), jnp.int32),
             masks=tree.replace(dense, masks, is_leaf=is_layout),
@@ -117,7 +126,7 @@ def sparse_transformation(
             memory=() if remember is None else tree.replace(scalars, memory, is_leaf=is_layout),
             skip_gradient=jnp.asarray(False),
             stalled_updates=jnp.zeros((), jnp.int32),
-            spec=spec(chosen) if callable(spec) else spec,
+            spec=dataclasses.replace(static, variables=tree.has_variables(params)),
             nonfinite_updates=jnp.zeros((), jnp.int32),
         )
 
@@ -129,6 +138,7 @@ def sparse_transformation(
                 f"params: {state.spec.method} reads the weights, expected tx.update(grads, state, "
                 "params), got None"
             )
+        _check_layouts_stay_whole(state)
         step = Step(state.count, extra_args)
         leaves = sparse_leaves(state, params, updates)
         if remember is not None:
@@ -182,6 +192,19 @@ def _checked_draw(kept: Any, chosen: Mapping[str, Array]) -> dict[str, Kept]:
                 f"{jnp.asarray(mask).dtype}{list(jnp.shape(mask))}"
             )
     return dict(kept)
+
+
+def _check_layouts_stay_whole(state: SparseState) -> None:
+    """ValueError in `flax.nnx.Optimizer`, which would write back a dict in place of a layout.
+
+    It shows by a state that was made for nnx variables and now lies in none.
+    """
+    taken_out = state.spec.variables and not tree.has_variables(state.masks)
+    if taken_out and jax.tree.leaves(state.layouts) and not LAYOUTS_STAY_WHOLE.get():
+        raise ValueError(
+            "state: flax.nnx.Optimizer would take its layouts apart, use bsj.nnx.Optimizer (in a "
+            "loop of your own, make params and state both of variables or both of arrays)"
+        )
 
 
 def decay_of_pruned(decay: float) -> Penalty | None:

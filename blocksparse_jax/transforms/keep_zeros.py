@@ -9,7 +9,12 @@ import optax
 from jaxtyping import Array, PyTree
 
 from blocksparse_jax import tree
-from blocksparse_jax.state import hard_masks, is_sparse_state, sparse_states
+from blocksparse_jax.state import (
+    hard_masks,
+    is_sparse_state,
+    sparse_states,
+    stands_for_params,
+)
 from blocksparse_jax.transforms._base import has_moved, propose
 from blocksparse_jax.transforms.nesting import accumulates_for_method, check_nesting
 
@@ -49,6 +54,8 @@ def sparse(
 
     def init(params: PyTree) -> PyTree:
         state = inner.init(params)
+        if stands_for_params(params):
+            return state
         try:
             sparse_states(state[0])
         except ValueError:
@@ -104,6 +111,8 @@ def keep_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformat
 
     def init(params: PyTree) -> PyTree:
         state = inner.init(params)
+        if stands_for_params(params):
+            return state
         check_nesting(state, params)
         sparse_states(state)
         return state

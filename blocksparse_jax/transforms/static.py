@@ -18,7 +18,7 @@ from blocksparse_jax.layout import BlockLayout, Dense, is_layout, layout_to_mask
 from blocksparse_jax.masks import draw, per_leaf
 from blocksparse_jax.patterns import Kept, unstructured
 from blocksparse_jax.spec import Spec
-from blocksparse_jax.state import SparseState
+from blocksparse_jax.state import SparseState, stands_for_params
 from blocksparse_jax.transforms._base import sparse_transformation
 
 
@@ -84,7 +84,8 @@ def fixed_masks(
                     f"masks: expected shape {leaf.shape} at {name!r}, got {shape}; made from "
                     "another model?"
                 )
-        return {name: kept[name] for name in chosen}
+        # Copies, so that a step may donate the state.
+        return {name: jax.tree.map(jnp.copy, kept[name]) for name in chosen}
 
     def spec(chosen: dict[str, Array]) -> Spec:
         reached = sum(counts.values()) / sum(leaf.size for leaf in chosen.values())
@@ -97,6 +98,8 @@ def fixed_masks(
     method = sparse_transformation(spec, where=lambda name, leaf: name in kept, draw=masks_of)
 
     def init(params: PyTree) -> SparseState:
+        if stands_for_params(params):
+            return method.init(params)
         names = [tree.path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
         missing = [name for name in kept if name not in names]
         if missing:
