@@ -1,6 +1,5 @@
 """Masks: bool arrays of kept weights, from scores, and what they do to the weights."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -155,14 +154,17 @@ def draw(
     if any(isinstance(leaf, jax.core.Tracer) for leaf in scores.values()):
         return map_alike(pattern.draw, scores, counts)
     # Only patterns that compare by their values can be looked up among compiled programs.
-    draw_one = _draw_one if "__hash__" in vars(type(pattern)) else _draw_one.__wrapped__
+    draw_one = _compiled_draw if "__hash__" in vars(type(pattern)) else _draw
     return {name: draw_one(pattern, leaf, counts[name]) for name, leaf in scores.items()}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _draw_one(pattern: Pattern, scores: Float[Array, "..."], count: Any) -> Kept:
-    """What is kept of one layer, in one program for all layers of its shape and count."""
+def _draw(pattern: Pattern, scores: Float[Array, "..."], count: Any) -> Kept:
+    """What is kept of one layer."""
     return pattern.draw(scores, count)
+
+
+_compiled_draw = jax.jit(_draw, static_argnums=(0, 2))
+"""One program for all layers of one shape and count."""
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:

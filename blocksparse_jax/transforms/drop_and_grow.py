@@ -118,7 +118,9 @@ def drop_and_grow(
             drop_scores, grow_scores = (_scores(r, leaf, k) for r, k in zip((drop, grow), keys))
             return _exchange_sets(first.pattern, leaf, drop_scores, grow_scores, part)
 
-        layers = {name: (leaf, jnp.int32(place)) for place, (name, leaf) in enumerate(leaves.items())}
+        layers = {
+            name: (leaf, jnp.int32(place)) for place, (name, leaf) in enumerate(leaves.items())
+        }
         return map_alike(move_one, layers, dict.fromkeys(layers))
 
     def redraw(step: Step, leaves: Leaves) -> dict[str, Kept]:
