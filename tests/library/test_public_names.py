@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from flax import nnx
 from sparse_methods import noise
 
@@ -23,9 +24,16 @@ import blocksparse_jax as bsj
 
 # Modules among the public names, and what of them is for users.
 OF_MODULES = {
-    "linen": ["BlockSparseConv"],
+    "linen": ["BlockSparseConv", "BlockSparseLinear", "use_layouts"],
     "metrics": ["density", "kept_flops", "nonzero_pruned", "sad"],
-    "nnx": ["BlockSparseConv", "Optimizer", "set_layouts"],
+    "nnx": [
+        "BlockSparseConv",
+        "BlockSparseLinear",
+        "Optimizer",
+        "executions",
+        "set_layouts",
+        "sparsify",
+    ],
     "patterns": bsj.patterns.__all__,
     "transforms": bsj.transforms.__all__,
 }
@@ -603,6 +611,62 @@ def linen__BlockSparseConv():
     layer = bsj.linen.BlockSparseConv(32, (3, 3), use_bias=False)
     variables = {"params": {"kernel": kernel()}, "layouts": {"kernel": layout()}}
     assert_convolves(layer.apply(variables, images()), kernel())
+
+
+def dense_layout():
+    mask = jnp.zeros((16, 32), bool).at[:8, :16].set(True).at[8:, 16:].set(True)
+    return bsj.mask_to_layout(mask)
+
+
+def assert_multiplies(y, weights):
+    expected = images() @ jnp.where(bsj.layout_to_mask(dense_layout()), weights, 0)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@check
+def linen__BlockSparseLinear():
+    layer, weights = bsj.linen.BlockSparseLinear(32, use_bias=False), kernel(shape=(16, 32))
+    variables = {"params": {"kernel": weights}, "layouts": {"kernel": dense_layout()}}
+    assert_multiplies(layer.apply(variables, images()), weights)
+
+
+@check
+def linen__use_layouts():
+    with bsj.linen.use_layouts({"kernel": layout()}) as executions:
+        y = nn.Conv(32, (3, 3), use_bias=False).apply({"params": {"kernel": kernel()}}, images())
+    assert executions == {"kernel": "block-sparse"}
+    assert_convolves(y, kernel())
+
+
+@check
+def nnx__BlockSparseLinear():
+    layer = bsj.nnx.BlockSparseLinear(16, 32, use_bias=False, rngs=nnx.Rngs(0))
+    bsj.nnx.set_layouts(layer, {"kernel": dense_layout()})
+    assert_multiplies(layer(images()), layer.kernel[...])
+
+
+@check
+def nnx__sparsify():
+    layer = nnx.Conv(16, 32, (3, 3), use_bias=False, rngs=nnx.Rngs(0))
+    assert bsj.nnx.sparsify(layer) is layer
+    bsj.nnx.set_layouts(layer, {"kernel": layout()})
+    assert_convolves(layer(images()), layer.kernel[...])
+
+
+@check
+def nnx__executions():
+    assert bsj.nnx.executions(sparse_layer()) == {"kernel": "block-sparse"}
+
+
+@check
+def cancel_transposes():
+    def rows_last_and_back(x):
+        return jnp.sin(x.transpose(3, 1, 2, 0)).transpose(3, 1, 2, 0)
+
+    moved = bsj.cancel_transposes(rows_last_and_back)
+    np.testing.assert_allclose(moved(images()), jnp.sin(images()), rtol=1e-6)
+    assert "transpose" in str(jax.make_jaxpr(rows_last_and_back)(images()))
+    assert "transpose" not in str(jax.make_jaxpr(moved)(images()))
 
 
 def sparse_layer():
