@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from new_process import run_python
-from requirements import needs
 
 import blocksparse_jax as bsj
 from experiments import models
@@ -61,7 +60,7 @@ def test_the_zoo_makes_none_of_the_choices_for_cpus(on_a_tpu, data_format):
     assert "concatenate" not in jaxpr
 
 
-@needs(described_tpu.missing())
+@pytest.mark.skipif(bool(described_tpu.missing()), reason=str(described_tpu.missing()))
 def test_a_training_step_compiled_for_a_v5e_accesses_no_more_memory_than_a_dense_one():
     configs = [{"model": "cnn", "method": "dense"}, {"model": "cnn", "method": "hrbp"}]
     done = run_python(

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from unchanged import assert_linen_equals_masked_dense, pruned
 
 import blocksparse_jax as bsj
-from tests.support.unchanged import assert_linen_equals_masked_dense, pruned
 
 OPTIONS: list[dict[str, Any]] = [
     {},

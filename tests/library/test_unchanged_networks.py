@@ -1,7 +1,5 @@
 """Networks of others, as they are written, on block-sparse convolutions."""
 
-import importlib.util
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,23 +7,18 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from unchanged import assert_linen_equals_masked_dense
 
 import blocksparse_jax as bsj
-from tests.support.requirements import needs
-from tests.support.unchanged import assert_linen_equals_masked_dense
-
-has_flaxmodels = importlib.util.find_spec("flaxmodels") is not None
 
 
 @pytest.mark.slow
-@needs(None if has_flaxmodels else "flaxmodels is not installed; `make slow` installs it")
 @pytest.mark.parametrize(
     ("name", "size", "convolutions"),
     [("ResNet18", 64, 19), ("ResNet50", 64, 52), ("VGG16", 224, 12)],
 )
 def test_flaxmodels_networks_equal_masked_dense(name, size, convolutions):
-    import flaxmodels
-
+    flaxmodels = pytest.importorskip("flaxmodels", reason="`make slow` installs it")
     model = getattr(flaxmodels, name)(output="logits", pretrained=None, num_classes=10)
     x = jax.random.uniform(jax.random.key(0), (2, size, size, 3))
     executions = assert_linen_equals_masked_dense(model, x, 1e-4, train=False)
