@@ -82,8 +82,9 @@ def conv(
     give NaN, as a dense convolution does; XLA's formulations may leave those products out.
 
     Reverse mode works to any order (`jax.grad` of `jax.grad`), and forward over reverse (`jax.jvp`
-    of `jax.grad`, Hessian-vector products); from the second order on XLA's operations do the work.
-    Forward mode alone (`jax.jvp` of `conv`) takes `implementation="dense"`.
+    of `jax.grad`, Hessian-vector products; with `kernel_gradient="dense"` only in the
+    implementation "dense"); from the second order on XLA's operations do the work. Forward mode
+    alone (`jax.jvp` of `conv`) takes `implementation="dense"`.
 
     Args:
       x: activations `[n, h, w, cin]`, or `[cin, h, w, n]` with `data_format="CHWN"`; float32,

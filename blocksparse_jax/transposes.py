@@ -61,8 +61,8 @@ def cancel_transposes(
     are gone. Values and results keep their shapes and meaning; sums may round differently.
 
     Apply it to the whole function that is compiled, with its gradients inside:
-    `jax.jit(cancel_transposes(step))`. Derivatives of the result are right, but they are those of
-    `fun` as it is written, with its transposes.
+    `jax.jit(cancel_transposes(step))`. Gradients of the result are right, but they are computed
+    from `fun` as it is written, with its transposes; forward mode (`jax.jvp`) is not defined.
 
     Args:
       fun: a function of pytrees of arrays that `jax.jit` could compile without static arguments.
@@ -91,9 +91,11 @@ def cancel_transposes(
 
         results: list[Any] = []
         program = jax.make_jaxpr(flat)(*leaves)
-        as_written = jax.custom_jvp(lambda *leaves: _evaluate(program, leaves))
-        as_written.defjvp(functools.partial(jax.jvp, jaxpr_as_fun(program)))
-        return jax.tree.unflatten(results[-1], as_written(*leaves))
+        with_gradient = jax.custom_vjp(lambda *leaves: _evaluate(program, leaves))
+        with_gradient.defvjp(
+            functools.partial(jax.vjp, jaxpr_as_fun(program)), lambda pullback, g: pullback(g)
+        )
+        return jax.tree.unflatten(results[-1], with_gradient(*leaves))
 
     return moved
 

@@ -166,6 +166,22 @@ def test_a_step_of_a_plain_network_keeps_the_transposes_of_its_door_only():
     )
 
 
+def test_gradients_of_a_moved_function_of_sparse_convolutions_are_right():
+    params = {"conv": jax.random.normal(jax.random.key(1), (3, 3, 4, 8))}
+    where = lambda name, leaf: True  # noqa: E731
+    method = bsj.hrbp_prune(0.75, group_size=4, block_density=1, where=where)
+    layouts = bsj.get_layouts(method.init(params))
+
+    def loss(params, layouts, index):
+        y = jax.nn.relu(bsj.conv(X, params["conv"], layouts["conv"]))
+        return (y**2).mean() * index
+
+    moved = bsj.cancel_transposes(loss)
+    for through in (lambda fun: fun, jax.jit):
+        actual = jax.grad(through(moved))(params, layouts, 3)["conv"]
+        np.testing.assert_allclose(actual, jax.grad(loss)(params, layouts, 3)["conv"], rtol=1e-5)
+
+
 def test_pytrees_and_keywords_pass_as_they_are():
     def fun(tree, *, scale):
         """Doc."""
