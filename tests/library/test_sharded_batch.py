@@ -165,7 +165,8 @@ def check_training_step(mesh):
         def loss(params):
             variables = {"params": params, "batch_stats": batch_stats, "layouts": layouts}
             logits, changed = network.apply(variables, images, train=True, mutable=["batch_stats"])
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            # optax's loss of integer labels indexes in a way that Explicit axes refuse on jax 0.12.
+            losses = optax.softmax_cross_entropy(logits, jax.nn.one_hot(labels, 10))
             return losses.mean(), changed["batch_stats"]
 
         (value, batch_stats), gradients = jax.value_and_grad(loss, has_aux=True)(params)
