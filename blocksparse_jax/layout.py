@@ -98,7 +98,7 @@ class Dense:
     """
 
 
-@jax.tree_util.register_static
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ConsecutiveGroups:
     """The layout of a leaf in groups of consecutive filters whose kept count changes in training.
@@ -107,7 +107,8 @@ class ConsecutiveGroups:
     marker into a `BlockLayout`.
 
     Attributes:
-      group_size: filters in a group.
+      group_size: filters in a group (static).
+      packed: in the state of packed values, their layout: there is no mask to read it from.
 
     Example:
       >>> ConsecutiveGroups(16).group_size
@@ -116,7 +117,8 @@ class ConsecutiveGroups:
     Reference: the 1xN block of Xiang et al., "SUBP", NeurIPS 2023.
     """
 
-    group_size: int
+    group_size: int = dataclasses.field(metadata={"static": True})
+    packed: BlockLayout | None = None
 
     def read(self, mask: Bool[Array, "..."]) -> BlockLayout:
         """The layout of a concrete mask."""
@@ -134,6 +136,7 @@ class FilterGroups:
     Attributes:
       filters: int32 `[groups, group_size]`, a partition of `range(cout)`.
       channel_block: channels come in aligned runs of this many (static).
+      packed: in the state of packed values, their layout.
 
     Example:
       >>> FilterGroups(jnp.array([[0, 2], [1, 3]])).filters.shape
@@ -142,6 +145,7 @@ class FilterGroups:
 
     filters: jax.Array  # int32[groups, group_size]
     channel_block: int = dataclasses.field(default=1, metadata={"static": True})
+    packed: BlockLayout | None = None
 
     def read(self, mask: Bool[Array, "..."]) -> BlockLayout:
         """The layout of a concrete mask."""

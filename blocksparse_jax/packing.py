@@ -1,16 +1,25 @@
 """Packing: dense arrays to packed values and back, for one kernel or a whole training state."""
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, PyTree
 
 from blocksparse_jax import layout as layouts_
 from blocksparse_jax import tree
-from blocksparse_jax.layout import BlockLayout, Dense, block_index, is_layout, layout_to_mask
-from blocksparse_jax.state import SparseState, is_sparse_state
+from blocksparse_jax.layout import (
+    BlockLayout,
+    Dense,
+    ShrinkingLayout,
+    block_index,
+    is_layout,
+    layout_to_mask,
+)
+from blocksparse_jax.state import SparseState, is_node, is_sparse_state
 
 
 def pack(
@@ -114,9 +123,9 @@ def pack_tree(
       `(values, state)`.
 
     Raises:
-      ValueError: the layouts are of another tree or another kernel; or pruned weights of a
-        straight-through method would be lost (inside jit, where the values are not known, this is
-        not seen).
+      ValueError: the layouts are of another tree or another kernel; they keep other weights than
+        the masks in the state; or pruned weights of a straight-through method would be lost (inside
+        jit, where the values are not known, the last two are not seen).
 
     Example:
       >>> params = {"w": jnp.ones((1, 1, 2, 2)), "b": jnp.ones(2)}
@@ -126,6 +135,7 @@ def pack_tree(
       >>> values["w"].shape, values["b"].shape
       ((1, 2, 1, 2), (2,))
     """
+    _check_masks(params, state, layouts)
     if not drop_pruned:
         _refuse_loss(params, state, layouts)
     return _convert(
@@ -135,6 +145,7 @@ def pack_tree(
         pack,
         lambda layout: layout.full_shape,
         lambda layout: jnp.asarray(True),
+        lambda marker, layout: dataclasses.replace(marker, packed=jax.tree.map(jnp.copy, layout)),
     )
 
 
@@ -150,7 +161,8 @@ def unpack_tree(values: PyTree, state: PyTree, layouts: PyTree) -> tuple[PyTree,
       `(params, state)`.
 
     Raises:
-      ValueError: the layouts are of another tree or other values.
+      ValueError: the layouts are of another tree or other values: a packed state holds those it was
+        packed with (inside jit, where the values are not known, this is not seen).
 
     Example:
       >>> layouts = {"w": layouts_.mask_to_layout(jnp.ones((1, 1, 2, 2), bool))}
@@ -158,6 +170,7 @@ def unpack_tree(values: PyTree, state: PyTree, layouts: PyTree) -> tuple[PyTree,
       >>> params["w"].shape
       (1, 1, 2, 2)
     """
+    _check_layouts(values, state, layouts)
     return _convert(
         values,
         state,
@@ -165,6 +178,63 @@ def unpack_tree(values: PyTree, state: PyTree, layouts: PyTree) -> tuple[PyTree,
         unpack,
         lambda layout: layout.full_packed_shape,
         layouts_.layout_to_mask,
+        lambda marker, _: dataclasses.replace(marker, packed=None),
+    )
+
+
+def _check_masks(params: PyTree, state: PyTree, layouts: PyTree) -> None:
+    """ValueError where known masks in a state are not those of the layouts to pack with."""
+    for name, layout, (mask, own) in _beside_layouts(params, state, layouts):
+        is_packable = not isinstance(own, Dense | optax.MaskedNode)
+        if is_packable and jnp.shape(mask) == layout.full_shape and not _true(_keeps(layout, mask)):
+            _refuse_foreign(name)
+
+
+def _check_layouts(values: PyTree, state: PyTree, layouts: PyTree) -> None:
+    """ValueError where the layouts are not those that a packed state holds."""
+    for name, layout, (_, own) in _beside_layouts(values, state, layouts):
+        packed = own if isinstance(own, BlockLayout) else getattr(own, "packed", None)
+        if packed is not None and not _is_same(packed, layout):
+            _refuse_foreign(name)
+
+
+def _beside_layouts(
+    params: PyTree, state: PyTree, layouts: PyTree
+) -> Iterator[tuple[str, BlockLayout, tuple[Any, Any]]]:
+    """Each leaf that has a BlockLayout: its name, the layout, and a method's mask and layout."""
+    names = [tree.path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+    given = tree.match("layouts", layouts, params, is_leaf=is_layout)
+    for sparse in filter(is_sparse_state, jax.tree.leaves(state, is_leaf=is_sparse_state)):
+        masks = tree.match("state", sparse.masks, params, is_leaf=is_node)
+        own = tree.match("state", sparse.layouts, params, is_leaf=is_node)
+        for name, layout, *both in zip(names, given, masks, own, strict=True):
+            if isinstance(layout, BlockLayout):
+                yield name, layout, (both[0], both[1])
+
+
+@jax.jit
+def _keeps(layout: BlockLayout, mask: Array) -> Array:
+    """Whether a layout keeps what a mask keeps."""
+    return (layout_to_mask(layout) == mask).all()
+
+
+def _is_same(one: BlockLayout, other: BlockLayout) -> bool:
+    """Whether two layouts are equal, as far as their arrays are known."""
+    pairs = list(zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+    return one.shape == other.shape and all(
+        jnp.shape(a) == jnp.shape(b) and _true(jnp.array_equal(a, b)) for a, b in pairs
+    )
+
+
+def _true(flag: Array) -> bool:
+    """A bool; True where it is traced."""
+    return isinstance(flag, jax.core.Tracer) or bool(flag)
+
+
+def _refuse_foreign(name: str) -> None:
+    raise ValueError(
+        f"layouts: the one at {name!r} is not that of the state, but of another seed, model or "
+        "step; use get_layouts(state)"
     )
 
 
@@ -223,11 +293,12 @@ def _convert(
     convert: Callable[[Any, BlockLayout], Any],
     shape: Callable[[BlockLayout], tuple[int, ...]],
     mask: Callable[[BlockLayout], Array],
+    mark: Callable[[Any, BlockLayout], Any],
 ) -> tuple[PyTree, PyTree]:
     """Converts each leaf with a BlockLayout, and each state leaf that belongs to it.
 
     State leaves belong to a parameter by their path and its `shape(layout)`; masks become
-    `mask(layout)`.
+    `mask(layout)`, and markers of layouts that are read from masks `mark(marker, layout)`.
     """
     names = [tree.path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
     matched = tree.match("layouts", layouts, params, is_leaf=is_layout)
@@ -256,7 +327,13 @@ def _convert(
         def memory(path: Any, value: Any) -> Any:
             return state_leaf(tree.path_name(path), value)
 
+        def marker(path: Any, layout: Any) -> Any:
+            name = tree.path_name(path)
+            is_marker = name in blocks and isinstance(layout, get_args(ShrinkingLayout))
+            return mark(layout, blocks[name]) if is_marker else layout
+
         return sparse._replace(
+            layouts=jax.tree.map_with_path(marker, sparse.layouts, is_leaf=is_node),
             masks=jax.tree.map_with_path(masks, sparse.masks, sparse.layouts),
             memory=jax.tree.map_with_path(memory, sparse.memory),
         )

@@ -54,7 +54,7 @@ def random(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
     Reference: the random baseline (RU) of Ma et al., "HRBP", CPAL 2024.
     """
     # One program serves all shapes of a size: they draw the same numbers.
-    return jax.random.uniform(key, (math.prod(shape),)).reshape(shape)
+    return jax.random.uniform(key, (math.prod(shape),), jnp.float32).reshape(shape)
 
 
 def make(

@@ -135,7 +135,7 @@ def get_masks(state: PyTree, params: PyTree | None = None) -> PyTree:
       >>> int(bsj.get_masks(state)["w"].sum()), bool(bsj.get_masks(state)["b"])
       (288, True)
     """
-    masks = _merge([s.masks for s in sparse_states(state)], _both, jnp.asarray(True))
+    masks = _own_arrays(_merge([s.masks for s in sparse_states(state)], _both, jnp.asarray(True)))
     if params is None:
         return masks
     return jax.tree.unflatten(jax.tree.structure(params), tree.match("state", masks, params))
@@ -158,7 +158,7 @@ def get_layouts(state: PyTree) -> PyTree:
 
     Raises:
       ValueError: there is no sparse method in the state, layouts must be read from masks that are
-        traced or packed away, or `flax.nnx.Optimizer` has taken the layouts apart
+        traced, or `flax.nnx.Optimizer` has taken the layouts apart
         (`bsj.nnx.Optimizer` keeps them).
 
     Example:
@@ -179,7 +179,7 @@ def get_layouts(state: PyTree) -> PyTree:
                     f"that, use bsj.nnx.Optimizer"
                 )
     resolved = [jax.tree.map(_resolve, s.layouts, s.masks, is_leaf=is_node) for s in states]
-    return _merge(resolved, lambda a, b: b if isinstance(a, Dense) else a, Dense())
+    return _own_arrays(_merge(resolved, lambda a, b: b if isinstance(a, Dense) else a, Dense()))
 
 
 def masked(params: PyTree, state: PyTree) -> PyTree:
@@ -254,6 +254,16 @@ def is_node(node: Any) -> bool:
     return is_layout(node) or isinstance(node, optax.MaskedNode)
 
 
+def _own_arrays(arrays: PyTree) -> PyTree:
+    """Copies of concrete arrays, so that a step may donate the state beside them."""
+
+    def own(array: Any) -> Any:
+        is_concrete = isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
+        return jax.device_put(array, may_alias=False) if is_concrete else array
+
+    return jax.tree.map(own, arrays)
+
+
 def _both(a: Array, b: Array) -> Array:
     """The masks' intersection, without broadcasting two scalars of dense leaves into arrays."""
     return a & b if jnp.ndim(a) and jnp.ndim(b) else (a if jnp.ndim(a) else b)
@@ -263,10 +273,12 @@ def _resolve(layout: Any, mask: Any) -> Any:
     """The layout of a mask whose kept count changes in training; other layouts as they are."""
     if not isinstance(layout, get_args(ShrinkingLayout)):
         return layout
+    if layout.packed is not None:
+        return layout.packed
     if not jnp.ndim(mask):
         raise ValueError(
-            "state: packed, and this method's layouts are read from its masks: use those given to "
-            "pack_tree, or unpack_tree"
+            "state: packed without its layouts, and this method's are read from its masks: use "
+            "those given to pack_tree, or unpack_tree"
         )
     if isinstance(mask, jax.core.Tracer):
         raise ValueError(

@@ -131,9 +131,10 @@ def random_groups(
     keys = jax.random.split(_checks.random_key("key", key), 3)
     (filters,) = _ascending(jax.random.permutation(keys[0], cout).reshape(groups, group_size))
     runs = _multi_hot(
-        jax.random.uniform(keys[1], (groups, cin // channel_block)), kept // channel_block
+        jax.random.uniform(keys[1], (groups, cin // channel_block), jnp.float32),
+        kept // channel_block,
     )
-    taps = _multi_hot(jax.random.uniform(keys[2], (groups, kh * kw)), kept_taps)
+    taps = _multi_hot(jax.random.uniform(keys[2], (groups, kh * kw), jnp.float32), kept_taps)
     return _layout(filters, runs, taps, (kh, kw, cin, cout), kept, kept_taps)
 
 

@@ -138,7 +138,7 @@ def sparse_transformation(
                 f"params: {state.spec.method} reads the weights, expected tx.update(grads, state, "
                 "params), got None"
             )
-        _check_layouts_stay_whole(state)
+        _check_layouts_stay_whole(state, params)
         step = Step(state.count, extra_args)
         leaves = sparse_leaves(state, params, updates)
         if remember is not None:
@@ -194,16 +194,22 @@ def _checked_draw(kept: Any, chosen: Mapping[str, Array]) -> dict[str, Kept]:
     return dict(kept)
 
 
-def _check_layouts_stay_whole(state: SparseState) -> None:
+def _check_layouts_stay_whole(state: SparseState, params: PyTree) -> None:
     """ValueError in `flax.nnx.Optimizer`, which would write back a dict in place of a layout.
 
-    It shows by a state that was made for nnx variables and now lies in none.
+    It shows by a state that was made for nnx variables and now lies in none, though the params are
+    no plain dict.
     """
     taken_out = state.spec.variables and not tree.has_variables(state.masks)
-    if taken_out and jax.tree.leaves(state.layouts) and not LAYOUTS_STAY_WHOLE.get():
+    if (
+        taken_out
+        and not isinstance(params, dict)
+        and jax.tree.leaves(state.layouts)
+        and not LAYOUTS_STAY_WHOLE.get()
+    ):
         raise ValueError(
             "state: flax.nnx.Optimizer would take its layouts apart, use bsj.nnx.Optimizer (in a "
-            "loop of your own, make params and state both of variables or both of arrays)"
+            "loop of your own, give tx.update params and state of variables, or params as a dict)"
         )
 
 

@@ -244,7 +244,9 @@ def soft_blocks(
     # float32 turns 3 into 2.99997 when cin is in the hundreds
     regrown = jnp.floor(regrown + 1e-4).astype(jnp.int32)
     norm = jnp.sqrt(jnp.square(jnp.where(removed, scores, 0)).sum(1, keepdims=True))
-    logits = scores / jnp.where(norm == 0, 1, norm) / tau + jax.random.gumbel(key, scores.shape)
+    logits = scores / jnp.where(norm == 0, 1, norm) / tau + jax.random.gumbel(
+        key, scores.shape, jnp.float32
+    )
     return ~removed | highest_in_rows(jnp.where(removed, logits, -jnp.inf), regrown)
 
 

@@ -1,0 +1,174 @@
+"""A sparse method in optax's own tools, under donation, and in JAX's global modes."""
+
+import contextlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sparse_methods import METHODS, kinds_first, noise, small_tree
+
+import blocksparse_jax as bsj
+
+MODES = {
+    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "strict dtypes": lambda: jax.numpy_dtype_promotion("strict"),
+    "debug_nans": lambda: jax.debug_nans(True),
+    "no jit": jax.disable_jit,
+    "checks": lambda: jax.enable_checks(True),
+    "x64": lambda: jax.enable_x64(True),
+}
+
+
+def sparse_adam(name, params):
+    return bsj.sparse(METHODS[name](params), optax.adam(1e-2))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_tree_map_params_reaches_the_moments_only(name, params):
+    """Masks stay bool and layouts int32, and the state still trains."""
+    tx = sparse_adam(name, params)
+    state = tx.init(params)
+    cast = optax.tree_map_params(tx, lambda moment: moment.astype(jnp.bfloat16), state)
+    for moments in (cast[1][0].mu, cast[1][0].nu):
+        assert {leaf.dtype for leaf in jax.tree.leaves(moments)} == {jnp.dtype(jnp.bfloat16)}
+    chex.assert_trees_all_equal(cast[0], state[0])
+    marked = optax.tree_map_params(
+        tx, lambda _: "moment", state, transform_non_params=lambda _: "other"
+    )
+    assert marked[0] == "other"
+    assert set(jax.tree.leaves(marked[1][0].mu)) == {"moment"}
+
+
+@pytest.mark.parametrize("wrap", ["alone", "keep_zeros", "multi_transform", "MultiSteps"])
+def test_tree_map_params_sees_through_what_wraps_a_method(wrap, params):
+    method, labels = bsj.rigl(0.7, until=9), jax.tree.map(lambda _: "a", params)
+    chain = bsj.keep_zeros(optax.chain(method, optax.adam(1e-2)))
+    tx = {
+        "alone": method,
+        "keep_zeros": chain,
+        "multi_transform": optax.multi_transform({"a": chain}, labels),
+        "MultiSteps": optax.MultiSteps(chain, 2),
+    }[wrap]
+    state = tx.init(params)
+    same = optax.tree_map_params(tx, lambda leaf: leaf, state)
+    chex.assert_trees_all_equal(same, state)
+
+
+def test_tree_get_and_tree_set_find_a_method_and_its_optimizer(params):
+    tx = bsj.sparse(
+        METHODS["hrbp"](params), optax.inject_hyperparams(optax.adam)(learning_rate=0.1)
+    )
+    state = tx.init(params)
+    masks = optax.tree_utils.tree_get(state, "masks")
+    chex.assert_trees_all_equal(masks, bsj.get_masks(state))
+    state = optax.tree_utils.tree_set(state, learning_rate=jnp.asarray(0.5))
+    assert float(optax.tree_utils.tree_get(state, "learning_rate")) == 0.5
+    chex.assert_trees_all_equal(bsj.get_masks(state), masks)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_may_donate_params_and_state_beside_masks_and_layouts(name):
+    """No buffer lies twice in params, state, masks and layouts, nor in the method itself."""
+    tx = sparse_adam(name, small_tree())
+    params = small_tree()
+    state = tx.init(params)
+    read = bsj.get_masks(state), bsj.get_layouts(state)
+    places = {}
+    for path, leaf in jax.tree.leaves_with_path((params, state, read, tx.init(params))):
+        if leaf.size > 1:
+            place = jax.tree_util.keystr(path)
+            assert places.setdefault(leaf.unsafe_buffer_pointer(), place) == place
+
+    def step(params, state, read, grads):
+        updates, state = tx.update(grads, state, params)
+        kept = bsj.apply_masks(params, read[0])
+        params = jax.tree.map(lambda p, u, k: p + u + 0 * k, params, updates, kept)
+        return params, state, jax.tree.map(jnp.sum, jax.tree.leaves(read[1]))
+
+    step = jax.jit(step, donate_argnums=(0, 1))
+    for i in range(2):
+        params, state, _ = step(params, state, read, noise(small_tree(), i))
+    chex.assert_trees_all_equal(bsj.get_masks(tx.init(small_tree())), read[0])
+
+
+@pytest.mark.parametrize("name", kinds_first(METHODS))
+@pytest.mark.parametrize("mode", MODES)
+def test_the_global_modes_of_jax_change_no_masks(mode, name):
+    """Init, an update that moves masks, and what is read from the state."""
+
+    def train(context, eager):
+        params = small_tree()
+        grads = noise(params, 0)
+        with context():
+            # optax.adam itself promotes dtypes.
+            tx = bsj.sparse(METHODS[name](params), optax.sgd(0.1, momentum=0.9))
+            state = tx.init(params)
+            update = tx.update if eager else jax.jit(tx.update)
+            for _ in range(4):
+                updates, state = update(grads, state, params)
+                params = optax.apply_updates(params, updates)
+            layouts = bsj.get_layouts(state)
+            values, packed = bsj.pack_tree(params, state, layouts, drop_pruned=True)
+            bsj.unpack_tree(values, packed, layouts)
+            bsj.apply_masks(bsj.masked(params, state), bsj.get_masks(state))
+            assert bsj.summarize(params, state).density <= 1
+            return bsj.get_masks(state)
+
+    plain = train(contextlib.nullcontext, eager=False)
+    chex.assert_trees_all_equal(train(MODES[mode], eager=mode == "no jit"), plain)
+
+
+def test_masks_under_prefix_labels_take_the_structure_of_params(params):
+    chain = bsj.sparse(bsj.rigl(0.7, until=9), optax.sgd(0.1))
+    labels = {"stem": "plain", "conv1": "sparse", "conv2": "sparse", "classifier": "plain"}
+    tx = optax.multi_transform({"sparse": chain, "plain": optax.sgd(0.1)}, labels)
+    state = tx.init(params)
+    masks = bsj.get_masks(state, params)
+    chex.assert_trees_all_equal_structs(masks, params)
+    chex.assert_trees_all_equal(
+        jax.tree.map(jnp.multiply, params, masks), bsj.apply_masks(params, bsj.get_masks(state))
+    )
+    with pytest.raises(ValueError, match="state: expected the tree structure of params"):
+        bsj.get_masks(state, {"other": params["conv1"]})
+
+
+def test_a_state_in_place_of_masks_is_named(params):
+    state = sparse_adam("rigl", params).init(params)
+    with pytest.raises(ValueError, match=r"masks: .*get_masks\(state\)"):
+        bsj.apply_masks(params, state)
+
+
+def foreign(name, step=0):
+    """Params, a state and the layouts of a method, from other weights for another step."""
+    params = jax.tree.map(lambda leaf: jnp.roll(leaf, step), small_tree())
+    tx = sparse_adam(name, params)
+    state = tx.init(params)
+    if name.startswith(("gradual", "subp")):
+        for _ in range(21):
+            _, state = tx.update(noise(params, step), state, params)
+    return bsj.apply_masks(params, bsj.get_masks(state)), state, bsj.get_layouts(state)
+
+
+@pytest.mark.parametrize("name", ["hrbp", "random-channel", "gradual-blocks", "subp-hard"])
+def test_layouts_of_another_seed_or_step_are_refused(name):
+    """Though all their shapes fit: in packing, and beside a packed state."""
+    params, state, layouts = foreign(name)
+    _, _, others = foreign(name if name != "random-channel" else "hrbp", step=1)
+    if name == "random-channel":
+        key = jax.random.key(9)
+        others = bsj.random_channel_layouts(key, params, 0.7)
+    message = "layouts: the one at 'conv1/kernel' is not that of the state"
+    with pytest.raises(ValueError, match=message):
+        bsj.pack_tree(params, state, others, drop_pruned=True)
+    values, packed = bsj.pack_tree(params, state, layouts, drop_pruned=True)
+    with pytest.raises(ValueError, match=message):
+        bsj.unpack_tree(values, packed, others)
+    chex.assert_trees_all_equal(bsj.get_layouts(packed), layouts)
+    back, restored = bsj.unpack_tree(values, packed, bsj.get_layouts(packed))
+    chex.assert_trees_all_equal(back, params)
+    chex.assert_trees_all_equal_structs(restored, state)
+    jitted = jax.jit(bsj.unpack_tree)(values, packed, layouts)[0]
+    np.testing.assert_array_equal(jitted["conv1"]["kernel"], back["conv1"]["kernel"])
