@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 
 import blocksparse_jax as bsj
@@ -183,7 +184,9 @@ def _program(
 
 
 def time_grouping() -> list[dict[str, Any]]:
-    """Times `hrbp_groups` on single layers and `hrbp_prune(0.9).init` on a ResNet-50, twice each.
+    """Times `hrbp_groups` on single layers, and first calls of methods on a ResNet-50, twice each.
+
+    These are `init`, and the jitted `update` of methods that change masks in training.
 
     Returns:
       Rows: what, seconds of the first call (with compilation) and of the second, and processor
@@ -202,8 +205,20 @@ def time_grouping() -> list[dict[str, Any]]:
     params = jax.tree.map(
         lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), shapes
     )
-    call = functools.partial(bsj.hrbp_prune(0.9).init, params)
-    return [*rows, _time_twice("ResNet-50, hrbp_prune(0.9)", call)]
+    era = bsj.between(0, 100, every=10)
+    methods = {
+        "hrbp_prune(0.9)": bsj.hrbp_prune(0.9),
+        "rigl(0.9)": bsj.rigl(0.9, schedule=bsj.every(100, until=1000)),
+        "subp(0.9)": bsj.subp(0.9, schedule=era),
+        "gradual_magnitude(0.9)": bsj.gradual_magnitude(0.9, schedule=era),
+    }
+    for name, method in methods.items():
+        rows.append(_time_twice(f"ResNet-50, {name}", functools.partial(method.init, params)))
+        if name != "hrbp_prune(0.9)":
+            tx = bsj.sparse(method, optax.sgd(0.1, momentum=0.9))
+            call = functools.partial(jax.jit(tx.update), params, tx.init(params), params)
+            rows.append(_time_twice(f"ResNet-50, {name}, update", call))
+    return rows
 
 
 def _time_twice(what: str, call: Callable[[], Any]) -> dict[str, Any]:

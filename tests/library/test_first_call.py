@@ -1,0 +1,113 @@
+"""What the first call of a method compiles: one program, or one loop, for all layers of a shape."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import blocksparse_jax as bsj
+from blocksparse_jax import masks as masks_
+from blocksparse_jax import selection
+from blocksparse_jax.alike import map_alike
+
+METHODS = {
+    "hrbp": lambda: bsj.hrbp_prune(0.75, group_size=16, block_density=1.0),
+    "rigl": lambda: bsj.rigl(0.75, budget="uniform", update_every=2, until=9),
+    "subp": lambda: bsj.subp(0.75, block=16, start=0, end=9),
+    "gradual": lambda: bsj.gradual_magnitude(0.75, start=0, end=9),
+}
+
+
+def layers(number):
+    """As many layers of each of two shapes."""
+    shapes = {"a": (3, 3, 16, 32), "b": (1, 1, 32, 32)}
+    key = jax.random.key(0)
+    return {
+        f"{name}{i}": jax.random.normal(jax.random.fold_in(key, i), shape)
+        for name, shape in shapes.items()
+        for i in range(number)
+    }
+
+
+@pytest.mark.parametrize("name", ["hrbp", "rigl"])
+def test_init_compiles_one_program_for_all_layers_of_a_shape(name):
+    params = layers(3)
+    masks_._compiled_draw.clear_cache()
+    masks = bsj.get_masks(METHODS[name]().init(params))
+    assert masks_._compiled_draw._cache_size() == 2
+    alone = bsj.get_masks(METHODS["hrbp"]().init({"a1": params["a1"]}))
+    if name == "hrbp":
+        np.testing.assert_array_equal(masks["a1"], alone["a1"])
+
+
+@pytest.mark.parametrize("name", ["rigl", "subp", "gradual"])
+def test_an_update_selects_in_one_loop_for_all_layers_of_a_shape(name):
+    """The program of 12 layers holds as many sorts and loops as that of 6."""
+
+    def program(number):
+        params = layers(number)
+        tx = METHODS[name]()
+        return str(jax.make_jaxpr(tx.update)(params, tx.init(params), params))
+
+    few, many = program(3), program(6)
+    for part in (" sort[", "scan[", "while["):
+        assert few.count(part) == many.count(part)
+    assert few.count("scan[") >= 2
+
+
+def test_layers_that_share_a_loop_get_what_they_get_alone():
+    """Also where their keys, counts and layouts differ."""
+    params = layers(3)
+    for name, make in METHODS.items():
+        tx = bsj.sparse(make(), optax.sgd(0.1))
+        state = tx.init(params)
+        _, moved = tx.update(params, state, params)
+        _, jitted = jax.jit(tx.update)(params, state, params)
+        chex.assert_trees_all_equal(bsj.get_masks(moved), bsj.get_masks(jitted))
+        if name == "gradual":
+            for leaf in params:
+                one = {leaf: params[leaf]}
+                _, alone = tx.update(one, tx.init(one), one)
+                np.testing.assert_array_equal(
+                    bsj.get_masks(alone)[leaf], bsj.get_masks(moved)[leaf]
+                )
+
+
+def test_map_alike_keeps_the_order_and_tells_static_parts_apart():
+    arrays = {"b": jnp.arange(3.0), "a": jnp.ones(2), "c": jnp.arange(3.0), "d": 2 * jnp.ones(3)}
+    times = {"a": 1, "b": 2, "c": 3, "d": 2}
+    results = map_alike(lambda array, by: {"sum": by * array.sum()}, arrays, times)
+    assert list(results) == list(arrays)
+    assert [float(results[name]["sum"]) for name in arrays] == [6.0, 2.0, 9.0, 12.0]
+
+
+SPECIAL = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-42, -1e-42, 1.0, 1.0, -1.0], np.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 64), (3, 1000), (400, 4)])
+def test_bisection_selects_what_ranks_select(shape, dtype):
+    """Among ties, signed zeros, subnormals, infinities and NaN, for counts below 0 and above n."""
+    rng = np.random.default_rng(0)
+    ties = np.round(rng.standard_normal(shape))
+    special = np.where(rng.random(shape) < 0.5, rng.choice(SPECIAL, shape), ties)
+    for values in (rng.standard_normal(shape), ties, special):
+        scores = jnp.asarray(values, dtype)
+        n = shape[-1]
+        for count in (-1, 0, 1, n // 2, n, n + 1, rng.integers(0, n + 1, (shape[0], 1))):
+            np.testing.assert_array_equal(
+                selection.bisect(scores.astype(jnp.float32), count),
+                selection.ranks(scores) < count,
+            )
+
+
+def test_many_scores_are_bisected_with_exact_counts():
+    """Of scores with two roundings too, which a program may compute more than once."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    a, b, c = (jax.random.normal(key, (1, selection._LARGE)) for key in keys)
+    marks = jax.jit(lambda a, b, c, n: selection.highest_in_rows(a * b + c * a, n))
+    for count in (0, 1, 1234, selection._LARGE - 1):
+        assert int(marks(a, b, c, count).sum()) == count
+    assert " sort" not in str(jax.make_jaxpr(marks)(a, b, c, 1))
