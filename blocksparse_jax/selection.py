@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 _LARGE = 2**17  # scores; fewer are sorted, which takes half as long to compile
-_BISECTED = (jnp.float32, jnp.bfloat16, jnp.float16)
+_AS_FLOAT32 = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def ranks(scores: Float[Array, "... n"]) -> Int[Array, "... n"]:
@@ -25,9 +25,20 @@ def ranks(scores: Float[Array, "... n"]) -> Int[Array, "... n"]:
       >>> ranks(jnp.array([1.0, 3.0, 3.0])).tolist()
       [2, 0, 1]
     """
-    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
-    order = jnp.argsort(scores, axis=-1, stable=True, descending=True)
+    if scores.dtype in _AS_FLOAT32:
+        order = jnp.argsort(~_key(scores), axis=-1, stable=True)
+    else:
+        scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+        order = jnp.argsort(scores, axis=-1, stable=True, descending=True)
     return jnp.argsort(order, axis=-1).astype(jnp.int32)
+
+
+def _key(scores: Float[Array, "..."]) -> Int[Array, "..."]:
+    """int32 in the order of the scores; equal for -0.0 and 0.0, and for NaN and minus infinity."""
+    scores = scores.astype(jnp.float32)
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, jnp.where(scores == 0, 0.0, scores))
+    bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def ranks_of_stored(scores: Float[Array, "... n"]) -> Int[Array, "... n"]:
@@ -85,9 +96,9 @@ def highest_in_rows(scores: Float[Array, "rows n"], count: Any) -> Bool[Array, "
       >>> highest_in_rows(jnp.array([[1.0, 2.0], [4.0, 3.0]]), 1).tolist()
       [[False, True], [True, False]]
     """
-    if scores.size < _LARGE or scores.dtype not in _BISECTED:
+    if scores.size < _LARGE or scores.dtype not in _AS_FLOAT32:
         return ranks(scores) < count
-    return bisect(scores.astype(jnp.float32), count)
+    return bisect(scores, count)
 
 
 def bisect(scores: Float[Array, "... n"], count: Any) -> Bool[Array, "... n"]:
@@ -98,7 +109,7 @@ def bisect(scores: Float[Array, "... n"], count: Any) -> Bool[Array, "... n"]:
     computation of a score rounds.
 
     Args:
-      scores: float32; rows lie along the last axis.
+      scores: float32 or shorter floats; rows lie along the last axis.
       count: as in `highest_in_rows`.
 
     Returns:
@@ -108,9 +119,7 @@ def bisect(scores: Float[Array, "... n"], count: Any) -> Bool[Array, "... n"]:
       >>> bisect(jnp.array([1.0, 3.0, 3.0]), 1).tolist()
       [False, True, False]
     """
-    scores = jnp.where(jnp.isnan(scores), -jnp.inf, jnp.where(scores == 0, 0.0, scores))
-    bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
-    key = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # ordered as the scores
+    key = _key(scores)
     place = jax.lax.broadcasted_iota(jnp.int32, key.shape, key.ndim - 1)
     place_bits = (key.shape[-1] - 1).bit_length()
 

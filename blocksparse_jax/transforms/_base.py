@@ -6,6 +6,7 @@ optimizer (`on_proposed`, which `keep_zeros` runs). Everywhere it sees its spars
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -245,7 +246,8 @@ def propose(
     schedule = state.spec.schedule
     always = isinstance(schedule, schedules.Always)
     due = has_moved(state, count) if always else _is_due(schedule, count) & has_moved(state, count)
-    change = due & jax.lax.cond(due, _weights_are_finite, lambda leaves: due, leaves)
+    finite = functools.partial(_are_finite, gradients=False)
+    change = due & jax.lax.cond(due, finite, lambda leaves: due, leaves)
     leaves = jax.lax.cond(
         change, lambda leaves: on_proposed(step, leaves), lambda leaves: leaves, leaves
     )
@@ -324,9 +326,7 @@ def _redraw(
     present = {name: Kept(leaf.mask, leaf.layout) for name, leaf in leaves.items()}
 
     def change(leaves: Leaves) -> tuple[dict[str, Kept], Array]:
-        finite = _weights_are_finite(leaves)
-        if spec.grows_by_gradient:
-            finite = finite & _all_finite([leaf.grad for leaf in leaves.values()])
+        finite = _are_finite(leaves, gradients=spec.grows_by_gradient)
         kept = jax.lax.cond(
             finite, lambda leaves: dict(redraw(step, leaves)), lambda leaves: present, leaves
         )
@@ -345,12 +345,23 @@ def _redraw(
     return moved, left_out.astype(jnp.int32)
 
 
-def _weights_are_finite(leaves: Leaves) -> Array:
-    return _all_finite([leaf.weights for leaf in leaves.values()])
+def _are_finite(leaves: Leaves, *, gradients: bool) -> Array:
+    """Whether all weights, and gradients too, are finite.
 
-
-def _all_finite(arrays: list[Array]) -> Array:
-    return jnp.stack([jnp.isfinite(array).all() for array in arrays]).all()
+    Arrays of a dtype are looked at together, which compiles many times as fast, but for those that
+    are sharded over explicit axes.
+    """
+    groups: dict[Any, list[Array]] = {}
+    for name, leaf in leaves.items():
+        for array in (leaf.weights, leaf.grad) if gradients else (leaf.weights,):
+            is_sharded = any(jax.typeof(array).sharding.spec)
+            key = (array.dtype, name, id(array)) if is_sharded else array.dtype
+            groups.setdefault(key, []).append(array)
+    finite = []
+    for arrays in groups.values():
+        flat = [array.reshape(-1) for array in arrays] if len(arrays) > 1 else arrays
+        finite.append(jnp.isfinite(jnp.concatenate(flat) if len(flat) > 1 else flat[0]).all())
+    return jnp.stack(finite).all()
 
 
 def _gradient(spec: Spec, leaf: Leaf, penalty: Penalty | None) -> Array:
@@ -368,16 +379,17 @@ def _cannot_grow(method: str, due: Array, leaves: Leaves) -> Array:
     Raises a ValueError where the values are known (outside of jit).
     """
 
-    def look(leaves: Leaves) -> Array:
-        stalled = []
-        for leaf in leaves.values():
-            nonzero = leaf.grad != 0
-            on_kept = (nonzero & leaf.mask).any()
-            on_pruned = (nonzero & ~leaf.mask).any()
-            stalled.append(on_kept & ~on_pruned & ~leaf.mask.all())
-        return jnp.stack(stalled)
+    def look(leaf: Leaf) -> Array:
+        nonzero = leaf.grad != 0
+        # One pass: a bit each for a gradient on kept weights, one on pruned weights, pruned weights.
+        parts = (nonzero & leaf.mask, nonzero & ~leaf.mask, ~leaf.mask)
+        seen = sum(part.astype(jnp.int32) << place for place, part in enumerate(parts))
+        return jax.lax.reduce_or(seen, tuple(range(leaf.mask.ndim))) == 0b101
 
-    stalled = jax.lax.cond(due, look, lambda leaves: jnp.zeros(len(leaves), bool), leaves)
+    def look_at_all(leaves: Leaves) -> Array:
+        return jnp.stack(list(map(look, leaves.values())))
+
+    stalled = jax.lax.cond(due, look_at_all, lambda leaves: jnp.zeros(len(leaves), bool), leaves)
     if not isinstance(stalled, jax.core.Tracer) and bool(stalled.any()):
         name = list(leaves)[stalled.tolist().index(True)]
         raise ValueError(

@@ -160,15 +160,19 @@ def subp(
         update_key = jax.random.fold_in(random_key, first)
 
         def prune(layer: tuple[Leaf, Array], _: None) -> Kept:
-            leaf, place = layer
+            leaf, noise = layer
             kernel = jnp.where(leaf.mask, leaf.weights, 0) if version == 2 else leaf.weights
             size = pattern.size(leaf.mask.shape[-1])
             scores = block_scores(kernel, size, criterion, alpha, leaf.mask)
-            key = jax.random.fold_in(update_key, place)
-            blocks = soft_blocks(key, scores, sparsity, rho, tau)
+            blocks = _regrow(noise.reshape(scores.shape), scores, sparsity, rho, tau)
             return Kept(pattern.mask(blocks, leaf.mask.shape), leaf.layout)
 
-        layers = {name: (leaf, jnp.int32(i)) for i, (name, leaf) in enumerate(leaves.items())}
+        blocks = {
+            name: leaf.mask.size // pattern.units(leaf.mask.shape).weights
+            for name, leaf in leaves.items()
+        }
+        noise = _noise(update_key, blocks)
+        layers = {name: (leaf, noise[name]) for name, leaf in leaves.items()}
         return map_alike(prune, layers, dict.fromkeys(layers))
 
     last_epoch = min(-(-era.end // era.every) * era.every, _checks.MAX_STEP)
@@ -238,15 +242,35 @@ def soft_blocks(
     Reference: Xiang et al., "SUBP", NeurIPS 2023; Kool et al., "Stochastic beams", ICML 2019
     (Gumbel top-k).
     """
+    noise = jax.random.gumbel(key, scores.shape, jnp.float32)
+    return _regrow(noise, scores, sparsity, rho, tau)
+
+
+def _noise(key: Array, sizes: dict[str, int]) -> dict[str, Float[Array, " size"]]:
+    """Gumbel noise for layers, by one program for all of a size; the key folds in their place."""
+    keys = {name: (key, jnp.int32(place)) for place, name in enumerate(sizes)}
+
+    def draw(layer: tuple[Array, Array], size: int) -> Array:
+        return jax.random.gumbel(jax.random.fold_in(*layer), (size,), jnp.float32)
+
+    return map_alike(draw, keys, sizes)
+
+
+def _regrow(
+    noise: Float[Array, "groups cin"],
+    scores: Float[Array, "groups cin"],
+    sparsity: float,
+    rho: Float[Array, ""],
+    tau: float,
+) -> Bool[Array, "groups cin"]:
+    """The blocks of `soft_blocks`, with Gumbel noise."""
     cin = scores.shape[1]
     removed = ~highest_in_rows(scores, cin - _floor(sparsity * cin))
     regrown = (sparsity - sparsity * rho) * cin
     # float32 turns 3 into 2.99997 when cin is in the hundreds
     regrown = jnp.floor(regrown + 1e-4).astype(jnp.int32)
     norm = jnp.sqrt(jnp.square(jnp.where(removed, scores, 0)).sum(1, keepdims=True))
-    logits = scores / jnp.where(norm == 0, 1, norm) / tau + jax.random.gumbel(
-        key, scores.shape, jnp.float32
-    )
+    logits = scores / jnp.where(norm == 0, 1, norm) / tau + noise
     return ~removed | highest_in_rows(jnp.where(removed, logits, -jnp.inf), regrown)
 
 
