@@ -243,20 +243,21 @@ def _search(table: _Table, counts: _Counts) -> list[Array]:
     every_tap = _ones(len(starts), cout // counts.group_size, positions)
     exact = cout * cout * channels <= _EXACT_WORK
 
-    @jax.vmap
-    def improve(order: Array, taps: Array) -> tuple[Array, Array]:
+    def improve(start: tuple[Array, Array]) -> tuple[Array, Array]:
+        order, taps = start
         return _climb(table, order, taps, counts, exact)
 
-    @jax.vmap
-    def choose(order: Array, taps: Array) -> tuple[Array, Array, Array]:
+    def choose(start: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        order, taps = start
         return _choose(
             table[order.reshape(-1, counts.group_size)].sum(1), taps, counts, thorough=True
         )
 
     orders, taps = (
-        jnp.concatenate([a[:1], b]) for a, b in zip((starts, every_tap), improve(starts, every_tap))
+        jnp.concatenate([a[:1], b])
+        for a, b in zip((starts, every_tap), jax.lax.map(improve, (starts, every_tap)))
     )
-    runs, taps, values = choose(orders, taps)
+    runs, taps, values = jax.lax.map(choose, (orders, taps))
     total = values.sum(1)
     best = jnp.argmax(total >= total.max() - _GAIN * jnp.abs(total.max()))  # the first of the best
     return _ascending(orders[best].reshape(-1, counts.group_size), runs[best], taps[best])
