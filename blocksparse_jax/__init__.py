@@ -34,9 +34,17 @@ from blocksparse_jax.packing import pack, pack_tree, unpack, unpack_tree
 from blocksparse_jax.schedules import between, every, periodic
 from blocksparse_jax.scores import snip
 from blocksparse_jax.spec import Spec
-from blocksparse_jax.state import SparseState, get_layouts, get_masks, get_spec, masked
+from blocksparse_jax.state import (
+    SparseState,
+    get_layouts,
+    get_masks,
+    get_spec,
+    masked,
+    replace_masks,
+)
 from blocksparse_jax.summary import summarize
 from blocksparse_jax.transforms.drop_and_grow import drop_and_grow
+from blocksparse_jax.transforms.external import external_masks
 from blocksparse_jax.transforms.gradual import gradual, gradual_magnitude
 from blocksparse_jax.transforms.hrbp import hrbp_prune
 from blocksparse_jax.transforms.keep_zeros import keep_zeros, sparse
@@ -71,6 +79,7 @@ __all__ = [
     "drop_and_grow",
     "dsb_groups",
     "every",
+    "external_masks",
     "fixed_masks",
     "fold_channel_orders",
     "get_layouts",
@@ -103,6 +112,7 @@ __all__ = [
     "random_channel_layouts",
     "random_groups",
     "random_masks",
+    "replace_masks",
     "rigl",
     "rumi_groups",
     "sad",

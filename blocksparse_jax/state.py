@@ -10,7 +10,13 @@ import optax
 from jaxtyping import Array, PyTree
 
 from blocksparse_jax import tree
-from blocksparse_jax.layout import Dense, ShrinkingLayout, is_layout
+from blocksparse_jax.layout import (
+    ConsecutiveGroups,
+    Dense,
+    FilterGroups,
+    ShrinkingLayout,
+    is_layout,
+)
 from blocksparse_jax.masks import straight_through
 from blocksparse_jax.spec import Spec, merge_specs
 
@@ -180,6 +186,66 @@ def get_layouts(state: PyTree) -> PyTree:
                 )
     resolved = [jax.tree.map(_resolve, s.layouts, s.masks, is_leaf=is_node) for s in states]
     return _own_arrays(_merge(resolved, lambda a, b: b if isinstance(a, Dense) else a, Dense()))
+
+
+def replace_masks(state: PyTree, masks: PyTree) -> PyTree:
+    """Sets the masks of an `external_masks` method.
+
+    Parameters and moments stay as they are: zero the pruned weights with `apply_masks`;
+    `keep_zeros` resets their moments in the next update.
+
+    Args:
+      state: the state of a transformation that holds one sparse method, `external_masks`.
+      masks: a tree of the params' structure; bool arrays for the leaves that the method prunes,
+        the scalar True (or anything) for the others.
+
+    Returns:
+      The state with these masks; the layouts follow them.
+
+    Raises:
+      ValueError: the method draws its own masks, or a mask has another shape or dtype.
+
+    Example:
+      >>> import blocksparse_jax as bsj
+      >>> params = {"w": jnp.ones((1, 1, 8, 8))}
+      >>> state = bsj.external_masks(0.5).init(params)
+      >>> state = replace_masks(state, {"w": jnp.eye(8, dtype=bool)[None, None]})
+      >>> int(bsj.get_masks(state)["w"].sum())
+      8
+    """
+    states = sparse_states(state)
+    if len(states) > 1 or any(
+        not isinstance(node, Dense | ConsecutiveGroups | FilterGroups | optax.MaskedNode)
+        for node in jax.tree.leaves(states[0].layouts, is_leaf=is_node)
+    ):
+        raise ValueError(
+            f"state: replace_masks sets the masks of one external_masks method, and "
+            f"{get_spec(state).method!r} draws its own"
+        )
+
+    def of_method(sparse: SparseState) -> SparseState:
+        old = jax.tree.leaves_with_path(sparse.masks, is_leaf=is_node)
+        found = tree.match("masks", masks, sparse.masks, is_leaf=is_node)
+        new = [_checked_mask(tree.path_name(path), a, b) for (path, a), b in zip(old, found)]
+        structure = jax.tree.structure(sparse.masks, is_leaf=is_node)
+        return sparse._replace(masks=jax.tree.unflatten(structure, new))
+
+    def replaced(node: Any) -> Any:
+        return of_method(node) if is_sparse_state(node) else node
+
+    return jax.tree.map(replaced, state, is_leaf=is_sparse_state)
+
+
+def _checked_mask(name: str, old: Any, new: Any) -> Any:
+    """The new mask of a leaf; the old one where the method prunes nothing."""
+    if isinstance(old, optax.MaskedNode) or not jnp.ndim(old):
+        return old
+    if jnp.shape(new) != old.shape or not jnp.issubdtype(jnp.result_type(new), bool):
+        raise ValueError(
+            f"masks: expected a bool mask of shape {old.shape} at {name!r}, got "
+            f"{jnp.result_type(new)}{list(jnp.shape(new))}"
+        )
+    return jnp.array(new)
 
 
 def masked(params: PyTree, state: PyTree) -> PyTree:

@@ -26,6 +26,7 @@ class State:
       opt_state: the optimizer's, with the masks.
       layouts: a layout for each parameter; {} in the masked form.
       form: masked, sparse or packed (static).
+      aside: what the method's operations keep for later, e.g. the weights to rewind to; () without.
     """
 
     params: Any
@@ -33,6 +34,7 @@ class State:
     opt_state: Any
     layouts: Any
     form: str = dataclasses.field(metadata={"static": True})
+    aside: Any = ()
 
 
 def to_form(form: str, state: State) -> State:
@@ -49,11 +51,11 @@ def to_form(form: str, state: State) -> State:
     if state.form == "packed":
         params, opt_state = _unpack(params, opt_state, state.layouts)
     if form == "masked":
-        return State(params, state.batch_stats, opt_state, {}, form)
+        return State(params, state.batch_stats, opt_state, {}, form, state.aside)
     layouts = copied(bsj.get_layouts(opt_state))  # the step donates the state, not the layouts
     if form == "packed":
         params, opt_state = _pack(params, opt_state, layouts)
-    return State(params, state.batch_stats, opt_state, layouts, form)
+    return State(params, state.batch_stats, opt_state, layouts, form, state.aside)
 
 
 def masks_of(state: State) -> Any:

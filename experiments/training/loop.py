@@ -103,7 +103,11 @@ class Trainer:
         method_key, length = jax.random.fold_in(key, 1), self.length
         if config.mask_epochs is not None:
             length = length._replace(total=length.steps_per_epoch * config.mask_epochs)
-        setup = Setup(config.sparsity, method_key, length, params, loss_fn, batch)
+        model = self.model("masked")
+        setup = Setup(
+            config.sparsity, method_key, length, params, loss_fn, batch, model, batch_stats
+        )
+        self._setup, self._operations = setup, config.options.operations(setup)
         method = METHODS[config.method].build(config.options, setup)
         self._tx = optimizer(config, method, self.length)
         opt_state = self._tx.init(params)
@@ -148,6 +152,8 @@ class Trainer:
 
     def changes_masks(self, step: int) -> bool:
         """Whether a step's update changes masks; never where they follow the weights (SR-STE)."""
+        if step + 1 in self._operations:
+            return True
         return self.spec is not None and self.spec.rule is None and self.spec.changes(step)
 
     @functools.cached_property
@@ -190,9 +196,23 @@ class Trainer:
         )
         state = dataclasses.replace(state, layouts=layouts)
         form = self.form(step + 1)
+        if step + 1 in self._operations:
+            return to_form(form, self._operate(step + 1, to_form("masked", state))), metrics
         if form != state.form or (form != "masked" and self.changes_masks(step)):
             state = to_form(form, state)
         return state, metrics
+
+    def _operate(self, step: int, state: State) -> State:
+        """What the method does before a step, outside of jit."""
+
+        def loss_fn(params: Any, batch: tuple[Array, Array]) -> Array:
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            return self._loss(self.model("masked"), variables, *batch)[0]
+
+        setup = self._setup._replace(
+            params=state.params, batch_stats=state.batch_stats, loss_fn=loss_fn
+        )
+        return copied(self._operations[step](state, setup))
 
     def _train_step(
         self, state: State, layouts: Any, images: Array, labels: Array, dense_gradient: bool
@@ -207,7 +227,10 @@ class Trainer:
         (loss, (batch_stats, correct)), grads = grad_fn(state.params)
         updates, opt_state = self._tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return State(params, batch_stats, opt_state, {}, state.form), Metrics(loss, correct)
+        new = dataclasses.replace(
+            state, params=params, batch_stats=batch_stats, opt_state=opt_state
+        )
+        return new, Metrics(loss, correct)
 
     def _loss(
         self, model: Any, variables: Any, images: Array, labels: Array

@@ -28,7 +28,8 @@ ORDER = [
     {"transforms._base"},
     {"transforms.first_masks", "transforms.nesting"},
     {"transforms.keep_zeros", "transforms.static", "transforms.one_shot", "transforms.gradual"}
-    | {"transforms.drop_and_grow", "transforms.sr_ste", "transforms.subp"},
+    | {"transforms.drop_and_grow", "transforms.sr_ste", "transforms.subp"}
+    | {"transforms.external"},
     {"transforms.rigl", "transforms.set", "transforms.snfs", "transforms.hrbp"},
     {"kernel_gradient"},
     {"conv"},

@@ -389,6 +389,35 @@ def one_shot():
 
 
 @check
+def external_masks():
+    """All is kept until the loop sets masks; these then mask the gradient, and have a layout."""
+    pattern = bsj.patterns.one_by_n(16)
+    method, weights = bsj.external_masks(0.75, pattern=pattern), params()
+    tx = bsj.sparse(method, optax.sgd(0.1))
+    state = tx.init(weights)
+    assert kept(state) == kernel().size
+    masks = bsj.masks_from_scores(weights, 0.75, pattern=pattern)
+    state = bsj.replace_masks(state, masks)
+    updates, state = tx.update(weights, state, bsj.apply_masks(weights, masks))
+    assert not np.any(np.asarray(updates["conv"])[~np.asarray(masks["conv"])])
+    assert bsj.get_layouts(state)["conv"].kept == 4
+    assert not bsj.get_spec(state).changes(3)
+
+
+@check
+def replace_masks():
+    state = bsj.external_masks(0.5).init(params())
+    masks = {"conv": kernel() > 0, "bias": True}
+    np.testing.assert_array_equal(
+        bsj.get_masks(bsj.replace_masks(state, masks))["conv"], masks["conv"]
+    )
+    with pytest.raises(ValueError, match="masks: expected a bool mask of shape"):
+        bsj.replace_masks(state, {"conv": kernel(), "bias": True})
+    with pytest.raises(ValueError, match="'hrbp' draws its own"):
+        bsj.replace_masks(bsj.hrbp_prune(0.5, group_size=16).init(params()), masks)
+
+
+@check
 def fixed_masks():
     masks = bsj.random_masks(jax.random.key(0), params(), 0.75)
     state = assert_prunes(bsj.fixed_masks(masks), 0.25)
