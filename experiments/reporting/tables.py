@@ -23,6 +23,7 @@ from experiments.reporting.reports import (
     methods,
     parts,
     training,
+    unchanged,
 )
 from experiments.reporting.results import RESULTS, ROOT, names, read
 
@@ -37,6 +38,7 @@ TABLES: dict[str, Table] = {  # by the start of the report's name; the first tha
     "bench_parts": parts.table,
     "bench_training": training.table,
     "bench_inference": inference.table,
+    "bench_unchanged": unchanged.table,
     "channel_blocks": channel_blocks.table,
     "compare": compare.table,
 }

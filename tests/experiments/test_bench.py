@@ -25,6 +25,7 @@ from experiments.bench import (
     training,
     training_steps,
     tune,
+    unchanged,
 )
 from experiments.bench.inference_times import PATTERNS, Execution, check_logits
 from experiments.bench.summary import summary
@@ -399,6 +400,21 @@ def test_the_parts_are_timed_in_both_formats_and_tabulated(tmp_path, monkeypatch
     text = tables.table("bench_parts_cpu", tmp_path)
     assert "| batch norm, add, ReLU | " in text
     assert "| a layer | 0.50 | 0.25 | 3.00 |" in text
+
+
+def test_a_plain_network_is_timed_dense_masked_and_with_layouts(tmp_path):
+    """All executions compute one loss; moving transposes leaves fewer of them."""
+    out = tmp_path / "bench_unchanged_cpu.json"
+    report = unchanged.main(unchanged.Config(quick=True, out=str(out)))
+    assert json.loads(out.read_text()) == json.loads(json.dumps(report))
+    rows = {row["execution"]: row for row in report["rows"]}
+    dense = rows["dense, NHWC"]
+    for row in rows.values():
+        ratio = dense["step_ms_median"] / row["step_ms_median"]
+        assert row["speed_up_over_dense"] == pytest.approx(ratio, abs=2e-3)
+    moved = rows["use_layouts and cancel_transposes, NHWC"]["transposes"]
+    assert moved < rows["use_layouts, NHWC"]["transposes"] / 2
+    assert "| masked, NHWC | " in tables.table("bench_unchanged_cpu", tmp_path)
 
 
 @pytest.mark.parametrize("operation", parts.operations("CHWN"))
