@@ -110,6 +110,7 @@ VARIANTS = [
     ("random-channel", "sgd"),
     ("magnitude one_by_n:16", "sgd"),
     ("drop-and-grow block:16", "sgd"),
+    ("gradual block:16", "adam"),
 ]
 
 

@@ -386,7 +386,9 @@ def test_an_nhwc_training_step_moves_activations():
     assert len(moved_activations(step, 16 * 16 * 64)) >= 6
 
 
-@pytest.mark.parametrize("name", ["cnn", "resnet20", "mobilenet_v1"])
+@pytest.mark.parametrize(
+    "name", ["cnn", "resnet20", pytest.param("mobilenet_v1", marks=pytest.mark.slow)]
+)
 def test_at_inference_the_convolutions_apply_the_norms(name):
     """The logits equal those of a network that normalises after each convolution."""
     model = create(name, num_classes=4, width=0.25)

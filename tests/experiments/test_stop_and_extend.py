@@ -257,7 +257,12 @@ def test_a_run_that_has_ended_says_so(whole, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("hrbp-dynamic", {}), ("gradual", {}), ("subp", {"update_every": PER_EPOCH}), ("dense", {})],
+    [
+        ("hrbp-dynamic", {}),
+        ("dense", {}),
+        pytest.param("gradual", {}, marks=pytest.mark.slow),
+        pytest.param("subp", {"update_every": PER_EPOCH}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_that_has_ended_can_be_extended(tmp_path, method, options):
     """The learning rate is that of the longer run, the masks keep the schedule that they had."""

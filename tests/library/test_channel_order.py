@@ -89,7 +89,9 @@ def partitions(items, block):
             yield run + others
 
 
-@pytest.mark.parametrize("kind", ["iid", "heavy", "clusters"])
+@pytest.mark.parametrize(
+    "kind", ["iid", *(pytest.param(k, marks=pytest.mark.slow) for k in ("heavy", "clusters"))]
+)
 def test_against_every_order_of_eight_channels(kind):
     every = [np.array(p) for p in partitions(list(range(8)), 2)]
     assert len(every) == 105
@@ -143,6 +145,7 @@ def test_every_consumer_of_a_space_counts_by_its_score():
     ).ordered == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_iid_scores_lose_something_and_half_of_the_loss_is_won_back():
     consumers = [Consumer(draw("iid", (1, 1, 64, 64), 0), 16, 16, 1)]
     ratio = run_ratio(consumers, channel_order(consumers, channel_block=8), channel_block=8)

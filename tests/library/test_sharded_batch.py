@@ -44,7 +44,7 @@ OTHER_AXES = {
 """How x and the kernel lie: all but the images is undone."""
 
 
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_a_sharded_batch_stays_sharded(devices):
     done = run_python(__file__, str(devices), **host_devices(devices))
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

@@ -78,8 +78,10 @@ class ImagenetNet(nn.Module):
 
 @pytest.mark.parametrize(
     ("model", "shape", "convolutions"),
-    [(MnistCnn(), (2, 28, 28, 1), 1), (ImagenetNet(), (2, 32, 32, 3), 7)],
-    ids=["mnist", "imagenet"],
+    [
+        pytest.param(MnistCnn(), (2, 28, 28, 1), 1, id="mnist"),
+        pytest.param(ImagenetNet(), (2, 32, 32, 3), 7, id="imagenet", marks=pytest.mark.slow),
+    ],
 )
 def test_networks_of_flax_examples_equal_masked_dense(model, shape, convolutions):
     x = jax.random.normal(jax.random.key(0), shape)
