@@ -34,7 +34,7 @@ from experiments.training import plots
 from experiments.training.config import TrainConfig
 from experiments.training.execution import to_form
 from experiments.training.loop import stepper
-from experiments.training.registry import method
+from experiments.training.registry import METHODS, method
 from experiments.training.run import Run
 
 COMPARED = ("dense", "hrbp", "hrbp-dynamic", "subp", "sr-ste", "rigl")
@@ -48,7 +48,7 @@ class CompareConfig:
 
     Attributes:
       out: folder of the run folders; None is runs/compare-DATE-TIME.
-      methods: names of the registry.
+      methods: names of the registry; all is every one of them.
       sparsity: fraction removed (dense and sr-ste, which keeps 2 of 4, fix their own).
       epochs: of each training.
       repetitions: timed steps of each method and execution.
@@ -86,6 +86,8 @@ def main(config: CompareConfig) -> dict[str, Any]:
     if config.smoke:
         methods = SMOKE if config.methods == COMPARED else config.methods
         config = dataclasses.replace(config, methods=methods, epochs=1, repetitions=3)
+    if config.methods == ("all",):
+        config = dataclasses.replace(config, methods=tuple(METHODS))
     _check(config)
     steady_memory()
     out = Path(config.out or time.strftime("runs/compare-%Y%m%d-%H%M%S"))

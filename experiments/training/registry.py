@@ -20,7 +20,7 @@ from experiments.training.length import Length
 from experiments.training.methods import Options, Setup
 
 _SAMPLE = Length(steps_per_epoch=100, total=1000)
-_COLUMNS = ("function", "pattern", "masks change", "needs", "execution", "reference")
+_COLUMNS = ("function", "pattern", "masks change", "needs", "execution", "reference", "ours")
 CAPTION = f"Steps are those of a run of {_SAMPLE.total}, {_SAMPLE.steps_per_epoch} in an epoch."
 
 
@@ -80,8 +80,8 @@ def rows() -> list[dict[str, str]]:
 
     Returns:
       A row for each method: its name, the library's function, the pattern, when masks change in the
-      run that `CAPTION` describes, what it needs beside the masked gradient, the execution, and the
-      paper.
+      run that `CAPTION` describes, what it needs beside the masked gradient, the execution, the
+      paper, and what the paper leaves open.
     """
     return [{"method": name} | _row(entry) for name, entry in METHODS.items()]
 
@@ -90,7 +90,7 @@ def _row(entry: Method) -> dict[str, str]:
     pattern = entry.options.make_pattern()
     source = entry.source or entry.function
     if pattern is None or source is None:
-        return dict(zip(_COLUMNS, ("—", "—", "—", "—", "dense", "—"), strict=True))
+        return dict(zip(_COLUMNS, ("—", "—", "—", "—", "dense", "—", "—"), strict=True))
     params = {"kernel": jax.random.normal(jax.random.key(0), (3, 3, 64, 64))}
     setup = Setup(0.9, jax.random.key(0), _SAMPLE, params, _sample_loss, batch=1.0)
     transform = entry.build(entry.options, setup)
@@ -112,6 +112,7 @@ def _row(entry: Method) -> dict[str, str]:
                 ", ".join(needs) or "—",
                 "packed (has a layout)" if pattern.has_layout else "masked (no layout)",
                 _reference(source),
+                _ours(source) or "—",
             ),
             strict=True,
         )
@@ -149,3 +150,13 @@ def _reference(source: Callable[..., Any]) -> str:
     text = " ".join((inspect.getdoc(source) or "").partition("Reference:")[2].split())
     paper = re.match(r".*?\b(19|20)\d\d\b", text)
     return re.sub(r'"[^"]*",? ', "", paper.group()) if paper else text
+
+
+def _ours(source: Callable[..., Any]) -> str:
+    """What a docstring calls our choice, where its reference is silent."""
+    text = " ".join((inspect.getdoc(source) or "").partition("Reference:")[2].split())
+    sentences = re.split(r"(?<=[.;]) ", text)
+    ours = [sentence for sentence in sentences if "our choice" in sentence.lower()]
+    return "; ".join(
+        re.sub(r"(?i)our choices?:? | (is|are) our choices?|[.;]$", "", s) for s in ours
+    )
