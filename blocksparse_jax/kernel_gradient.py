@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from blocksparse_jax import _checks
 from blocksparse_jax.geometry import Padding, explicit_geometry, with_border
+from pallas_kernels.block_sparse_conv import runs_whole_kernels, whole_kernel_conv
 from pallas_kernels.dense_conv import dense_conv
 from pallas_kernels.sharding import CONVOLUTION, over_images
 
@@ -65,6 +67,14 @@ def dense_kernel_gradient(
     y = jax.eval_shape(forward, x, kernel)
     if y.shape != dy.shape:
         raise ValueError(f"dy: expected the convolution's output shape {y.shape}, got {dy.shape}")
+
+    if data_format == "CHWN" and runs_whole_kernels(x, kernel_shape):
+        zeros = jnp.zeros(kernel_shape, x.dtype)  # which the gradient does not depend on
+
+        def convolve(kernel: Array) -> Array:
+            return whole_kernel_conv(x, kernel, **geometry._asdict(), precision=precision)
+
+        return jax.vjp(convolve, zeros)[1](dy.astype(y.dtype))[0]
 
     def gradient(x: Array, dy: Array) -> Array:
         transpose = jax.linear_transpose(lambda kernel: forward(x, kernel), kernel)

@@ -58,7 +58,8 @@ class Variant:
     """One way to run the step.
 
     Attributes:
-      execution: dense, masked, sparse, packed or `TORCH`.
+      execution: dense (in XLA), native (dense in the native kernels), masked, sparse, packed or
+        `TORCH`.
       data_format: of the activations.
       sparsity: of static HRBP; 0 for dense.
       policy: how PyTorch's threads wait.
@@ -108,13 +109,13 @@ def variants(sparsities: tuple[float, ...]) -> Iterator[Variant]:
       sparsities: fractions of the weights removed.
 
     Yields:
-      Variants. The dense convolutions of the masked execution run in NHWC, where they are faster.
+      Variants.
     """
     for data_format in ("NHWC", "CHWN"):
         yield Variant("dense", data_format)
+    yield Variant("native", "CHWN")
     for sparsity in sparsities:
-        yield Variant("masked", "NHWC", sparsity)
-        for execution in ("sparse", "packed"):
+        for execution in ("masked", "sparse", "packed"):
             yield Variant(execution, "CHWN", sparsity)
 
 
@@ -144,7 +145,7 @@ def make_trainer(problem: Problem, variant: Variant) -> Trainer:
 
 
 def _train_config(problem: Problem, variant: Variant) -> TrainConfig:
-    dense = variant.execution == "dense"
+    dense = variant.execution in ("dense", "native")
     return resolve(
         TrainConfig(
             dataset="cifar10",
@@ -155,7 +156,7 @@ def _train_config(problem: Problem, variant: Variant) -> TrainConfig:
             precision=problem.precision,
             width=problem.width,
             batch_size=problem.batch_size,
-            implementation=problem.implementation,
+            implementation="dense" if variant.execution == "dense" else problem.implementation,
             options=None if dense else Hrbp(block_density=variant.block_density),
         )
     )

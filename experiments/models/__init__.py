@@ -6,8 +6,9 @@ Its parameters are the same in both data formats. The names are fixed: the first
 names of depthwise convolutions end in `_depthwise`.
 
 Between stem and pool the activations are in CHWN, the native layout of the sparse convolution. On a
-CPU a network whose convolutions are all dense runs faster in NHWC: XLA's dense convolution works in
-NHWC and transposes CHWN activations. There a stem runs as one matrix product in CHWN if its rows
+CPU dense convolutions run in the native kernels too; without them a network whose convolutions are
+all dense is faster in NHWC: XLA's dense convolution works in NHWC and transposes CHWN activations.
+On CPUs a stem runs as one matrix product in CHWN if its rows
 (kernel area times 3) are at most twice its channels: a 3x3 stem of 14 channels or more. Narrower
 stems, and the 7x7 stem of the ImageNet ResNets up to 73 channels, run as XLA's convolution, which
 copies the stem's output. On other devices every stem does.

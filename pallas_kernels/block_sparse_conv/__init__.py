@@ -11,6 +11,7 @@ from pallas_kernels.block_sparse_conv.choice import (
 from pallas_kernels.block_sparse_conv.epilogue import apply_epilogue, check_epilogue
 from pallas_kernels.block_sparse_conv.index import Index
 from pallas_kernels.block_sparse_conv.spec import PASSES, ConvSpec, Implementation
+from pallas_kernels.block_sparse_conv.whole_kernel import runs_whole_kernels, whole_kernel_conv
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -24,5 +25,7 @@ __all__ = [
     "block_sparse_conv",
     "check_epilogue",
     "choose_implementation",
+    "runs_whole_kernels",
+    "whole_kernel_conv",
     "why_dense",
 ]

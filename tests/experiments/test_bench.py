@@ -271,7 +271,8 @@ def test_training_steps_are_timed_in_every_execution(training_report):
     assert set(rows) == {
         ("dense", "NHWC"),
         ("dense", "CHWN"),
-        ("masked", "NHWC"),
+        ("native", "CHWN"),
+        ("masked", "CHWN"),
         ("sparse", "CHWN"),
         ("packed", "CHWN"),
     }

@@ -21,6 +21,7 @@ def table(report: dict[str, Any]) -> str:
     """
     rows = report["rows"]
     with_torch = any(row["execution"] == TORCH for row in rows)
+    with_native = any(row["execution"] == "native" for row in rows)
     lines = []
     for model in dict.fromkeys(row["model"] for row in rows):
         dense_ms = {
@@ -29,6 +30,8 @@ def table(report: dict[str, Any]) -> str:
         for sparsity in sorted({row["sparsity"] for row in steps(rows, model, "packed")}):
             cells = [network(rows, model), f"{sparsity:.0%}"]
             cells.append(f"{dense_ms['NHWC']:.0f} / {dense_ms['CHWN']:.0f}")
+            if with_native:
+                cells.append(_ms(fastest(rows, model, "native")))
             if with_torch:
                 cells.append(f"{fastest(rows, model, TORCH):.0f}")
             for execution in EXECUTIONS:
@@ -36,6 +39,7 @@ def table(report: dict[str, Any]) -> str:
                 cells.append(f"{row['step_ms_median']:.0f} ({row['speed_up_over_dense']:.2f}x)")
             lines.append(cells)
     columns = ["network", "sparsity", "dense NHWC / CHWN, ms"]
+    columns += ["dense in the native kernels, ms"] if with_native else []
     columns += [f"{TORCH}, ms"] if with_torch else []
     columns += [f"{execution}, ms" for execution in EXECUTIONS]
     return markdown.table(columns, lines, text_columns=2)

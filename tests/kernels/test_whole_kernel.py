@@ -1,0 +1,73 @@
+"""The dense convolution by block-sparse kernels equals XLA's, in all passes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from requirements import needs
+
+import blocksparse_jax as bsj
+from pallas_kernels.block_sparse_conv import cpu, runs_whole_kernels
+
+pytestmark = needs(cpu.unavailable())
+CASES = {
+    "one group": ((3, 3, 16, 24), {}),
+    "two groups": ((3, 3, 8, 128), {}),
+    "filters in eights": ((3, 3, 8, 72), {"padding": "VALID"}),
+    "strides": ((3, 3, 16, 16), {"strides": (2, 1), "padding": ((1, 0), (0, 2))}),
+    "dilation": ((2, 3, 16, 16), {"dilation": 2}),
+    "circular": ((3, 3, 16, 16), {"padding": "CIRCULAR"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_values_and_gradients_are_those_of_xla(case, dtype):
+    shape, options = CASES[case]
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (shape[2], 7, 6, 3), dtype)
+    kernel = jax.random.normal(keys[1], shape)
+    assert runs_whole_kernels(x, shape)
+
+    def loss(x, kernel, implementation):
+        y = bsj.conv(
+            x,
+            kernel,
+            bsj.Dense(),
+            data_format="CHWN",
+            implementation=implementation,
+            bias=jnp.arange(float(shape[3])),
+            activation="relu" if dtype == "float32" else None,  # rounding would flip some
+            **options,
+        )
+        return jnp.square(y.astype(jnp.float32) / 16).sum(), y
+
+    native, xla = (
+        jax.value_and_grad(lambda x, k, i=i: loss(x, k, i), (0, 1), has_aux=True)(x, kernel)
+        for i in (None, "dense")
+    )
+    tolerance = 1e-4 if dtype == "float32" else 2e-2
+    for a, b in zip(jax.tree.leaves(native), jax.tree.leaves(xla), strict=True):
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
+
+
+def test_the_growth_gradient_is_that_of_xla():
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (16, 6, 6, 4))
+    dy = jax.random.normal(keys[1], (32, 3, 3, 4))
+    native = bsj.dense_kernel_gradient(x, dy, (3, 3), strides=2, data_format="CHWN")
+    nhwc = (array.transpose(3, 1, 2, 0) for array in (x, dy))
+    xla = bsj.dense_kernel_gradient(*nhwc, (3, 3), strides=2)
+    np.testing.assert_allclose(native, xla, rtol=1e-4, atol=1e-4)
+
+
+def test_stems_products_and_other_dtypes_stay_with_xla():
+    x = jax.ShapeDtypeStruct((16, 8, 8, 2), jnp.float32)
+    assert runs_whole_kernels(x, (3, 3, 16, 16))
+    assert not runs_whole_kernels(x, (1, 1, 16, 16))
+    assert not runs_whole_kernels(x, (3, 3, 16, 10))
+    assert not runs_whole_kernels(jax.ShapeDtypeStruct((3, 8, 8, 2), jnp.float32), (3, 3, 3, 16))
+    assert not runs_whole_kernels(jax.ShapeDtypeStruct((16, 8, 8, 2), jnp.float16), (3, 3, 16, 16))
+    assert not runs_whole_kernels(jax.ShapeDtypeStruct((16, 8, 8, 0), jnp.float32), (3, 3, 16, 16))
