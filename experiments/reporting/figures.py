@@ -15,6 +15,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from experiments.measuring.row_names import TORCH
+from experiments.reporting import decision_figure
 from experiments.reporting.reports import training
 
 XLA_COLOR, TORCH_COLOR, PACKED_COLOR = "#5b6770", "#d1702a", "#1a6fb5"
@@ -27,15 +28,15 @@ STYLE: Any = {
 
 @dataclasses.dataclass(frozen=True)
 class ReportFigure:
-    """A figure that is drawn from a report.
+    """A figure that is drawn from a report, or from the code alone.
 
     Attributes:
-      report: the report's name, without its ending.
+      report: the report's name, without its ending; None where there is none.
       draw: report -> the text of an SVG file.
     """
 
-    report: str
-    draw: Callable[[dict[str, Any]], str]
+    report: str | None
+    draw: Callable[[Any], str]
 
 
 def training_step(report: dict[str, Any]) -> str:
@@ -109,4 +110,7 @@ def _step_times(axes: Axes, rows: list[dict[str, Any]], model: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-FIGURES = {"training_step": ReportFigure("bench_training_cpu", training_step)}
+FIGURES = {
+    "choosing_a_method": ReportFigure(None, decision_figure.draw),
+    "training_step": ReportFigure("bench_training_cpu", training_step),
+}

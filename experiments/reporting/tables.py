@@ -77,9 +77,9 @@ def main(config: TablesConfig) -> None:
         if page.exists():
             stale += [f"{page.name}: {name}" for name in _fill(page, config)]
     for name, figure in figures.FIGURES.items():
-        if (config.results / f"{figure.report}.json").exists():
+        if figure.report is None or (config.results / f"{figure.report}.json").exists():
             path = config.root / "docs" / "figures" / f"{name}.svg"
-            svg = figure.draw(read(figure.report, config.results))
+            svg = figure.draw(figure.report and read(figure.report, config.results))
             if not path.exists() or path.read_text() != svg:
                 stale.append(path.name)
                 if not config.check:

@@ -7,8 +7,9 @@ import xml.etree.ElementTree
 import pytest
 
 from experiments import report
-from experiments.reporting import figures, markdown, results, tables
+from experiments.reporting import decision_figure, figures, markdown, results, tables
 from experiments.reporting.reports import training
+from experiments.training.registry import METHODS
 
 STEPS = {  # execution -> data formats
     "dense": ("NHWC", "CHWN"),
@@ -144,3 +145,12 @@ def test_reports_hold_no_paths_and_are_read_again(tmp_path):
 def test_markdown_is_printed_as_it_is_into_a_pipe(capsys):
     markdown.show(markdown.table(["a", "b"], [["x", "1"]]))
     assert capsys.readouterr().out.startswith("| a | b |\n|---|---:|\n| x | 1 |\n")
+
+
+def test_the_decision_figure_names_every_method_once():
+    answers = [a for by_answer in decision_figure.ANSWERS.values() for a in by_answer.values()]
+    names = [name for methods in answers for name in methods]
+    assert sorted(names) == sorted(set(METHODS) - {"dense"})
+    svg = decision_figure.draw()
+    assert all(name in svg for name in names)
+    assert svg == decision_figure.draw()
