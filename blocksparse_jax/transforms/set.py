@@ -26,8 +26,8 @@ def set_(
     """SET: drops the smallest weights and grows as many others at random.
 
     `drop_and_grow` of single weights, or of any pattern's sets, grown uniformly at random; it needs
-    no dense gradient. With a schedule that has no end the fraction is constant, as in SET; with one it
-    falls along RigL's cosine.
+    no dense gradient. With a schedule that has no end the fraction is constant, as in SET; with one
+    it falls along RigL's cosine.
 
     Args:
       sparsity: fraction of the chosen weights to remove, in [0, 1); None where the pattern fixes
