@@ -139,7 +139,7 @@ class SRigL(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Mest(AnyPattern):
-    """Sets of any pattern that mutate until 3/4 of training, half as many in the last quarter of it.
+    """Sets of any pattern that mutate until 3/4 of training, fewer towards the end of that.
 
     Attributes:
       fraction: of the kept sets, at first.
@@ -154,12 +154,13 @@ class Mest(AnyPattern):
     update_every: int | None = None
 
     def arguments(self, setup: Setup) -> dict[str, Any]:
-        """All options, the steps of the updates as a schedule."""
+        """All options, the steps of the updates as a schedule, which waits for one period."""
+        wait = setup.every(self.update_every) / setup.length.total
         return super().arguments(setup) | {
             "fraction": self.fraction,
             "gradient_weight": self.gradient_weight,
             "soft": self.soft,
-            "schedule": _between(setup, 0.0, 0.75, self.update_every),
+            "schedule": _between(setup, min(0.5, wait), 0.75, self.update_every),
             "key": setup.key,
         }
 
