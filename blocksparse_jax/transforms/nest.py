@@ -37,10 +37,11 @@ def nest(
     """NeST: grow and prune.
 
     Training starts from random masks, the seed, of `seed` times the final density. At the steps of
-    the schedule through `grow_until` a layer grows in equal portions to `peak` times the final
-    density: the pruned sets of weights with the largest `|sum of gradients since the last step|`
+    the schedule through `grow_until` a layer grows in equal portions, until the last of these steps
+    makes it `peak` times the final density: the pruned sets of weights with the largest `|sum of gradients since the last step|`
     come. At the later steps it is pruned: the sets with the largest `|w|` stay, and the surplus
-    over the final density falls as `(1 - t)^power`, t from 0 at `grow_until` to 1 at the end.
+    over the final density falls as `(1 - t)^power`, t from 0 at the end of the growth to 1 at the
+    end of the schedule.
 
     Grown weights start at zero; steps that change masks apply no gradient. The gradients are summed
     in the method's own memory, those that are not finite left out, so every step through
@@ -103,6 +104,7 @@ def nest(
     middle = (start + end) // 2 if grow_until is None else _checks.step("grow_until", grow_until)
     if not start <= middle < end:
         raise ValueError(f"grow_until: expected a step from {start} to {end - 1}, got {middle}")
+    middle -= (middle - start) % schedule.every  # the last step that grows
     peak = _checks.number("peak", peak, low=1.0)
     seed = _checks.number("seed", seed, low_open=True)
     if seed > peak:
@@ -135,7 +137,7 @@ def nest(
         shapes = {name: leaf.mask.shape for name, leaf in leaves.items()}
         stages = zip(*(counts(shapes, factor).values() for factor in (seed, peak, 1.0)))
         grows = step.count <= middle
-        up = jnp.clip((step.count - start) / max(1, middle - start), 0.0, 1.0)
+        up = jnp.clip((step.count - start) / (middle - start), 0.0, 1.0) if middle > start else 1.0
         down = jnp.clip((step.count - middle) / (end - middle), 0.0, 1.0)
 
         def move(leaf: Leaf, stage: tuple[int, int, int]) -> Kept:

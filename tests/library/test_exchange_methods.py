@@ -267,7 +267,7 @@ def test_srigl_keeps_a_constant_fan_in_as_the_reference_does(kind):
 def test_srigl_ablates_filters_for_good_and_hands_their_weights_on():
     """Four of 16 filters have tiny weights and gradients; later the four at the other end."""
     weak = jnp.arange(16) < 4
-    params = {"w": jnp.where(weak, 1e-3, 1.0) * jnp.ones((3, 3, 8, 16))}
+    params = {"w": jnp.where(weak, 1e-3, 1.0) * jax.random.normal(jax.random.key(0), (3, 3, 8, 16))}
     method = bsj.srigl(0.75, schedule=bsj.every(1), drop_fraction=0.5, budget="uniform")
     state, update = method.init(params), jax.jit(method.update)
     for step in range(4):

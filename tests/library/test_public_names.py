@@ -390,12 +390,14 @@ def one_shot():
 
 @check
 def deep_r():
-    assert_prunes(bsj.deep_r(0.75, temperature=1.0), 0.25, steps=2)
+    _, state = trained(bsj.deep_r(0.75, temperature=1.0), steps=2)
+    assert kept(state) == 1152
 
 
 @check
 def dsr():
-    assert_prunes(bsj.dsr(0.75, schedule=bsj.every(1), threshold=0.5), 0.25, steps=2)
+    _, state = trained(bsj.dsr(0.75, schedule=bsj.every(1), threshold=0.5), steps=2)
+    assert kept(state) == 1152
 
 
 @check
@@ -405,18 +407,20 @@ def granet():
 
 @check
 def srigl():
-    state = assert_prunes(bsj.srigl(0.75, schedule=bsj.every(1)), 0.25, steps=2)
+    _, state = trained(bsj.srigl(0.75, schedule=bsj.every(1)), steps=2)
     assert set(bsj.get_masks(state)["conv"].sum((0, 1, 2)).tolist()) == {36}
 
 
 @check
 def mest():
-    assert_prunes(bsj.mest(0.75, schedule=bsj.between(1, 4)), 0.25, steps=2)
+    _, state = trained(bsj.mest(0.75, schedule=bsj.between(1, 4)), steps=2)
+    assert kept(state) == 1152
 
 
 @check
 def nest():
-    assert_prunes(bsj.nest(0.75, schedule=bsj.between(0, 1), grow_until=0), 0.25, steps=2)
+    _, state = trained(bsj.nest(0.75, schedule=bsj.between(0, 1), grow_until=0), steps=2)
+    assert kept(state) == 1152
 
 
 @check
