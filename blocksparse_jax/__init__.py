@@ -43,16 +43,23 @@ from blocksparse_jax.state import (
     replace_masks,
 )
 from blocksparse_jax.summary import summarize
+from blocksparse_jax.transforms.deep_r import deep_r
 from blocksparse_jax.transforms.drop_and_grow import drop_and_grow
+from blocksparse_jax.transforms.dsr import dsr
 from blocksparse_jax.transforms.external import external_masks
 from blocksparse_jax.transforms.gradual import gradual, gradual_magnitude
+from blocksparse_jax.transforms.granet import granet
 from blocksparse_jax.transforms.hrbp import hrbp_prune
 from blocksparse_jax.transforms.keep_zeros import keep_zeros, sparse
+from blocksparse_jax.transforms.mest import mest
+from blocksparse_jax.transforms.narang import narang
+from blocksparse_jax.transforms.nest import nest
 from blocksparse_jax.transforms.one_shot import magnitude, one_shot
 from blocksparse_jax.transforms.rigl import rigl
 from blocksparse_jax.transforms.set import set_
 from blocksparse_jax.transforms.snfs import snfs
 from blocksparse_jax.transforms.sr_ste import sr_ste, ste
+from blocksparse_jax.transforms.srigl import srigl
 from blocksparse_jax.transforms.static import fixed_masks, random_channel_layouts, random_masks
 from blocksparse_jax.transforms.subp import subp
 from blocksparse_jax.transposes import cancel_transposes
@@ -75,9 +82,11 @@ __all__ = [
     "channel_orders",
     "choose_implementation",
     "conv",
+    "deep_r",
     "dense_kernel_gradient",
     "drop_and_grow",
     "dsb_groups",
+    "dsr",
     "every",
     "external_masks",
     "fixed_masks",
@@ -87,6 +96,7 @@ __all__ = [
     "get_spec",
     "gradual",
     "gradual_magnitude",
+    "granet",
     "hrbp_groups",
     "hrbp_prune",
     "is_layout",
@@ -100,8 +110,11 @@ __all__ = [
     "mask_to_layout",
     "masked",
     "masks_from_scores",
+    "mest",
     "metrics",
+    "narang",
     "native_calls",
+    "nest",
     "nnx",
     "nonzero_pruned",
     "one_shot",
@@ -121,6 +134,7 @@ __all__ = [
     "snip",
     "sparse",
     "sr_ste",
+    "srigl",
     "ste",
     "subp",
     "summarize",

@@ -73,6 +73,7 @@ def sparse_transformation(
     redraw: Redraw | None = None,
     penalty: Penalty | None = None,
     remember: Remember | None = None,
+    memory: Callable[[Array], Array] | None = None,
     ahead: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes a sparse method from its parts.
@@ -85,8 +86,9 @@ def sparse_transformation(
       redraw: (step, leaves by name) -> `Kept` by name, at the steps of the schedule; arrays keep
         their shapes.
       penalty: leaf -> a term that is added to its gradient, before the optimizer.
-      remember: (step, leaf) -> the leaf's memory, at every update, before masks are redrawn; the
-        memory starts as float32 zeros in the leaf's shape.
+      remember: (step, leaf) -> the leaf's memory, at every update, before masks are redrawn.
+      memory: weights -> the leaf's memory at init, of the leaf's shape or a scalar; None with
+        `remember` is float32 zeros in the leaf's shape. `on_proposed` may change it too.
       ahead: redrawn masks are those of the next step; the update that draws them masks and
         penalises its gradient by the present ones.
 
@@ -115,7 +117,8 @@ def sparse_transformation(
         dense = jax.tree.map(lambda leaf: jnp.asarray(True), params)
         masks = {name: layer.mask for name, layer in kept.items()}
         layouts = {name: layer.layout for name, layer in kept.items()}
-        memory = {name: jnp.zeros(leaf.shape, jnp.float32) for name, leaf in chosen.items()}
+        start = {name: (memory or _zeros)(leaf) for name, leaf in chosen.items()}
+        has_memory = memory is not None or remember is not None
         scalars = jax.tree.map(lambda leaf: jnp.zeros((), jnp.float32), params)
         static = spec(chosen) if callable(spec) else spec
         return SparseState(
@@ -124,7 +127,7 @@ def sparse_transformation(
             layouts=tree.replace(
                 jax.tree.map(lambda leaf: Dense(), params), layouts, is_leaf=is_layout
             ),
-            memory=() if remember is None else tree.replace(scalars, memory, is_leaf=is_layout),
+            memory=tree.replace(scalars, start, is_leaf=is_layout) if has_memory else (),
             skip_gradient=jnp.asarray(False),
             stalled_updates=jnp.zeros((), jnp.int32),
             spec=dataclasses.replace(static, variables=tree.has_variables(params)),
@@ -175,6 +178,11 @@ def sparse_transformation(
         return grads, new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _zeros(leaf: Array) -> Array:
+    """A memory without a beginning of its own."""
+    return jnp.zeros(leaf.shape, jnp.float32)
 
 
 def _checked_draw(kept: Any, chosen: Mapping[str, Array]) -> dict[str, Kept]:

@@ -12,24 +12,22 @@ from blocksparse_jax import _checks, schedules, tree
 from blocksparse_jax import scores as scores_
 from blocksparse_jax.alike import map_alike
 from blocksparse_jax.budgets import Budget
-from blocksparse_jax.patterns import Kept, Pattern
+from blocksparse_jax.patterns import Kept, Pattern, unstructured
 from blocksparse_jax.schedules import AnyOf, Never, Schedule, Through, check_schedule
-from blocksparse_jax.selection import highest_in_rows
 from blocksparse_jax.spec import Spec
 from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
+from blocksparse_jax.transforms.exchange import grow_highest, stay_highest, with_sets
 from blocksparse_jax.transforms.first_masks import FirstMasks, first_masks
 
 Rule = Literal["magnitude", "gradient", "momentum", "random"] | Callable[[Leaf], Array]
 RULES = ("magnitude", "gradient", "momentum", "random")
-
-_LOWEST = jnp.finfo(jnp.float32).min
 
 
 def drop_and_grow(
     sparsity: float | None,
     *,
     pattern: Pattern | None = None,
-    drop: Rule = "magnitude",
+    drop: Rule | Literal["signed"] = "magnitude",
     grow: Rule = "gradient",
     fraction: float = 0.3,
     schedule: Schedule,
@@ -64,7 +62,9 @@ def drop_and_grow(
         it.
       pattern: which sets of weights are kept together; None is `patterns.unstructured()`.
       drop: scores of what stays: "magnitude" (`|w|`), "gradient" (`|g|`), "momentum", "random", or
-        a function of a `Leaf` that returns scores in its shape.
+        a function of a `Leaf` that returns scores in its shape. "signed" is SET's rule for single
+        weights: the part f of the positive and of the negative ones each goes, those nearest to
+        zero, and every weight that is zero.
       grow: scores of what is grown, likewise. A function forbids growth by -inf; where too few sets
         are left to grow, dropped ones stay, so that the count stays.
       fraction: the part that moves at the start of the schedule, in [0, 1].
@@ -103,9 +103,14 @@ def drop_and_grow(
     _checks.fraction("fraction", fraction, high_open=False)
     _checks.fraction("momentum", momentum)
     check_schedule(schedule)
-    for rule_name, rule in (("drop", drop), ("grow", grow)):
+    for rule_name, rule, rules in (("drop", drop, (*RULES, "signed")), ("grow", grow, RULES)):
         if not callable(rule):
-            _checks.choice(rule_name, rule, RULES)
+            _checks.choice(rule_name, rule, rules)
+    if drop == "signed" and first.pattern != unstructured():
+        raise ValueError(
+            f"drop: 'signed' tells positive weights from negative ones, and {first.pattern.noun} "
+            "hold both; use drop='magnitude' or patterns.unstructured()"
+        )
     start, until = getattr(schedule, "start", 0), getattr(schedule, "until", None)
 
     def move(step: Step, leaves: Leaves) -> dict[str, Kept]:
@@ -115,6 +120,8 @@ def drop_and_grow(
         def move_one(layer: tuple[Leaf, Array], _: None) -> Kept:
             leaf, place = layer
             keys = jax.random.split(jax.random.fold_in(step_key, place))
+            if drop == "signed":
+                return _exchange_by_sign(leaf, _scores(grow, leaf, keys[1]), part)
             drop_scores, grow_scores = (_scores(r, leaf, k) for r, k in zip((drop, grow), keys))
             return _exchange_sets(first.pattern, leaf, drop_scores, grow_scores, part)
 
@@ -147,7 +154,7 @@ def drop_and_grow(
 
 
 def _publish(
-    name: str, first: FirstMasks, schedule: Schedule, rules: tuple[Rule, Rule]
+    name: str, first: FirstMasks, schedule: Schedule, rules: tuple[Rule | str, Rule]
 ) -> Callable[[float], Spec]:
     """Density -> what the method publishes."""
     until = getattr(schedule, "until", None)
@@ -169,7 +176,7 @@ def _publish(
     )
 
 
-def _scores(rule: Rule, leaf: Leaf, key: Array) -> Float[Array, "..."]:
+def _scores(rule: Rule | str, leaf: Leaf, key: Array) -> Float[Array, "..."]:
     """The scores of a leaf's weights by a rule."""
     if callable(rule):
         return rule(leaf)
@@ -182,20 +189,24 @@ def _scores(rule: Rule, leaf: Leaf, key: Array) -> Float[Array, "..."]:
 def _exchange_sets(
     pattern: Pattern, leaf: Leaf, drop: Array, grow: Array, part: Float[Array, ""]
 ) -> Kept:
-    """Drops a part of the kept sets, those with the lowest `drop`, and grows as many by `grow`.
-
-    A pruned set whose `grow` is -inf must not grow: every dropped set comes before it.
-    """
+    """Drops a part of the kept sets, those with the lowest `drop`, and grows as many by `grow`."""
     kept = pattern.kept_sets(leaf.mask, leaf.layout)
     active = kept.sum(-1, keepdims=True)
     count = pattern.moves(part, active)
-    drop = jnp.where(kept, _finite(pattern.sets(drop, leaf.layout)), -jnp.inf)
-    stays = highest_in_rows(drop, active - count)
-    grow = pattern.sets(grow, leaf.layout)
-    grow = jnp.where(stays, -jnp.inf, jnp.where(kept, _finite(grow), grow))
-    return pattern.move(stays | highest_in_rows(grow, count), leaf.mask, leaf.layout)
+    stays = stay_highest(kept, pattern.sets(drop, leaf.layout), active - count)
+    new = grow_highest(stays, kept, pattern.sets(grow, leaf.layout), count)
+    return with_sets(pattern, new, leaf)
 
 
-def _finite(scores: Float[Array, "rows sets"]) -> Float[Array, "rows sets"]:
-    """The scores, with the lowest float32 for -inf and NaN."""
-    return jnp.where(scores > -jnp.inf, scores.astype(jnp.float32), _LOWEST)
+def _exchange_by_sign(leaf: Leaf, grow: Array, part: Float[Array, ""]) -> Kept:
+    """Drops a part of the positive and of the negative weights, and all zeros; grows as many."""
+    kept, weights, size = (
+        array.reshape(1, -1) for array in (leaf.mask, leaf.weights, scores_.magnitude(leaf.weights))
+    )
+    stays = jnp.zeros_like(kept)
+    for side in (kept & (weights > 0), kept & (weights < 0)):
+        number = side.sum()
+        dropped = jnp.floor(part * number.astype(part.dtype)).astype(jnp.int32)
+        stays |= stay_highest(side, size, number - dropped)
+    new = grow_highest(stays, kept, grow.reshape(1, -1), kept.sum() - stays.sum())
+    return Kept(new.reshape(leaf.mask.shape), leaf.layout)

@@ -5,13 +5,15 @@ from jaxtyping import Array
 
 from blocksparse_jax import _checks, tree
 from blocksparse_jax.budgets import Budget
+from blocksparse_jax.patterns import Pattern
 from blocksparse_jax.schedules import Schedule, every
 from blocksparse_jax.transforms.drop_and_grow import drop_and_grow
 
 
 def rigl(
-    sparsity: float,
+    sparsity: float | None,
     *,
+    pattern: Pattern | None = None,
     schedule: Schedule | None = None,
     drop_fraction: float = 0.3,
     budget: Budget = "erk",
@@ -31,7 +33,10 @@ def rigl(
     longer).
 
     Args:
-      sparsity: fraction of the chosen weights to remove, in [0, 1).
+      sparsity: fraction of the chosen weights to remove, in [0, 1); None where the pattern fixes
+        it.
+      pattern: which sets of weights are kept together; None is `patterns.unstructured()`, the
+        paper's single weights. Those with a layout run in the block-sparse convolution.
       schedule: when masks change, e.g. `every(100, until=75_000)` (the paper: until 0.75 of
         training).
       drop_fraction: the fraction at the schedule's start, in [0, 1].
@@ -70,6 +75,7 @@ def rigl(
         )
     return drop_and_grow(
         sparsity,
+        pattern=pattern,
         fraction=_checks.fraction("drop_fraction", drop_fraction, high_open=False),
         schedule=schedule,
         budget=budget,

@@ -1,33 +1,45 @@
 """SET: dynamic sparse training of single weights, grown at random."""
 
+from typing import Literal
+
 import optax
 from jaxtyping import Array
 
-from blocksparse_jax import tree
+from blocksparse_jax import _checks, tree
 from blocksparse_jax.budgets import Budget
+from blocksparse_jax.patterns import Pattern
 from blocksparse_jax.schedules import Schedule
 from blocksparse_jax.transforms.drop_and_grow import drop_and_grow
 
 
 def set_(
-    sparsity: float,
+    sparsity: float | None,
     *,
+    pattern: Pattern | None = None,
     schedule: Schedule,
     drop_fraction: float = 0.3,
+    drop: Literal["magnitude", "signed"] = "magnitude",
     budget: Budget = "er",
     where: tree.Where | None = None,
     key: Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """SET: drops the smallest weights and grows as many others at random.
 
-    `drop_and_grow` of single weights, dropped by `|w|` and grown uniformly at random; it needs no
-    dense gradient. With a schedule that has no end the fraction is constant, as in SET; with one it
-    falls along RigL's cosine.
+    `drop_and_grow` of single weights, or of any pattern's sets, grown uniformly at random; it needs
+    no dense gradient. With a schedule that has no end the fraction is constant, as in SET; with one
+    it falls along RigL's cosine.
 
     Args:
-      sparsity: fraction of the chosen weights to remove, in [0, 1).
+      sparsity: fraction of the chosen weights to remove, in [0, 1); None where the pattern fixes
+        it.
+      pattern: which sets of weights are kept together; None is `patterns.unstructured()`, the
+        paper's single weights. Those with a layout run in the block-sparse convolution.
       schedule: when masks change; the paper: once an epoch, `every(steps_per_epoch)`.
       drop_fraction: the fraction at the schedule's start, in [0, 1].
+      drop: "magnitude", the smallest `|w|` (RigL's comparison, and the rule that every pattern
+        has), or "signed", the paper's: the fraction of the positive weights that is nearest to zero
+        and as large a fraction of the negative ones, with all weights that are zero; of single
+        weights only.
       budget: "er" (the paper), "erk", "uniform", "global", or a map layer name -> sparsity.
       where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.
       key: JAX random key of masks and growth; None is `jax.random.key(0)`, the same in every run.
@@ -45,11 +57,13 @@ def set_(
       (58, False)
 
     Reference: Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse
-    connectivity", Nature Communications 2018, which drops the smallest positive and the largest
-    negative weights separately; dropping by `|w|` follows RigL's comparison (Evci et al., 2020).
+    connectivity", Nature Communications 2018, which drops by sign; dropping by `|w|` follows RigL's
+    comparison (Evci et al., 2020). Other patterns than single weights are our choice.
     """
     return drop_and_grow(
         sparsity,
+        pattern=pattern,
+        drop=_checks.choice("drop", drop, ("magnitude", "signed")),
         grow="random",
         fraction=drop_fraction,
         schedule=schedule,

@@ -5,13 +5,15 @@ from jaxtyping import Array
 
 from blocksparse_jax import tree
 from blocksparse_jax.budgets import Budget
+from blocksparse_jax.patterns import Pattern
 from blocksparse_jax.schedules import Schedule
 from blocksparse_jax.transforms.drop_and_grow import drop_and_grow
 
 
 def snfs(
-    sparsity: float,
+    sparsity: float | None,
     *,
+    pattern: Pattern | None = None,
     schedule: Schedule,
     drop_fraction: float = 0.3,
     momentum: float = 0.9,
@@ -26,7 +28,10 @@ def snfs(
     So every step needs the dense gradient until the schedule ends. Layers keep their counts.
 
     Args:
-      sparsity: fraction of the chosen weights to remove, in [0, 1).
+      sparsity: fraction of the chosen weights to remove, in [0, 1); None where the pattern fixes
+        it.
+      pattern: which sets of weights are kept together; None is `patterns.unstructured()`, the
+        paper's single weights. Those with a layout run in the block-sparse convolution.
       schedule: when masks change, e.g. `every(100, until=75_000)`.
       drop_fraction: the fraction at the schedule's start, in [0, 1].
       momentum: decay of the moving average, in [0, 1).
@@ -51,6 +56,7 @@ def snfs(
     """
     return drop_and_grow(
         sparsity,
+        pattern=pattern,
         grow="momentum",
         fraction=drop_fraction,
         schedule=schedule,

@@ -1,10 +1,10 @@
 """One training step for every method and execution.
 
 `Trainer` holds the jitted steps and asks the method's published spec what each step needs. Where a
-step needs the gradient of the pruned weights, the packed execution is in another form: sparse at
-the mask updates of a dynamic method, masked while a method still changes how many weights it keeps
-(SUBP, gradual), since every count would compile a block-sparse step of its own. The sparse
-execution runs that phase in the block-sparse conv all the same.
+step changes masks or needs the gradient of the pruned weights, the packed execution is in another
+form: sparse at the mask updates of a dynamic method, masked while a method still changes how many
+weights it keeps (SUBP, gradual), since every count would compile a block-sparse step of its own.
+The sparse execution runs that phase in the block-sparse conv all the same.
 """
 
 import copy
@@ -150,7 +150,9 @@ class Trainer:
             return str(self.config.execution)
         if self.spec.resizes and step <= self._last_change:
             return "masked"
-        return "sparse" if self.spec.dense_gradient(step) else "packed"
+        # packed leaves hold kept weights only, so their masks cannot change
+        moves = self.spec.rule is None and self.spec.changes(step)
+        return "sparse" if moves or self.spec.dense_gradient(step) else "packed"
 
     def changes_masks(self, step: int) -> bool:
         """Whether a step's update changes masks; never where they follow the weights (SR-STE)."""

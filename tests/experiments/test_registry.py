@@ -84,7 +84,7 @@ def test_the_budget_reaches_the_method(method, params):
     for budget in ("uniform", "erk"):
         transform = built(method, params, budget=budget, update_every=1)
         state = transform.init(params)
-        for _ in range(13 if method == "gradual" else 0):  # which starts dense
+        for _ in range(13 if method in ("gradual", "narang") else 0):  # which start dense
             _, state = transform.update(params, state, params)
         masks = bsj.get_masks(state)
         densities = [float(masks[name]["kernel"].mean()) for name in ("conv1", "conv2")]

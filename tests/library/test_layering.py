@@ -19,17 +19,19 @@ ORDER = [
     {"grouping.channel_spaces"},
     {"patterns._base"},
     {"patterns.unstructured", "patterns.kernel", "patterns.window", "patterns.n_of_m"}
-    | {"patterns.one_by_n"},
+    | {"patterns.one_by_n", "patterns.fan_in"},
     {"patterns.channel", "patterns.block"},
     {"masks"},
     {"spec"},
     {"state", "serialization"},
     {"packing"},
     {"transforms._base"},
-    {"transforms.first_masks", "transforms.nesting"},
+    {"transforms.first_masks", "transforms.nesting", "transforms.exchange"},
     {"transforms.keep_zeros", "transforms.static", "transforms.one_shot", "transforms.gradual"}
     | {"transforms.drop_and_grow", "transforms.sr_ste", "transforms.subp"}
-    | {"transforms.external"},
+    | {"transforms.external"}
+    | {"transforms.deep_r", "transforms.dsr", "transforms.granet", "transforms.srigl"}
+    | {"transforms.mest", "transforms.nest", "transforms.narang"},
     {"transforms.rigl", "transforms.set", "transforms.snfs", "transforms.hrbp"},
     {"kernel_gradient"},
     {"conv"},

@@ -389,6 +389,46 @@ def one_shot():
 
 
 @check
+def deep_r():
+    _, state = trained(bsj.deep_r(0.75, temperature=1.0), steps=2)
+    assert kept(state) == 1152
+
+
+@check
+def dsr():
+    _, state = trained(bsj.dsr(0.75, schedule=bsj.every(1), threshold=0.5), steps=2)
+    assert kept(state) == 1152
+
+
+@check
+def granet():
+    assert_prunes(bsj.granet(0.75, schedule=bsj.between(0, 1)), 0.25, steps=2)
+
+
+@check
+def srigl():
+    _, state = trained(bsj.srigl(0.75, schedule=bsj.every(1)), steps=2)
+    assert set(bsj.get_masks(state)["conv"].sum((0, 1, 2)).tolist()) == {36}
+
+
+@check
+def mest():
+    _, state = trained(bsj.mest(0.75, schedule=bsj.between(1, 4)), steps=2)
+    assert kept(state) == 1152
+
+
+@check
+def nest():
+    _, state = trained(bsj.nest(0.75, schedule=bsj.between(0, 1), grow_until=0), steps=2)
+    assert kept(state) == 1152
+
+
+@check
+def narang():
+    assert_prunes(bsj.narang(0.75, schedule=bsj.between(0, 1)), 0.25, steps=2)
+
+
+@check
 def external_masks():
     """All is kept until the loop sets masks; these then mask the gradient, and have a layout."""
     pattern = bsj.patterns.one_by_n(16)
@@ -743,6 +783,11 @@ def patterns__kernel():
     mask = mask_by(bsj.patterns.kernel())
     np.testing.assert_array_equal(mask.any((0, 1)), mask.all((0, 1)))
     assert mask.sum() == 1152
+
+
+@check
+def patterns__fan_in():
+    assert set(mask_by(bsj.patterns.fan_in()).sum((0, 1, 2)).tolist()) == {36}
 
 
 @check

@@ -386,3 +386,104 @@ def rumi_blocks(mask, clusters, t1=1.5):
         whole = len(cluster) // 32 * 32 if len(cluster) > 32 else len(cluster)
         blocks += [(part, sorted(columns)) for part in (cluster[:whole], cluster[whole:]) if part]
     return blocks
+
+
+def signed_stays(kernel, mask, fraction):
+    """What SET keeps: of the positive and of the negative weights all but `floor(fraction * n)` of
+    each, those nearest to zero (Mocanu et al., SET, 2018).
+    """
+    stays = np.zeros(mask.shape, bool)
+    for side in (mask & (kernel > 0), mask & (kernel < 0)):
+        count = int(side.sum())
+        gone = math.floor(np.float32(fraction) * np.float32(count))
+        stays |= largest(np.where(side, np.abs(kernel), -1.0), count - gone)
+    return stays
+
+
+def deep_r_walk(kernel, mask, sign, pull):
+    """Weights and kept connections after one step without noise (Bellec et al., Deep-R, ICLR 2018,
+    algorithm 1, before the revival).
+    """
+    moved = np.where(mask, kernel - np.float32(pull) * sign, 0)
+    stays = mask & (moved * sign >= 0)
+    return np.where(stays, moved, 0), stays
+
+
+def dsr_survivors(kernels, masks, threshold):
+    """Kept weights of each layer that reach the threshold, the largest one of a layer at least
+    (Mostafa & Wang, DSR, ICML 2019).
+    """
+    survivors = {}
+    for name, kernel in kernels.items():
+        size = np.where(masks[name], np.abs(kernel), -1.0)
+        survivors[name] = (size >= np.float32(threshold)) | largest(size, 1)
+    return survivors
+
+
+def dsr_threshold(threshold, gone, aim):
+    """The threshold of the next update: half where too many went, double where too few did."""
+    if gone > 1.1 * aim:
+        return threshold / 2
+    return threshold * 2 if gone < 0.9 * aim else threshold
+
+
+def granet_masks(kernels, gradients, masks, sparsity, fraction):
+    """One threshold through the kept weights of all layers, the largest one of each layer apart,
+    then RigL's exchange of `floor(fraction * n)` weights of each layer (Liu et al., GraNet, NeurIPS
+    2021).
+    """
+    sizes = {n: np.where(masks[n], np.abs(k), -np.inf).reshape(-1) for n, k in kernels.items()}
+    total = sum(size.size for size in sizes.values())
+    scores = {name: size.copy() for name, size in sizes.items()}
+    for score in scores.values():
+        score[int(score.argmax())] = np.inf
+    count = max(len(sizes), round(float((np.float32(1) - np.float32(sparsity)) * total)))
+    best = largest(np.concatenate(list(scores.values())), count)
+    after, start = {}, 0
+    for name, size in sizes.items():
+        number = min(int(best[start : start + size.size].sum()), int(masks[name].sum()))
+        start += size.size
+        moved = math.floor(np.float32(fraction) * np.float32(number))
+        stays = largest(size, number - moved)
+        grown = largest(np.where(stays, -np.inf, np.abs(gradients[name]).reshape(-1)), moved)
+        after[name] = (stays | grown).reshape(masks[name].shape)
+    return after
+
+
+def srigl_mask(kernel, gradient, mask, fan_in, fraction, min_salient):
+    """SRigL's step on one layer; `fan_in` is that of the first masks (Lasby et al., ICLR 2024)."""
+    filters = kernel.shape[-1]
+    kept, size, come = (a.reshape(-1, filters).T for a in (mask, np.abs(kernel), np.abs(gradient)))
+    number, live = int(kept.sum()), kept.any(1)
+    moved = math.floor(np.float32(fraction) * np.float32(number))
+    stays = largest(np.where(kept, size, -1.0), number - moved)
+    free = ~kept & live[:, None]
+    wanted = largest(np.where(free, come, -1.0), min(moved, int(free.sum()))) & free
+    salient = (stays | wanted).sum(1)
+    enough = salient >= min_salient * kept.sum(1).max() - 1e-9
+    least = math.ceil(fan_in * filters / kept.shape[1])
+    needed = largest(np.where(live, salient, -1), least)
+    live = live & (enough | needed)
+    new = np.zeros_like(kept)
+    for f in np.flatnonzero(live):
+        fan = fan_in * filters // int(live.sum())
+        grown = largest(np.where(stays[f], -np.inf, come[f]), fan - int(stays[f].sum()))
+        new[f] = stays[f] | grown
+    return new.T.reshape(mask.shape)
+
+
+def mest_scores(kernel, gradient, weight):
+    """`|w| + lambda |g|` (Yuan et al., MEST, NeurIPS 2021)."""
+    return np.abs(kernel) + np.float32(weight) * np.abs(gradient)
+
+
+def narang_part(step, start, ramp, end, ratio):
+    """The threshold as a part of the one to reach, with the slopes `theta` and `phi = ratio *
+    theta` (Narang et al., ICLR 2017, algorithm 1, equation 1).
+    """
+    theta = 1 / ((ramp - start) + ratio * (end - ramp))
+    if step >= end:
+        return 1.0
+    if step < ramp:
+        return min(1.0, theta * (step - start + 1))
+    return min(1.0, theta * (ramp - start + 1) + ratio * theta * (step - ramp + 1))

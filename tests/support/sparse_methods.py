@@ -57,6 +57,19 @@ METHODS = {
     "rigl": lambda p: bsj.rigl(0.7, update_every=3, until=1000, drop_fraction=0.6),
     "set": lambda p: bsj.set_(0.7, schedule=bsj.every(3), drop_fraction=0.6),
     "snfs": lambda p: bsj.snfs(0.7, schedule=bsj.every(3), drop_fraction=0.6),
+    "deep-r": lambda p: bsj.deep_r(0.7, schedule=bsj.between(1, 1000), temperature=0.1),
+    "dsr": lambda p: bsj.dsr(0.7, schedule=bsj.every(3), threshold=0.3),
+    "srigl": lambda p: bsj.srigl(0.7, schedule=bsj.every(3), drop_fraction=0.6),
+    "mest": lambda p: bsj.mest(0.7, schedule=bsj.between(2, 20, every=3), fraction=0.3),
+    "mest-soft": lambda p: bsj.mest(
+        0.7,
+        pattern=bsj.patterns.one_by_n(4),
+        schedule=bsj.between(2, 20, every=3),
+        soft=True,
+    ),
+    "granet": lambda p: bsj.granet(0.7, schedule=bsj.between(2, 20, every=3)),
+    "nest": lambda p: bsj.nest(0.7, schedule=bsj.between(2, 20, every=3), grow_until=5),
+    "narang": lambda p: bsj.narang(0.7, schedule=bsj.between(2, 20, every=3)),
     "gradual": lambda p: bsj.gradual_magnitude(0.7, start=2, end=20, update_every=3),
     "gradual-blocks": lambda p: bsj.gradual(
         0.7, pattern=bsj.patterns.one_by_n(16), schedule=bsj.between(2, 20, every=3)
@@ -79,7 +92,7 @@ STATIC = ["hrbp", "magnitude", "snip", "fixed", "random-channel"]
 # Hard methods that prune weights in the midst of training.
 MOVING = [name for name in HARD if name not in (*STATIC, "hrbp-gradient")]
 # Of these, the ones that grow as many weights as they prune.
-EXCHANGING = ["hrbp-dynamic", "rigl", "set", "snfs"]
+EXCHANGING = ["hrbp-dynamic", "rigl", "set", "snfs", "deep-r", "dsr", "srigl", "mest"]
 # One method of each kind: masks or layouts that stay, weights exchanged or pruned at some steps,
 # masks that follow the weights, and a soft method that resizes its layouts.
 KINDS = ["fixed", "random-channel", "rigl", "gradual", "sr-ste", "subp"]

@@ -3,43 +3,49 @@
 import dataclasses
 from typing import Any
 
-from blocksparse_jax import patterns
-from blocksparse_jax.patterns import Pattern
 from experiments.training.methods.options import (
     AnyPattern,
-    Options,
     Setup,
     first_three_quarters,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Dynamic(Options):
-    """Single weights that move until 3/4 of training.
+class Dynamic(AnyPattern):
+    """Single weights, or sets of any pattern, that move until 3/4 of training.
 
     Attributes:
       update_every: steps between mask updates; None is 100, or an epoch if that is shorter.
       drop_fraction: of the kept weights, at the first update.
-      budget: how the layers share the density: uniform, erk, er or global.
     """
 
+    budget: str = "erk"
     update_every: int | None = None
     drop_fraction: float = 0.3
-    budget: str = "erk"
-
-    def make_pattern(self) -> Pattern:
-        """Single weights."""
-        return patterns.unstructured()
 
     def arguments(self, setup: Setup) -> dict[str, Any]:
         """All options, the steps between updates as a schedule."""
-        return {
-            "sparsity": setup.sparsity,
+        return super().arguments(setup) | {
             "schedule": first_three_quarters(setup, self.update_every),
             "drop_fraction": self.drop_fraction,
-            "budget": self.budget,
             "key": setup.key,
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class Set(Dynamic):
+    """As `Dynamic`, with what SET alone has.
+
+    Attributes:
+      drop: magnitude, or signed: the smallest positive and the largest negative weights each.
+    """
+
+    budget: str = "er"
+    drop: str = "magnitude"
+
+    def arguments(self, setup: Setup) -> dict[str, Any]:
+        """Those of `Dynamic`, and what is dropped."""
+        return super().arguments(setup) | {"drop": self.drop}
 
 
 @dataclasses.dataclass(frozen=True)
