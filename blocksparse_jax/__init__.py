@@ -14,6 +14,7 @@ from blocksparse_jax.conv import (
     dense_kernel_gradient,
 )
 from blocksparse_jax.export import native_calls
+from blocksparse_jax.grouping.channel_removal import remove_channels
 from blocksparse_jax.grouping.channel_spaces import channel_orders, fold_channel_orders
 from blocksparse_jax.grouping.column_blocks import ColumnBlocks, block_fill, dsb_groups, rumi_groups
 from blocksparse_jax.grouping.search import hrbp_groups, kept_score, random_groups
@@ -112,6 +113,7 @@ __all__ = [
     "random_channel_layouts",
     "random_groups",
     "random_masks",
+    "remove_channels",
     "replace_masks",
     "rigl",
     "rumi_groups",

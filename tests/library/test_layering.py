@@ -17,6 +17,7 @@ ORDER = [
     {"grouping.search", "grouping.column_blocks"},
     {"grouping.channel_order"},
     {"grouping.channel_spaces"},
+    {"grouping.channel_removal"},
     {"patterns._base"},
     {"patterns.unstructured", "patterns.kernel", "patterns.window", "patterns.n_of_m"}
     | {"patterns.one_by_n"},

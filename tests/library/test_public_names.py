@@ -262,6 +262,17 @@ def fold_channel_orders():
     np.testing.assert_array_equal(folded["second"], weights["second"][:, :, ::-1])
 
 
+@check
+def remove_channels():
+    spaces = {"hidden": [("first", 3), ("second", 2)]}
+    weights = {"first": kernel(0, (3, 3, 3, 16)), "second": kernel(1)}
+    kept, state = np.arange(16) % 2 == 0, optax.adam(0.1).init(weights)
+    smaller, state = bsj.remove_channels(spaces, {"hidden": kept}, weights, state)
+    np.testing.assert_array_equal(smaller["first"], weights["first"][..., ::2])
+    np.testing.assert_array_equal(smaller["second"], weights["second"][:, :, ::2])
+    assert state[0].nu["second"].shape == smaller["second"].shape
+
+
 # Scores and masks
 
 
