@@ -11,8 +11,8 @@ def widths_of(params: Any) -> dict[str, int]:
     """The output channels of each convolution.
 
     Args:
-      params: of a network that `experiments.models.create` made, also with channels removed; or a
-        tree of the same names with anything that has a `shape` at its leaves.
+      params: of a network that `experiments.models.create` made, also with channels removed; values
+        or shapes.
 
     Returns:
       Path of the convolution -> channels, as `create(widths=...)` takes it.
@@ -24,6 +24,6 @@ def widths_of(params: Any) -> dict[str, int]:
     """
     return {
         tree.path_name(path).removesuffix("/kernel"): int(leaf.shape[-1])
-        for path, leaf in jax.tree.leaves_with_path(params, is_leaf=lambda x: hasattr(x, "shape"))
+        for path, leaf in jax.tree.leaves_with_path(params)
         if len(leaf.shape) == 4
     }
