@@ -14,6 +14,11 @@ from blocksparse_jax.conv import (
     dense_kernel_gradient,
 )
 from blocksparse_jax.export import native_calls
+from blocksparse_jax.grouping.channel_choice import (
+    channel_maxima,
+    channels_above,
+    largest_channels,
+)
 from blocksparse_jax.grouping.channel_removal import remove_channels
 from blocksparse_jax.grouping.channel_spaces import channel_orders, fold_channel_orders
 from blocksparse_jax.grouping.column_blocks import ColumnBlocks, block_fill, dsb_groups, rumi_groups
@@ -50,10 +55,13 @@ from blocksparse_jax.transforms.gradual import gradual, gradual_magnitude
 from blocksparse_jax.transforms.hrbp import hrbp_prune
 from blocksparse_jax.transforms.keep_zeros import keep_zeros, sparse
 from blocksparse_jax.transforms.one_shot import magnitude, one_shot
+from blocksparse_jax.transforms.prune_train import prune_train
 from blocksparse_jax.transforms.rigl import rigl
 from blocksparse_jax.transforms.set import set_
+from blocksparse_jax.transforms.slimming import norm_scales, slimming
 from blocksparse_jax.transforms.snfs import snfs
 from blocksparse_jax.transforms.sr_ste import sr_ste, ste
+from blocksparse_jax.transforms.sss import sss
 from blocksparse_jax.transforms.static import fixed_masks, random_channel_layouts, random_masks
 from blocksparse_jax.transforms.subp import subp
 from blocksparse_jax.transposes import cancel_transposes
@@ -73,7 +81,9 @@ __all__ = [
     "between",
     "block_fill",
     "cancel_transposes",
+    "channel_maxima",
     "channel_orders",
+    "channels_above",
     "choose_implementation",
     "conv",
     "dense_kernel_gradient",
@@ -93,6 +103,7 @@ __all__ = [
     "is_layout",
     "keep_zeros",
     "kept_score",
+    "largest_channels",
     "layout_to_mask",
     "layouts_from_scores",
     "linear",
@@ -105,11 +116,13 @@ __all__ = [
     "native_calls",
     "nnx",
     "nonzero_pruned",
+    "norm_scales",
     "one_shot",
     "pack",
     "pack_tree",
     "patterns",
     "periodic",
+    "prune_train",
     "random_channel_layouts",
     "random_groups",
     "random_masks",
@@ -119,10 +132,12 @@ __all__ = [
     "rumi_groups",
     "sad",
     "set_",
+    "slimming",
     "snfs",
     "snip",
     "sparse",
     "sr_ste",
+    "sss",
     "ste",
     "subp",
     "summarize",

@@ -1,6 +1,7 @@
 """The options of each training method, one file a family, and the arguments that they become."""
 
 from experiments.training.methods.at_start import RandomChannels, RandomWeights, Snip
+from experiments.training.methods.channels import PruneTrain, Slimming, Sss
 from experiments.training.methods.dynamic import DropAndGrow, Dynamic
 from experiments.training.methods.gradual import Gradual
 from experiments.training.methods.hrbp import Hrbp, HrbpDynamic
@@ -17,10 +18,13 @@ __all__ = [
     "HrbpDynamic",
     "NOfM",
     "Options",
+    "PruneTrain",
     "RandomChannels",
     "RandomWeights",
     "Setup",
+    "Slimming",
     "Snip",
     "SrSte",
+    "Sss",
     "Subp",
 ]

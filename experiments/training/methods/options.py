@@ -69,6 +69,10 @@ class Options:
         density = pattern.density if pattern else 1.0
         return None if density is None else 1 - density
 
+    def fixed_because(self) -> str:
+        """What fixes the sparsity, in words; "" where nothing is pruned."""
+        return str(self.make_pattern() or "")
+
     def check(self) -> None:
         """ValueError where options exclude each other; the library checks each one's value."""
 
