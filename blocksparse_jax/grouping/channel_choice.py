@@ -25,9 +25,9 @@ def weights_of_channels(name: str, leaf: Any) -> bool:
       Whether its input and output channels are groups.
 
     Example:
-      >>> weights_of_channels("conv/kernel", jnp.ones((3, 3, 8, 8)))
+      >>> weights_of_channels("conv/kernel", np.ones((3, 3, 8, 8)))
       True
-      >>> weights_of_channels("block1_depthwise/kernel", jnp.ones((3, 3, 1, 8)))
+      >>> weights_of_channels("block1_depthwise/kernel", np.ones((3, 3, 1, 8)))
       False
 
     Reference: the layers that Lym et al., "PruneTrain", SC 2019 regularise.
@@ -59,7 +59,7 @@ def channels_above(
       ValueError: a threshold below 0, or a space that does not fit the params.
 
     Example:
-      >>> params = {"a": jnp.array([[1., 0., 2.]]), "b": jnp.array([[3.], [0.], [5.]])}
+      >>> params = {"a": np.array([[1., 0., 2.]]), "b": np.array([[3.], [0.], [5.]])}
       >>> channels_above({"s": [("a", 1), ("b", 0)]}, params)["s"].tolist()
       [True, False, True]
 
@@ -90,7 +90,7 @@ def channel_maxima(
       ValueError: a space that does not fit the params, or a traced array.
 
     Example:
-      >>> params = {"norm": {"scale": jnp.array([-3., 1.])}, "kernel": jnp.ones((1, 2))}
+      >>> params = {"norm": {"scale": np.array([-3., 1.])}, "kernel": np.ones((1, 2))}
       >>> spaces = {"s": [("norm/scale", 0), ("kernel", 1)]}
       >>> channel_maxima(spaces, params, where=lambda name, leaf: "scale" in name)["s"].tolist()
       [3.0, 1.0]

@@ -52,6 +52,7 @@ def remove_channels(
         parameter, or one whose block layout does not survive.
 
     Example:
+      >>> import optax
       >>> params = {"a": jnp.array([[1., 0., 2.]]), "b": jnp.array([[3.], [4.], [5.]])}
       >>> state = optax.trace(0.9).init(params)
       >>> spaces, kept = {"s": [("a", 1), ("b", 0)]}, {"s": np.array([True, False, True])}

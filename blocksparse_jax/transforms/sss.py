@@ -63,16 +63,16 @@ def sss(
       ValueError: a bad argument; at init, no factor among the params; at update, no params.
 
     Example:
-      >>> params = {"norm": {"scale": jnp.array([1.0, 0.05])}}
-      >>> tx = sss(optax.sgd(0.1), 0.1, penalty=1.0, momentum=0.0)
+      >>> params = {"norm": {"scale": jnp.array([1.0, 0.25])}}
+      >>> tx = sss(optax.sgd(0.1), 0.5, momentum=0.0, penalty=1.0)
       >>> zeros = jax.tree.map(jnp.zeros_like, params)
       >>> updates, _ = tx.update(zeros, tx.init(params), params)
-      >>> optax.apply_updates(params, updates)["norm"]["scale"].round(2).tolist()
-      [0.9, 0.0]
+      >>> optax.apply_updates(params, updates)["norm"]["scale"].tolist()
+      [0.5, 0.0]
 
     Reference: Huang & Wang, "Data-driven sparse structure selection for deep neural networks", ECCV
-    2018, equations 10 to 12. Our choice: the scales of batch norms are the factors of neurons, which
-    take their shifts along when they go. Our choice: the default of the penalty.
+    2018, equations 10 to 12. Our choice: the scales of batch norms are the factors of neurons,
+    which take their shifts along when they go. Our choice: the default of the penalty.
     """
     _checks.number("penalty", penalty)
     _checks.fraction("momentum", momentum)
