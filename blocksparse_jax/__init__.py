@@ -14,6 +14,12 @@ from blocksparse_jax.conv import (
     dense_kernel_gradient,
 )
 from blocksparse_jax.export import native_calls
+from blocksparse_jax.grouping.channel_choice import (
+    channel_maxima,
+    channels_above,
+    largest_channels,
+)
+from blocksparse_jax.grouping.channel_removal import remove_channels
 from blocksparse_jax.grouping.channel_spaces import channel_orders, fold_channel_orders
 from blocksparse_jax.grouping.column_blocks import ColumnBlocks, block_fill, dsb_groups, rumi_groups
 from blocksparse_jax.grouping.search import hrbp_groups, kept_score, random_groups
@@ -55,11 +61,14 @@ from blocksparse_jax.transforms.mest import mest
 from blocksparse_jax.transforms.narang import narang
 from blocksparse_jax.transforms.nest import nest
 from blocksparse_jax.transforms.one_shot import magnitude, one_shot
+from blocksparse_jax.transforms.prune_train import prune_train
 from blocksparse_jax.transforms.rigl import rigl
 from blocksparse_jax.transforms.set import set_
+from blocksparse_jax.transforms.slimming import norm_scales, slimming
 from blocksparse_jax.transforms.snfs import snfs
 from blocksparse_jax.transforms.sr_ste import sr_ste, ste
 from blocksparse_jax.transforms.srigl import srigl
+from blocksparse_jax.transforms.sss import sss
 from blocksparse_jax.transforms.static import fixed_masks, random_channel_layouts, random_masks
 from blocksparse_jax.transforms.subp import subp
 from blocksparse_jax.transposes import cancel_transposes
@@ -79,7 +88,9 @@ __all__ = [
     "between",
     "block_fill",
     "cancel_transposes",
+    "channel_maxima",
     "channel_orders",
+    "channels_above",
     "choose_implementation",
     "conv",
     "deep_r",
@@ -102,6 +113,7 @@ __all__ = [
     "is_layout",
     "keep_zeros",
     "kept_score",
+    "largest_channels",
     "layout_to_mask",
     "layouts_from_scores",
     "linear",
@@ -117,24 +129,29 @@ __all__ = [
     "nest",
     "nnx",
     "nonzero_pruned",
+    "norm_scales",
     "one_shot",
     "pack",
     "pack_tree",
     "patterns",
     "periodic",
+    "prune_train",
     "random_channel_layouts",
     "random_groups",
     "random_masks",
+    "remove_channels",
     "replace_masks",
     "rigl",
     "rumi_groups",
     "sad",
     "set_",
+    "slimming",
     "snfs",
     "snip",
     "sparse",
     "sr_ste",
     "srigl",
+    "sss",
     "ste",
     "subp",
     "summarize",

@@ -27,9 +27,9 @@ class StepTimer:
     def __init__(self, warm_up: int = 3):
         self._warm_up = warm_up
         self._calls: dict[Hashable, int] = defaultdict(int)
-        self._times_ms: dict[str, list[float]] = defaultdict(list)
+        self._times_ms: dict[Hashable, list[float]] = defaultdict(list)
 
-    def time(self, kind: str, program: Hashable, function: Callable[[], Any]) -> Any:
+    def time(self, kind: Hashable, program: Hashable, function: Callable[[], Any]) -> Any:
         """Calls a function, waits for its result and keeps the time.
 
         Args:
@@ -46,7 +46,7 @@ class StepTimer:
             self._times_ms[kind].append(elapsed_ms)
         return result
 
-    def milliseconds(self, kind: str) -> list[float]:
+    def milliseconds(self, kind: Hashable) -> list[float]:
         """Returns the times of one kind so far, in order."""
         return self._times_ms[kind]
 

@@ -14,10 +14,12 @@ stems, and the 7x7 stem of the ImageNet ResNets up to 73 channels, run as XLA's 
 copies the stem's output. On other devices every stem does.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 
 from blocksparse_jax._checks import choice
 from experiments.models.cnn import CNN
@@ -25,8 +27,9 @@ from experiments.models.layers import Parts
 from experiments.models.mobilenet import MobileNetV1
 from experiments.models.resnet import CIFAR_DEPTHS, IMAGENET_BLOCKS, ResNet
 from experiments.models.vgg import VGG19
+from experiments.models.widths import widths_of
 
-__all__ = ["create", "names"]
+__all__ = ["create", "names", "widths_of"]
 
 
 def names() -> tuple[str, ...]:
@@ -52,6 +55,7 @@ def create(
     dtype: Any = jnp.float32,
     implementation: str | None = None,
     kernel_gradient: str = "masked",
+    widths: Mapping[str, int] | None = None,
 ) -> nn.Module:
     """Creates a network by name.
 
@@ -65,6 +69,8 @@ def create(
       dtype: dtype of the computation; the parameters stay float32.
       implementation: backend of the block-sparse convolutions, as in `blocksparse_jax.conv`.
       kernel_gradient: `"masked"` or `"dense"`, as in `blocksparse_jax.conv`.
+      widths: path of a convolution -> its output channels, as `widths_of(params)` reads them, where
+        `blocksparse_jax.remove_channels` made a network smaller; None is the published network.
 
     Returns:
       A linen module. Call `model.init(key, images)`, then `model.apply(variables, images,
@@ -87,7 +93,7 @@ def create(
             f"stem: {name!r} has only the 'cifar' stem, got 'imagenet'; use resnet18/34/50, "
             f"resnet50_v1_5 or mobilenet_v1"
         )
-    parts = Parts(data_format, dtype, implementation, kernel_gradient)
+    parts = Parts(data_format, dtype, implementation, kernel_gradient, FrozenDict(widths or {}))
     if name == "cnn":
         return CNN(num_classes, width, parts)
     if name == "vgg19":

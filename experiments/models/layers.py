@@ -5,11 +5,13 @@ All of it works in NHWC and CHWN alike.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -31,6 +33,7 @@ class Parts:
       dtype: of the computation (params and statistics stay float32).
       implementation: of the block-sparse convs, as in `blocksparse_jax.conv`.
       kernel_gradient: `"masked"` or `"dense"`, as in `blocksparse_jax.conv`.
+      widths: path of a conv -> its output channels, where channels were removed from it.
 
     Example:
       >>> Parts().conv(64, 3, name="conv").padding
@@ -41,6 +44,17 @@ class Parts:
     dtype: Any = jnp.float32
     implementation: str | None = None
     kernel_gradient: str = "masked"
+    widths: Mapping[str, int] = FrozenDict()
+
+    def inside(self, module: str) -> "Parts":
+        """The settings of a module of the network, whose convs have the names of its own."""
+        front = f"{module}/"
+        own = {
+            name.removeprefix(front): width
+            for name, width in self.widths.items()
+            if name.startswith(front)
+        }
+        return dataclasses.replace(self, widths=FrozenDict(own))
 
     @property
     def channel_axis(self) -> int:
@@ -93,8 +107,9 @@ class Parts:
         """Conv, batch norm, shortcut and ReLU.
 
         At inference they are arguments of the conv, which a sparse kernel applies in one pass over
-        memory.
+        memory. `features` is of the published network; `widths` may say fewer.
         """
+        features = self.widths.get(name, features)
         conv = self.conv(features, size, strides, name=name)
         norm = self.norm(train, name=norm_name or f"{name}_norm")
         if not train:

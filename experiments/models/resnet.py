@@ -25,6 +25,7 @@ class Block(nn.Module):
       bottleneck: whether the branch is a bottleneck, which has `4 * features` output channels.
       stride_in_3x3: whether the 3x3 convolution of a bottleneck is strided (v1.5) and not its first
         1x1 convolution (v1).
+      downsample: whether the shortcut is a 1x1 convolution.
 
     Reference: He et al., "Deep residual learning", CVPR 2016; v1.5 as in torchvision.
     """
@@ -34,6 +35,7 @@ class Block(nn.Module):
     parts: Parts
     bottleneck: bool = False
     stride_in_3x3: bool = False
+    downsample: bool = False
 
     @nn.compact
     def __call__(
@@ -55,7 +57,7 @@ class Block(nn.Module):
                 y, features, size, strides, train=train, name=f"conv{i}", norm_name=f"norm{i}"
             )
         features, size, strides = convs[-1]
-        if self.strides != 1 or x.shape[parts.channel_axis] != features:
+        if self.downsample:
             x = parts.conv_norm(
                 x, features, 1, self.strides, train=train, name="downsample", relu=False
             )
@@ -117,18 +119,23 @@ class ResNet(nn.Module):
         )
         if self.stem_kind == "imagenet":
             x = max_pool(x, 3, 2, padding=1)
-        for stage, (count, features) in enumerate(zip(self.blocks, self.features), 1):
+        channels = scaled(self.features[0], self.width)
+        for stage, (count, published) in enumerate(zip(self.blocks, self.features), 1):
+            features = scaled(published, self.width)
+            out_channels = 4 * features if self.bottleneck else features
             for block in range(1, count + 1):
                 strides = 2 if stage > 1 and block == 1 else 1
+                name = f"stage{stage}_block{block}"
                 residual = Block(
-                    scaled(features, self.width),
+                    features,
                     strides,
-                    parts,
+                    parts.inside(name),
                     self.bottleneck,
                     self.stride_in_3x3,
-                    name=f"stage{stage}_block{block}",
+                    strides != 1 or channels != out_channels,
+                    name=name,
                 )
-                x = residual(x, train)
+                x, channels = residual(x, train), out_channels
         return parts.classifier(x, self.num_classes)
 
 

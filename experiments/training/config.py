@@ -33,7 +33,8 @@ class TrainConfig:
         mobilenet_v1.
       method: `--method list` prints all of them, `--method NAME --help` shows one's own options.
       sparsity: fraction of the sparse layers' weights that is removed; None is what the method's
-        pattern fixes (dense 0, sr-ste and ste 1 - n/m), else 0.9.
+        pattern fixes (dense 0, sr-ste and ste 1 - n/m), else 0.9. Methods that remove what falls to
+        zero (prune-train, sss) take none.
       epochs: passes over the training set. With --resume, more than a run that has ended had extend
         it: the learning rate then follows the schedule of the longer run, the masks keep theirs.
       seed: of the initial weights, the masks and the data order.
@@ -198,7 +199,7 @@ def _sparsity(config: TrainConfig, options: Options) -> float:
     if fixed is None:
         return _checks.fraction("sparsity", 0.9 if config.sparsity is None else config.sparsity)
     if config.sparsity not in (None, fixed):
-        why = f" ({pattern})" if (pattern := options.make_pattern()) else ""
+        why = f" ({reason})" if (reason := options.fixed_because()) else ""
         raise ValueError(
             f"sparsity: {config.method} has {fixed:g}{why}; leave --sparsity out, got "
             f"{config.sparsity!r}"

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import blocksparse_jax as bsj
 from blocksparse_jax.state import is_sparse_state
 from blocksparse_jax.summary import Summary
+from experiments import models
 
 
 @jax.tree_util.register_dataclass
@@ -108,8 +109,39 @@ def summary_of(state: State, method: str) -> Summary | None:
     return dataclasses.replace(bsj.summarize(dense.params, dense.opt_state), method=method)
 
 
+def dense_shapes(state: State) -> Any:
+    """The shapes of the dense parameters of a state in any form.
+
+    Args:
+      state: in any form.
+
+    Returns:
+      A tree of `jax.ShapeDtypeStruct`.
+    """
+    if state.form != "packed":
+        return jax.eval_shape(lambda: state.params)
+
+    def shape(layout: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        sparse = isinstance(layout, bsj.BlockLayout)
+        return jax.ShapeDtypeStruct(layout.shape if sparse else leaf.shape, leaf.dtype)
+
+    return jax.tree.map(shape, state.layouts, state.params, is_leaf=bsj.is_layout)
+
+
+def widths_of(state: State) -> dict[str, int]:
+    """The output channels of each convolution, fewer where a method removed some.
+
+    Args:
+      state: in any form.
+
+    Returns:
+      Path of the convolution -> channels, for `Trainer.model`.
+    """
+    return models.widths_of(dense_shapes(state))
+
+
 def is_dense(state: State) -> bool:
-    """Whether no method prunes the network."""
+    """Whether no method masks the network's weights."""
     nodes = jax.tree.leaves(state.opt_state, is_leaf=is_sparse_state)
     return not any(is_sparse_state(node) for node in nodes)
 

@@ -10,7 +10,7 @@ The sparse execution runs that phase in the block-sparse conv all the same.
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +21,10 @@ from jaxtyping import Array, Float, Int
 import blocksparse_jax as bsj
 from experiments import models
 from experiments.training.config import TrainConfig
-from experiments.training.execution import State, copied, to_form
+from experiments.training.execution import State, copied, is_dense, to_form, widths_of
 from experiments.training.length import Length
 from experiments.training.methods import Setup
-from experiments.training.optimizer import optimizer
+from experiments.training.optimizer import learning_rate, optimizer
 from experiments.training.registry import METHODS
 
 
@@ -49,10 +49,12 @@ class Trainer:
     Attributes:
       config: as given.
       length: of the run.
-      spec: what the method publishes, after `init`; None when training dense.
+      spec: what the method publishes, after `init`; None where no weights are masked.
+      shapes: of the parameters that training begins with, after `init`.
     """
 
     spec: bsj.Spec | None = None
+    shapes: Any = None
 
     def __init__(
         self,
@@ -104,37 +106,54 @@ class Trainer:
         method_key, length = jax.random.fold_in(key, 1), self.length
         if config.mask_epochs is not None:
             length = length._replace(total=length.steps_per_epoch * config.mask_epochs)
-        model = self.model("masked")
+        model, dense = self.model("masked"), optimizer(config, self.length)
+        rate = learning_rate(config, self.length)
         setup = Setup(
-            config.sparsity, method_key, length, params, loss_fn, batch, model, batch_stats
+            config.sparsity,
+            method_key,
+            length,
+            params,
+            loss_fn,
+            batch,
+            model,
+            batch_stats,
+            dense,
+            rate,
         )
         self._setup, self._operations = setup, config.options.operations(setup)
         method = METHODS[config.method].build(config.options, setup)
-        self._tx = optimizer(config, method, self.length)
-        opt_state = self._tx.init(params)
-        self.spec = None if method is None else bsj.get_spec(opt_state)
+        tx = dense if method is None else config.options.combined(method, dense)
+        self._tx = optax.with_extra_args_support(tx)
+        state = State(params, batch_stats, self._tx.init(params), {}, "masked")
+        self.spec = None if is_dense(state) else bsj.get_spec(state.opt_state)
+        self.shapes = jax.eval_shape(lambda: params)
         if self.spec is not None and not self.spec.straight_through:
-            params = bsj.apply_masks(params, bsj.get_masks(opt_state))
+            params = bsj.apply_masks(params, bsj.get_masks(state.opt_state))
         # no shared buffers: steps donate them
-        params, batch_stats, opt_state = copied((params, batch_stats, opt_state))
-        return to_form(self.form(0), State(params, batch_stats, opt_state, {}, "masked"))
+        return to_form(self.form(0), copied(dataclasses.replace(state, params=params)))
 
-    def model(self, form: str, dense_gradient: bool = False) -> Any:
+    def model(
+        self, form: str, dense_gradient: bool = False, widths: Mapping[str, int] | None = None
+    ) -> Any:
         """The linen model of a form.
 
         Args:
           form: masked, sparse or packed.
           dense_gradient: the block-sparse conv also gives the gradient of the pruned weights.
+          widths: of the state's network, `widths_of(state)`; None is the one that training begins
+            with.
 
         Returns:
           A module over NHWC images.
         """
         if form == "masked":
             named = None if self.config.implementation == "cpu" else self.config.implementation
-            return self._model(data_format=self._masked_format, implementation=named)
-        gradient = "dense" if dense_gradient else "masked"
+            return self._model(data_format=self._masked_format, implementation=named, widths=widths)
         return self._model(
-            data_format="CHWN", implementation=self.config.implementation, kernel_gradient=gradient
+            data_format="CHWN",
+            implementation=self.config.implementation,
+            kernel_gradient="dense" if dense_gradient else "masked",
+            widths=widths,
         )
 
     def form(self, step: int) -> str:
@@ -207,21 +226,23 @@ class Trainer:
         return state, metrics
 
     def _operate(self, step: int, state: State) -> State:
-        """What the method does before a step, outside of jit."""
+        """What the method does before a step, outside of jit; the network may become smaller."""
+        model = self.model("masked", widths=widths_of(state))
 
         def loss_fn(params: Any, batch: tuple[Array, Array]) -> Array:
             variables = {"params": params, "batch_stats": state.batch_stats}
-            return self._loss(self.model("masked"), variables, *batch)[0]
+            return self._loss(model, variables, *batch)[0]
 
         setup = self._setup._replace(
-            params=state.params, batch_stats=state.batch_stats, loss_fn=loss_fn
+            params=state.params, batch_stats=state.batch_stats, loss_fn=loss_fn, model=model
         )
         return copied(self._operations[step](state, setup))
 
     def _train_step(
         self, state: State, layouts: Any, images: Array, labels: Array, dense_gradient: bool
     ) -> tuple[State, Metrics]:
-        model = self.model(state.form, dense_gradient)
+        widths = widths_of(dataclasses.replace(state, layouts=layouts))
+        model = self.model(state.form, dense_gradient, widths)
 
         def loss_fn(params: Any) -> tuple[Array, Any]:
             variables = self._variables(dataclasses.replace(state, params=params), layouts)
@@ -229,7 +250,7 @@ class Trainer:
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (batch_stats, correct)), grads = grad_fn(state.params)
-        updates, opt_state = self._tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = self._tx.update(grads, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, updates)
         new = dataclasses.replace(
             state, params=params, batch_stats=batch_stats, opt_state=opt_state
@@ -270,7 +291,8 @@ class Trainer:
         self, state: State, images: Array, labels: Array, weight: Array
     ) -> tuple[Array, Array]:
         variables = self._variables(state, state.layouts)
-        logits = self.model(state.form).apply(variables, images, train=False)
+        model = self.model(state.form, widths=widths_of(state))
+        logits = model.apply(variables, images, train=False)
         return jnp.sum((logits.argmax(-1) == labels) * weight), jnp.sum(weight)
 
 

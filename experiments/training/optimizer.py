@@ -1,9 +1,8 @@
-"""The optimizer of a run: its learning rate, weight decay and method, composed by optax."""
+"""The optimizer of a run without its method: its learning rate and weight decay."""
 
 import jax
 import optax
 
-import blocksparse_jax as bsj
 from experiments.training.config import TrainConfig
 from experiments.training.length import Length
 
@@ -32,14 +31,11 @@ def learning_rate(config: TrainConfig, length: Length) -> optax.Schedule:
     return optax.constant_schedule(config.lr)
 
 
-def optimizer(
-    config: TrainConfig, method: optax.GradientTransformation | None, length: Length
-) -> optax.GradientTransformation:
-    """`sparse(method, chain(weight decay, sgd or adam))`; without a method just the last two.
+def optimizer(config: TrainConfig, length: Length) -> optax.GradientTransformation:
+    """`chain(weight decay, sgd or adam)`, which the method's options combine with the method.
 
     Args:
       config: a resolved config.
-      method: the pruning transformation; None trains dense.
       length: of the run.
 
     Returns:
@@ -51,5 +47,4 @@ def optimizer(
     decay = optax.add_decayed_weights(
         config.weight_decay, mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
     )
-    dense = optax.chain(decay, base)
-    return dense if method is None else bsj.sparse(method, dense)
+    return optax.chain(decay, base)

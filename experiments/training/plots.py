@@ -18,7 +18,8 @@ def learning_curves(
 ) -> Figure:
     """Draws the loss, the accuracies, the density and the SAD of a run over its epochs.
 
-    A dashed line marks the epoch after which the masks no longer change.
+    A dashed line marks the epoch after which the masks no longer change. There is no SAD of an
+    epoch that removed channels from masks.
 
     Args:
       rows: of metrics.jsonl.
@@ -29,7 +30,7 @@ def learning_curves(
       The figure.
     """
     epochs = [row for row in rows if row["kind"] == "epoch"]
-    moving = [row["epoch"] + 1 for row in epochs if row["sad"] > 0]
+    moving = [row["epoch"] + 1 for row in epochs if row["sad"] is None or row["sad"] > 0]
     final = moving[-1] if moving else None  # the last epoch in which masks changed
     figure = _figure(12, 3.2, title)
     axes = figure.subplots(1, 3)

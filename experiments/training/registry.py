@@ -74,6 +74,9 @@ METHODS: dict[str, Method] = {
     "random-channel": Method(
         methods.RandomChannels(), bsj.fixed_masks, bsj.random_channel_layouts, "layouts"
     ),
+    "prune-train": Method(methods.PruneTrain(), bsj.prune_train),
+    "slimming": Method(methods.Slimming(), bsj.slimming),
+    "sss": Method(methods.Sss(), bsj.sss),
 }
 
 
@@ -96,8 +99,10 @@ def rows() -> list[dict[str, str]]:
 def _row(entry: Method) -> dict[str, str]:
     pattern = entry.options.make_pattern()
     source = entry.source or entry.function
-    if pattern is None or source is None:
+    if source is None:
         return dict(zip(_COLUMNS, ("—", "—", "—", "—", "dense", "—", "—"), strict=True))
+    if pattern is None:
+        return _row_of_smaller_networks(entry)
     params = {"kernel": jax.random.normal(jax.random.key(0), (3, 3, 64, 64))}
     setup = Setup(0.9, jax.random.key(0), _SAMPLE, params, _sample_loss, batch=1.0)
     transform = entry.build(entry.options, setup)
@@ -124,6 +129,16 @@ def _row(entry: Method) -> dict[str, str]:
             strict=True,
         )
     )
+
+
+def _row_of_smaller_networks(entry: Method) -> dict[str, str]:
+    """The row of a method that masks nothing and removes channels between two steps."""
+    assert entry.function is not None
+    setup = Setup(0.9, jax.random.key(0), _SAMPLE, {})
+    steps = _steps(sorted(entry.options.operations(setup)))
+    name, text = entry.function.__name__, entry.source or entry.function
+    cells = name, "channels, removed", steps, "—", "dense, a smaller network"
+    return dict(zip(_COLUMNS, (*cells, _reference(text), _ours(text) or "—"), strict=True))
 
 
 def _code(entry: Method) -> str:

@@ -6,15 +6,23 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 import blocksparse_jax as bsj
 from experiments.data import load
 from experiments.measuring.environment import commit, device, versions
 from experiments.measuring.timing import StepTimer, median_iqr
 from experiments.models.flops import conv_positions
-from experiments.training import plots, stopping
+from experiments.training import network_size, plots, stopping
 from experiments.training.config import TrainConfig, resolve
-from experiments.training.execution import State, layouts_of, masks_of, to_form
+from experiments.training.execution import (
+    State,
+    dense_shapes,
+    layouts_of,
+    masks_of,
+    to_form,
+    widths_of,
+)
 from experiments.training.length import Length
 from experiments.training.loop import Metrics, Trainer
 from experiments.training.optimizer import learning_rate
@@ -74,6 +82,7 @@ class Run:
         self.length = self.trainer.length
         self.state: State = self.trainer.init(first_batch(config, self.data))
         self.step, self.seconds, self._since = 0, 0.0, time.perf_counter()
+        self._parameters = network_size.parameters(dense_shapes(self.state))
         self._masks = masks_of(self.state)  # at the last epoch's end, for the SAD
         self._window, self._epoch = Sums(), Sums()
         self._pending: list[Metrics] = []
@@ -96,6 +105,7 @@ class Run:
         meta = self.folder.checkpoints.meta(step)
         like = to_form(meta["form"], self.state), self._masks
         self.state, self._masks = self.folder.checkpoints.restore(step, like)
+        self._parameters = network_size.parameters(dense_shapes(self.state))
         self.step, self._window, self._epoch = step, Sums(*meta["window"]), Sums(*meta["epoch"])
         self.seconds = meta["seconds"]
 
@@ -189,12 +199,15 @@ class Run:
     def _train_step(self, images: Any, labels: Any) -> None:
         step, state, trainer = self.step, self.state, self.trainer
         changes = trainer.changes_masks(step) or trainer.form(step + 1) != state.form
-        program = state.form, tuple(leaf.shape for leaf in jax.tree.leaves(state.layouts))
+        kind = state.form, self._parameters
+        program = *kind, tuple(leaf.shape for leaf in jax.tree.leaves(state.layouts))
         self.state, metrics = self._timer.time(
-            "topology" if changes else state.form,
+            "topology" if changes else kind,
             program,
             lambda: trainer.step(state, step, images, labels),
         )
+        if changes:
+            self._parameters = network_size.parameters(dense_shapes(self.state))
         self._pending.append(metrics)
         self.step += 1
 
@@ -224,8 +237,10 @@ class Run:
     def _log_epoch(self, epoch: int) -> str:
         """Writes the row of an epoch; its line on the console."""
         self._fetch()
-        masks = masks_of(self.state)
-        median, iqr = median_iqr(self._timer.milliseconds(self.state.form))
+        masks, shapes = masks_of(self.state), dense_shapes(self.state)
+        before = jax.tree.map(jnp.shape, self._masks)
+        comparable = jax.tree.map(jnp.shape, masks) == before  # no channels were removed
+        median, iqr = median_iqr(self._timer.milliseconds((self.state.form, self._parameters)))
         batches = _readable(self.data.test_batches(self.config.batch_size))
         row = {
             "kind": "epoch",
@@ -234,9 +249,10 @@ class Run:
             **self._means(self._epoch),
             "test_accuracy": self.trainer.evaluate(self.state, batches),
             "lr": self._lr(),
-            "density": float(bsj.metrics.density(masks)),
+            "density": network_size.density(masks, shapes, self.trainer.shapes),
+            "parameters": self._parameters,
             "nonzero_pruned": self._nonzero_pruned(),
-            "sad": float(bsj.sad(masks, self._masks).total),
+            "sad": float(bsj.sad(masks, self._masks).total) if comparable else None,
             "step_ms_median": median,
             "step_ms_iqr": iqr,
         }
@@ -262,24 +278,41 @@ class Run:
     def _lr(self) -> float:
         return float(learning_rate(self.config, self.length)(self.step - 1))
 
+    def _original_step_ms(self, rows: list[dict[str, Any]]) -> float | None:
+        """The median step of the network that training began with, before channels went."""
+        original = network_size.parameters(self.trainer.shapes)
+        median = median_iqr(self._timer.milliseconds((self.state.form, original)))[0]
+        epochs = [
+            row for row in rows if row["kind"] == "epoch" and row.get("parameters") == original
+        ]
+        logged = (row["step_ms_median"] for row in epochs)
+        return median or next((ms for ms in logged if ms is not None), None)
+
     def _finish(self) -> dict[str, Any]:
         """Draws the pictures and writes the result."""
         masks = masks_of(self.state)
         dense = to_form("masked", self.state)
         variables = {"params": dense.params, "batch_stats": dense.batch_stats}
-        positions = conv_positions(self.trainer.model("masked"), variables, self.data.image_shape)
+        model = self.trainer.model("masked", widths=widths_of(dense))
+        positions = conv_positions(model, variables, self.data.image_shape)
         rows = self.folder.metrics()
         last = [row for row in rows if row["kind"] == "epoch"][-1]
-        median, iqr = median_iqr(self._timer.milliseconds(self.state.form))
+        median, iqr = median_iqr(self._timer.milliseconds((self.state.form, self._parameters)))
+        original, before = self.trainer.shapes, self._original_step_ms(rows)
         names = ("method", "dataset", "model", "width", "seed", "sparsity")
         result = {name: getattr(self.config, name) for name in names} | {
             "density": last["density"],
             "nonzero_pruned": last["nonzero_pruned"],
             "test_accuracy": last["test_accuracy"],
             "train_loss": last["loss"],
-            "kept_flops_fraction": bsj.metrics.kept_flops(masks, dense.params, positions),
+            "kept_flops_fraction": network_size.kept_flops(
+                masks, dense.params, original, positions
+            ),
+            "parameters": last["parameters"],
+            "original_parameters": network_size.parameters(original),
             "step_ms_median": median if median is not None else last["step_ms_median"],
             "step_ms_iqr": iqr if iqr is not None else last["step_ms_iqr"],
+            "original_step_ms_median": before,
             "topology_step_ms_median": median_iqr(self._timer.milliseconds("topology"))[0],
             "epochs": self.config.epochs,
             "steps": self.step,

@@ -36,7 +36,7 @@ def test_weight_decay_leaves_one_dimensional_parameters_alone(params):
     config = dense_config(
         lr=0.5, lr_schedule="constant", momentum=0.0, weight_decay=0.1, optimizer="sgd"
     )
-    tx = optimizer(config, None, LENGTH)
+    tx = optimizer(config, LENGTH)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = tx.update(zeros, tx.init(params), params)
     one_dimensional = 0

@@ -22,7 +22,8 @@ from experiments.training.loop import Trainer
 from experiments.training.methods import Setup
 from experiments.training.registry import METHODS
 
-SPARSE = [name for name in METHODS if name != "dense"]
+SPARSE = [name for name, entry in METHODS.items() if entry.options.make_pattern() is not None]
+SHRINKING = ["prune-train", "slimming", "sss"]  # which mask nothing
 LENGTH = Length(steps_per_epoch=8, total=24)
 
 
@@ -105,7 +106,9 @@ def test_the_table_has_a_row_for_every_method():
     assert rows["hrbp"]["masks change"] == "never"
     assert rows["sr-ste"]["masks change"] == "every step"
     assert rows["subp"]["execution"] == "packed (has a layout)"
-    for method in SPARSE:
+    assert rows["prune-train"]["masks change"] == "step 500"
+    assert {*SPARSE, *SHRINKING} == set(METHODS) - {"dense"}
+    for method in (*SPARSE, *SHRINKING):
         assert hasattr(bsj, rows[method]["function"].partition("(")[0])
         assert any(character.isdigit() for character in rows[method]["reference"]), method
 

@@ -17,6 +17,7 @@ ORDER = [
     {"grouping.search", "grouping.column_blocks"},
     {"grouping.channel_order"},
     {"grouping.channel_spaces"},
+    {"grouping.channel_removal", "grouping.channel_choice"},
     {"patterns._base"},
     {"patterns.unstructured", "patterns.kernel", "patterns.window", "patterns.n_of_m"}
     | {"patterns.one_by_n", "patterns.fan_in"},
@@ -29,10 +30,10 @@ ORDER = [
     {"transforms.first_masks", "transforms.nesting", "transforms.exchange"},
     {"transforms.keep_zeros", "transforms.static", "transforms.one_shot", "transforms.gradual"}
     | {"transforms.drop_and_grow", "transforms.sr_ste", "transforms.subp"}
-    | {"transforms.external"}
+    | {"transforms.external", "transforms.prune_train", "transforms.slimming"}
     | {"transforms.deep_r", "transforms.dsr", "transforms.granet", "transforms.srigl"}
     | {"transforms.mest", "transforms.nest", "transforms.narang"},
-    {"transforms.rigl", "transforms.set", "transforms.snfs", "transforms.hrbp"},
+    {"transforms.rigl", "transforms.set", "transforms.snfs", "transforms.hrbp", "transforms.sss"},
     {"kernel_gradient"},
     {"conv"},
     {"linear"},

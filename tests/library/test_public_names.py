@@ -262,6 +262,85 @@ def fold_channel_orders():
     np.testing.assert_array_equal(folded["second"], weights["second"][:, :, ::-1])
 
 
+@check
+def remove_channels():
+    spaces = {"hidden": [("first", 3), ("second", 2)]}
+    weights = {"first": kernel(0, (3, 3, 3, 16)), "second": kernel(1)}
+    kept, state = np.arange(16) % 2 == 0, optax.adam(0.1).init(weights)
+    smaller, state = bsj.remove_channels(spaces, {"hidden": kept}, weights, state)
+    np.testing.assert_array_equal(smaller["first"], weights["first"][..., ::2])
+    np.testing.assert_array_equal(smaller["second"], weights["second"][:, :, ::2])
+    assert state[0].nu["second"].shape == smaller["second"].shape
+
+
+@check
+def channels_above():
+    """A channel that one kernel uses stays."""
+    spaces = {"hidden": [("first", 3), ("second", 2)]}
+    weights = {"first": jnp.ones(SHAPE).at[..., 2:].set(0), "second": kernel(1).at[:, :, 3:].set(0)}
+    kept = bsj.channels_above(spaces | {"hidden": [("first", 2), ("second", 2)]}, weights)
+    assert kept["hidden"].all()
+    kept = bsj.channels_above({"hidden": [("second", 2)]}, weights)["hidden"]
+    assert kept.tolist() == [True] * 3 + [False] * 13
+
+
+@check
+def channel_maxima():
+    weights = {"a": jnp.array([[1.0, -5.0], [2.0, 3.0]]), "b": jnp.array([4.0, 0.0])}
+    spaces = {"s": [("a", 1), ("b", 0)]}
+    maxima = bsj.channel_maxima(spaces, weights, where=lambda name, leaf: True)
+    assert maxima["s"].tolist() == [4.0, 5.0]
+
+
+@check
+def largest_channels():
+    kept = bsj.largest_channels({"a": np.array([3.0, 1.0]), "b": np.array([0.5, 2.0])}, 0.5)
+    assert kept["a"].tolist() == [True, False]
+    assert kept["b"].tolist() == [False, True]
+
+
+@check
+def prune_train():
+    """The first loss sets the strength, which stays."""
+    weights = {"w": jnp.full((1, 4), 2.0)}
+    tx = bsj.prune_train({"s": [("w", 1)]}, ratio=0.2)
+    state = tx.init(weights)
+    for loss in (8.0, 100.0):
+        updates, state = tx.update({"w": jnp.zeros((1, 4))}, state, weights, value=loss)
+        np.testing.assert_allclose(updates["w"], 0.2 * 8 / (8 * 0.8), rtol=1e-6)
+
+
+@check
+def norm_scales():
+    assert bsj.norm_scales("block1/norm1/scale", jnp.ones(4))
+    assert not bsj.norm_scales("block1/norm1/bias", jnp.ones(4))
+    assert not bsj.norm_scales("upscale/kernel", jnp.ones((3, 3, 4, 4)))
+
+
+@check
+def slimming():
+    weights = {"norm": {"scale": jnp.array([2.0, -2.0]), "bias": jnp.ones(2)}}
+    tx = bsj.slimming(0.5, until=1)
+    first, state = tx.update(weights, tx.init(weights), weights)
+    second, _ = tx.update(weights, state, weights)
+    assert first["norm"]["scale"].tolist() == [2.5, -2.5]
+    assert second["norm"]["scale"].tolist() == [2.0, -2.0]
+    assert first["norm"]["bias"].tolist() == [1.0, 1.0]
+
+
+@check
+def sss():
+    """Small factors become exactly zero; other leaves are the optimizer's."""
+    weights = {"scale": jnp.array([1.0, 0.05]), "w": jnp.ones((1, 2))}
+    tx = bsj.sss(optax.sgd(0.5), 0.1, penalty=1.0)
+    updates, _ = tx.update(
+        jax.tree.map(jnp.zeros_like, weights) | {"w": jnp.ones((1, 2))}, tx.init(weights), weights
+    )
+    moved = optax.apply_updates(weights, updates)
+    np.testing.assert_allclose(moved["scale"], [0.9 - 0.09, -0.045], rtol=1e-5)
+    assert moved["w"].tolist() == [[0.5, 0.5]]
+
+
 # Scores and masks
 
 

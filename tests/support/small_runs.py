@@ -16,6 +16,5 @@ def small_options(method, **changes):
 
 
 def fixes_sparsity(method):
-    """Whether the method's pattern, or having none, fixes its sparsity."""
-    pattern = METHODS[method].options.make_pattern()
-    return pattern is None or pattern.density is not None
+    """Whether `--sparsity` has no say: the method's pattern or its threshold fixes it."""
+    return METHODS[method].options.fixed_sparsity() is not None

@@ -1,6 +1,7 @@
 """The options of each training method, one file a family, and the arguments that they become."""
 
 from experiments.training.methods.at_start import RandomChannels, RandomWeights, Snip
+from experiments.training.methods.channels import PruneTrain, Slimming, Sss
 from experiments.training.methods.dynamic import DropAndGrow, Dynamic, Set
 from experiments.training.methods.exchange import (
     DeepR,
@@ -32,12 +33,15 @@ __all__ = [
     "Narang",
     "Nest",
     "Options",
+    "PruneTrain",
     "RandomChannels",
     "RandomWeights",
     "SRigL",
     "Set",
     "Setup",
+    "Slimming",
     "Snip",
     "SrSte",
+    "Sss",
     "Subp",
 ]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import optax
 from flax import linen as nn
 
 import blocksparse_jax as bsj
@@ -32,6 +33,8 @@ class Setup(NamedTuple):
       batch: of the training set, (images, labels); None where there is none.
       model: the network, a linen module whose convolutions are dense.
       batch_stats: its batch statistics.
+      optimizer: what trains the network without the method.
+      learning_rate: of each step, step -> rate.
     """
 
     sparsity: float
@@ -42,6 +45,8 @@ class Setup(NamedTuple):
     batch: Any = None
     model: nn.Module | None = None
     batch_stats: Any = None
+    optimizer: optax.GradientTransformation | None = None
+    learning_rate: optax.Schedule | None = None
 
     def every(self, update_every: int | None) -> int:
         """Steps between updates: as asked, else 100, or an epoch if that is shorter."""
@@ -64,6 +69,10 @@ class Options:
         density = pattern.density if pattern else 1.0
         return None if density is None else 1 - density
 
+    def fixed_because(self) -> str:
+        """What fixes the sparsity, in words; "" where nothing is pruned."""
+        return str(self.make_pattern() or "")
+
     def check(self) -> None:
         """ValueError where options exclude each other; the library checks each one's value."""
 
@@ -79,13 +88,20 @@ class Options:
         """What the method does between two steps: (state, setup) -> state, by steps done before.
 
         The operation gets the state in the masked form and a setup with its parameters, statistics
-        and loss. It may set new masks (`bsj.replace_masks`), parameters and moments, of the same
-        shapes, and keep a tree for later in `state.aside`.
+        and loss. It may set new masks (`bsj.replace_masks`), parameters and moments, keep a tree
+        for later in `state.aside`, and make the network smaller (`bsj.remove_channels`): the steps
+        after it compile for the new shapes, and the model has the channels that are left.
 
         Args:
           setup: what the run gives to its method, before training.
         """
         return {}
+
+    def combined(
+        self, method: optax.GradientTransformation, optimizer: optax.GradientTransformation
+    ) -> optax.GradientTransformation:
+        """The method with the optimizer of the run: pruned weights are zero after every step."""
+        return bsj.sparse(method, optimizer)
 
     def prepare(self, params: Any, batch_stats: Any, sparsity: float) -> tuple[Any, Any]:
         """The network that training starts from, made of the initial one."""

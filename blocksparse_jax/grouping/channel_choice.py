@@ -1,0 +1,155 @@
+"""Which channels stay: those that weights use, or those of the largest scores.
+
+Each function returns what `remove_channels` takes as `kept`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, PyTree
+
+from blocksparse_jax import _checks, tree
+from blocksparse_jax.grouping.channel_spaces import Spaces, _checked
+
+
+def weights_of_channels(name: str, leaf: Any) -> bool:
+    """The default choice of leaves that form channel groups: kernels that are not depthwise.
+
+    Args:
+      name: the leaf's path name.
+      leaf: the parameter.
+
+    Returns:
+      Whether its input and output channels are groups.
+
+    Example:
+      >>> weights_of_channels("conv/kernel", np.ones((3, 3, 8, 8)))
+      True
+      >>> weights_of_channels("block1_depthwise/kernel", np.ones((3, 3, 1, 8)))
+      False
+
+    Reference: the layers that Lym et al., "PruneTrain", SC 2019 regularise.
+    """
+    return leaf.ndim >= 2 and "depthwise" not in name.lower()
+
+
+def channels_above(
+    spaces: Spaces, params: PyTree, threshold: float = 1e-4, *, where: tree.Where | None = None
+) -> dict[str, Bool[np.ndarray, " c"]]:
+    """The channels that some weight uses: PruneTrain's choice.
+
+    A channel goes where `max |w| < threshold` over all kernels that make it and over all that read
+    it. In a residual stream any of them keeps it, so removal changes what the network computes by
+    no more than weights below the threshold do.
+
+    Args:
+      spaces: `{space: [(leaf name, axis), ...]}`, as in `fold_channel_orders`.
+      params: the parameters, concrete.
+      threshold: magnitude below which a weight counts as zero.
+      where: predicate (name, leaf) of the kernels that count, default all but depthwise ones, whose
+        names hold "depthwise".
+
+    Returns:
+      `{space: bool vector}`, True = stays; the channel with the largest weight of each space does
+      in any case. A space without such kernels is left out.
+
+    Raises:
+      ValueError: a threshold below 0, or a space that does not fit the params.
+
+    Example:
+      >>> params = {"a": np.array([[1., 0., 2.]]), "b": np.array([[3.], [0.], [5.]])}
+      >>> channels_above({"s": [("a", 1), ("b", 0)]}, params)["s"].tolist()
+      [True, False, True]
+
+    Reference: Lym et al., "PruneTrain", SC 2019, section 4.1.
+    """
+    _checks.number("threshold", threshold)
+    largest = channel_maxima(spaces, params, where=where or weights_of_channels)
+    return {
+        space: (values >= threshold) | (np.arange(values.size) == values.argmax())
+        for space, values in largest.items()
+    }
+
+
+def channel_maxima(
+    spaces: Spaces, params: PyTree, *, where: tree.Where
+) -> dict[str, Float[np.ndarray, " c"]]:
+    """The largest magnitude that belongs to each channel, over some leaves of its space.
+
+    Args:
+      spaces: `{space: [(leaf name, axis), ...]}`, as in `fold_channel_orders`.
+      params: the parameters, concrete.
+      where: predicate (name, leaf) of the leaves that count.
+
+    Returns:
+      `{space: float32 vector}`; a space without such leaves is left out.
+
+    Raises:
+      ValueError: a space that does not fit the params, or a traced array.
+
+    Example:
+      >>> params = {"norm": {"scale": np.array([-3., 1.])}, "kernel": np.ones((1, 2))}
+      >>> spaces = {"s": [("norm/scale", 0), ("kernel", 1)]}
+      >>> channel_maxima(spaces, params, where=lambda name, leaf: "scale" in name)["s"].tolist()
+      [3.0, 1.0]
+    """
+    _checked(spaces, [params], missing_ok=True)
+    leaves = {tree.path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    maxima: dict[str, np.ndarray] = {}
+    for space, entries in spaces.items():
+        for name, axis in entries:
+            if name not in leaves or not where(name, leaves[name]):
+                continue
+            weights = np.abs(_checks.concrete(f"params[{name!r}]", leaves[name]))
+            weights = weights.astype(np.float32)
+            others = tuple(a for a in range(weights.ndim) if a != axis % weights.ndim)
+            largest = weights.max(others)
+            maxima[space] = np.maximum(maxima.get(space, largest), largest)
+    return maxima
+
+
+def largest_channels(
+    scores: Mapping[str, Float[np.ndarray, " c"]], sparsity: float
+) -> dict[str, Bool[np.ndarray, " c"]]:
+    """The channels of the largest scores, ranked over all spaces together.
+
+    Args:
+      scores: `{space: vector}`, higher = keep, comparable between spaces.
+      sparsity: fraction of all channels to remove, in [0, 1).
+
+    Returns:
+      `{space: bool vector}` that removes `round(sparsity * channels)` in all, or fewer where a
+      space would lose its last one: the best of each space stays. Of equal scores the later channel
+      goes first.
+
+    Raises:
+      ValueError: a sparsity out of range, no space, or scores that are no finite vectors.
+
+    Example:
+      >>> scores = {"a": np.array([5.0, 1.0, 3.0]), "b": np.array([0.1, 0.2, 0.3])}
+      >>> {space: kept.tolist() for space, kept in largest_channels(scores, 0.5).items()}
+      {'a': [True, False, True], 'b': [False, False, True]}
+
+    Reference: the global threshold of Liu et al., "Network slimming", ICCV 2017. That one channel
+    of each layer stays is our choice.
+    """
+    _checks.fraction("sparsity", sparsity)
+    if not scores:
+        raise ValueError("scores: expected a vector of each channel space, got none")
+    vectors = {space: _checks.concrete(f"scores[{space!r}]", v) for space, v in scores.items()}
+    for space, values in vectors.items():
+        if values.ndim != 1 or not values.size or not np.isfinite(values).all():
+            raise ValueError(
+                f"scores[{space!r}]: expected a vector of finite values, one for each channel, got "
+                f"{values.dtype}{list(values.shape)}"
+            )
+    ranked = np.concatenate(
+        [np.where(np.arange(v.size) == v.argmax(), np.inf, v) for v in vectors.values()]
+    )
+    gone = min(round(sparsity * ranked.size), ranked.size - len(vectors))
+    kept = np.ones(ranked.size, bool)
+    kept[np.lexsort((-np.arange(ranked.size), ranked))[:gone]] = False
+    ends = np.cumsum([v.size for v in vectors.values()])
+    return dict(zip(vectors, np.split(kept, ends[:-1]), strict=True))
