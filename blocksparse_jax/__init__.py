@@ -7,6 +7,13 @@ Data runs from left to right. Masks and layouts live in the optax state; a layer
 """
 
 from blocksparse_jax import linen, metrics, nnx, patterns, transforms
+from blocksparse_jax.channel_pruning.inputs import LayerInput
+from blocksparse_jax.channel_pruning.l1_filters import l1_filters
+from blocksparse_jax.channel_pruning.lasso_channels import lasso_channels
+from blocksparse_jax.channel_pruning.pfa import pfa
+from blocksparse_jax.channel_pruning.reconstruction import Reconstruction
+from blocksparse_jax.channel_pruning.spaces import channel_counts, channel_masks
+from blocksparse_jax.channel_pruning.thinet import thinet
 from blocksparse_jax.conv import (
     available_implementations,
     choose_implementation,
@@ -49,12 +56,14 @@ from blocksparse_jax.state import (
     replace_masks,
 )
 from blocksparse_jax.summary import summarize
+from blocksparse_jax.transforms.brain_damage import brain_damage
 from blocksparse_jax.transforms.deep_r import deep_r
 from blocksparse_jax.transforms.drop_and_grow import drop_and_grow
 from blocksparse_jax.transforms.dsr import dsr
 from blocksparse_jax.transforms.external import external_masks
 from blocksparse_jax.transforms.gradual import gradual, gradual_magnitude
 from blocksparse_jax.transforms.granet import granet
+from blocksparse_jax.transforms.group_lasso import group_lasso
 from blocksparse_jax.transforms.hrbp import hrbp_prune
 from blocksparse_jax.transforms.keep_zeros import keep_zeros, sparse
 from blocksparse_jax.transforms.mest import mest
@@ -81,13 +90,18 @@ __all__ = [
     "ConsecutiveGroups",
     "Dense",
     "FilterGroups",
+    "LayerInput",
+    "Reconstruction",
     "SparseState",
     "Spec",
     "apply_masks",
     "available_implementations",
     "between",
     "block_fill",
+    "brain_damage",
     "cancel_transposes",
+    "channel_counts",
+    "channel_masks",
     "channel_maxima",
     "channel_orders",
     "channels_above",
@@ -108,12 +122,15 @@ __all__ = [
     "gradual",
     "gradual_magnitude",
     "granet",
+    "group_lasso",
     "hrbp_groups",
     "hrbp_prune",
     "is_layout",
     "keep_zeros",
     "kept_score",
+    "l1_filters",
     "largest_channels",
+    "lasso_channels",
     "layout_to_mask",
     "layouts_from_scores",
     "linear",
@@ -135,6 +152,7 @@ __all__ = [
     "pack_tree",
     "patterns",
     "periodic",
+    "pfa",
     "prune_train",
     "random_channel_layouts",
     "random_groups",
@@ -155,6 +173,7 @@ __all__ = [
     "ste",
     "subp",
     "summarize",
+    "thinet",
     "transforms",
     "unpack",
     "unpack_tree",

@@ -1,7 +1,8 @@
 """Flax linen: block-sparse layers, and any model of `nn.Conv` and `nn.Dense` unchanged."""
 
 from blocksparse_jax.linen.conv import BlockSparseConv
+from blocksparse_jax.linen.inputs import capture_inputs
 from blocksparse_jax.linen.interceptor import use_layouts
 from blocksparse_jax.linen.linear import BlockSparseLinear
 
-__all__ = ["BlockSparseConv", "BlockSparseLinear", "use_layouts"]
+__all__ = ["BlockSparseConv", "BlockSparseLinear", "capture_inputs", "use_layouts"]

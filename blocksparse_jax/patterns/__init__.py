@@ -9,6 +9,7 @@ run in the block-sparse convolution, the others masked-dense.
 from blocksparse_jax.patterns._base import Kept, Pattern
 from blocksparse_jax.patterns.block import block
 from blocksparse_jax.patterns.channel import channel
+from blocksparse_jax.patterns.channel_tap import channel_tap
 from blocksparse_jax.patterns.fan_in import fan_in
 from blocksparse_jax.patterns.kernel import kernel
 from blocksparse_jax.patterns.n_of_m import n_of_m
@@ -21,6 +22,7 @@ __all__ = [
     "Pattern",
     "block",
     "channel",
+    "channel_tap",
     "fan_in",
     "kernel",
     "n_of_m",

@@ -9,6 +9,7 @@ NAMES = (
     "window",
     "channel",
     "fan_in",
+    "channel_tap",
     "n_of_m",
     "one_by_n",
     "block",

@@ -31,7 +31,8 @@ class Method:
     Attributes:
       options: its options with their defaults.
       function: makes its transformation from `options.arguments`; None trains dense.
-      source: the function whose docstring names the paper; None is `function`.
+      source: the function whose docstring names the paper; None is `function`. Without a
+        `function`, what the options' operations call between two steps.
       argument: the argument of `function` that the source makes.
       needs_batch: it looks at a batch of the training set before training.
     """
@@ -77,6 +78,12 @@ METHODS: dict[str, Method] = {
     "prune-train": Method(methods.PruneTrain(), bsj.prune_train),
     "slimming": Method(methods.Slimming(), bsj.slimming),
     "sss": Method(methods.Sss(), bsj.sss),
+    "group-lasso": Method(methods.GroupLasso(), bsj.group_lasso),
+    "brain-damage": Method(methods.BrainDamage(), bsj.brain_damage),
+    "l1-filters": Method(methods.L1Filters(), source=bsj.l1_filters),
+    "thinet": Method(methods.ThiNet(), source=bsj.thinet, needs_batch=True),
+    "lasso-channels": Method(methods.LassoChannels(), source=bsj.lasso_channels, needs_batch=True),
+    "pfa": Method(methods.Pfa(), source=bsj.pfa, needs_batch=True),
 }
 
 
@@ -102,7 +109,7 @@ def _row(entry: Method) -> dict[str, str]:
     if source is None:
         return dict(zip(_COLUMNS, ("—", "—", "—", "—", "dense", "—", "—"), strict=True))
     if pattern is None:
-        return _row_of_smaller_networks(entry)
+        return _row_of_smaller_networks(entry, source)
     params = {"kernel": jax.random.normal(jax.random.key(0), (3, 3, 64, 64))}
     setup = Setup(0.9, jax.random.key(0), _SAMPLE, params, _sample_loss, batch=1.0)
     transform = entry.build(entry.options, setup)
@@ -131,14 +138,13 @@ def _row(entry: Method) -> dict[str, str]:
     )
 
 
-def _row_of_smaller_networks(entry: Method) -> dict[str, str]:
+def _row_of_smaller_networks(entry: Method, source: Callable[..., Any]) -> dict[str, str]:
     """The row of a method that masks nothing and removes channels between two steps."""
-    assert entry.function is not None
     setup = Setup(0.9, jax.random.key(0), _SAMPLE, {})
     steps = _steps(sorted(entry.options.operations(setup)))
-    name, text = entry.function.__name__, entry.source or entry.function
-    cells = name, "channels, removed", steps, "—", "dense, a smaller network"
-    return dict(zip(_COLUMNS, (*cells, _reference(text), _ours(text) or "—"), strict=True))
+    needs = "a batch" if entry.needs_batch else "—"
+    cells = source.__name__, "channels, removed", steps, needs, "dense, a smaller network"
+    return dict(zip(_COLUMNS, (*cells, _reference(source), _ours(source) or "—"), strict=True))
 
 
 def _code(entry: Method) -> str:

@@ -23,7 +23,8 @@ from experiments.training.methods import Setup
 from experiments.training.registry import METHODS
 
 SPARSE = [name for name, entry in METHODS.items() if entry.options.make_pattern() is not None]
-SHRINKING = ["prune-train", "slimming", "sss"]  # which mask nothing
+# which mask nothing
+SHRINKING = ["prune-train", "slimming", "sss", "l1-filters", "thinet", "lasso-channels", "pfa"]
 LENGTH = Length(steps_per_epoch=8, total=24)
 
 
@@ -85,7 +86,7 @@ def test_the_budget_reaches_the_method(method, params):
     for budget in ("uniform", "erk"):
         transform = built(method, params, budget=budget, update_every=1)
         state = transform.init(params)
-        for _ in range(13 if method in ("gradual", "narang") else 0):  # which start dense
+        for _ in range(13 if bsj.get_spec(state).resizes else 0):  # which start dense
             _, state = transform.update(params, state, params)
         masks = bsj.get_masks(state)
         densities = [float(masks[name]["kernel"].mean()) for name in ("conv1", "conv2")]
@@ -106,6 +107,9 @@ def test_the_table_has_a_row_for_every_method():
     assert rows["hrbp"]["masks change"] == "never"
     assert rows["sr-ste"]["masks change"] == "every step"
     assert rows["subp"]["execution"] == "packed (has a layout)"
+    assert rows["thinet"]["pattern"] == "channels, removed"
+    assert rows["thinet"]["masks change"] == "step 500"
+    assert rows["thinet"]["needs"] == "a batch"
     assert rows["prune-train"]["masks change"] == "step 500"
     assert {*SPARSE, *SHRINKING} == set(METHODS) - {"dense"}
     for method in (*SPARSE, *SHRINKING):

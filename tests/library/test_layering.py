@@ -18,9 +18,12 @@ ORDER = [
     {"grouping.channel_order"},
     {"grouping.channel_spaces"},
     {"grouping.channel_removal", "grouping.channel_choice"},
+    {"channel_pruning.spaces", "channel_pruning.inputs"},
+    {"channel_pruning.reconstruction", "channel_pruning.l1_filters", "channel_pruning.pfa"},
+    {"channel_pruning.thinet", "channel_pruning.lasso_channels"},
     {"patterns._base"},
     {"patterns.unstructured", "patterns.kernel", "patterns.window", "patterns.n_of_m"}
-    | {"patterns.one_by_n", "patterns.fan_in"},
+    | {"patterns.channel_tap", "patterns.one_by_n", "patterns.fan_in"},
     {"patterns.channel", "patterns.block"},
     {"masks"},
     {"spec"},
@@ -32,15 +35,16 @@ ORDER = [
     | {"transforms.drop_and_grow", "transforms.sr_ste", "transforms.subp"}
     | {"transforms.external", "transforms.prune_train", "transforms.slimming"}
     | {"transforms.deep_r", "transforms.dsr", "transforms.granet", "transforms.srigl"}
-    | {"transforms.mest", "transforms.nest", "transforms.narang"},
-    {"transforms.rigl", "transforms.set", "transforms.snfs", "transforms.hrbp", "transforms.sss"},
+    | {"transforms.mest", "transforms.nest", "transforms.narang", "transforms.group_lasso"},
+    {"transforms.rigl", "transforms.set", "transforms.snfs", "transforms.hrbp", "transforms.sss"}
+    | {"transforms.brain_damage"},
     {"kernel_gradient"},
     {"conv"},
     {"linear"},
     {"_layer_forward"},
     {"linen.conv"},
     {"linen.linear"},
-    {"linen.interceptor"},
+    {"linen.interceptor", "linen.inputs"},
     {"nnx.layouts"},
     {"nnx.conv", "nnx.linear"},
     {"nnx.model", "nnx.optimizer"},

@@ -24,7 +24,7 @@ import blocksparse_jax as bsj
 
 # Modules among the public names, and what of them is for users.
 OF_MODULES = {
-    "linen": ["BlockSparseConv", "BlockSparseLinear", "use_layouts"],
+    "linen": ["BlockSparseConv", "BlockSparseLinear", "capture_inputs", "use_layouts"],
     "metrics": ["density", "kept_flops", "nonzero_pruned", "sad"],
     "nnx": [
         "BlockSparseConv",
@@ -341,6 +341,79 @@ def sss():
     assert moved["w"].tolist() == [[0.5, 0.5]]
 
 
+# Channels of trained networks
+
+
+CHAIN = {"in": [("a", 0)], "hidden": [("a", 1), ("b", 0)]}
+
+
+def chain():
+    return {"a": jnp.array([[1.0, 0.1, -2.0]] * 2), "b": jnp.array([[1.0], [3.0], [2.0]])}
+
+
+def chain_inputs():
+    return {"b": bsj.LayerInput(jnp.array([[1.0, 0.1, 0.0], [0.0, 0.1, 2.0], [3.0, 0.1, 1.0]]))}
+
+
+@check
+def channel_counts():
+    weights, spaces = {"a": kernel(0, (3, 3, 3, 16)), "b": kernel(1)}, {"s": [("a", 3), ("b", 2)]}
+    assert bsj.channel_counts(weights, spaces, 0.0) == {"s": 16}
+    assert bsj.channel_counts(weights, spaces, 0.75) == {"s": 4}
+
+
+@check
+def channel_masks():
+    masks = bsj.channel_masks(chain(), CHAIN, {"hidden": np.array([True, False, True])})
+    assert masks["a"].tolist() == [[True, False, True]] * 2
+    assert masks["b"].tolist() == [[True], [False], [True]]
+
+
+@check
+def l1_filters():
+    assert bsj.l1_filters(chain(), CHAIN, {"hidden": 1})["hidden"].tolist() == [False, False, True]
+
+
+@check
+def thinet():
+    kept, weights = bsj.thinet(chain(), CHAIN, {"hidden": 2}, chain_inputs())
+    assert kept["hidden"].tolist() == [True, False, True]
+    assert weights["b"][1] == 0
+
+
+@check
+def lasso_channels():
+    kept, weights = bsj.lasso_channels(chain(), CHAIN, {"hidden": 2}, chain_inputs())
+    assert kept["hidden"].tolist() == [True, False, True]
+    assert weights["b"][1] == 0
+
+
+@check
+def pfa():
+    """The channel that never changes goes first."""
+    kept = bsj.pfa(chain(), {"hidden": CHAIN["hidden"]}, chain_inputs(), energy=1.0)
+    assert kept["hidden"].tolist() == [True, False, True]
+
+
+@check
+def LayerInput():
+    given = bsj.LayerInput(jnp.ones((1, 4, 4, 2)), strides=2)
+    assert len(jax.tree.leaves(given)) == 1
+    assert jax.tree.map(lambda x: x, given).strides == 2
+
+
+@check
+def Reconstruction():
+    assert bsj.Reconstruction({}, chain())._fields == ("kept", "params")
+
+
+@check
+def linen__capture_inputs():
+    model, x = nn.Dense(2), jnp.arange(6.0).reshape(2, 3)
+    captured = bsj.linen.capture_inputs(model, model.init(jax.random.key(0), x), x)
+    np.testing.assert_array_equal(captured["kernel"].x, x)
+
+
 # Scores and masks
 
 
@@ -505,6 +578,15 @@ def nest():
 @check
 def narang():
     assert_prunes(bsj.narang(0.75, schedule=bsj.between(0, 1)), 0.25, steps=2)
+
+
+def group_lasso():
+    assert_prunes(bsj.group_lasso(0.75, schedule=bsj.between(0, 2)), 0.25, steps=3)
+
+
+@check
+def brain_damage():
+    assert_prunes(bsj.brain_damage(0.75, schedule=bsj.between(0, 2)), 0.25, steps=3)
 
 
 @check
@@ -867,6 +949,11 @@ def patterns__kernel():
 @check
 def patterns__fan_in():
     assert set(mask_by(bsj.patterns.fan_in()).sum((0, 1, 2)).tolist()) == {36}
+
+
+def patterns__channel_tap():
+    mask = mask_by(bsj.patterns.channel_tap(), 0.5)
+    assert (mask.any(-1) == mask.all(-1)).all()
 
 
 @check

@@ -291,6 +291,86 @@ def subp_channels(mask, block):
     return kept.T
 
 
+def l1_kept(kernels, count):
+    """The `count` filters with the largest `sum |w|` over all kernels that write a space (Li et
+    al., ICLR 2017).
+    """
+    return largest(sum(np.abs(k).reshape(-1, k.shape[-1]).sum(0) for k in kernels), count)
+
+
+def contributions(patches, kernel):
+    """`z[s, c, f]`, what channel c adds to filter f at sample s: patches `[s, taps, c]`."""
+    samples, taps, channels = patches.shape
+    z = np.zeros((samples, channels, kernel.shape[-1]))
+    for t in range(taps):
+        for c in range(channels):
+            z[:, c] += np.outer(patches[:, t, c], kernel[t, c])
+    return z
+
+
+def thinet_kept(z, y, count):
+    """Removes, one after the other, the channel without which `|y - sum z|^2` is smallest, the
+    higher number of equals (Luo et al., ThiNet, ICCV 2017, algorithm 1).
+    """
+    kept = list(range(z.shape[1]))
+    while len(kept) > count:
+        errors = [((y - z[:, [c for c in kept if c != out]].sum(1)) ** 2).sum() for out in kept]
+        least = min(errors)
+        close = [c for c, e in zip(kept, errors) if e <= least + 1e-9 * (y**2).sum()]
+        kept.remove(close[-1])
+    return np.isin(np.arange(z.shape[1]), kept)
+
+
+def thinet_factors(z, y, kept):
+    """The least-squares factor of each kept channel (equation 7)."""
+    matrix = z[:, kept].transpose(0, 2, 1).reshape(-1, kept.sum())
+    return np.linalg.lstsq(matrix, y.reshape(-1), rcond=None)[0]
+
+
+def lasso_kept(z, y, count):
+    """A lasso by coordinate descent, with a penalty that grows by a twentieth until at most `count`
+    channels are left (He et al., ICCV 2017, equation 3); those of the largest `|b|` just before
+    fill up the count.
+    """
+    matrix = z.transpose(0, 2, 1).reshape(-1, z.shape[1])
+    gram, inner = matrix.T @ matrix, matrix.T @ y.reshape(-1)
+    penalty = 1e-4 * np.abs(inner).max()
+    b = np.ones(len(gram))
+    while True:
+        before = b.copy()
+        for _ in range(60):
+            for c in range(len(b)):
+                rest = inner[c] - gram[c] @ b + gram[c, c] * b[c]
+                b[c] = np.sign(rest) * max(abs(rest) - penalty, 0) / gram[c, c]
+        if (b != 0).sum() <= count:
+            return largest(np.where(b != 0, np.inf, np.abs(before)), count)
+        penalty *= 1.05
+
+
+def group_norms(kernel, kind):
+    """The L2 norm of every set of weights, in the kernel's shape: filters, channels, channel taps
+    (Wen et al., NIPS 2016; Lebedev & Lempitsky, CVPR 2016).
+    """
+    axes = {"filter": (0, 1, 2), "channel": (0, 1, 3), "channel tap": (3,)}[kind]
+    norms = np.sqrt((kernel.astype(np.float64) ** 2).sum(axes, keepdims=True))
+    return np.broadcast_to(norms, kernel.shape)
+
+
+def group_lasso_gradient(kernel, kind, strength):
+    """`strength * w / |w_set|`, 0 for a set of zeros."""
+    norms = group_norms(kernel, kind)
+    return strength * kernel / np.where(norms > 0, norms, 1)
+
+
+def group_lasso_kept(norms, kept, size, threshold, final, is_end):
+    """The sets that stay: those above the threshold, as a root mean square over `size` weights, but
+    no fewer than the `final` largest, and these alone at the end; pruned sets stay pruned.
+    """
+    norms = np.where(kept, norms, -1)
+    above = (norms > threshold * np.sqrt(size)).sum()
+    return largest(norms, final if is_end else max(final, above)) & kept
+
+
 def snip_scores(weights, gradients):
     """`|w * g|` of every layer, divided by the sum over all (Lee et al., SNIP, ICLR 2019)."""
     sizes = {name: np.abs(weights[name] * gradients[name]) for name in weights}

@@ -75,6 +75,12 @@ METHODS = {
         0.7, pattern=bsj.patterns.one_by_n(16), schedule=bsj.between(2, 20, every=3)
     ),
     "subp-hard": lambda p: bsj.subp(0.5, block=16, start=2, end=20, update_every=3, soft=False),
+    "group-lasso": lambda p: bsj.group_lasso(
+        0.7, schedule=bsj.between(2, 20, every=3), strength=0.5, threshold=1.0
+    ),
+    "brain-damage": lambda p: bsj.brain_damage(
+        0.7, schedule=bsj.between(2, 20, every=3), strength=0.5, threshold=0.8
+    ),
     "magnitude": lambda p: bsj.magnitude(0.7),
     "snip": lambda p: bsj.one_shot(0.7, scores=bsj.snip(quartic, p, 1.0), budget="global"),
     "fixed": lambda p: bsj.fixed_masks(bsj.random_masks(jax.random.key(3), p, 0.7)),

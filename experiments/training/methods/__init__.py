@@ -16,23 +16,36 @@ from experiments.training.methods.gradual import Gradual
 from experiments.training.methods.hrbp import Hrbp, HrbpDynamic
 from experiments.training.methods.n_of_m import NOfM, SrSte
 from experiments.training.methods.options import AnyPattern, Options, Setup
+from experiments.training.methods.structured import (
+    BrainDamage,
+    GroupLasso,
+    L1Filters,
+    LassoChannels,
+    Pfa,
+    ThiNet,
+)
 from experiments.training.methods.subp import Subp
 
 __all__ = [
     "AnyPattern",
+    "BrainDamage",
     "DeepR",
     "DropAndGrow",
     "Dsr",
     "Dynamic",
     "GraNet",
     "Gradual",
+    "GroupLasso",
     "Hrbp",
     "HrbpDynamic",
+    "L1Filters",
+    "LassoChannels",
     "Mest",
     "NOfM",
     "Narang",
     "Nest",
     "Options",
+    "Pfa",
     "PruneTrain",
     "RandomChannels",
     "RandomWeights",
@@ -44,4 +57,5 @@ __all__ = [
     "SrSte",
     "Sss",
     "Subp",
+    "ThiNet",
 ]
