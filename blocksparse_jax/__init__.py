@@ -7,12 +7,14 @@ Data runs from left to right. Masks and layouts live in the optax state; a layer
 """
 
 from blocksparse_jax import linen, metrics, nnx, patterns, transforms
+from blocksparse_jax.column_masks import dsb_masks, rumi_masks
 from blocksparse_jax.conv import (
     available_implementations,
     choose_implementation,
     conv,
     dense_kernel_gradient,
 )
+from blocksparse_jax.data_scores import grasp, snip, synflow
 from blocksparse_jax.export import native_calls
 from blocksparse_jax.grouping.channel_spaces import channel_orders, fold_channel_orders
 from blocksparse_jax.grouping.column_blocks import ColumnBlocks, block_fill, dsb_groups, rumi_groups
@@ -28,11 +30,11 @@ from blocksparse_jax.layout import (
     validate,
 )
 from blocksparse_jax.linear import linear
+from blocksparse_jax.lottery import lottery_sparsities, lottery_ticket
 from blocksparse_jax.masks import apply_masks, layouts_from_scores, masks_from_scores
 from blocksparse_jax.metrics import nonzero_pruned, sad
 from blocksparse_jax.packing import pack, pack_tree, unpack, unpack_tree
 from blocksparse_jax.schedules import between, every, periodic
-from blocksparse_jax.scores import snip
 from blocksparse_jax.spec import Spec
 from blocksparse_jax.state import (
     SparseState,
@@ -78,6 +80,7 @@ __all__ = [
     "dense_kernel_gradient",
     "drop_and_grow",
     "dsb_groups",
+    "dsb_masks",
     "every",
     "external_masks",
     "fixed_masks",
@@ -87,6 +90,7 @@ __all__ = [
     "get_spec",
     "gradual",
     "gradual_magnitude",
+    "grasp",
     "hrbp_groups",
     "hrbp_prune",
     "is_layout",
@@ -96,6 +100,8 @@ __all__ = [
     "layouts_from_scores",
     "linear",
     "linen",
+    "lottery_sparsities",
+    "lottery_ticket",
     "magnitude",
     "mask_to_layout",
     "masked",
@@ -115,6 +121,7 @@ __all__ = [
     "replace_masks",
     "rigl",
     "rumi_groups",
+    "rumi_masks",
     "sad",
     "set_",
     "snfs",
@@ -124,6 +131,7 @@ __all__ = [
     "ste",
     "subp",
     "summarize",
+    "synflow",
     "transforms",
     "unpack",
     "unpack_tree",
