@@ -84,7 +84,7 @@ def dsb_masks(
       >>> bool((masks["w"] == (weights > 1)).all())
       True
 
-    Reference: "Shuffled block sparsity" (DSB), 2022, and its authors' code; our choices as in
+    Reference: DSB (shuffled block sparsity), 2022, and its authors' code; our choices as in
     `dsb_groups`.
     """
     chosen = tree.choose(where, params)

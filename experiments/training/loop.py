@@ -24,7 +24,7 @@ from experiments.training.config import TrainConfig
 from experiments.training.execution import State, copied, to_form
 from experiments.training.length import Length
 from experiments.training.methods import Setup
-from experiments.training.optimizer import optimizer
+from experiments.training.optimizer import mask_length, optimizer
 from experiments.training.registry import METHODS
 
 
@@ -100,12 +100,16 @@ class Trainer:
             variables = {"params": params, "batch_stats": batch_stats}
             return self._loss(self.model("masked"), variables, *batch)[0]
 
-        method_key, length = jax.random.fold_in(key, 1), self.length
-        if config.mask_epochs is not None:
-            length = length._replace(total=length.steps_per_epoch * config.mask_epochs)
-        model = self.model("masked")
         setup = Setup(
-            config.sparsity, method_key, length, params, loss_fn, batch, model, batch_stats
+            config.sparsity,
+            jax.random.fold_in(key, 1),
+            mask_length(config, self.length),
+            params,
+            loss_fn,
+            batch,
+            self.model("masked"),
+            batch_stats,
+            self._image_shape,
         )
         self._setup, self._operations = setup, config.options.operations(setup)
         method = METHODS[config.method].build(config.options, setup)
@@ -116,7 +120,10 @@ class Trainer:
             params = bsj.apply_masks(params, bsj.get_masks(opt_state))
         # no shared buffers: steps donate them
         params, batch_stats, opt_state = copied((params, batch_stats, opt_state))
-        return to_form(self.form(0), State(params, batch_stats, opt_state, {}, "masked"))
+        state = State(params, batch_stats, opt_state, {}, "masked")
+        if 0 in self._operations:
+            state = self._operate(0, state)
+        return to_form(self.form(0), state)
 
     def model(self, form: str, dense_gradient: bool = False) -> Any:
         """The linen model of a form.

@@ -17,7 +17,7 @@ from experiments.training.config import TrainConfig, resolve
 from experiments.training.execution import State, layouts_of, masks_of, to_form
 from experiments.training.length import Length
 from experiments.training.loop import Metrics, Trainer
-from experiments.training.optimizer import learning_rate
+from experiments.training.optimizer import learning_rate, passes
 from experiments.training.progress import Progress
 from experiments.training.registry import METHODS
 from experiments.training.run_folder import RunFolder
@@ -260,7 +260,8 @@ class Run:
         }
 
     def _lr(self) -> float:
-        return float(learning_rate(self.config, self.length)(self.step - 1))
+        at = passes(self.config, self.length).position(self.step - 1)
+        return float(learning_rate(self.config, self.length)(at))
 
     def _finish(self) -> dict[str, Any]:
         """Draws the pictures and writes the result."""
@@ -320,4 +321,6 @@ def first_batch(config: TrainConfig, data: Any) -> tuple[Any, Any] | None:
     """The first batch of a run, for methods that look at data before training; None for others."""
     if not METHODS[config.method].needs_batch:
         return None
-    return next(iter(data.train_batches(0, config.batch_size, config.seed)))
+    assert config.options is not None
+    batches = data.train_batches(0, config.batch_size, config.seed)
+    return config.options.batch(batches, data.num_classes)
