@@ -35,6 +35,20 @@ class Metrics(NamedTuple):
     correct: jax.Array
 
 
+class Seed(NamedTuple):
+    """What a run takes from a finished one.
+
+    Attributes:
+      masks: `masks` or `layouts` for `fixed_masks`.
+      params: the weights to start from; None draws them anew.
+      batch_stats: the statistics that belong to them.
+    """
+
+    masks: dict[str, Any]
+    params: Any = None
+    batch_stats: Any = None
+
+
 class Trainer:
     """The training of one config, step by step.
 
@@ -45,6 +59,7 @@ class Trainer:
       length: of the run, in steps.
       data_format: of the dense convolutions of the masked form, NHWC or CHWN; the other forms are
         CHWN.
+      seed: masks of another run, to train under in place of the method's own.
 
     Attributes:
       config: as given.
@@ -61,6 +76,7 @@ class Trainer:
         num_classes: int,
         length: Length,
         data_format: str = "NHWC",
+        seed: Seed | None = None,
     ):
         self.config = config
         self._image_shape = image_shape
@@ -74,6 +90,7 @@ class Trainer:
             dtype=jnp.dtype(config.precision),
         )
         self._masked_format = data_format
+        self._seed = seed
         self._step = jax.jit(self._train_step, static_argnames="dense_gradient", donate_argnums=0)
         self._correct = jax.jit(self._count_correct)
 
@@ -92,9 +109,7 @@ class Trainer:
         config, key = self.config, jax.random.key(self.config.seed)
         assert config.options is not None
         assert config.sparsity is not None
-        variables = _init(self.model("masked"), key, self._image_shape)
-        params, batch_stats = variables["params"], variables.get("batch_stats", {})
-        params, batch_stats = config.options.prepare(params, batch_stats, config.sparsity)
+        params, batch_stats = self.initial()
 
         def loss_fn(params: Any, batch: tuple[Array, Array]) -> Array:
             variables = {"params": params, "batch_stats": batch_stats}
@@ -111,8 +126,12 @@ class Trainer:
             batch_stats,
             self._image_shape,
         )
-        self._setup, self._operations = setup, config.options.operations(setup)
-        method = METHODS[config.method].build(config.options, setup)
+        self._setup, self._operations = setup, {}
+        if self._seed is None:
+            self._operations = config.options.operations(setup)
+            method = METHODS[config.method].build(config.options, setup)
+        else:
+            method = bsj.fixed_masks(**self._seed.masks, sparsity=config.sparsity)
         self._tx = optimizer(config, method, self.length)
         opt_state = self._tx.init(params)
         self.spec = None if method is None else bsj.get_spec(opt_state)
@@ -124,6 +143,20 @@ class Trainer:
         if 0 in self._operations:
             state = self._operate(0, state)
         return to_form(self.form(0), state)
+
+    def initial(self) -> tuple[Any, Any]:
+        """The parameters and statistics that training starts from, before any pruning."""
+        config, seed = self.config, self._seed
+        assert config.options is not None
+        assert config.sparsity is not None
+        if seed is not None and seed.params is not None:
+            return seed.params, seed.batch_stats
+        key = jax.random.key(config.seed)
+        if seed is not None:  # other weights than those the masks were found with
+            key = jax.random.fold_in(key, 2)
+        variables = _init(self.model("masked"), key, self._image_shape)
+        params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        return config.options.prepare(params, batch_stats, config.sparsity)
 
     def model(self, form: str, dense_gradient: bool = False) -> Any:
         """The linen model of a form.

@@ -6,6 +6,7 @@ import optax
 import blocksparse_jax as bsj
 from experiments.training.config import TrainConfig
 from experiments.training.length import Length, Passes
+from experiments.training.methods import Options
 
 
 def learning_rate(config: TrainConfig, length: Length) -> optax.Schedule:
@@ -46,6 +47,8 @@ def passes(config: TrainConfig, length: Length) -> Passes:
     """
     assert config.options is not None
     assert config.sparsity is not None
+    if config.masks is not None:  # those of another run, which stay
+        return Options().passes(mask_length(config, length), config.sparsity)
     return config.options.passes(mask_length(config, length), config.sparsity)
 
 
