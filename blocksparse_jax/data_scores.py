@@ -47,7 +47,7 @@ def snip(loss_fn: Loss, params: PyTree, batch: Any) -> PyTree:
     2019.
     """
     _check_floats(params)
-    grads = jax.grad(_scalar(loss_fn))(params, batch)
+    grads = jax.jit(jax.grad(lambda params: _scalar(loss_fn)(params, batch)))(params)
     sizes = jax.tree.map(lambda w, g: jnp.abs(_wide(w) * _wide(g)), params, grads)
     total = _check_total(sizes, "|w * g|")
     return jax.tree.map(lambda leaf: leaf / total, sizes)
@@ -123,8 +123,8 @@ def synflow(
     """SynFlow's scores `|w * dR/dw|` of the last of many rounds of pruning; R needs no data.
 
     R is the sum of the network's outputs with the absolute value of every weight. Round e = 0, 1,
-    ... scores the weights that are left and keeps the best `density^((e + 1) / rounds)` of all, so
-    no layer is cut off at once. The masks of the last round are those of the scores returned:
+    ... scores the weights that are left and keeps the best `density^((e + 1) / rounds)` of all, at
+    least one in each layer. The masks of the last round are those of the scores returned:
     `masks_from_scores(scores, sparsity, budget="global")`.
 
     Args:
@@ -164,7 +164,9 @@ def synflow(
     chosen = tree.choose(where, params)
     size = sum(leaf.size for leaf in chosen.values())
     # The last round is that of the masks that are drawn from the scores.
-    kept = [round(density ** ((e + 1) / rounds) * size) for e in range(rounds - 1)]
+    kept = [
+        max(len(chosen), round(density ** ((e + 1) / rounds) * size)) for e in range(rounds - 1)
+    ]
     loss = _scalar(loss_fn)
     weights = jax.tree.map(lambda leaf: jnp.abs(_wide(leaf)), params)
 
@@ -174,17 +176,16 @@ def synflow(
         )
         return jax.tree.map(lambda w, g: jnp.abs(w * g), left, jax.grad(loss)(left, batch))
 
-    def prune(count: Any, masks: dict[str, Array]) -> dict[str, Array]:
+    def prune(masks: dict[str, Array], count: Array) -> tuple[dict[str, Array], None]:
         scores = scores_under(masks)
         named = {tree.path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(scores)}
-        return _best({name: named[name] for name in masks}, masks, count)
+        return _best({name: named[name] for name in masks}, masks, count), None
 
     @jax.jit
     def last_scores() -> PyTree:
         counts = jnp.asarray(kept, jnp.int32)
         masks = {name: jnp.ones(leaf.shape, bool) for name, leaf in chosen.items()}
-        masks = jax.lax.fori_loop(0, len(kept), lambda e, m: prune(counts[e], m), masks)
-        return scores_under(masks)
+        return scores_under(jax.lax.scan(prune, masks, counts)[0])
 
     scores = last_scores()
     _check_total(scores, "|w * dR/dw|")
@@ -192,13 +193,13 @@ def synflow(
 
 
 def _best(
-    scores: dict[str, Float[Array, "..."]], masks: dict[str, Bool[Array, "..."]], count: Any
+    scores: dict[str, Float[Array, "..."]], masks: dict[str, Bool[Array, "..."]], count: Array
 ) -> dict[str, Bool[Array, "..."]]:
-    """The `count` highest scores of all layers together, among what the masks keep."""
+    """The `count` highest scores of all layers among what the masks keep; each layer keeps one."""
     alive = [jnp.where(masks[name], leaf, -jnp.inf).reshape(-1) for name, leaf in scores.items()]
-    flat = highest(jnp.concatenate(alive), count)
+    flat = jnp.concatenate([layer.at[jnp.argmax(layer)].set(jnp.inf) for layer in alive])
     ends = np.cumsum([leaf.size for leaf in scores.values()])[:-1]
-    parts = zip(scores.items(), jnp.split(flat, ends), strict=True)
+    parts = zip(scores.items(), jnp.split(highest(flat, count), ends), strict=True)
     return {name: part.reshape(leaf.shape) for (name, leaf), part in parts}
 
 
