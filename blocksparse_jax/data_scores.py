@@ -3,6 +3,7 @@
 Each is a function `(loss_fn, params, batch) -> scores`, higher = keep, of every leaf of params.
 """
 
+import functools
 import itertools
 import operator
 from collections.abc import Callable
@@ -92,21 +93,16 @@ def grasp(loss_fn: Loss, params: PyTree, batch: Any, *, parts: int = 2) -> PyTre
     pieces = _cut(batch, _checks.positive_int("parts", parts))
     loss = _scalar(loss_fn)
 
-    def gradient(params: PyTree) -> PyTree:
-        grads = [jax.grad(loss)(params, piece) for piece in pieces]
-        return jax.tree.map(lambda *leaves: sum(leaves[1:], start=leaves[0]), *grads)
+    gradient = jax.grad(loss)
 
     @jax.jit
-    def signed_scores(params: PyTree) -> PyTree:
-        constant = gradient(params)
+    def product(params: PyTree, direction: PyTree, piece: Any) -> PyTree:
+        return jax.jvp(lambda at: gradient(at, piece), (params,), (direction,))[1]
 
-        def product(params: PyTree) -> Array:
-            pairs = zip(jax.tree.leaves(constant), jax.tree.leaves(gradient(params)), strict=True)
-            return sum((jnp.vdot(_wide(a), _wide(b)) for a, b in pairs), start=jnp.zeros(()))
-
-        return jax.tree.map(lambda w, h: _wide(w) * _wide(h), params, jax.grad(product)(params))
-
-    scores = signed_scores(params)
+    # Pieces of one shape share a program.
+    constant = _sum([jax.jit(gradient)(params, piece) for piece in pieces])
+    products = _sum([product(params, constant, piece) for piece in pieces])
+    scores = jax.tree.map(lambda w, h: _wide(w) * _wide(h), params, products)
     _check_total(jax.tree.map(jnp.abs, scores), "|w * Hg|")
     return scores
 
@@ -201,6 +197,11 @@ def _best(
     ends = np.cumsum([leaf.size for leaf in scores.values()])[:-1]
     parts = zip(scores.items(), jnp.split(highest(flat, count), ends), strict=True)
     return {name: part.reshape(leaf.shape) for (name, leaf), part in parts}
+
+
+def _sum(trees: list[PyTree]) -> PyTree:
+    """Leaf by leaf."""
+    return functools.reduce(lambda a, b: jax.tree.map(operator.add, a, b), trees)
 
 
 def _check_floats(params: PyTree) -> None:

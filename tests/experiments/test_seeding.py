@@ -60,6 +60,7 @@ def test_the_masks_stay_and_the_weights_are_new(finished, tmp_path):
     assert run.result["method"] == "rigl"
 
 
+@pytest.mark.slow
 def test_a_packed_run_seeds_a_packed_one(packed, tmp_path):
     run = Run(seeded(packed, tmp_path))
     assert run.state.form == "packed"
