@@ -14,12 +14,14 @@ from blocksparse_jax.channel_pruning.pfa import pfa
 from blocksparse_jax.channel_pruning.reconstruction import Reconstruction
 from blocksparse_jax.channel_pruning.spaces import channel_counts, channel_masks
 from blocksparse_jax.channel_pruning.thinet import thinet
+from blocksparse_jax.column_masks import dsb_masks, rumi_masks
 from blocksparse_jax.conv import (
     available_implementations,
     choose_implementation,
     conv,
     dense_kernel_gradient,
 )
+from blocksparse_jax.data_scores import grasp, snip, synflow
 from blocksparse_jax.export import native_calls
 from blocksparse_jax.grouping.channel_choice import (
     channel_maxima,
@@ -41,11 +43,11 @@ from blocksparse_jax.layout import (
     validate,
 )
 from blocksparse_jax.linear import linear
+from blocksparse_jax.lottery import lottery_sparsities, lottery_ticket
 from blocksparse_jax.masks import apply_masks, layouts_from_scores, masks_from_scores
 from blocksparse_jax.metrics import nonzero_pruned, sad
 from blocksparse_jax.packing import pack, pack_tree, unpack, unpack_tree
 from blocksparse_jax.schedules import between, every, periodic
-from blocksparse_jax.scores import snip
 from blocksparse_jax.spec import Spec
 from blocksparse_jax.state import (
     SparseState,
@@ -111,6 +113,7 @@ __all__ = [
     "dense_kernel_gradient",
     "drop_and_grow",
     "dsb_groups",
+    "dsb_masks",
     "dsr",
     "every",
     "external_masks",
@@ -122,6 +125,7 @@ __all__ = [
     "gradual",
     "gradual_magnitude",
     "granet",
+    "grasp",
     "group_lasso",
     "hrbp_groups",
     "hrbp_prune",
@@ -135,6 +139,8 @@ __all__ = [
     "layouts_from_scores",
     "linear",
     "linen",
+    "lottery_sparsities",
+    "lottery_ticket",
     "magnitude",
     "mask_to_layout",
     "masked",
@@ -161,6 +167,7 @@ __all__ = [
     "replace_masks",
     "rigl",
     "rumi_groups",
+    "rumi_masks",
     "sad",
     "set_",
     "slimming",
@@ -173,6 +180,7 @@ __all__ = [
     "ste",
     "subp",
     "summarize",
+    "synflow",
     "thinet",
     "transforms",
     "unpack",

@@ -1,8 +1,7 @@
 """Scores: how much a weight, or a block of weights, deserves to be kept (higher = keep)."""
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +69,7 @@ def make(
       key: a JAX random key, for "random"; each leaf folds in its position.
 
     Returns:
-      Name -> float32 scores of the leaf's shape.
+      Name -> scores of the leaf's shape: float32, or float64 where a tree has it.
 
     Raises:
       ValueError: an unknown kind, or a tree that lacks a leaf or has it in another shape.
@@ -102,64 +101,12 @@ def make(
             raise ValueError(
                 f"scores: expected an array of shape {leaf.shape} at {name!r}, got {what}"
             )
-    return {name: jnp.asarray(named[name], jnp.float32) for name in chosen}
+    return {name: _as_scores(named[name]) for name in chosen}
 
 
-def snip(loss_fn: Callable[[PyTree, Any], Array], params: PyTree, batch: Any) -> PyTree:
-    """SNIP's connection sensitivity: `|w * dL/dw|` over one batch, divided by its sum.
-
-    Args:
-      loss_fn: (params, batch) -> scalar loss.
-      params: the parameters at initialisation, any pytree of float arrays.
-      batch: one batch, e.g. 100 examples.
-
-    Returns:
-      float32 scores in the params' structure, which add up to 1 over all leaves. Give them to
-      `masks_from_scores(scores, sparsity, budget="global")` or `one_shot(sparsity, scores=scores,
-      budget="global")`; SNIP itself scores every layer, stem and classifier too
-      (`where=lambda name, leaf: leaf.ndim > 1`).
-
-    Raises:
-      ValueError: a leaf of params holds no floats, the loss is no scalar, or it has no gradient at
-        all or one that is not finite. Inside jit the last is not seen, and the scores are NaN.
-
-    Example:
-      >>> params = {"w": jnp.array([1.0, 2.0, 0.0])}
-      >>> scores = snip(lambda p, x: jnp.sum(p["w"] * x), params, jnp.array([3.0, -1.0, 5.0]))
-      >>> [round(float(score), 3) for score in scores["w"]]
-      [0.6, 0.4, 0.0]
-
-    Reference: Lee et al., "SNIP: single-shot network pruning based on connection sensitivity", ICLR
-    2019.
-    """
-    for path, leaf in jax.tree.leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise ValueError(
-                f"params[{tree.path_name(path)!r}]: expected floats, got {jnp.result_type(leaf)}; "
-                "leave it out of params, e.g. close over it in loss_fn"
-            )
-
-    def scalar_loss(params: PyTree, batch: Any) -> Array:
-        loss = loss_fn(params, batch)
-        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(loss)]
-        if shapes != [()]:
-            raise ValueError(
-                f"loss_fn: expected one scalar, got values of shapes {shapes}; take the mean over "
-                "the batch, and return the loss alone"
-            )
-        return loss
-
-    grads = jax.grad(scalar_loss)(params, batch)
-    sizes = jax.tree.map(
-        lambda w, g: jnp.abs(w.astype(jnp.float32) * g.astype(jnp.float32)), params, grads
-    )
-    total = sum(leaf.sum() for leaf in jax.tree.leaves(sizes))
-    if not isinstance(total, jax.core.Tracer) and not 0 < float(total) < float("inf"):
-        raise ValueError(
-            f"loss_fn: expected a loss with finite gradients that are not all zero, got a sum of "
-            f"|w * g| of {float(total):g}; check the batch and the initial weights"
-        )
-    return jax.tree.map(lambda leaf: leaf / total, sizes)
+def _as_scores(scores: Array) -> Float[Array, "..."]:
+    """Floats of at least 32 bits."""
+    return jnp.asarray(scores, jnp.promote_types(jnp.result_type(scores), jnp.float32))
 
 
 def block_scores(

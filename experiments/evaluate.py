@@ -15,9 +15,9 @@ if __name__ == "__main__":
     stopping.end_at_once()  # Ctrl-C: nothing is written, so nothing is lost
 
 from experiments.data import load
-from experiments.training.execution import masks_of, summary_of, to_form
-from experiments.training.run import first_batch, trainer_for
+from experiments.training.execution import summary_of
 from experiments.training.run_folder import RunFolder
+from experiments.training.seeding import restored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,15 +51,8 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     folder = RunFolder(config.run)
     train = folder.config()
     step = folder.latest() if config.step is None else config.step
-    if step is None:
-        raise ValueError(
-            f"{folder.path}: has no checkpoint yet; go on with the run: {folder.resume_command}"
-        )
     data = load(train.dataset, config.data_dir or train.data_dir)
-    trainer = trainer_for(train, data)
-    fresh = trainer.init(first_batch(train, data))
-    like = to_form(folder.checkpoints.meta(step)["form"], fresh), masks_of(fresh)
-    state, _ = folder.checkpoints.restore(step, like)
+    trainer, state = restored(folder, train, data, step)
     accuracy = trainer.evaluate(state, data.test_batches(train.batch_size))
     print(f"{train.method} on {train.dataset}, step {step}: test accuracy {accuracy:.2%}")
     if (summary := summary_of(state, train.method)) is not None:

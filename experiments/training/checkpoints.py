@@ -27,10 +27,12 @@ class Checkpoints:
 
     Attributes:
       path: of their folder.
+      kept: the step of one that stays for good; None without.
     """
 
-    def __init__(self, run_folder: Path):
+    def __init__(self, run_folder: Path, kept: int | None = None):
         self.path = run_folder / "checkpoints"
+        self.kept = kept
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints, in order; [] when there is none yet."""
@@ -41,11 +43,12 @@ class Checkpoints:
         return self.path / f"{step}.zip"
 
     def tidy(self) -> None:
-        """Removes what an interrupted save has left, and all checkpoints but the last two."""
+        """Removes what an interrupted save has left, and old checkpoints: see `Checkpoints`."""
         for file in self._files(_PART):
             file.unlink()
         for old in self.steps()[:-KEEP]:
-            self.file(old).unlink()
+            if old != self.kept:
+                self.file(old).unlink()
 
     def check_space(self) -> None:
         """Checks that the checkpoints still to come fit on the disk.
@@ -56,6 +59,8 @@ class Checkpoints:
         steps = self.steps()
         size, free = self.file(steps[-1]).stat().st_size, shutil.disk_usage(self.path).free
         needed = size * (KEEP + 1 - min(len(steps), KEEP))  # a new one comes before the oldest goes
+        if self.kept is not None and self.kept not in steps:
+            needed += size
         if free < needed:
             raise OSError(
                 f"the disk of {self.path} is full: the checkpoints to come need "

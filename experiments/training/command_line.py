@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -18,7 +19,8 @@ _PROGRAM = "python -m experiments.train"
 def parse(args: list[str]) -> tuple[TrainConfig, bool]:
     """What to train.
 
-    With `--resume` the run's own config stands for the flags that are not given.
+    With `--resume` the run's own config stands for the flags that are not given, with `--masks`
+    that of the run which has the masks.
 
     Args:
       args: of the process, without its name.
@@ -32,11 +34,20 @@ def parse(args: list[str]) -> tuple[TrainConfig, bool]:
     """
     folder = _resumed_folder(args)
     if folder is None:
-        config, resume = _parse(args, TrainConfig())
+        config, resume = _parse(args, _defaults(args))
     else:
         config, resume = _parse(args, dataclasses.replace(folder.config(), out=str(folder.path)))
         folder.continued(config)  # before `resolve`, which would not know what was given
     return resolve(config), resume
+
+
+def _defaults(args: list[str]) -> TrainConfig:
+    """The config of the run whose masks are used; without one the usual defaults."""
+    masks = _scan(args).masks
+    if masks is None or not (Path(masks) / "config.json").exists():
+        return TrainConfig()
+    own = {"out": None, "keep_checkpoint": None, "rewind": None, "mask_epochs": None}
+    return dataclasses.replace(RunFolder(masks).config(), masks=masks, **own)
 
 
 def _resumed_folder(args: list[str]) -> RunFolder | None:
@@ -44,7 +55,7 @@ def _resumed_folder(args: list[str]) -> RunFolder | None:
     scanned = _scan(args)
     if not scanned.resume:
         return None
-    folder = RunFolder(scanned.out or str(resolve(_parse(args, TrainConfig())[0]).out))
+    folder = RunFolder(scanned.out or str(resolve(_parse(args, _defaults(args))[0]).out))
     return folder if (folder.path / "config.json").exists() else None
 
 
@@ -58,6 +69,7 @@ def _scan(args: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--method")
     parser.add_argument("--out")
+    parser.add_argument("--masks")
     parser.add_argument("--resume", action="store_true")
     return parser.parse_known_args(args)[0]
 

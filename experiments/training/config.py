@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import zlib
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -58,6 +59,12 @@ class TrainConfig:
       log_every: steps between two rows of metrics.jsonl.
       checkpoint_every: steps between two checkpoints, besides the one at each epoch's end; None is
         only there.
+      keep_checkpoint: the step of a checkpoint that stays for good, so that another run can start
+        from its weights with --rewind; of the others the last two are kept.
+      masks: folder of a finished run, under whose masks this one trains with new random weights;
+        its config stands for the flags that are not given, and the masks stay as they are.
+      rewind: with --masks, start from the weights that that run had at this step: 0 is its initial
+        ones, another step needs a checkpoint (--keep-checkpoint).
       options: the method's own, e.g. `methods.Subp(block=32)`; None is its defaults. On the command
         line `--METHOD.OPTION`: `--method subp --subp.block 32`.
       mask_epochs: epochs of the masks' schedule, where an extension gave the run more; None is
@@ -86,6 +93,9 @@ class TrainConfig:
     label_smoothing: float | None = None
     log_every: int = 50
     checkpoint_every: int | None = None
+    keep_checkpoint: int | None = None
+    masks: str | None = None
+    rewind: int | None = None
     options: Annotated[Options | None, tyro.conf.Suppress] = None
     mask_epochs: Annotated[int | None, tyro.conf.Suppress] = None
 
@@ -97,7 +107,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
       config: as a user wrote it.
 
     Returns:
-      The complete config; only `checkpoint_every` and `mask_epochs` may stay None.
+      The complete config; only `checkpoint_every`, `keep_checkpoint`, `masks`, `rewind` and
+      `mask_epochs` may stay None.
 
     Raises:
       ValueError: names the field, the value, what was expected and, for a typo, the nearest option.
@@ -145,9 +156,18 @@ def resolve(config: TrainConfig) -> TrainConfig:
     _checks.number("weight_decay", config.weight_decay)
     for name in ("epochs", "batch_size", "log_every"):
         _checks.positive_int(name, getattr(config, name))
-    for name in ("checkpoint_every", "mask_epochs"):
+    for name in ("checkpoint_every", "keep_checkpoint", "mask_epochs"):
         if getattr(config, name) is not None:
             _checks.positive_int(name, getattr(config, name))
+    if config.rewind is not None:
+        _checks.step("rewind", config.rewind)
+        if config.masks is None:
+            raise ValueError(
+                f"rewind: {config.rewind} is a step of the run whose masks are used; add --masks "
+                "with its folder"
+            )
+    if config.masks is not None:
+        config = dataclasses.replace(config, masks=str(Path(config.masks).absolute()))
     return config if config.out else dataclasses.replace(config, out=_default_folder(config))
 
 
@@ -156,6 +176,8 @@ def _default_folder(config: TrainConfig) -> str:
     names = ("dataset", "model", "method")
     preset = resolve(TrainConfig(**{name: getattr(config, name) for name in names}, out="-"))
     values, usual = flat(config), flat(preset)
+    if config.masks is not None:
+        values["masks"] = Path(config.masks).name
     parts = [str(values.pop(name)) for name in (*names, "sparsity")] + [f"seed{values.pop('seed')}"]
     for name, value in values.items():
         if name not in ("out", "data_dir") and value != usual[name]:

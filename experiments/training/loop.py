@@ -24,7 +24,7 @@ from experiments.training.config import TrainConfig
 from experiments.training.execution import State, copied, is_dense, to_form, widths_of
 from experiments.training.length import Length
 from experiments.training.methods import Setup
-from experiments.training.optimizer import learning_rate, optimizer
+from experiments.training.optimizer import learning_rate, mask_length, optimizer
 from experiments.training.registry import METHODS
 
 
@@ -33,6 +33,20 @@ class Metrics(NamedTuple):
 
     loss: jax.Array
     correct: jax.Array
+
+
+class Seed(NamedTuple):
+    """What a run takes from a finished one.
+
+    Attributes:
+      masks: `masks` or `layouts` for `fixed_masks`.
+      params: the weights to start from; None draws them anew.
+      batch_stats: the statistics that belong to them.
+    """
+
+    masks: dict[str, Any]
+    params: Any = None
+    batch_stats: Any = None
 
 
 class Trainer:
@@ -45,6 +59,7 @@ class Trainer:
       length: of the run, in steps.
       data_format: of the dense convolutions of the masked form, NHWC or CHWN; None is where they
         are faster: CHWN on CPUs that have the native kernels, else NHWC. The other forms are CHWN.
+      seed: masks of another run, to train under in place of the method's own.
 
     Attributes:
       config: as given.
@@ -63,6 +78,7 @@ class Trainer:
         num_classes: int,
         length: Length,
         data_format: str | None = None,
+        seed: Seed | None = None,
     ):
         self.config = config
         self._image_shape = image_shape
@@ -77,6 +93,7 @@ class Trainer:
         )
         native = bsj.available_implementations()["cpu"] is None
         self._masked_format = data_format or ("CHWN" if native else "NHWC")
+        self._seed = seed
         self._step = jax.jit(self._train_step, static_argnames="dense_gradient", donate_argnums=0)
         self._correct = jax.jit(self._count_correct)
 
@@ -95,34 +112,34 @@ class Trainer:
         config, key = self.config, jax.random.key(self.config.seed)
         assert config.options is not None
         assert config.sparsity is not None
-        variables = _init(self.model("masked"), key, self._image_shape)
-        params, batch_stats = variables["params"], variables.get("batch_stats", {})
-        params, batch_stats = config.options.prepare(params, batch_stats, config.sparsity)
+        params, batch_stats = self.initial()
 
         def loss_fn(params: Any, batch: tuple[Array, Array]) -> Array:
             variables = {"params": params, "batch_stats": batch_stats}
             return self._loss(self.model("masked"), variables, *batch)[0]
 
-        method_key, length = jax.random.fold_in(key, 1), self.length
-        if config.mask_epochs is not None:
-            length = length._replace(total=length.steps_per_epoch * config.mask_epochs)
-        model, dense = self.model("masked"), optimizer(config, self.length)
-        rate = learning_rate(config, self.length)
+        dense = optimizer(config, self.length)
         setup = Setup(
             config.sparsity,
-            method_key,
-            length,
+            jax.random.fold_in(key, 1),
+            mask_length(config, self.length),
             params,
             loss_fn,
             batch,
-            model,
+            self.model("masked"),
             batch_stats,
             dense,
-            rate,
+            learning_rate(config, self.length),
+            self._image_shape,
         )
-        self._setup, self._operations = setup, config.options.operations(setup)
-        method = METHODS[config.method].build(config.options, setup)
-        tx = dense if method is None else config.options.combined(method, dense)
+        self._setup, self._operations = setup, {}
+        if self._seed is None:
+            self._operations = config.options.operations(setup)
+            method = METHODS[config.method].build(config.options, setup)
+            tx = dense if method is None else config.options.combined(method, dense)
+        else:
+            masks = bsj.fixed_masks(**self._seed.masks, sparsity=config.sparsity)
+            tx = bsj.sparse(masks, dense)
         self._tx = optax.with_extra_args_support(tx)
         state = State(params, batch_stats, self._tx.init(params), {}, "masked")
         self.spec = None if is_dense(state) else bsj.get_spec(state.opt_state)
@@ -130,7 +147,24 @@ class Trainer:
         if self.spec is not None and not self.spec.straight_through:
             params = bsj.apply_masks(params, bsj.get_masks(state.opt_state))
         # no shared buffers: steps donate them
-        return to_form(self.form(0), copied(dataclasses.replace(state, params=params)))
+        state = copied(dataclasses.replace(state, params=params))
+        if 0 in self._operations:
+            state = self._operate(0, state)
+        return to_form(self.form(0), state)
+
+    def initial(self) -> tuple[Any, Any]:
+        """The parameters and statistics that training starts from, before any pruning."""
+        config, seed = self.config, self._seed
+        assert config.options is not None
+        assert config.sparsity is not None
+        if seed is not None and seed.params is not None:
+            return seed.params, seed.batch_stats
+        key = jax.random.key(config.seed)
+        if seed is not None:  # other weights than those the masks were found with
+            key = jax.random.fold_in(key, 2)
+        variables = _init(self.model("masked"), key, self._image_shape)
+        params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        return config.options.prepare(params, batch_stats, config.sparsity)
 
     def model(
         self, form: str, dense_gradient: bool = False, widths: Mapping[str, int] | None = None

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 
 import blocksparse_jax as bsj
 from blocksparse_jax import _checks
@@ -67,9 +68,10 @@ METHODS: dict[str, Method] = {
     "narang": Method(methods.Narang(), bsj.narang),
     "drop-and-grow": Method(methods.DropAndGrow(budget="erk"), bsj.drop_and_grow),
     "magnitude": Method(methods.AnyPattern(), bsj.magnitude),
-    "snip": Method(
-        methods.Snip(budget="global"), bsj.one_shot, bsj.snip, "scores", needs_batch=True
-    ),
+    "snip": Method(methods.Snip(), bsj.one_shot, bsj.snip, "scores", needs_batch=True),
+    "grasp": Method(methods.Grasp(), bsj.one_shot, bsj.grasp, "scores", needs_batch=True),
+    "synflow": Method(methods.Synflow(), bsj.one_shot, bsj.synflow, "scores"),
+    "lottery": Method(methods.Lottery(), bsj.external_masks, bsj.lottery_ticket),
     "gradual": Method(methods.Gradual(), bsj.gradual),
     "random": Method(methods.RandomWeights(), bsj.fixed_masks, bsj.random_masks, "masks"),
     "random-channel": Method(
@@ -84,6 +86,8 @@ METHODS: dict[str, Method] = {
     "thinet": Method(methods.ThiNet(), source=bsj.thinet, needs_batch=True),
     "lasso-channels": Method(methods.LassoChannels(), source=bsj.lasso_channels, needs_batch=True),
     "pfa": Method(methods.Pfa(), source=bsj.pfa, needs_batch=True),
+    "rumi": Method(methods.Rumi(), bsj.fixed_masks, bsj.rumi_masks, "masks"),
+    "dsb": Method(methods.Dsb(), bsj.fixed_masks, bsj.dsb_masks, "masks"),
 }
 
 
@@ -110,11 +114,19 @@ def _row(entry: Method) -> dict[str, str]:
         return dict(zip(_COLUMNS, ("—", "—", "—", "—", "dense", "—", "—"), strict=True))
     if pattern is None:
         return _row_of_smaller_networks(entry, source)
-    params = {"kernel": jax.random.normal(jax.random.key(0), (3, 3, 64, 64))}
-    setup = Setup(0.9, jax.random.key(0), _SAMPLE, params, _sample_loss, batch=1.0)
+    setup = Setup(
+        0.9,
+        jax.random.key(0),
+        _SAMPLE,
+        {"kernel": jax.random.normal(jax.random.key(0), (3, 3, 64, 64))},
+        _sample_loss,
+        batch=(jnp.ones((2, 2, 2, 64)), jnp.zeros(2, jnp.int32)),
+        model=_SampleModel(),
+        image_shape=(2, 2, 64),
+    )
     transform = entry.build(entry.options, setup)
     assert transform is not None
-    spec = bsj.get_spec(transform.init(params))
+    spec = bsj.get_spec(transform.init(setup.params))
     changes = [step for step in range(_SAMPLE.total) if spec.changes(step)]
     dense = [step for step in range(_SAMPLE.total) if spec.dense_gradient(step)]
     needs = ["a batch before training"] if entry.needs_batch else []
@@ -153,11 +165,24 @@ def _code(entry: Method) -> str:
     name = entry.function.__name__
     if entry.source is None:
         return name
+    if not entry.argument:  # the training loop calls it
+        return f"{name}(...), {entry.source.__name__}(...)"
     return f"{name}({entry.argument}={entry.source.__name__}(...))"
 
 
-def _sample_loss(params: Any, scale: Any) -> jax.Array:
-    return scale * jnp.square(params["kernel"]).sum()
+class _SampleModel(nn.Module):
+    """One convolution and the mean over the image."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.ones, (3, 3, 64, 64))
+        numbers = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+        return y.mean((1, 2))
+
+
+def _sample_loss(params: Any, batch: Any) -> jax.Array:
+    return batch[0].mean() * jnp.square(params["kernel"]).sum()
 
 
 def _steps(steps: list[int]) -> str:

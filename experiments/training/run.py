@@ -23,12 +23,11 @@ from experiments.training.execution import (
     to_form,
     widths_of,
 )
-from experiments.training.length import Length
-from experiments.training.loop import Metrics, Trainer
-from experiments.training.optimizer import learning_rate
+from experiments.training.loop import Metrics
+from experiments.training.optimizer import learning_rate, passes
 from experiments.training.progress import Progress
-from experiments.training.registry import METHODS
 from experiments.training.run_folder import RunFolder
+from experiments.training.seeding import first_batch, trainer_for
 from experiments.training.stopping import Stopped, StopRequest
 
 
@@ -80,6 +79,11 @@ class Run:
         self.data = load(config.dataset, config.data_dir)
         self.trainer = trainer_for(config, self.data)
         self.length = self.trainer.length
+        if (config.keep_checkpoint or 0) > self.length.total:
+            raise ValueError(
+                f"keep_checkpoint: expected a step up to {self.length.total}, the run's last, got "
+                f"{config.keep_checkpoint}"
+            )
         self.state: State = self.trainer.init(first_batch(config, self.data))
         self.step, self.seconds, self._since = 0, 0.0, time.perf_counter()
         self._parameters = network_size.parameters(dense_shapes(self.state))
@@ -190,7 +194,8 @@ class Run:
             if ends:
                 progress.epoch(self.step, self._log_epoch(epoch))
             every, stops = self.config.checkpoint_every, self.step == stop_after
-            if stops or request.number or ends or (every and self.step % every == 0):
+            due = (every and self.step % every == 0) or self.step == self.config.keep_checkpoint
+            if stops or request.number or ends or due:
                 self._save()
                 stops = stops or request.number is not None
             if stops:
@@ -276,7 +281,8 @@ class Run:
         }
 
     def _lr(self) -> float:
-        return float(learning_rate(self.config, self.length)(self.step - 1))
+        at = passes(self.config, self.length).position(self.step - 1)
+        return float(learning_rate(self.config, self.length)(at))
 
     def _original_step_ms(self, rows: list[dict[str, Any]]) -> float | None:
         """The median step of the network that training began with, before channels went."""
@@ -339,18 +345,3 @@ def _readable(batches: Iterable[Any]) -> Iterator[Any]:
         yield from batches
     except ValueError as error:
         raise OSError(f"the data cannot be read: {error}") from error
-
-
-def trainer_for(config: TrainConfig, data: Any) -> Trainer:
-    """The trainer of a resolved config on a loaded data set."""
-    per_epoch = data.steps_per_epoch(config.batch_size)
-    assert config.epochs is not None
-    length = Length(per_epoch, per_epoch * config.epochs)
-    return Trainer(config, data.image_shape, data.num_classes, length)
-
-
-def first_batch(config: TrainConfig, data: Any) -> tuple[Any, Any] | None:
-    """The first batch of a run, for methods that look at data before training; None for others."""
-    if not METHODS[config.method].needs_batch:
-        return None
-    return next(iter(data.train_batches(0, config.batch_size, config.seed)))

@@ -54,6 +54,7 @@ class RunFolder:
             is absent, or its config.json is missing, garbled or of another run.
         """
         folder = cls(str(config.out))
+        folder.checkpoints.kept = config.keep_checkpoint
         folder._begins = not resume
         try:
             folder._take(str(config.out))
@@ -259,7 +260,7 @@ class RunFolder:
         metrics_log.rewind(self._metrics, step)
 
     def save(self, step: int, tree: Any, meta: dict[str, Any]) -> None:
-        """Writes a checkpoint; the last two are kept.
+        """Writes a checkpoint; the last two are kept, and that of `keep_checkpoint`.
 
         Args:
           step: training steps done.

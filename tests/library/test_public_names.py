@@ -438,6 +438,66 @@ def snip():
 
 
 @check
+def grasp():
+    """Of `sum w^2 x`, cut in two: g = 2 w sum(x), Hg = 2 sum(x) g, with its sign."""
+    w, x = jnp.array([1.0, -2.0, 0.5]), jnp.array([[1.0], [-3.0]])
+    scores = bsj.grasp(lambda p, x: jnp.sum(p**2 * x), w, x)
+    np.testing.assert_allclose(scores, 16 * w**2, rtol=1e-6)
+    scores = bsj.grasp(lambda p, x: -jnp.sum(p**4 * x), w, x)
+    np.testing.assert_allclose(scores, 4 * 48 * w**6, rtol=1e-5)
+
+
+@check
+def synflow():
+    """The path of the larger weights survives; the scores of the others are 0."""
+    w = {"a": jnp.array([[-1.0, 2.0]]), "b": jnp.array([[3.0], [1.0]])}
+    scores = bsj.synflow(
+        lambda p, x: jnp.sum(x @ p["a"] @ p["b"]),
+        w,
+        jnp.ones((1, 1)),
+        sparsity=0.5,
+        rounds=5,
+        where=lambda name, leaf: True,
+    )
+    assert scores["a"].tolist() == [[3, 0]]
+    assert scores["b"].tolist() == [[3], [0]]
+
+
+@check
+def rumi_masks():
+    masks = bsj.random_masks(jax.random.key(0), params(), 0.9)
+    regrouped = bsj.rumi_masks(masks, clusters=2, min_rows=4)
+    expected = bsj.rumi_groups(masks["conv"], clusters=2, min_rows=4).mask()
+    np.testing.assert_array_equal(regrouped["conv"], expected)
+    assert regrouped["bias"].ndim == 0
+    unchanged = bsj.rumi_masks(masks, min_rows=33)  # no cluster has as many filters
+    np.testing.assert_array_equal(unchanged["conv"], masks["conv"])
+
+
+@check
+def dsb_masks():
+    masks = bsj.dsb_masks(params(), 0.75, block=8)
+    expected = bsj.dsb_groups(params()["conv"], sparsity=0.75, block=8).mask()
+    np.testing.assert_array_equal(masks["conv"], expected)
+    assert masks["bias"].ndim == 0
+
+
+@check
+def lottery_sparsities():
+    np.testing.assert_allclose(bsj.lottery_sparsities(0.7, 0.5), [0.5, 0.7])
+    assert bsj.lottery_sparsities(0.0) == ()
+
+
+@check
+def lottery_ticket():
+    masks = bsj.lottery_ticket(params(), None, 0.5)
+    assert int(masks["conv"].sum()) == kernel().size // 2
+    again = bsj.lottery_ticket(bsj.apply_masks(params(), masks), masks, 0.75)
+    assert int(again["conv"].sum()) == kernel().size // 4
+    assert not np.any(np.asarray(again["conv"] & ~masks["conv"]))
+
+
+@check
 def apply_masks():
     masks = {"a": jnp.array([True, False]), "b": jnp.asarray(True)}
     masked = bsj.apply_masks({"a": jnp.ones(2), "b": jnp.ones(3)}, masks)

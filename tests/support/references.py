@@ -378,6 +378,74 @@ def snip_scores(weights, gradients):
     return {name: size / total for name, size in sizes.items()}
 
 
+def gradient(function, weights):
+    """The gradient of an analytic function of named weights, exact by complex steps."""
+    grads = {}
+    for name, leaf in weights.items():
+        grads[name] = np.zeros(leaf.shape)
+        for place in np.ndindex(leaf.shape):
+            moved = leaf.astype(np.complex128)
+            moved[place] += 1e-30j
+            grads[name][place] = function(weights | {name: moved}).imag / 1e-30
+    return grads
+
+
+def grasp_scores(losses, weights):
+    """`w * Hg` with `g = sum_i grad L_i` held constant, and for `Hg = sum_i grad(g . grad L_i)` the
+    central difference of the gradient along g (Wang et al., GraSP, ICLR 2020).
+    """
+
+    def grad_at(point):
+        grads = [gradient(loss, point) for loss in losses]
+        return {name: sum(grad[name] for grad in grads) for name in point}
+
+    g = grad_at(weights)
+    step = 1e-4 / max(np.abs(leaf).max() for leaf in g.values())
+    ahead, behind = (
+        grad_at({name: weights[name] + sign * step * g[name] for name in weights})
+        for sign in (1, -1)
+    )
+    return {name: weights[name] * (ahead[name] - behind[name]) / (2 * step) for name in weights}
+
+
+def grasp_count(size, sparsity):
+    """`N - k + 1` weights stay, `k = int(N s)`: the weight at the cut does too."""
+    return min(size, size - int(size * sparsity) + 1)
+
+
+def global_masks(scores, count):
+    """The `count` highest scores of all layers together, each layer's best one in any case."""
+    best = {name: np.argmax(score) for name, score in scores.items()}
+    flat = []
+    for name, score in scores.items():
+        layer = score.astype(np.float64).reshape(-1).copy()
+        layer[best[name]] = np.inf
+        flat.append(layer)
+    kept = largest(np.concatenate(flat), max(count, len(flat)))
+    ends = np.cumsum([len(layer) for layer in flat])[:-1]
+    return {
+        name: part.reshape(scores[name].shape)
+        for name, part in zip(scores, np.split(kept, ends), strict=True)
+    }
+
+
+def synflow_masks(output, weights, sparsity, rounds):
+    """Round e scores `|w dR/dw|` of the weights that are left, R the outputs' sum under `|w|`, and
+    keeps the best `density^((e + 1) / rounds)` of all (Tanaka et al., SynFlow, NeurIPS 2020).
+    """
+    size = sum(leaf.size for leaf in weights.values())
+    masks = {name: np.ones(leaf.shape, bool) for name, leaf in weights.items()}
+    for e in range(rounds):
+        left = {name: np.abs(leaf) * masks[name] for name, leaf in weights.items()}
+        grads = gradient(output, left)
+        scores = {name: np.abs(left[name] * grads[name]) for name in weights}
+        count = round((1 - sparsity) ** ((e + 1) / rounds) * size)
+        alive = {name: np.where(masks[name], scores[name], -np.inf) for name in scores}
+        # what the last round prunes are scores of 0, which tie
+        masks = global_masks(alive if e < rounds - 1 else scores, count)
+    return masks
+
+
 def moving_average(average, gradient, decay):
     """`decay * m + (1 - decay) * g`: what SNFS grows by (Dettmers & Zettlemoyer, 2019)."""
     return decay * average + (1 - decay) * gradient

@@ -45,6 +45,11 @@ def quartic(params, scale):
     return scale * sum(jnp.sum(leaf**4) for leaf in jax.tree.leaves(params))
 
 
+def quartic_of_each(params, scales):
+    """The same for GraSP, which cuts its batch."""
+    return quartic(params, scales.sum())
+
+
 # name -> (params -> method). The masks of moving methods move at steps 3, 6, ... or 2, 5, ...
 METHODS = {
     "hrbp": lambda p: bsj.hrbp_prune(0.7, group_size=16),
@@ -83,6 +88,16 @@ METHODS = {
     ),
     "magnitude": lambda p: bsj.magnitude(0.7),
     "snip": lambda p: bsj.one_shot(0.7, scores=bsj.snip(quartic, p, 1.0), budget="global"),
+    "grasp": lambda p: bsj.one_shot(
+        0.7, scores=bsj.grasp(quartic_of_each, p, jnp.array([1.0, 2.0])), budget="global"
+    ),
+    "synflow": lambda p: bsj.one_shot(
+        0.7, scores=bsj.synflow(quartic, p, 1.0, sparsity=0.7, rounds=3), budget="global"
+    ),
+    "rumi": lambda p: bsj.fixed_masks(
+        bsj.rumi_masks(bsj.random_masks(jax.random.key(3), p, 0.9), clusters=2, min_rows=4)
+    ),
+    "dsb": lambda p: bsj.fixed_masks(bsj.dsb_masks(p, 0.7, block=8)),
     "fixed": lambda p: bsj.fixed_masks(bsj.random_masks(jax.random.key(3), p, 0.7)),
     "random-channel": lambda p: bsj.fixed_masks(
         layouts=bsj.random_channel_layouts(jax.random.key(0), p, 0.7)
@@ -94,7 +109,8 @@ METHODS = {
 STRAIGHT_THROUGH = ["subp", "sr-ste", "ste"]
 HARD = [name for name in METHODS if name not in STRAIGHT_THROUGH]
 # Hard methods whose masks stay as they are at init.
-STATIC = ["hrbp", "magnitude", "snip", "fixed", "random-channel"]
+STATIC = ["hrbp", "magnitude", "snip", "grasp", "synflow", "rumi", "dsb"]
+STATIC += ["fixed", "random-channel"]
 # Hard methods that prune weights in the midst of training.
 MOVING = [name for name in HARD if name not in (*STATIC, "hrbp-gradient")]
 # Of these, the ones that grow as many weights as they prune.

@@ -1,6 +1,14 @@
 """The options of each training method, one file a family, and the arguments that they become."""
 
-from experiments.training.methods.at_start import RandomChannels, RandomWeights, Snip
+from experiments.training.methods.at_start import (
+    Dsb,
+    Grasp,
+    RandomChannels,
+    RandomWeights,
+    Rumi,
+    Snip,
+    Synflow,
+)
 from experiments.training.methods.channels import PruneTrain, Slimming, Sss
 from experiments.training.methods.dynamic import DropAndGrow, Dynamic, Set
 from experiments.training.methods.exchange import (
@@ -14,6 +22,7 @@ from experiments.training.methods.exchange import (
 )
 from experiments.training.methods.gradual import Gradual
 from experiments.training.methods.hrbp import Hrbp, HrbpDynamic
+from experiments.training.methods.lottery import Lottery
 from experiments.training.methods.n_of_m import NOfM, SrSte
 from experiments.training.methods.options import AnyPattern, Options, Setup
 from experiments.training.methods.structured import (
@@ -31,15 +40,18 @@ __all__ = [
     "BrainDamage",
     "DeepR",
     "DropAndGrow",
+    "Dsb",
     "Dsr",
     "Dynamic",
     "GraNet",
     "Gradual",
+    "Grasp",
     "GroupLasso",
     "Hrbp",
     "HrbpDynamic",
     "L1Filters",
     "LassoChannels",
+    "Lottery",
     "Mest",
     "NOfM",
     "Narang",
@@ -49,6 +61,7 @@ __all__ = [
     "PruneTrain",
     "RandomChannels",
     "RandomWeights",
+    "Rumi",
     "SRigL",
     "Set",
     "Setup",
@@ -57,5 +70,6 @@ __all__ = [
     "SrSte",
     "Sss",
     "Subp",
+    "Synflow",
     "ThiNet",
 ]

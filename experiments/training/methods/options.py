@@ -6,7 +6,7 @@ method does between two steps, such as pruning a trained network, are its `opera
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ import blocksparse_jax as bsj
 from blocksparse_jax import _checks
 from blocksparse_jax.patterns import Pattern
 from experiments.training.execution import State
-from experiments.training.length import Length
+from experiments.training.length import Length, Passes
 from experiments.training.patterns import named
 
 
@@ -35,6 +35,7 @@ class Setup(NamedTuple):
       batch_stats: its batch statistics.
       optimizer: what trains the network without the method.
       learning_rate: of each step, step -> rate.
+      image_shape: (height, width, channels) of its images.
     """
 
     sparsity: float
@@ -47,6 +48,24 @@ class Setup(NamedTuple):
     batch_stats: Any = None
     optimizer: optax.GradientTransformation | None = None
     learning_rate: optax.Schedule | None = None
+    image_shape: tuple[int, ...] = ()
+
+    def logits(self, params: Any, images: jax.Array, *, train: bool) -> jax.Array:
+        """The logits of the dense network, float32 unless the parameters are wider.
+
+        Args:
+          params: of the network.
+          images: NHWC.
+          train: whether batch norm takes the statistics of these images.
+
+        Returns:
+          An array [n, classes].
+        """
+        assert self.model is not None
+        variables = {"params": params, "batch_stats": self.batch_stats or {}}
+        if not train:
+            return self.model.apply(variables, images, train=False)
+        return self.model.apply(variables, images, train=True, mutable=["batch_stats"])[0]
 
     def every(self, update_every: int | None) -> int:
         """Steps between updates: as asked, else 100, or an epoch if that is shorter."""
@@ -76,6 +95,27 @@ class Options:
     def check(self) -> None:
         """ValueError where options exclude each other; the library checks each one's value."""
 
+    def batch(self, batches: Iterable[Any], classes: int) -> Any:
+        """The examples that a method with `needs_batch` looks at before training.
+
+        Args:
+          batches: of the first epoch, (images, labels).
+          classes: of the data set.
+
+        Returns:
+          Images and labels: those of the first batch.
+        """
+        return next(iter(batches))
+
+    def passes(self, length: Length, sparsity: float) -> Passes:
+        """How often training starts over: once, unless operations rewind it.
+
+        Args:
+          length: of the run.
+          sparsity: that the run asks for.
+        """
+        return Passes(0, length.total, 1)
+
     def arguments(self, setup: Setup) -> dict[str, Any]:
         """Returns the arguments of the method's function in a run.
 
@@ -86,6 +126,9 @@ class Options:
 
     def operations(self, setup: Setup) -> dict[int, "Operation"]:
         """What the method does between two steps: (state, setup) -> state, by steps done before.
+
+        That of step 0 runs before the first step, and says what `state.aside` holds: a resumed run
+        reads as many arrays from its checkpoint.
 
         The operation gets the state in the masked form and a setup with its parameters, statistics
         and loss. It may set new masks (`bsj.replace_masks`), parameters and moments, keep a tree

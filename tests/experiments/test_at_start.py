@@ -1,0 +1,119 @@
+"""Masks before training: what SNIP, GraSP and SynFlow look at in a run, and what they keep."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import references as ref
+
+import blocksparse_jax as bsj
+from experiments.data import load
+from experiments.training.config import TrainConfig, resolve
+from experiments.training.execution import masks_of
+from experiments.training.methods import Grasp, Snip, Synflow
+from experiments.training.methods.balanced import balanced
+from experiments.training.seeding import first_batch, trainer_for
+
+SPARSITY = 0.8
+LAYERS = ("stem", "conv1", "conv2", "conv3", "classifier")
+
+
+def started(method, options):
+    """The trainer, the batch that it looked at and the masks before the first step."""
+    config = TrainConfig(
+        method=method, width=0.125, sparsity=SPARSITY, epochs=1, options=options, out="-"
+    )
+    config, data = resolve(config), load("digits")
+    trainer, batch = trainer_for(config, data), first_batch(config, data)
+    return trainer, batch, masks_of(trainer.init(batch))
+
+
+def kernels(tree):
+    return {name: np.asarray(tree[name]["kernel"]) for name in LAYERS}
+
+
+def test_a_balanced_batch_is_ordered_by_class():
+    """Each of its batches: a half holds whole classes."""
+    images = np.arange(40).reshape(10, 4, 1)
+    labels = np.arange(40).reshape(10, 4) % 3
+    found, classes = balanced(zip(images, labels, strict=True), 3, per_class=2, count=2)
+    assert classes.tolist() == [0, 0, 1, 1, 2, 2] * 2
+    assert found[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    with pytest.raises(ValueError, match="expected 20 examples of every class, and class 0 has 14"):
+        balanced(zip(images, labels, strict=True), 3, per_class=10, count=2)
+
+
+def test_grasp_looks_at_two_halves_with_statistics_of_their_own():
+    """The masks of the definition: 10 examples a class, logits over 200, every layer, the cut."""
+    trainer, (images, labels), masks = started("grasp", Grasp())
+    assert labels.tolist() == [label for label in range(10) for _ in range(10)]
+    params, batch_stats = trainer.initial()
+    model = trainer.model("masked")
+
+    @jax.jit
+    def loss(params, start):
+        variables = {"params": params, "batch_stats": batch_stats}
+        half = jax.lax.dynamic_slice_in_dim(images, start, 50)
+        logits, _ = model.apply(variables, half, train=True, mutable=["batch_stats"])
+        targets = jax.lax.dynamic_slice_in_dim(jnp.asarray(labels), start, 50)
+        return optax.softmax_cross_entropy_with_integer_labels(logits / 200, targets).mean()
+
+    def both(params):
+        return loss(params, 0) + loss(params, 50)
+
+    gradient = jax.jit(jax.grad(both))(params)
+    product = jax.jit(lambda p: jax.jvp(jax.grad(both), (p,), (gradient,))[1])(params)
+    scores = kernels(jax.tree.map(jnp.multiply, params, product))
+    size = sum(score.size for score in scores.values())
+    expected = ref.global_masks(scores, ref.grasp_count(size, SPARSITY))
+    kept = kernels(masks)
+    assert sum(mask.sum() for mask in kept.values()) == ref.grasp_count(size, SPARSITY)
+    differ = sum((kept[name] != expected[name]).sum() for name in LAYERS)
+    assert differ <= 2  # the other order of the derivatives rounds differently
+
+
+def test_synflow_needs_no_data_and_keeps_every_layer():
+    trainer, batch, masks = started("synflow", Synflow(rounds=20))
+    assert batch is None
+    kept = kernels(masks)
+    size = sum(mask.size for mask in kept.values())
+    assert sum(mask.sum() for mask in kept.values()) == round(size * (1 - SPARSITY))
+    params, batch_stats = trainer.initial()
+    model = trainer.model("masked")
+    scores = bsj.synflow(
+        lambda p, x: model.apply({"params": p, "batch_stats": batch_stats}, x, train=False).sum(),
+        params,
+        jnp.ones((1, 8, 8, 1)),
+        sparsity=SPARSITY,
+        rounds=20,
+        where=lambda name, leaf: leaf.ndim > 1,
+    )
+    expected = ref.global_masks(kernels(scores), round(size * (1 - SPARSITY)))
+    for name in LAYERS:
+        np.testing.assert_array_equal(kept[name], expected[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "dense"),
+    [
+        (Snip(), set()),
+        (Snip(layers="inner"), {"stem", "classifier"}),
+        (Snip(pattern="kernel"), {"stem", "classifier"}),
+    ],
+)
+def test_scores_are_those_of_every_layer_unless_the_pattern_cannot_divide_it(options, dense):
+    *_, masks = started("snip", options)
+    assert {name for name, mask in kernels(masks).items() if mask.ndim == 0} == dense
+
+
+def test_options_that_exclude_each_other_are_refused():
+    config = TrainConfig(method="snip", options=Snip(pattern="kernel", layers="all"))
+    with pytest.raises(ValueError, match="layers: 'all' takes stem and classifier too"):
+        resolve(config)
+    with pytest.raises(ValueError, match=r"layers: expected one of 'inner', 'all', got 'al'"):
+        resolve(dataclasses.replace(config, options=Snip(layers="al")))
+    with pytest.raises(ValueError, match="examples_per_class"):
+        resolve(TrainConfig(method="grasp", options=Grasp(examples_per_class=0)))
