@@ -43,6 +43,7 @@ from blocksparse_jax.state import (
     replace_masks,
 )
 from blocksparse_jax.summary import summarize
+from blocksparse_jax.transforms.campfire import campfire
 from blocksparse_jax.transforms.drop_and_grow import drop_and_grow
 from blocksparse_jax.transforms.external import external_masks
 from blocksparse_jax.transforms.gradual import gradual, gradual_magnitude
@@ -71,6 +72,7 @@ __all__ = [
     "available_implementations",
     "between",
     "block_fill",
+    "campfire",
     "cancel_transposes",
     "channel_orders",
     "choose_implementation",

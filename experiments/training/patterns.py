@@ -3,7 +3,7 @@
 from blocksparse_jax import _checks, patterns
 from blocksparse_jax.patterns import Pattern
 
-NAMES = ("unstructured", "kernel", "window", "channel", "n_of_m", "one_by_n", "block")
+NAMES = ("unstructured", "kernel", "vector", "window", "channel", "n_of_m", "one_by_n", "block")
 
 
 def named(text: str) -> Pattern:

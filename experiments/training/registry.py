@@ -58,7 +58,8 @@ METHODS: dict[str, Method] = {
     "set": Method(methods.Dynamic(budget="er"), bsj.set_),
     "snfs": Method(methods.Dynamic(), bsj.snfs),
     "drop-and-grow": Method(methods.DropAndGrow(budget="erk"), bsj.drop_and_grow),
-    "magnitude": Method(methods.AnyPattern(), bsj.magnitude),
+    "campfire": Method(methods.Campfire(), bsj.campfire),
+    "magnitude": Method(methods.Magnitude(), bsj.magnitude),
     "snip": Method(
         methods.Snip(budget="global"), bsj.one_shot, bsj.snip, "scores", needs_batch=True
     ),

@@ -12,14 +12,14 @@ ORDER = [
     {"kernels"},
     {"tree", "geometry", "erk"},
     {"selection", "scores", "budgets", "schedules"},
-    {"counts"},
+    {"counts", "dead_inputs"},
     {"layout"},
     {"grouping.search", "grouping.column_blocks"},
     {"grouping.channel_order"},
     {"grouping.channel_spaces"},
     {"patterns._base"},
     {"patterns.unstructured", "patterns.kernel", "patterns.window", "patterns.n_of_m"}
-    | {"patterns.one_by_n"},
+    | {"patterns.one_by_n", "patterns.vector"},
     {"patterns.channel", "patterns.block"},
     {"masks"},
     {"spec"},
@@ -29,7 +29,7 @@ ORDER = [
     {"transforms.first_masks", "transforms.nesting"},
     {"transforms.keep_zeros", "transforms.static", "transforms.one_shot", "transforms.gradual"}
     | {"transforms.drop_and_grow", "transforms.sr_ste", "transforms.subp"}
-    | {"transforms.external"},
+    | {"transforms.external", "transforms.campfire"},
     {"transforms.rigl", "transforms.set", "transforms.snfs", "transforms.hrbp"},
     {"kernel_gradient"},
     {"conv"},

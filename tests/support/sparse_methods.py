@@ -61,6 +61,7 @@ METHODS = {
     "gradual-blocks": lambda p: bsj.gradual(
         0.7, pattern=bsj.patterns.one_by_n(16), schedule=bsj.between(2, 20, every=3)
     ),
+    "campfire": lambda p: bsj.campfire(0.7, era=(2, 18), window_share=0.5),
     "subp-hard": lambda p: bsj.subp(0.5, block=16, start=2, end=20, update_every=3, soft=False),
     "magnitude": lambda p: bsj.magnitude(0.7),
     "snip": lambda p: bsj.one_shot(0.7, scores=bsj.snip(quartic, p, 1.0), budget="global"),

@@ -97,8 +97,8 @@ class AnyPattern(Options):
     """Masks of any pattern.
 
     Attributes:
-      pattern: unstructured, kernel, window, channel, n_of_m, one_by_n or block, with its arguments
-        behind colons: one_by_n:16, block:32, n_of_m:2:4.
+      pattern: unstructured, kernel, vector, window, channel, n_of_m, one_by_n or block, with its
+        arguments behind colons: one_by_n:16, block:32, n_of_m:2:4.
       budget: how the layers share the density: uniform, erk, er or global.
     """
 
