@@ -14,10 +14,8 @@ from experiments.training import stopping
 if __name__ == "__main__":
     stopping.end_at_once()  # Ctrl-C: nothing is written, so nothing is lost
 
-from experiments.data import load
-from experiments.training.execution import masks_of, summary_of, to_form
-from experiments.training.run import first_batch, trainer_for
-from experiments.training.run_folder import RunFolder
+from experiments.training.execution import summary_of
+from experiments.training.restored import restore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,18 +46,7 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
       ValueError: the folder is not a run's, or its checkpoint cannot be read.
       FileNotFoundError: the data set is not prepared.
     """
-    folder = RunFolder(config.run)
-    train = folder.config()
-    step = folder.latest() if config.step is None else config.step
-    if step is None:
-        raise ValueError(
-            f"{folder.path}: has no checkpoint yet; go on with the run: {folder.resume_command}"
-        )
-    data = load(train.dataset, config.data_dir or train.data_dir)
-    trainer = trainer_for(train, data)
-    fresh = trainer.init(first_batch(train, data))
-    like = to_form(folder.checkpoints.meta(step)["form"], fresh), masks_of(fresh)
-    state, _ = folder.checkpoints.restore(step, like)
+    train, data, trainer, state, step = restore(config.run, config.step, config.data_dir)
     accuracy = trainer.evaluate(state, data.test_batches(train.batch_size))
     print(f"{train.method} on {train.dataset}, step {step}: test accuracy {accuracy:.2%}")
     if (summary := summary_of(state, train.method)) is not None:

@@ -267,9 +267,21 @@ class Trainer:
     def _count_correct(
         self, state: State, images: Array, labels: Array, weight: Array
     ) -> tuple[Array, Array]:
-        variables = self._variables(state, state.layouts)
-        logits = self.model(state.form).apply(variables, images, train=False)
+        logits = self.logits(state, images)
         return jnp.sum((logits.argmax(-1) == labels) * weight), jnp.sum(weight)
+
+    def logits(self, state: State, images: Float[Array, "n h w c"]) -> Float[Array, "n classes"]:
+        """What the network says of images, as at inference.
+
+        Args:
+          state: in any form.
+          images: NHWC float32 images.
+
+        Returns:
+          A score of each class.
+        """
+        variables = self._variables(state, state.layouts)
+        return self.model(state.form).apply(variables, images, train=False)
 
 
 def stepper(

@@ -11,10 +11,10 @@ import blocksparse_jax as bsj
 from experiments.data import load
 from experiments.measuring.environment import commit, device, versions
 from experiments.measuring.timing import StepTimer, median_iqr
-from experiments.models.flops import conv_positions
 from experiments.training import plots, stopping
 from experiments.training.config import TrainConfig, resolve
 from experiments.training.execution import State, layouts_of, masks_of, to_form
+from experiments.training.history import History
 from experiments.training.length import Length
 from experiments.training.loop import Metrics, Trainer
 from experiments.training.optimizer import learning_rate
@@ -75,6 +75,7 @@ class Run:
         self.state: State = self.trainer.init(first_batch(config, self.data))
         self.step, self.seconds, self._since = 0, 0.0, time.perf_counter()
         self._masks = masks_of(self.state)  # at the last epoch's end, for the SAD
+        self._history = History(self.trainer, self.state, self.data.image_shape)
         self._window, self._epoch = Sums(), Sums()
         self._pending: list[Metrics] = []
         self._timer = StepTimer()
@@ -94,8 +95,9 @@ class Run:
 
     def _restore(self, step: int) -> None:
         meta = self.folder.checkpoints.meta(step)
-        like = to_form(meta["form"], self.state), self._masks
-        self.state, self._masks = self.folder.checkpoints.restore(step, like)
+        like = checkpoint_like(meta["form"], self.state)
+        self.state, self._masks, ever = self.folder.checkpoints.restore(step, like)
+        self._history.restart(self.state, ever, flops=meta["flops"], steps=step)
         self.step, self._window, self._epoch = step, Sums(*meta["window"]), Sums(*meta["epoch"])
         self.seconds = meta["seconds"]
 
@@ -108,8 +110,9 @@ class Run:
             "window": self._window,
             "epoch": self._epoch,
             "seconds": self.seconds,
+            "flops": self._history.flops,
         }
-        self.folder.save(self.step, (self.state, self._masks), meta)
+        self.folder.save(self.step, (self.state, self._masks, self._history.ever), meta)
 
     def train(self, stop_after: int | None = None) -> dict[str, Any] | None:
         """Trains to the end, or for some steps.
@@ -196,6 +199,7 @@ class Run:
             lambda: trainer.step(state, step, images, labels),
         )
         self._pending.append(metrics)
+        self._history.step(step, self.state)
         self.step += 1
 
     def _fetch(self) -> None:
@@ -206,6 +210,7 @@ class Run:
                 for s in (self._window, self._epoch)
             )
         self._pending.clear()
+        self._history.fetch()
         if not math.isfinite(self._epoch.loss):
             raise FloatingPointError(
                 f"the loss is {self._epoch.loss} at step {self.step}; lower --lr "
@@ -237,6 +242,7 @@ class Run:
             "density": float(bsj.metrics.density(masks)),
             "nonzero_pruned": self._nonzero_pruned(),
             "sad": float(bsj.sad(masks, self._masks).total),
+            **self._history.numbers(),
             "step_ms_median": median,
             "step_ms_iqr": iqr,
         }
@@ -266,8 +272,8 @@ class Run:
         """Draws the pictures and writes the result."""
         masks = masks_of(self.state)
         dense = to_form("masked", self.state)
-        variables = {"params": dense.params, "batch_stats": dense.batch_stats}
-        positions = conv_positions(self.trainer.model("masked"), variables, self.data.image_shape)
+        assert self.config.options is not None
+        positions = self._history.positions
         rows = self.folder.metrics()
         last = [row for row in rows if row["kind"] == "epoch"][-1]
         median, iqr = median_iqr(self._timer.milliseconds(self.state.form))
@@ -278,6 +284,8 @@ class Run:
             "test_accuracy": last["test_accuracy"],
             "train_loss": last["loss"],
             "kept_flops_fraction": bsj.metrics.kept_flops(masks, dense.params, positions),
+            **self._history.numbers(),
+            **self.config.options.report(dense.params, masks),
             "step_ms_median": median if median is not None else last["step_ms_median"],
             "step_ms_iqr": iqr if iqr is not None else last["step_ms_iqr"],
             "topology_step_ms_median": median_iqr(self._timer.milliseconds("topology"))[0],
@@ -306,6 +314,14 @@ def _readable(batches: Iterable[Any]) -> Iterator[Any]:
         yield from batches
     except ValueError as error:
         raise OSError(f"the data cannot be read: {error}") from error
+
+
+def checkpoint_like(form: str, state: State) -> tuple[State, Any, Any]:
+    """What a checkpoint of that form holds: the state, the masks at the last epoch's end, and the
+    weights that were ever active.
+    """
+    masks = masks_of(state)
+    return to_form(form, state), masks, masks
 
 
 def trainer_for(config: TrainConfig, data: Any) -> Trainer:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+import blocksparse_jax as bsj
 from blocksparse_jax import patterns, tree
 from blocksparse_jax.patterns import Pattern
 from experiments.models.spaces import channel_spaces
@@ -76,6 +77,13 @@ class Campfire(Options):
             "fc_block": self.fc_block,
             "feeds": self.feeds(setup.params),
         }
+
+    def report(self, params: Any, masks: Any) -> dict[str, Any]:
+        """The inputs of the classifier that were eliminated, and their weights."""
+        if not (feeds := self.feeds(params)):
+            return {}
+        (saved,) = bsj.metrics.eliminated_inputs(masks, feeds).values()
+        return {"fc_eliminated_inputs": saved.inputs, "fc_eliminated_weights": saved.weights}
 
 
 _CLASSIFIER = "classifier/kernel"

@@ -91,6 +91,15 @@ class Options:
         """The network that training starts from, made of the initial one."""
         return params, batch_stats
 
+    def report(self, params: Any, masks: Any) -> dict[str, Any]:
+        """What the method adds to result.json.
+
+        Args:
+          params: the trained parameters, dense.
+          masks: the last masks, the scalar True for dense leaves.
+        """
+        return {}
+
 
 @dataclasses.dataclass(frozen=True)
 class AnyPattern(Options):
