@@ -59,6 +59,7 @@ from blocksparse_jax.state import (
 )
 from blocksparse_jax.summary import summarize
 from blocksparse_jax.transforms.brain_damage import brain_damage
+from blocksparse_jax.transforms.campfire import campfire
 from blocksparse_jax.transforms.deep_r import deep_r
 from blocksparse_jax.transforms.drop_and_grow import drop_and_grow
 from blocksparse_jax.transforms.dsr import dsr
@@ -101,6 +102,7 @@ __all__ = [
     "between",
     "block_fill",
     "brain_damage",
+    "campfire",
     "cancel_transposes",
     "channel_counts",
     "channel_masks",

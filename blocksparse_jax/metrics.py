@@ -1,13 +1,15 @@
-"""Metrics: density, kept FLOPs, distances between masks, pruned weights that are not zero."""
+"""Metrics: density, kept and training FLOPs, what masks explore, distances between masks, zeros."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from blocksparse_jax import tree
+from blocksparse_jax import _checks, tree
+from blocksparse_jax.dead_inputs import Feeds, checked_feeds, live_inputs
 from blocksparse_jax.state import hard_masks, is_sparse_state
 
 
@@ -121,6 +123,157 @@ def kept_flops(masks: PyTree, params: PyTree, positions: Mapping[str, int]) -> f
             "layers to count, e.g. {'conv/kernel': height * width}"
         )
     return sum(leaves[name][1] * n for name, n in positions.items()) / total
+
+
+def step_flops(kept: float, dense: float, dense_gradient: bool = False) -> float:
+    """The FLOPs of one training step, in those of a forward pass.
+
+    The forward pass, the gradient of the inputs and that of the kernels take as many each; with
+    `dense_gradient` the last one is that of all weights.
+
+    Args:
+      kept: FLOPs of the forward pass with the step's masks.
+      dense: FLOPs of the dense forward pass.
+      dense_gradient: whether the step needs the gradient of the pruned weights too
+        (`Spec.dense_gradient`).
+
+    Returns:
+      `2 * kept + (dense if dense_gradient else kept)`: integers stay integers.
+
+    Example:
+      >>> step_flops(1, 10), step_flops(1, 10, dense_gradient=True)
+      (3, 12)
+
+    Reference: Evci et al., "RigL", ICML 2020, appendix on FLOPs.
+    """
+    return 2 * kept + (dense if dense_gradient else kept)
+
+
+def training_flops(
+    kept: Sequence[float], dense: float = 1.0, dense_gradient: Callable[[int], Any] | None = None
+) -> float:
+    """The fraction of a dense training's FLOPs that a sparse training takes.
+
+    Args:
+      kept: FLOPs of the forward pass at each step: numbers in the unit of `dense`, as fractions
+        those of `kept_flops`.
+      dense: FLOPs of the dense forward pass.
+      dense_gradient: step -> whether it needs the gradient of the pruned weights too, such as
+        `get_spec(state).dense_gradient`; None = no step does.
+
+    Returns:
+      The mean over the steps of `step_flops / (3 * dense)`: 1 for dense training.
+
+    Raises:
+      ValueError: there are no steps, or `dense` is not above 0.
+
+    Example:
+      >>> training_flops([1.0, 0.25], dense_gradient=lambda step: step == 1)
+      0.75
+
+    Reference: Evci et al., "RigL", ICML 2020, appendix on FLOPs.
+    """
+    if not len(kept):
+        raise ValueError("kept: expected the FLOPs of at least one step, got none")
+    _checks.number("dense", dense, low_open=True)
+    needs = dense_gradient or (lambda step: False)
+    steps = [step_flops(flops, dense, bool(needs(step))) for step, flops in enumerate(kept)]
+    return sum(steps) / (3 * dense * len(steps))
+
+
+def ever_active(*masks: PyTree) -> PyTree:
+    """The weights that any of several masks keeps.
+
+    Args:
+      *masks: trees of one structure, as `get_masks` gives at several steps.
+
+    Returns:
+      A tree of the same structure, True where one of them is.
+
+    Raises:
+      ValueError: there are none, or the trees differ.
+
+    Example:
+      >>> a, b = {"w": jnp.array([True, False])}, {"w": jnp.array([False, False])}
+      >>> ever_active(a, b)["w"].tolist()
+      [True, False]
+    """
+    if not masks:
+        raise ValueError("masks: expected at least one tree of masks, got none")
+    first, *others = masks
+    nodes = [tree.match(f"masks[{i}]", other, first) for i, other in enumerate(others, 1)]
+    columns = zip(jax.tree.leaves(first), *nodes, strict=True)
+    union = [functools.reduce(jnp.logical_or, column) for column in columns]
+    return jax.tree.unflatten(jax.tree.structure(first), union)
+
+
+def itop(*masks: PyTree) -> Float[Array, ""]:
+    """The in-time over-parameterization rate: the fraction of the weights that were ever active.
+
+    Args:
+      *masks: trees of one structure, as `get_masks` gives at all steps of a training, or the one
+        that `ever_active` has made of them step by step.
+
+    Returns:
+      float32 scalar in [0, 1]; dense leaves (the scalar True) do not count, and 1 without masks.
+
+    Raises:
+      ValueError: there are none, or the trees differ.
+
+    Example:
+      >>> a, b = {"w": jnp.arange(4) == 0}, {"w": jnp.arange(4) == 3}
+      >>> float(itop(a)), float(itop(a, b))
+      (0.25, 0.5)
+
+    Reference: Liu et al., "Do we actually need dense over-parameterization?", ICML 2021 (R_s).
+    """
+    return density(ever_active(*masks))
+
+
+class Eliminated(NamedTuple):
+    """What elimination saves in one dense layer.
+
+    Attributes:
+      inputs: that come from channels whose kernel slices are all pruned.
+      weights: pruned weights of these inputs.
+    """
+
+    inputs: int
+    weights: int
+
+
+def eliminated_inputs(masks: PyTree, feeds: Feeds) -> dict[str, Eliminated]:
+    """Counts the inputs of dense layers that come from channels without kernels, and their weights.
+
+    Args:
+      masks: as `get_masks` gives.
+      feeds: as `campfire` takes it: name of a dense kernel -> name or names of the conv kernels
+        that it reads.
+
+    Returns:
+      Name of the dense kernel -> `Eliminated(inputs, weights)`.
+
+    Raises:
+      ValueError: a name is no sparse layer, or sizes do not fit.
+
+    Example:
+      >>> conv = jnp.ones((1, 1, 2, 4), bool).at[..., 1].set(False)
+      >>> masks = {"conv": conv, "fc": jnp.ones((8, 3), bool).at[1].set(False)}
+      >>> eliminated_inputs(masks, {"fc": "conv"})
+      {'fc': Eliminated(inputs=2, weights=3)}
+
+    Reference: Gamboa et al., "Campfire", 2020 (FC elimination).
+    """
+    sparse = {
+        tree.path_name(path): mask
+        for path, mask in jax.tree.leaves_with_path(masks)
+        if jnp.ndim(mask)
+    }
+    saved = {}
+    for layer, convs in checked_feeds(feeds, tree.shapes(sparse)).items():
+        dead = ~live_inputs(sparse, convs, sparse[layer].shape[0])
+        saved[layer] = Eliminated(int(dead.sum()), int((~sparse[layer] & dead[:, None]).sum()))
+    return saved
 
 
 def nonzero_pruned(params: PyTree, state: PyTree) -> Int[Array, ""]:

@@ -14,10 +14,8 @@ from experiments.training import stopping
 if __name__ == "__main__":
     stopping.end_at_once()  # Ctrl-C: nothing is written, so nothing is lost
 
-from experiments.data import load
 from experiments.training.execution import summary_of
-from experiments.training.run_folder import RunFolder
-from experiments.training.seeding import restored
+from experiments.training.restored import restore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +46,7 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
       ValueError: the folder is not a run's, or its checkpoint cannot be read.
       FileNotFoundError: the data set is not prepared.
     """
-    folder = RunFolder(config.run)
-    train = folder.config()
-    step = folder.latest() if config.step is None else config.step
-    data = load(train.dataset, config.data_dir or train.data_dir)
-    trainer, state = restored(folder, train, data, step)
+    train, data, trainer, state, step = restore(config.run, config.step, config.data_dir)
     accuracy = trainer.evaluate(state, data.test_batches(train.batch_size))
     print(f"{train.method} on {train.dataset}, step {step}: test accuracy {accuracy:.2%}")
     if (summary := summary_of(state, train.method)) is not None:

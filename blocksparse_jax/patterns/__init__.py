@@ -15,6 +15,7 @@ from blocksparse_jax.patterns.kernel import kernel
 from blocksparse_jax.patterns.n_of_m import n_of_m
 from blocksparse_jax.patterns.one_by_n import one_by_n
 from blocksparse_jax.patterns.unstructured import unstructured
+from blocksparse_jax.patterns.vector import vector
 from blocksparse_jax.patterns.window import window
 
 __all__ = [
@@ -28,5 +29,6 @@ __all__ = [
     "n_of_m",
     "one_by_n",
     "unstructured",
+    "vector",
     "window",
 ]

@@ -1,10 +1,13 @@
 """One-shot pruning: masks from scores, once, and static training from there on."""
 
+from collections.abc import Callable
+from typing import Literal
+
 import optax
 from jaxtyping import Array, PyTree
 
+from blocksparse_jax import _checks, patterns, tree
 from blocksparse_jax import scores as scores_
-from blocksparse_jax import tree
 from blocksparse_jax.budgets import Budget
 from blocksparse_jax.patterns import Kept, Pattern
 from blocksparse_jax.schedules import Never, Through
@@ -77,10 +80,20 @@ def one_shot(
     )
 
 
+Granularity = Literal["weight", "vector", "kernel", "filter"]
+GRANULARITIES: dict[Granularity, Callable[[], Pattern]] = {
+    "weight": patterns.unstructured,
+    "vector": patterns.vector,
+    "kernel": patterns.kernel,
+    "filter": patterns.channel,
+}
+
+
 def magnitude(
     sparsity: float,
     *,
     pattern: Pattern | None = None,
+    granularity: Granularity | None = None,
     budget: Budget = "uniform",
     where: tree.Where | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -89,6 +102,9 @@ def magnitude(
     Args:
       sparsity: fraction of the chosen weights to remove, in [0, 1).
       pattern: which sets of weights are kept together; None is `patterns.unstructured()`.
+      granularity: in place of a pattern, how coarse the sets are: "weight", "vector" (a row of a
+        kernel slice), "kernel" (a kernel slice) or "filter" (an output channel), by their summed
+        magnitude.
       budget: "uniform", "erk", "er", "global", or a map layer name -> sparsity.
       where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.
 
@@ -96,7 +112,8 @@ def magnitude(
       An optax transformation that masks gradients; put it first in the chain, inside `keep_zeros`.
 
     Raises:
-      ValueError: a bad argument, or at init a chosen leaf that the pattern cannot divide.
+      ValueError: a bad argument, both a pattern and a granularity, or at init a chosen leaf that
+        the pattern cannot divide.
 
     Example:
       >>> import blocksparse_jax as bsj, jax.numpy as jnp
@@ -104,6 +121,15 @@ def magnitude(
       >>> bsj.get_masks(magnitude(0.5).init(params))["conv"].reshape(-1)[31:33].tolist()
       [False, True]
 
-    Reference: Han et al., "Learning both weights and connections", NeurIPS 2015.
+    Reference: Han et al., "Learning both weights and connections", NeurIPS 2015; the granularities
+    of Mao et al., "Exploring the granularity of sparsity", 2017.
     """
+    if granularity is not None:
+        _checks.choice("granularity", granularity, GRANULARITIES)
+        if pattern is not None:
+            raise ValueError(
+                f"granularity: {granularity!r} is a pattern of its own, so pattern={pattern} has "
+                "no effect; leave one of them out"
+            )
+        pattern = GRANULARITIES[granularity]()
     return one_shot(sparsity, pattern=pattern, budget=budget, where=where, name="magnitude")

@@ -59,6 +59,17 @@ def to_form(form: str, state: State) -> State:
     return State(params, state.batch_stats, opt_state, layouts, form, state.aside)
 
 
+def checkpoint_like(form: str, state: State) -> tuple[State, Any, Any]:
+    """What a checkpoint holds: the state, the last epoch's masks and the weights ever active.
+
+    Args:
+      form: that the state was saved in.
+      state: of the same run, in any form.
+    """
+    masks = masks_of(state)
+    return to_form(form, state), masks, masks
+
+
 def masks_of(state: State) -> Any:
     """The masks of a state in any form.
 

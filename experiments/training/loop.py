@@ -324,10 +324,22 @@ class Trainer:
     def _count_correct(
         self, state: State, images: Array, labels: Array, weight: Array
     ) -> tuple[Array, Array]:
+        logits = self.logits(state, images)
+        return jnp.sum((logits.argmax(-1) == labels) * weight), jnp.sum(weight)
+
+    def logits(self, state: State, images: Float[Array, "n h w c"]) -> Float[Array, "n classes"]:
+        """What the network says of images, as at inference.
+
+        Args:
+          state: in any form.
+          images: NHWC float32 images.
+
+        Returns:
+          A score of each class.
+        """
         variables = self._variables(state, state.layouts)
         model = self.model(state.form, widths=widths_of(state))
-        logits = model.apply(variables, images, train=False)
-        return jnp.sum((logits.argmax(-1) == labels) * weight), jnp.sum(weight)
+        return model.apply(variables, images, train=False)
 
 
 def stepper(

@@ -14,6 +14,7 @@ NAMES = (
     "one_by_n",
     "block",
 )
+NAMES = ("unstructured", "kernel", "vector", "window", "channel", "n_of_m", "one_by_n", "block")
 
 
 def named(text: str) -> Pattern:

@@ -69,6 +69,27 @@ def comparison(runs: Mapping[str, Sequence[dict[str, Any]]], path: str | Path) -
     _save(figure, path)
 
 
+def attack(
+    epsilons: Sequence[float], accuracies: Sequence[float], path: str | Path, title: str
+) -> None:
+    """Draws the accuracy on attacked images over the size of the attack.
+
+    Args:
+      epsilons: of the fast gradient sign method, 0 for the images as they are.
+      accuracies: one for each.
+      path: of the PNG.
+      title: above the picture.
+    """
+    figure = _figure(5, 3.6, title)
+    ax = figure.subplots()
+    ax.plot(epsilons, accuracies, marker=".")
+    ax.set_xlabel("epsilon, where 1 is the brightest pixel")
+    ax.set_ylabel("test accuracy")
+    ax.set_ylim(0, 1)
+    ax.grid(alpha=0.3)
+    _save(figure, path)
+
+
 def block_structure(
     masks: Any, layouts: Any, path: str | Path | None = None, title: str = ""
 ) -> Figure:

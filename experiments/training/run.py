@@ -12,17 +12,17 @@ import blocksparse_jax as bsj
 from experiments.data import load
 from experiments.measuring.environment import commit, device, versions
 from experiments.measuring.timing import StepTimer, median_iqr
-from experiments.models.flops import conv_positions
 from experiments.training import network_size, plots, stopping
 from experiments.training.config import TrainConfig, resolve
 from experiments.training.execution import (
     State,
+    checkpoint_like,
     dense_shapes,
     layouts_of,
     masks_of,
     to_form,
-    widths_of,
 )
+from experiments.training.history import History
 from experiments.training.loop import Metrics
 from experiments.training.optimizer import learning_rate, passes
 from experiments.training.progress import Progress
@@ -88,6 +88,7 @@ class Run:
         self.step, self.seconds, self._since = 0, 0.0, time.perf_counter()
         self._parameters = network_size.parameters(dense_shapes(self.state))
         self._masks = masks_of(self.state)  # at the last epoch's end, for the SAD
+        self._history = History(self.trainer, self.state, self.data.image_shape)
         self._window, self._epoch = Sums(), Sums()
         self._pending: list[Metrics] = []
         self._timer = StepTimer()
@@ -107,8 +108,9 @@ class Run:
 
     def _restore(self, step: int) -> None:
         meta = self.folder.checkpoints.meta(step)
-        like = to_form(meta["form"], self.state), self._masks
-        self.state, self._masks = self.folder.checkpoints.restore(step, like)
+        like = checkpoint_like(meta["form"], self.state)
+        self.state, self._masks, ever = self.folder.checkpoints.restore(step, like)
+        self._history.restart(self.state, ever, flops=meta["flops"], steps=step)
         self._parameters = network_size.parameters(dense_shapes(self.state))
         self.step, self._window, self._epoch = step, Sums(*meta["window"]), Sums(*meta["epoch"])
         self.seconds = meta["seconds"]
@@ -122,8 +124,9 @@ class Run:
             "window": self._window,
             "epoch": self._epoch,
             "seconds": self.seconds,
+            "flops": self._history.flops,
         }
-        self.folder.save(self.step, (self.state, self._masks), meta)
+        self.folder.save(self.step, (self.state, self._masks, self._history.ever), meta)
 
     def train(self, stop_after: int | None = None) -> dict[str, Any] | None:
         """Trains to the end, or for some steps.
@@ -214,6 +217,7 @@ class Run:
         if changes:
             self._parameters = network_size.parameters(dense_shapes(self.state))
         self._pending.append(metrics)
+        self._history.step(step, self.state)
         self.step += 1
 
     def _fetch(self) -> None:
@@ -224,6 +228,7 @@ class Run:
                 for s in (self._window, self._epoch)
             )
         self._pending.clear()
+        self._history.fetch()
         if not math.isfinite(self._epoch.loss):
             raise FloatingPointError(
                 f"the loss is {self._epoch.loss} at step {self.step}; lower --lr "
@@ -258,6 +263,7 @@ class Run:
             "parameters": self._parameters,
             "nonzero_pruned": self._nonzero_pruned(),
             "sad": float(bsj.sad(masks, self._masks).total) if comparable else None,
+            **self._history.numbers(),
             "step_ms_median": median,
             "step_ms_iqr": iqr,
         }
@@ -298,9 +304,8 @@ class Run:
         """Draws the pictures and writes the result."""
         masks = masks_of(self.state)
         dense = to_form("masked", self.state)
-        variables = {"params": dense.params, "batch_stats": dense.batch_stats}
-        model = self.trainer.model("masked", widths=widths_of(dense))
-        positions = conv_positions(model, variables, self.data.image_shape)
+        assert self.config.options is not None
+        positions = self._history.positions
         rows = self.folder.metrics()
         last = [row for row in rows if row["kind"] == "epoch"][-1]
         median, iqr = median_iqr(self._timer.milliseconds((self.state.form, self._parameters)))
@@ -314,6 +319,8 @@ class Run:
             "kept_flops_fraction": network_size.kept_flops(
                 masks, dense.params, original, positions
             ),
+            **self._history.numbers(),
+            **self.config.options.report(dense.params, masks),
             "parameters": last["parameters"],
             "original_parameters": network_size.parameters(original),
             "step_ms_median": median if median is not None else last["step_ms_median"],

@@ -10,7 +10,14 @@ import jax
 import blocksparse_jax as bsj
 from experiments.data import load
 from experiments.training.config import TrainConfig
-from experiments.training.execution import State, is_dense, layouts_of, masks_of, to_form
+from experiments.training.execution import (
+    State,
+    checkpoint_like,
+    is_dense,
+    layouts_of,
+    masks_of,
+    to_form,
+)
 from experiments.training.length import Length
 from experiments.training.loop import Seed, Trainer
 from experiments.training.registry import METHODS
@@ -62,7 +69,7 @@ def restored(
         )
     trainer = trainer_for(config, data)
     fresh = trainer.init(first_batch(config, data))
-    like = to_form(folder.checkpoints.meta(step)["form"], fresh), masks_of(fresh)
+    like = checkpoint_like(folder.checkpoints.meta(step)["form"], fresh)
     return trainer, folder.checkpoints.restore(step, like)[0]
 
 

@@ -13,7 +13,7 @@ ORDER = [
     {"tree", "geometry", "erk"},
     {"selection", "scores", "budgets", "schedules"},
     {"data_scores"},
-    {"counts"},
+    {"counts", "dead_inputs"},
     {"layout"},
     {"grouping.search", "grouping.column_blocks"},
     {"grouping.channel_order"},
@@ -24,7 +24,7 @@ ORDER = [
     {"channel_pruning.thinet", "channel_pruning.lasso_channels"},
     {"patterns._base"},
     {"patterns.unstructured", "patterns.kernel", "patterns.window", "patterns.n_of_m"}
-    | {"patterns.channel_tap", "patterns.one_by_n", "patterns.fan_in"},
+    | {"patterns.channel_tap", "patterns.one_by_n", "patterns.fan_in", "patterns.vector"},
     {"patterns.channel", "patterns.block"},
     {"masks"},
     {"column_masks", "lottery"},
@@ -35,7 +35,12 @@ ORDER = [
     {"transforms.first_masks", "transforms.nesting", "transforms.exchange"},
     {"transforms.keep_zeros", "transforms.static", "transforms.one_shot", "transforms.gradual"}
     | {"transforms.drop_and_grow", "transforms.sr_ste", "transforms.subp"}
-    | {"transforms.external", "transforms.prune_train", "transforms.slimming"}
+    | {
+        "transforms.external",
+        "transforms.campfire",
+        "transforms.prune_train",
+        "transforms.slimming",
+    }
     | {"transforms.deep_r", "transforms.dsr", "transforms.granet", "transforms.srigl"}
     | {"transforms.mest", "transforms.nest", "transforms.narang", "transforms.group_lasso"},
     {"transforms.rigl", "transforms.set", "transforms.snfs", "transforms.hrbp", "transforms.sss"}

@@ -26,6 +26,19 @@ import blocksparse_jax as bsj
 OF_MODULES = {
     "linen": ["BlockSparseConv", "BlockSparseLinear", "capture_inputs", "use_layouts"],
     "metrics": ["density", "kept_flops", "nonzero_pruned", "sad"],
+    "linen": ["BlockSparseConv", "BlockSparseLinear", "use_layouts"],
+    "metrics": [
+        "Eliminated",
+        "density",
+        "eliminated_inputs",
+        "ever_active",
+        "itop",
+        "kept_flops",
+        "nonzero_pruned",
+        "sad",
+        "step_flops",
+        "training_flops",
+    ],
     "nnx": [
         "BlockSparseConv",
         "BlockSparseLinear",
@@ -587,6 +600,17 @@ def gradual_magnitude():
 
 
 @check
+def campfire():
+    method = bsj.campfire(0.75, era=(0, 2))
+    assert [kept(trained(method, steps)[1]) for steps in (0, 1, 2, 3)] == [
+        4608,
+        4608,
+        4 * 371,
+        4 * 288,
+    ]
+
+
+@check
 def magnitude():
     state = assert_prunes(bsj.magnitude(0.75), 0.25)
     size = np.abs(kernel())
@@ -816,6 +840,45 @@ def metrics__kept_flops():
     assert bsj.metrics.kept_flops(masks, weights, {"a": 9, "b": 1}) == pytest.approx(11 / 20)
 
 
+@check
+def metrics__step_flops():
+    assert bsj.metrics.step_flops(2, 10) == 6
+    assert bsj.metrics.step_flops(2, 10, dense_gradient=True) == 14
+
+
+@check
+def metrics__training_flops():
+    """Two dense steps, one with half of the forward pass, and one of these with all gradients."""
+    assert bsj.metrics.training_flops([1.0] * 4) == 1
+    kept = [10, 10, 5, 5]
+    assert bsj.metrics.training_flops(kept, 10, lambda step: step == 3) == 95 / 120
+
+
+@check
+def metrics__ever_active():
+    masks = [{"w": jnp.arange(4) == i, "b": jnp.asarray(True)} for i in (1, 2)]
+    assert bsj.metrics.ever_active(*masks)["w"].tolist() == [False, True, True, False]
+
+
+@check
+def metrics__itop():
+    masks = [{"w": jnp.arange(4) == i, "b": jnp.asarray(True)} for i in (1, 2)]
+    assert [float(bsj.metrics.itop(*some)) for some in (masks[:1], masks)] == [0.25, 0.5]
+    assert float(bsj.metrics.itop({"w": jnp.asarray(True)})) == 1
+
+
+@check
+def metrics__Eliminated():
+    assert bsj.metrics.Eliminated(inputs=2, weights=3) == (2, 3)
+
+
+@check
+def metrics__eliminated_inputs():
+    masks = {"conv": jnp.ones((1, 1, 2, 4), bool).at[..., 1].set(False), "fc": jnp.zeros((8, 3))}
+    masks["fc"] = masks["fc"].at[5].set(1) > 0
+    assert bsj.metrics.eliminated_inputs(masks, {"fc": "conv"})["fc"] == (2, 3)
+
+
 # Packing
 
 
@@ -1020,6 +1083,13 @@ def patterns__channel_tap():
 def patterns__window():
     mask = mask_by(bsj.patterns.window(), 2 / 3)
     assert (mask.sum((0, 1)) == 3).all()
+
+
+@check
+def patterns__vector():
+    mask = mask_by(bsj.patterns.vector(), 2 / 3)
+    np.testing.assert_array_equal(mask.any(1), mask.all(1))
+    assert mask.any(1).sum() == 16 * 32
 
 
 @check

@@ -635,3 +635,76 @@ def narang_part(step, start, ramp, end, ratio):
     if step < ramp:
         return min(1.0, theta * (step - start + 1))
     return min(1.0, theta * (ramp - start + 1) + ratio * theta * (step - ramp + 1))
+
+
+def campfire_counts(shape, sparsity, share):
+    """Weights of each kernel slice and kernel slices that a conv layer keeps at the era's end."""
+    kh, kw, cin, cout = shape
+    share = share if kh * kw > 1 else 0
+    taps = max(1, round((1 - share * sparsity) * kh * kw))
+    if share == 1:
+        return taps, cin * cout
+    return taps, min(cin * cout, max(1, round((1 - sparsity) * kh * kw * cin * cout / taps)))
+
+
+def campfire_conv_mask(kernel, mask, window_sparsity, slice_sparsity, final, share):
+    """One update of Campfire (Gamboa et al., 2020) on the proposed weights of a conv layer.
+
+    Every kernel slice keeps its largest weights, then the slices of the largest `max |w|` stay:
+    `1 - share * s` of the weights of a slice, `(1 - s) / (1 - share * s)` of the slices, rounded
+    and no fewer than the final counts. What is pruned stays pruned.
+    """
+    kh, kw, cin, cout = kernel.shape
+    share = share if kh * kw > 1 else 0
+    size, one = np.abs(kernel), np.float32(1)
+    taps = max(final[0], int(np.round((one - np.float32(share) * window_sparsity) * (kh * kw))))
+    new = np.zeros(mask.shape, bool)
+    for c, f in np.ndindex(cin, cout):
+        inside = np.where(mask[:, :, c, f], size[:, :, c, f], -1)
+        new[:, :, c, f] = largest(inside, taps) & mask[:, :, c, f]
+    if share == 1:
+        return new
+    density = (one - slice_sparsity) / (one - np.float32(share) * slice_sparsity)
+    slices = max(final[1], int(np.round(density * (cin * cout))))
+    best = np.where(new, size, -1).max((0, 1))
+    return new & largest(best, slices)
+
+
+def campfire_dense_mask(kernel, mask, live, sparsity, final_sparsity, block):
+    """One update of Campfire on a dense layer: windows of `block x block` weights.
+
+    Weights of dead inputs go first, unless a column of windows has no others: it keeps its best
+    window. Then the windows of the largest sums stay, the best one of every column among them.
+    """
+    cin, cout = kernel.shape
+    windows = [
+        (slice(i, i + block), slice(j, j + block), j // block)
+        for i in range(0, cin, block)
+        for j in range(0, cout, block)
+    ]
+    columns = -(-cout // block)
+    usable = {}
+    for column in range(columns):
+        own = [w for w in windows if w[2] == column]
+        alive = [w for w in own if (mask & live[:, None])[w[:2]].any()]
+        for window in alive:
+            usable[windows.index(window)] = (mask & live[:, None])[window[:2]]
+        if not alive:
+            sums = [np.where(mask[w[:2]], np.abs(kernel[w[:2]]), 0).sum() for w in own]
+            sums = [s if mask[w[:2]].any() else -1 for s, w in zip(sums, own)]
+            best = own[int(np.argmax(sums))]
+            usable[windows.index(best)] = mask[best[:2]]
+    score = {
+        i: np.where(part, np.abs(kernel[windows[i][:2]]), 0).sum() for i, part in usable.items()
+    }
+    first = {
+        max((i for i in usable if windows[i][2] == column), key=lambda i: (score[i], -i))
+        for column in range(columns)
+    }
+    count = max(1, round((1 - final_sparsity) * len(windows)))
+    count = max(count, columns, int(np.round((np.float32(1) - sparsity) * len(windows))))
+    order = sorted(usable, key=lambda i: (i not in first, -score[i], i))
+    new = np.zeros(mask.shape, bool)
+    for i in order[:count]:
+        new[windows[i][:2]] = usable[i]
+    return new

@@ -79,6 +79,7 @@ METHODS = {
     "gradual-blocks": lambda p: bsj.gradual(
         0.7, pattern=bsj.patterns.one_by_n(16), schedule=bsj.between(2, 20, every=3)
     ),
+    "campfire": lambda p: bsj.campfire(0.7, era=(2, 18), window_share=0.5),
     "subp-hard": lambda p: bsj.subp(0.5, block=16, start=2, end=20, update_every=3, soft=False),
     "group-lasso": lambda p: bsj.group_lasso(
         0.7, schedule=bsj.between(2, 20, every=3), strength=0.5, threshold=1.0

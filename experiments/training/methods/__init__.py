@@ -9,6 +9,7 @@ from experiments.training.methods.at_start import (
     Snip,
     Synflow,
 )
+from experiments.training.methods.campfire import Campfire
 from experiments.training.methods.channels import PruneTrain, Slimming, Sss
 from experiments.training.methods.dynamic import DropAndGrow, Dynamic, Set
 from experiments.training.methods.exchange import (
@@ -23,6 +24,7 @@ from experiments.training.methods.exchange import (
 from experiments.training.methods.gradual import Gradual
 from experiments.training.methods.hrbp import Hrbp, HrbpDynamic
 from experiments.training.methods.lottery import Lottery
+from experiments.training.methods.magnitude import Magnitude
 from experiments.training.methods.n_of_m import NOfM, SrSte
 from experiments.training.methods.options import AnyPattern, Options, Setup
 from experiments.training.methods.structured import (
@@ -38,6 +40,7 @@ from experiments.training.methods.subp import Subp
 __all__ = [
     "AnyPattern",
     "BrainDamage",
+    "Campfire",
     "DeepR",
     "DropAndGrow",
     "Dsb",
@@ -52,6 +55,7 @@ __all__ = [
     "L1Filters",
     "LassoChannels",
     "Lottery",
+    "Magnitude",
     "Mest",
     "NOfM",
     "Narang",

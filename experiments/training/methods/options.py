@@ -150,13 +150,22 @@ class Options:
         """The network that training starts from, made of the initial one."""
         return params, batch_stats
 
+    def report(self, params: Any, masks: Any) -> dict[str, Any]:
+        """What the method adds to result.json.
+
+        Args:
+          params: the trained parameters, dense.
+          masks: the last masks, the scalar True for dense leaves.
+        """
+        return {}
+
 
 @dataclasses.dataclass(frozen=True)
 class AnyPattern(Options):
     """Masks of any pattern.
 
     Attributes:
-      pattern: unstructured, kernel, window, channel, fan_in, n_of_m, one_by_n or block, with its
+      pattern: unstructured, kernel, vector, window, channel, fan_in, n_of_m, one_by_n or block, with its
         arguments behind colons: one_by_n:16, block:32, n_of_m:2:4.
       budget: how the layers share the density: uniform, erk, er or global.
     """

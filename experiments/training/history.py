@@ -1,0 +1,123 @@
+"""What the masks of a run were over time: the FLOPs of its steps, and the weights ever active."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import blocksparse_jax as bsj
+from blocksparse_jax import tree
+from experiments.models.flops import conv_positions
+from experiments.training.execution import State, dense_shapes, masks_of, to_form
+from experiments.training.loop import Trainer
+
+
+@dataclasses.dataclass
+class _Spell:
+    """Steps with the same masks.
+
+    Attributes:
+      counts: of the kept weights of each leaf, on the device.
+      sizes: how many weights each leaf has.
+      steps: without and with the dense gradient.
+    """
+
+    counts: Any
+    sizes: dict[str, int]
+    steps: list[int] = dataclasses.field(default_factory=lambda: [0, 0])
+
+
+class History:
+    """Counts, step by step, what a training with changing masks costs and explores.
+
+    The kept weights of each layer stay on the device until `fetch`, so that no step waits.
+
+    Args:
+      trainer: of the run.
+      state: before the first step, in any form.
+      image_shape: (height, width, channels).
+
+    Attributes:
+      ever: a tree of masks, of the weights that were active at some step.
+      flops: of the training so far, in multiplications of one image's forward pass: an exact int.
+      steps: so far.
+      dense_flops: of one dense forward pass.
+      positions: kernel name -> how often each of its weights is used for one image.
+    """
+
+    def __init__(self, trainer: Trainer, state: State, image_shape: tuple[int, ...]):
+        self._spec = trainer.spec
+        self._changes_masks = trainer.changes_masks
+        dense = jax.eval_shape(functools.partial(to_form, "masked"), state)
+        variables = {"params": dense.params, "batch_stats": dense.batch_stats}
+        self.positions = conv_positions(trainer.model("masked"), variables, image_shape)
+        sizes = _sizes(state)
+        self.dense_flops = sum(sizes[name] * n for name, n in self.positions.items())
+        self.restart(state, masks_of(state), flops=0, steps=0)
+
+    def restart(self, state: State, ever: Any, *, flops: int, steps: int) -> None:
+        """Goes on from a checkpoint: the state in any form, and the attributes as they were."""
+        self.ever, self.flops, self.steps = ever, flops, steps
+        masks = jax.device_get(masks_of(state))
+        counts = np.stack([np.sum(mask, dtype=np.int32) for mask in jax.tree.leaves(masks)])
+        self._pending = [_Spell(counts, _sizes(state))]
+
+    def step(self, step: int, state: State) -> None:
+        """Counts a step.
+
+        Args:
+          step: its number, from 0.
+          state: after it.
+        """
+        needs_dense = self._spec is not None and self._spec.dense_gradient(step)
+        self._pending[-1].steps[needs_dense] += 1
+        self.steps += 1
+        follows = self._spec is not None and self._spec.rule is not None
+        if follows or self._changes_masks(step):
+            self.ever, counts = _join(self.ever, masks_of(state))
+            self._pending.append(_Spell(counts, _sizes(state)))
+
+    def fetch(self) -> None:
+        """Adds up the FLOPs of the steps since the last call."""
+        pending = jax.device_get([spell.counts for spell in self._pending])
+        for counts, spell in zip(pending, self._pending, strict=True):
+            kept = self._kept_flops(counts, spell.sizes)
+            masked, dense = spell.steps
+            self.flops += masked * int(bsj.metrics.step_flops(kept, self.dense_flops))
+            self.flops += dense * int(bsj.metrics.step_flops(kept, self.dense_flops, True))
+        self._pending = [_Spell(pending[-1], self._pending[-1].sizes)]
+
+    def numbers(self) -> dict[str, float]:
+        """What the rows of metrics and the result say of the steps so far, after `fetch`.
+
+        Returns:
+          The fraction of a dense training's FLOPs, and the in-time over-parameterization rate.
+        """
+        return {
+            "training_flops_fraction": self.flops / (3 * self.dense_flops * self.steps),
+            "itop": float(bsj.metrics.itop(self.ever)),
+        }
+
+    def _kept_flops(self, counts: np.ndarray, sizes: dict[str, int]) -> int:
+        masks = jax.tree.leaves(self.ever)
+        kept = {
+            name: int(count) if jnp.ndim(mask) else size
+            for (name, size), mask, count in zip(sizes.items(), masks, counts, strict=True)
+        }
+        return sum(kept[name] * n for name, n in self.positions.items())
+
+
+def _sizes(state: State) -> dict[str, int]:
+    """How many weights each leaf of the network has, the pruned ones too."""
+    leaves = jax.tree.leaves_with_path(dense_shapes(state))
+    return {tree.path_name(path): leaf.size for path, leaf in leaves}
+
+
+@jax.jit
+def _join(ever: Any, masks: Any) -> tuple[Any, jax.Array]:
+    """The weights ever active with these masks too, and the kept weights of each."""
+    counts = [mask.sum(dtype=jnp.int32) for mask in jax.tree.leaves(masks)]
+    return bsj.metrics.ever_active(ever, masks), jnp.stack(counts)
