@@ -7,6 +7,13 @@ Data runs from left to right. Masks and layouts live in the optax state; a layer
 """
 
 from blocksparse_jax import linen, metrics, nnx, patterns, transforms
+from blocksparse_jax.compression import (
+    Compressed,
+    SharedWeights,
+    compress,
+    decompress,
+    share_weights,
+)
 from blocksparse_jax.conv import (
     available_implementations,
     choose_implementation,
@@ -43,6 +50,7 @@ from blocksparse_jax.state import (
     replace_masks,
 )
 from blocksparse_jax.summary import summarize
+from blocksparse_jax.transforms.deep_compression import deep_compression
 from blocksparse_jax.transforms.drop_and_grow import drop_and_grow
 from blocksparse_jax.transforms.external import external_masks
 from blocksparse_jax.transforms.gradual import gradual, gradual_magnitude
@@ -51,20 +59,29 @@ from blocksparse_jax.transforms.keep_zeros import keep_zeros, sparse
 from blocksparse_jax.transforms.one_shot import magnitude, one_shot
 from blocksparse_jax.transforms.rigl import rigl
 from blocksparse_jax.transforms.set import set_
+from blocksparse_jax.transforms.shared_weights import set_clusters, shared_weights
 from blocksparse_jax.transforms.snfs import snfs
 from blocksparse_jax.transforms.sr_ste import sr_ste, ste
 from blocksparse_jax.transforms.static import fixed_masks, random_channel_layouts, random_masks
 from blocksparse_jax.transforms.subp import subp
+from blocksparse_jax.transforms.variational_dropout import variational_dropout
 from blocksparse_jax.transposes import cancel_transposes
+from blocksparse_jax.variational import (
+    variational_dropout_kl,
+    variational_masks,
+    with_log_variances,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BlockLayout",
     "ColumnBlocks",
+    "Compressed",
     "ConsecutiveGroups",
     "Dense",
     "FilterGroups",
+    "SharedWeights",
     "SparseState",
     "Spec",
     "apply_masks",
@@ -74,7 +91,10 @@ __all__ = [
     "cancel_transposes",
     "channel_orders",
     "choose_implementation",
+    "compress",
     "conv",
+    "decompress",
+    "deep_compression",
     "dense_kernel_gradient",
     "drop_and_grow",
     "dsb_groups",
@@ -117,6 +137,9 @@ __all__ = [
     "rumi_groups",
     "sad",
     "set_",
+    "set_clusters",
+    "share_weights",
+    "shared_weights",
     "snfs",
     "snip",
     "sparse",
@@ -128,4 +151,8 @@ __all__ = [
     "unpack",
     "unpack_tree",
     "validate",
+    "variational_dropout",
+    "variational_dropout_kl",
+    "variational_masks",
+    "with_log_variances",
 ]

@@ -3,5 +3,17 @@
 from blocksparse_jax.linen.conv import BlockSparseConv
 from blocksparse_jax.linen.interceptor import use_layouts
 from blocksparse_jax.linen.linear import BlockSparseLinear
+from blocksparse_jax.linen.variational import (
+    VariationalConv,
+    VariationalDense,
+    use_variational_dropout,
+)
 
-__all__ = ["BlockSparseConv", "BlockSparseLinear", "use_layouts"]
+__all__ = [
+    "BlockSparseConv",
+    "BlockSparseLinear",
+    "VariationalConv",
+    "VariationalDense",
+    "use_layouts",
+    "use_variational_dropout",
+]

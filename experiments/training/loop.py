@@ -23,7 +23,7 @@ from experiments import models
 from experiments.training.config import TrainConfig
 from experiments.training.execution import State, copied, to_form
 from experiments.training.length import Length
-from experiments.training.methods import Setup
+from experiments.training.methods import Setup, Weights
 from experiments.training.optimizer import optimizer
 from experiments.training.registry import METHODS
 
@@ -104,12 +104,22 @@ class Trainer:
         if config.mask_epochs is not None:
             length = length._replace(total=length.steps_per_epoch * config.mask_epochs)
         model = self.model("masked")
+        assert config.batch_size is not None
         setup = Setup(
-            config.sparsity, method_key, length, params, loss_fn, batch, model, batch_stats
+            config.sparsity,
+            method_key,
+            length,
+            params,
+            loss_fn,
+            batch,
+            model,
+            batch_stats,
+            examples=length.steps_per_epoch * config.batch_size,
+            end=self.length.total,
         )
         self._setup, self._operations = setup, config.options.operations(setup)
         method = METHODS[config.method].build(config.options, setup)
-        self._tx = optimizer(config, method, self.length)
+        self._tx = optimizer(config, method, self.length, setup)
         opt_state = self._tx.init(params)
         self.spec = None if method is None else bsj.get_spec(opt_state)
         if self.spec is not None and not self.spec.straight_through:
@@ -219,9 +229,15 @@ class Trainer:
     ) -> tuple[State, Metrics]:
         model = self.model(state.form, dense_gradient)
 
-        def loss_fn(params: Any) -> tuple[Array, Any]:
-            variables = self._variables(dataclasses.replace(state, params=params), layouts)
+        def network(weights: Any) -> tuple[Array, Any]:
+            variables = _variables(weights, state.batch_stats, layouts)
             return self._loss(model, variables, images, labels)
+
+        def loss_fn(params: Any) -> tuple[Array, Any]:
+            masked = self._masked(dataclasses.replace(state, params=params))
+            assert self.config.options is not None
+            weights = Weights(params, masked, state.opt_state)
+            return self.config.options.loss(network, weights, self._setup)
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (batch_stats, correct)), grads = grad_fn(state.params)
@@ -241,12 +257,10 @@ class Trainer:
         loss = optax.softmax_cross_entropy(logits.astype(jnp.float32), targets).mean()
         return loss, (changed.get("batch_stats", {}), jnp.sum(logits.argmax(-1) == labels))
 
-    def _variables(self, state: State, layouts: Any) -> dict[str, Any]:
-        """The model's variables, with masked weights unless the convolution picks the kept ones."""
+    def _masked(self, state: State) -> Any:
+        """The masked weights, unless the convolution picks the kept ones."""
         masked = state.form == "masked" and self.spec is not None
-        params = bsj.masked(state.params, state.opt_state) if masked else state.params
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        return variables | ({"layouts": layouts} if layouts else {})
+        return bsj.masked(state.params, state.opt_state) if masked else state.params
 
     def evaluate(self, state: State, batches: Iterable[tuple[Array, Array, Array]]) -> float:
         """The accuracy over batches of (images, labels, weight), weight 0 marking padding.
@@ -265,7 +279,7 @@ class Trainer:
     def _count_correct(
         self, state: State, images: Array, labels: Array, weight: Array
     ) -> tuple[Array, Array]:
-        variables = self._variables(state, state.layouts)
+        variables = _variables(self._masked(state), state.batch_stats, state.layouts)
         logits = self.model(state.form).apply(variables, images, train=False)
         return jnp.sum((logits.argmax(-1) == labels) * weight), jnp.sum(weight)
 
@@ -292,6 +306,11 @@ def stepper(
         return box[0], metrics
 
     return call
+
+
+def _variables(params: Any, batch_stats: Any, layouts: Any) -> dict[str, Any]:
+    variables = {"params": params, "batch_stats": batch_stats}
+    return variables | ({"layouts": layouts} if layouts else {})
 
 
 @functools.partial(

@@ -6,6 +6,7 @@ import optax
 import blocksparse_jax as bsj
 from experiments.training.config import TrainConfig
 from experiments.training.length import Length
+from experiments.training.methods import Setup
 
 
 def learning_rate(config: TrainConfig, length: Length) -> optax.Schedule:
@@ -33,7 +34,10 @@ def learning_rate(config: TrainConfig, length: Length) -> optax.Schedule:
 
 
 def optimizer(
-    config: TrainConfig, method: optax.GradientTransformation | None, length: Length
+    config: TrainConfig,
+    method: optax.GradientTransformation | None,
+    length: Length,
+    setup: Setup | None = None,
 ) -> optax.GradientTransformation:
     """`sparse(method, chain(weight decay, sgd or adam))`; without a method just the last two.
 
@@ -41,6 +45,8 @@ def optimizer(
       config: a resolved config.
       method: the pruning transformation; None trains dense.
       length: of the run.
+      setup: what the run gives to its method, whose options may change the optimizer; None leaves
+        it as it is.
 
     Returns:
       An optax transformation for dense and for packed parameters.
@@ -52,4 +58,6 @@ def optimizer(
         config.weight_decay, mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
     )
     dense = optax.chain(decay, base)
+    if setup is not None and config.options is not None:
+        dense = config.options.optimizer(dense, setup)
     return dense if method is None else bsj.sparse(method, dense)

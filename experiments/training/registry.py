@@ -63,6 +63,8 @@ METHODS: dict[str, Method] = {
         methods.Snip(budget="global"), bsj.one_shot, bsj.snip, "scores", needs_batch=True
     ),
     "gradual": Method(methods.Gradual(), bsj.gradual),
+    "variational-dropout": Method(methods.VariationalDropout(), bsj.variational_dropout),
+    "deep-compression": Method(methods.DeepCompression(), bsj.deep_compression),
     "random": Method(methods.RandomWeights(), bsj.fixed_masks, bsj.random_masks, "masks"),
     "random-channel": Method(
         methods.RandomChannels(), bsj.fixed_masks, bsj.random_channel_layouts, "layouts"

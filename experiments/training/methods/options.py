@@ -7,9 +7,11 @@ method does between two steps, such as pruning a trained network, are its `opera
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import jax
+import optax
 from flax import linen as nn
 
 import blocksparse_jax as bsj
@@ -32,6 +34,8 @@ class Setup(NamedTuple):
       batch: of the training set, (images, labels); None where there is none.
       model: the network, a linen module whose convolutions are dense.
       batch_stats: its batch statistics.
+      examples: of the training set in an epoch.
+      end: the run's last step, beyond `length` where the run was extended; None is `length.total`.
     """
 
     sparsity: float
@@ -42,6 +46,8 @@ class Setup(NamedTuple):
     batch: Any = None
     model: nn.Module | None = None
     batch_stats: Any = None
+    examples: int | None = None
+    end: int | None = None
 
     def every(self, update_every: int | None) -> int:
         """Steps between updates: as asked, else 100, or an epoch if that is shorter."""
@@ -50,9 +56,25 @@ class Setup(NamedTuple):
         return _checks.positive_int("update_every", update_every)
 
 
+class Weights(NamedTuple):
+    """The weights of a training step.
+
+    Attributes:
+      params: the parameters.
+      masked: what the forward pass takes of them (`bsj.masked`), in the masked form of the state.
+      opt_state: the optimizer's, before the step.
+    """
+
+    params: Any
+    masked: Any
+    opt_state: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """No options, no pattern: dense training, and the base of all others."""
+
+    default_sparsity: ClassVar[float] = 0.9
 
     def make_pattern(self) -> Pattern | None:
         """Makes the pattern that the options mean; None trains dense."""
@@ -84,6 +106,36 @@ class Options:
 
         Args:
           setup: what the run gives to its method, before training.
+        """
+        return {}
+
+    def loss(
+        self, network: Callable[[Any], tuple[jax.Array, Any]], weights: Weights, setup: Setup
+    ) -> tuple[jax.Array, Any]:
+        """The loss of a training step, traced.
+
+        Args:
+          network: weights -> (the loss of the network with them, anything).
+          weights: of the step.
+          setup: what the run gives to its method, before training.
+
+        Returns:
+          The loss, and what `network` returned with it.
+        """
+        return network(weights.masked)
+
+    def optimizer(
+        self, base: optax.GradientTransformation, setup: Setup
+    ) -> optax.GradientTransformation:
+        """The optimizer behind the method, made of the run's own (weight decay, sgd or adam)."""
+        return base
+
+    def finish(self, state: State, folder: Path) -> dict[str, Any]:
+        """What the method adds to result.json, and to the run folder, at the end.
+
+        Args:
+          state: after the last step, in the masked form.
+          folder: of the run.
         """
         return {}
 
