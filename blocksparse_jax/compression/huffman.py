@@ -1,5 +1,6 @@
 """Canonical Huffman codes: a stream of symbols, and the table that decodes it."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,7 +52,7 @@ def decode(coded: Coded, count: int) -> np.ndarray:
       `[count]`, int64.
 
     Raises:
-      ValueError: the stream does not hold as many.
+      ValueError: the stream ends before.
     """
     if count == 0:
         return np.zeros(0, np.int64)
@@ -59,10 +60,7 @@ def decode(coded: Coded, count: int) -> np.ndarray:
     stream = bits()
     stream.frombytes(coded.stream)
     symbols = util.canonical_decode(stream, coded.lengths.tolist(), coded.symbols.tolist())
-    found = np.fromiter((symbol for symbol, _ in zip(symbols, range(count))), np.int64)
-    if found.size != count:
-        raise ValueError(f"expected {count} symbols, got {found.size}")
-    return found
+    return np.fromiter(itertools.islice(symbols, count), np.int64)
 
 
 def _bitarray() -> tuple[Any, Any]:
