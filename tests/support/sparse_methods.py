@@ -64,6 +64,10 @@ METHODS = {
     "subp-hard": lambda p: bsj.subp(0.5, block=16, start=2, end=20, update_every=3, soft=False),
     "magnitude": lambda p: bsj.magnitude(0.7),
     "snip": lambda p: bsj.one_shot(0.7, scores=bsj.snip(quartic, p, 1.0), budget="global"),
+    "deep-compression": lambda p: bsj.deep_compression(
+        0.7, schedule=bsj.between(2, 20, every=3), budget="erk"
+    ),
+    "variational-dropout": lambda p: bsj.variational_dropout(0.7),
     "fixed": lambda p: bsj.fixed_masks(bsj.random_masks(jax.random.key(3), p, 0.7)),
     "random-channel": lambda p: bsj.fixed_masks(
         layouts=bsj.random_channel_layouts(jax.random.key(0), p, 0.7)
@@ -72,7 +76,7 @@ METHODS = {
     "sr-ste": lambda p: bsj.sr_ste(2, 4),
     "ste": lambda p: bsj.ste(1, 4, axis="kernel"),
 }
-STRAIGHT_THROUGH = ["subp", "sr-ste", "ste"]
+STRAIGHT_THROUGH = ["subp", "sr-ste", "ste", "variational-dropout"]
 HARD = [name for name in METHODS if name not in STRAIGHT_THROUGH]
 # Hard methods whose masks stay as they are at init.
 STATIC = ["hrbp", "magnitude", "snip", "fixed", "random-channel"]
