@@ -15,6 +15,13 @@ from blocksparse_jax.channel_pruning.reconstruction import Reconstruction
 from blocksparse_jax.channel_pruning.spaces import channel_counts, channel_masks
 from blocksparse_jax.channel_pruning.thinet import thinet
 from blocksparse_jax.column_masks import dsb_masks, rumi_masks
+from blocksparse_jax.compression import (
+    Compressed,
+    SharedWeights,
+    compress,
+    decompress,
+    share_weights,
+)
 from blocksparse_jax.conv import (
     available_implementations,
     choose_implementation,
@@ -60,6 +67,7 @@ from blocksparse_jax.state import (
 from blocksparse_jax.summary import summarize
 from blocksparse_jax.transforms.brain_damage import brain_damage
 from blocksparse_jax.transforms.campfire import campfire
+from blocksparse_jax.transforms.deep_compression import deep_compression
 from blocksparse_jax.transforms.deep_r import deep_r
 from blocksparse_jax.transforms.drop_and_grow import drop_and_grow
 from blocksparse_jax.transforms.dsr import dsr
@@ -76,6 +84,7 @@ from blocksparse_jax.transforms.one_shot import magnitude, one_shot
 from blocksparse_jax.transforms.prune_train import prune_train
 from blocksparse_jax.transforms.rigl import rigl
 from blocksparse_jax.transforms.set import set_
+from blocksparse_jax.transforms.shared_weights import set_clusters, shared_weights
 from blocksparse_jax.transforms.slimming import norm_scales, slimming
 from blocksparse_jax.transforms.snfs import snfs
 from blocksparse_jax.transforms.sr_ste import sr_ste, ste
@@ -83,18 +92,26 @@ from blocksparse_jax.transforms.srigl import srigl
 from blocksparse_jax.transforms.sss import sss
 from blocksparse_jax.transforms.static import fixed_masks, random_channel_layouts, random_masks
 from blocksparse_jax.transforms.subp import subp
+from blocksparse_jax.transforms.variational_dropout import variational_dropout
 from blocksparse_jax.transposes import cancel_transposes
+from blocksparse_jax.variational import (
+    variational_dropout_kl,
+    variational_masks,
+    with_log_variances,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BlockLayout",
     "ColumnBlocks",
+    "Compressed",
     "ConsecutiveGroups",
     "Dense",
     "FilterGroups",
     "LayerInput",
     "Reconstruction",
+    "SharedWeights",
     "SparseState",
     "Spec",
     "apply_masks",
@@ -110,7 +127,10 @@ __all__ = [
     "channel_orders",
     "channels_above",
     "choose_implementation",
+    "compress",
     "conv",
+    "decompress",
+    "deep_compression",
     "deep_r",
     "dense_kernel_gradient",
     "drop_and_grow",
@@ -172,6 +192,9 @@ __all__ = [
     "rumi_masks",
     "sad",
     "set_",
+    "set_clusters",
+    "share_weights",
+    "shared_weights",
     "slimming",
     "snfs",
     "snip",
@@ -188,4 +211,8 @@ __all__ = [
     "unpack",
     "unpack_tree",
     "validate",
+    "variational_dropout",
+    "variational_dropout_kl",
+    "variational_masks",
+    "with_log_variances",
 ]

@@ -34,7 +34,8 @@ def conv_kernels(name: str, leaf: Array) -> bool:
     vmapped ensembles stack them (the kernel of a 3-D convolution looks the same); the stem is one
     whose name holds "stem" or that reads at most 4 input channels (images); depthwise kernels, and
     grouped ones of at most 4 channels a group, stay dense by the same rule. A grouped convolution
-    of more looks like an ordinary one of few channels: exclude it by name.
+    of more looks like an ordinary one of few channels: exclude it by name. The variances of
+    variational dropout, `log_sigma2`, are no kernels.
 
     Args:
       name: the leaf's path name.
@@ -51,7 +52,8 @@ def conv_kernels(name: str, leaf: Array) -> bool:
 
     Reference: the dense layers of Xiang et al., "SUBP", NeurIPS 2023 (stem and classifier).
     """
-    return leaf.ndim >= 4 and leaf.shape[-2] > 4 and "stem" not in name.lower()
+    is_kernel = leaf.ndim >= 4 and leaf.shape[-2] > 4 and not name.endswith("log_sigma2")
+    return is_kernel and "stem" not in name.lower()
 
 
 def has_variables(params: PyTree) -> bool:

@@ -4,5 +4,18 @@ from blocksparse_jax.linen.conv import BlockSparseConv
 from blocksparse_jax.linen.inputs import capture_inputs
 from blocksparse_jax.linen.interceptor import use_layouts
 from blocksparse_jax.linen.linear import BlockSparseLinear
+from blocksparse_jax.linen.variational import (
+    VariationalConv,
+    VariationalDense,
+    use_variational_dropout,
+)
 
-__all__ = ["BlockSparseConv", "BlockSparseLinear", "capture_inputs", "use_layouts"]
+__all__ = [
+    "BlockSparseConv",
+    "BlockSparseLinear",
+    "VariationalConv",
+    "VariationalDense",
+    "capture_inputs",
+    "use_layouts",
+    "use_variational_dropout",
+]

@@ -5,12 +5,15 @@ from blocksparse_jax.nnx.layouts import Layouts
 from blocksparse_jax.nnx.linear import BlockSparseLinear
 from blocksparse_jax.nnx.model import executions, set_layouts, sparsify
 from blocksparse_jax.nnx.optimizer import Optimizer
+from blocksparse_jax.nnx.variational import VariationalConv, VariationalDense
 
 __all__ = [
     "BlockSparseConv",
     "BlockSparseLinear",
     "Layouts",
     "Optimizer",
+    "VariationalConv",
+    "VariationalDense",
     "executions",
     "set_layouts",
     "sparsify",

@@ -19,6 +19,7 @@ def external_masks(
     schedule: Schedule = _NEVER,
     pattern: Pattern | None = None,
     where: tree.Where | None = None,
+    straight_through: bool = False,
     name: str = "external",
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps everything until the training loop sets masks with `replace_masks`.
@@ -35,6 +36,8 @@ def external_masks(
       pattern: the masks' pattern; None is `patterns.unstructured()`. Where it has a layout,
         `get_layouts(state)` reads the layouts from the masks.
       where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.
+      straight_through: pruned weights go on training: gradients pass to all weights, and
+        `masked(params, state)` are the pruned weights.
       name: of the method, for reports.
 
     Returns:
@@ -69,6 +72,7 @@ def external_masks(
         1 - sparsity,
         schedule=schedule,
         pattern=pattern,
+        straight_through=straight_through,
         resizes=True,
         has_layout=pattern.has_layout,
     )

@@ -34,7 +34,8 @@ class TrainConfig:
         mobilenet_v1.
       method: `--method list` prints all of them, `--method NAME --help` shows one's own options.
       sparsity: fraction of the sparse layers' weights that is removed; None is what the method's
-        pattern fixes (dense 0, sr-ste and ste 1 - n/m), else 0.9. Methods that remove what falls to
+        pattern fixes (dense 0, sr-ste and ste 1 - n/m), else the method's default: 0.9, or 0 for
+        variational-dropout, which then prunes by its threshold. Methods that remove what falls to
         zero (prune-train, sss) take none.
       epochs: passes over the training set. With --resume, more than a run that has ended had extend
         it: the learning rate then follows the schedule of the longer run, the masks keep theirs.
@@ -216,10 +217,11 @@ def _options(config: TrainConfig) -> Options:
 
 
 def _sparsity(config: TrainConfig, options: Options) -> float:
-    """What the pattern fixes, else what was asked for, else 0.9."""
+    """What the pattern fixes, else what was asked for, else the method's default."""
     fixed = options.fixed_sparsity()
     if fixed is None:
-        return _checks.fraction("sparsity", 0.9 if config.sparsity is None else config.sparsity)
+        asked = options.default_sparsity if config.sparsity is None else config.sparsity
+        return _checks.fraction("sparsity", asked)
     if config.sparsity not in (None, fixed):
         why = f" ({reason})" if (reason := options.fixed_because()) else ""
         raise ValueError(

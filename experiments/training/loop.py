@@ -23,7 +23,7 @@ from experiments import models
 from experiments.training.config import TrainConfig
 from experiments.training.execution import State, copied, is_dense, to_form, widths_of
 from experiments.training.length import Length
-from experiments.training.methods import Setup
+from experiments.training.methods import Setup, Weights
 from experiments.training.optimizer import learning_rate, mask_length, optimizer
 from experiments.training.registry import METHODS
 
@@ -118,6 +118,7 @@ class Trainer:
             variables = {"params": params, "batch_stats": batch_stats}
             return self._loss(self.model("masked"), variables, *batch)[0]
 
+        assert config.batch_size is not None
         dense = optimizer(config, self.length)
         setup = Setup(
             config.sparsity,
@@ -131,12 +132,14 @@ class Trainer:
             dense,
             learning_rate(config, self.length),
             self._image_shape,
+            self.length.steps_per_epoch * config.batch_size,
+            self.length.total,
         )
         self._setup, self._operations = setup, {}
         if self._seed is None:
             self._operations = config.options.operations(setup)
             method = METHODS[config.method].build(config.options, setup)
-            tx = dense if method is None else config.options.combined(method, dense)
+            tx = dense if method is None else config.options.combined(method, dense, setup)
         else:
             masks = bsj.fixed_masks(**self._seed.masks, sparsity=config.sparsity)
             tx = bsj.sparse(masks, dense)
@@ -278,9 +281,15 @@ class Trainer:
         widths = widths_of(dataclasses.replace(state, layouts=layouts))
         model = self.model(state.form, dense_gradient, widths)
 
-        def loss_fn(params: Any) -> tuple[Array, Any]:
-            variables = self._variables(dataclasses.replace(state, params=params), layouts)
+        def network(weights: Any) -> tuple[Array, Any]:
+            variables = _variables(weights, state.batch_stats, layouts)
             return self._loss(model, variables, images, labels)
+
+        def loss_fn(params: Any) -> tuple[Array, Any]:
+            masked = self._masked(dataclasses.replace(state, params=params))
+            assert self.config.options is not None
+            weights = Weights(params, masked, state.opt_state)
+            return self.config.options.loss(network, weights, self._setup)
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (batch_stats, correct)), grads = grad_fn(state.params)
@@ -300,12 +309,10 @@ class Trainer:
         loss = optax.softmax_cross_entropy(logits.astype(jnp.float32), targets).mean()
         return loss, (changed.get("batch_stats", {}), jnp.sum(logits.argmax(-1) == labels))
 
-    def _variables(self, state: State, layouts: Any) -> dict[str, Any]:
-        """The model's variables, with masked weights unless the convolution picks the kept ones."""
+    def _masked(self, state: State) -> Any:
+        """The masked weights, unless the convolution picks the kept ones."""
         masked = state.form == "masked" and self.spec is not None
-        params = bsj.masked(state.params, state.opt_state) if masked else state.params
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        return variables | ({"layouts": layouts} if layouts else {})
+        return bsj.masked(state.params, state.opt_state) if masked else state.params
 
     def evaluate(self, state: State, batches: Iterable[tuple[Array, Array, Array]]) -> float:
         """The accuracy over batches of (images, labels, weight), weight 0 marking padding.
@@ -337,7 +344,7 @@ class Trainer:
         Returns:
           A score of each class.
         """
-        variables = self._variables(state, state.layouts)
+        variables = _variables(self._masked(state), state.batch_stats, state.layouts)
         model = self.model(state.form, widths=widths_of(state))
         return model.apply(variables, images, train=False)
 
@@ -364,6 +371,11 @@ def stepper(
         return box[0], metrics
 
     return call
+
+
+def _variables(params: Any, batch_stats: Any, layouts: Any) -> dict[str, Any]:
+    variables = {"params": params, "batch_stats": batch_stats}
+    return variables | ({"layouts": layouts} if layouts else {})
 
 
 @functools.partial(

@@ -74,6 +74,8 @@ METHODS: dict[str, Method] = {
     "synflow": Method(methods.Synflow(), bsj.one_shot, bsj.synflow, "scores"),
     "lottery": Method(methods.Lottery(), bsj.external_masks, bsj.lottery_ticket),
     "gradual": Method(methods.Gradual(), bsj.gradual),
+    "variational-dropout": Method(methods.VariationalDropout(), bsj.variational_dropout),
+    "deep-compression": Method(methods.DeepCompression(), bsj.deep_compression),
     "random": Method(methods.RandomWeights(), bsj.fixed_masks, bsj.random_masks, "masks"),
     "random-channel": Method(
         methods.RandomChannels(), bsj.fixed_masks, bsj.random_channel_layouts, "layouts"

@@ -320,7 +320,6 @@ class Run:
                 masks, dense.params, original, positions
             ),
             **self._history.numbers(),
-            **self.config.options.report(dense.params, masks),
             "parameters": last["parameters"],
             "original_parameters": network_size.parameters(original),
             "step_ms_median": median if median is not None else last["step_ms_median"],
@@ -337,6 +336,8 @@ class Run:
             "versions": versions(),
             "commit": commit(),
         }
+        assert self.config.options is not None
+        result |= self.config.options.finish(dense, self.folder.path)
         title = f"{self.config.method}: {self.config.model} on {self.config.dataset}"
         plots.learning_curves(rows, self.folder.path / "learning_curves.png", title)
         plots.block_structure(

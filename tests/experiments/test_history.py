@@ -35,7 +35,7 @@ def recorded(run):
 
 
 def expected(masks, dense_gradient, steps):
-    """The fraction of dense training: forward, input gradients and kernel gradients of each step."""
+    """The fraction of dense training: forward, and both gradients of each step."""
     total = 0
     for step in range(steps):
         kept = {n: int(m.sum()) if m.ndim else SIZES[n] for n, m in masks[step].items()}

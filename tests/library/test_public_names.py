@@ -24,9 +24,15 @@ import blocksparse_jax as bsj
 
 # Modules among the public names, and what of them is for users.
 OF_MODULES = {
-    "linen": ["BlockSparseConv", "BlockSparseLinear", "capture_inputs", "use_layouts"],
-    "metrics": ["density", "kept_flops", "nonzero_pruned", "sad"],
-    "linen": ["BlockSparseConv", "BlockSparseLinear", "use_layouts"],
+    "linen": [
+        "BlockSparseConv",
+        "BlockSparseLinear",
+        "VariationalConv",
+        "VariationalDense",
+        "capture_inputs",
+        "use_layouts",
+        "use_variational_dropout",
+    ],
     "metrics": [
         "Eliminated",
         "density",
@@ -43,6 +49,8 @@ OF_MODULES = {
         "BlockSparseConv",
         "BlockSparseLinear",
         "Optimizer",
+        "VariationalConv",
+        "VariationalDense",
         "executions",
         "set_layouts",
         "sparsify",
@@ -690,6 +698,99 @@ def external_masks():
 
 
 @check
+def variational_dropout():
+    """Masks that the loop sets prune the evaluated network, and every weight trains on."""
+    weights = bsj.with_log_variances({"conv": {"kernel": kernel()}})
+    tx = bsj.sparse(bsj.variational_dropout(), optax.sgd(0.1))
+    masks = {"conv": {"kernel": kernel() > 0, "log_sigma2": True}}
+    state = bsj.replace_masks(tx.init(weights), masks)
+    updates, state = tx.update(weights, state, weights)
+    np.testing.assert_allclose(updates["conv"]["kernel"], -0.1 * kernel(), rtol=1e-6)
+    pruned = bsj.masked(weights, state)["conv"]
+    np.testing.assert_array_equal(pruned["kernel"], jnp.maximum(kernel(), 0))
+    np.testing.assert_array_equal(pruned["log_sigma2"], -10)
+
+
+@check
+def with_log_variances():
+    wide = bsj.with_log_variances({"a": {"kernel": kernel(), "bias": jnp.ones(3)}}, initial=-4)
+    assert list(wide["a"]) == ["kernel", "bias", "log_sigma2"]
+    np.testing.assert_array_equal(wide["a"]["log_sigma2"], np.full(SHAPE, -4))
+
+
+def certain(rate):
+    """Parameters of a log alpha."""
+    return {"kernel": jnp.ones(SHAPE), "log_sigma2": jnp.full(SHAPE, rate)}
+
+
+@check
+def variational_dropout_kl():
+    assert bsj.variational_dropout_kl(certain(7.9)) < 2 < bsj.variational_dropout_kl(certain(0.0))
+
+
+@check
+def variational_masks():
+    params = {"a": certain(3.5), "b": certain(2.5)}
+    masks = bsj.variational_masks(params)
+    assert not masks["a"]["kernel"].any()
+    assert masks["b"]["kernel"].all()
+
+
+@check
+def deep_compression():
+    method = bsj.deep_compression(0.75, schedule=bsj.between(0, 1, every=1))
+    assert_prunes(method, 0.25, steps=2)
+
+
+@check
+def share_weights():
+    shared = bsj.share_weights(params(), conv_bits=3)
+    assert np.unique(shared.params["conv"]).size == 8
+    assert int(shared.clusters["conv"].max()) == 7
+
+
+@check
+def SharedWeights():
+    shared = bsj.share_weights(params(), conv_bits=1)
+    assert isinstance(shared, bsj.SharedWeights)
+    assert shared._fields == ("params", "clusters")
+
+
+@check
+def shared_weights():
+    tx = bsj.shared_weights(optax.sgd(1.0))
+    state = bsj.set_clusters(tx.init(params()), {"conv": np.zeros(SHAPE, int), "bias": -1})
+    updates, _ = tx.update(params(), state)
+    np.testing.assert_allclose(updates["conv"], -np.full(SHAPE, kernel().sum()), rtol=1e-4)
+    np.testing.assert_array_equal(updates["bias"], -1)
+
+
+@check
+def set_clusters():
+    state = bsj.shared_weights(optax.sgd(1.0)).init(params())
+    assert int(state.clusters["conv"].max()) == -1
+    state = bsj.set_clusters((state,), {"conv": np.full(SHAPE, 3), "bias": -1})[0]
+    assert int(state.clusters["conv"].min()) == 3
+
+
+@check
+def compress():
+    compressed = bsj.compress(bsj.share_weights(params(), conv_bits=2).params)
+    assert 12 < compressed.rate < 32
+
+
+@check
+def Compressed():
+    assert bsj.Compressed(b"1234", {"uncoded": 32}, 320).rate == 10
+
+
+@check
+def decompress():
+    decoded = bsj.decompress(bsj.compress(params()).data)
+    np.testing.assert_array_equal(decoded["conv"], kernel())
+
+
+@check
 def replace_masks():
     state = bsj.external_masks(0.5).init(params())
     masks = {"conv": kernel() > 0, "bias": True}
@@ -989,6 +1090,59 @@ def linen__use_layouts():
         y = nn.Conv(32, (3, 3), use_bias=False).apply({"params": {"kernel": kernel()}}, images())
     assert executions == {"kernel": "block-sparse"}
     assert_convolves(y, kernel())
+
+
+@check
+def linen__use_variational_dropout():
+    params = bsj.with_log_variances({"kernel": kernel()})
+    layer = nn.Conv(32, (3, 3), use_bias=False)
+    with bsj.linen.use_variational_dropout(jax.random.key(0)):
+        noisy = layer.apply({"params": params}, images())
+    difference = noisy - layer.apply({"params": params}, images())
+    assert 0 < float(jnp.abs(difference).max()) < 1
+
+
+@check
+def linen__VariationalConv():
+    layer = bsj.linen.VariationalConv(32, (3, 3), use_bias=False, deterministic=True)
+    noise = jnp.where(kernel() > 0, -10.0, 20.0)  # keeps the weights above zero
+    y = layer.apply({"params": {"kernel": kernel(), "log_sigma2": noise}}, images())
+    kept = {"params": {"kernel": jnp.maximum(kernel(), 0)}}
+    expected = nn.Conv(32, (3, 3), use_bias=False).apply(kept, images())
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@check
+def linen__VariationalDense():
+    layer, weights = bsj.linen.VariationalDense(32, use_bias=False), kernel(shape=(16, 32))
+    params = {"params": {"kernel": weights, "log_sigma2": jnp.where(weights > 0, -10.0, 20.0)}}
+    y = layer.apply(params, images(), deterministic=True)
+    np.testing.assert_allclose(y, images() @ jnp.maximum(weights, 0), rtol=1e-4, atol=1e-4)
+
+
+def assert_keeps_what_is_certain(layer, expected):
+    weights = layer.kernel[...]
+    layer.log_sigma2[...] = jnp.where(weights > 0, -10.0, 20.0)
+    layer.eval()
+    y = layer(images())
+    np.testing.assert_allclose(y, expected(jnp.maximum(weights, 0)), rtol=1e-4, atol=1e-4)
+    layer.train()
+    assert not np.array_equal(layer(images()), layer(images()))
+
+
+@check
+def nnx__VariationalConv():
+    layer = bsj.nnx.VariationalConv(16, 32, (3, 3), use_bias=False, rngs=nnx.Rngs(0))
+    plain = nn.Conv(32, (3, 3), use_bias=False)
+    assert_keeps_what_is_certain(
+        layer, lambda weights: plain.apply({"params": {"kernel": weights}}, images())
+    )
+
+
+@check
+def nnx__VariationalDense():
+    layer = bsj.nnx.VariationalDense(16, 32, use_bias=False, rngs=nnx.Rngs(0))
+    assert_keeps_what_is_certain(layer, lambda weights: images() @ weights)
 
 
 @check

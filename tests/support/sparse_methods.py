@@ -99,6 +99,10 @@ METHODS = {
         bsj.rumi_masks(bsj.random_masks(jax.random.key(3), p, 0.9), clusters=2, min_rows=4)
     ),
     "dsb": lambda p: bsj.fixed_masks(bsj.dsb_masks(p, 0.7, block=8)),
+    "deep-compression": lambda p: bsj.deep_compression(
+        0.7, schedule=bsj.between(2, 20, every=3), budget="erk"
+    ),
+    "variational-dropout": lambda p: bsj.variational_dropout(0.7),
     "fixed": lambda p: bsj.fixed_masks(bsj.random_masks(jax.random.key(3), p, 0.7)),
     "random-channel": lambda p: bsj.fixed_masks(
         layouts=bsj.random_channel_layouts(jax.random.key(0), p, 0.7)
@@ -107,7 +111,7 @@ METHODS = {
     "sr-ste": lambda p: bsj.sr_ste(2, 4),
     "ste": lambda p: bsj.ste(1, 4, axis="kernel"),
 }
-STRAIGHT_THROUGH = ["subp", "sr-ste", "ste"]
+STRAIGHT_THROUGH = ["subp", "sr-ste", "ste", "variational-dropout"]
 HARD = [name for name in METHODS if name not in STRAIGHT_THROUGH]
 # Hard methods whose masks stay as they are at init.
 STATIC = ["hrbp", "magnitude", "snip", "grasp", "synflow", "rumi", "dsb"]

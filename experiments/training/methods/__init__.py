@@ -11,6 +11,7 @@ from experiments.training.methods.at_start import (
 )
 from experiments.training.methods.campfire import Campfire
 from experiments.training.methods.channels import PruneTrain, Slimming, Sss
+from experiments.training.methods.compression import DeepCompression
 from experiments.training.methods.dynamic import DropAndGrow, Dynamic, Set
 from experiments.training.methods.exchange import (
     DeepR,
@@ -26,7 +27,7 @@ from experiments.training.methods.hrbp import Hrbp, HrbpDynamic
 from experiments.training.methods.lottery import Lottery
 from experiments.training.methods.magnitude import Magnitude
 from experiments.training.methods.n_of_m import NOfM, SrSte
-from experiments.training.methods.options import AnyPattern, Options, Setup
+from experiments.training.methods.options import AnyPattern, Options, Setup, Weights
 from experiments.training.methods.structured import (
     BrainDamage,
     GroupLasso,
@@ -36,11 +37,13 @@ from experiments.training.methods.structured import (
     ThiNet,
 )
 from experiments.training.methods.subp import Subp
+from experiments.training.methods.variational import VariationalDropout
 
 __all__ = [
     "AnyPattern",
     "BrainDamage",
     "Campfire",
+    "DeepCompression",
     "DeepR",
     "DropAndGrow",
     "Dsb",
@@ -76,4 +79,6 @@ __all__ = [
     "Subp",
     "Synflow",
     "ThiNet",
+    "VariationalDropout",
+    "Weights",
 ]

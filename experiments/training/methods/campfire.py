@@ -1,6 +1,7 @@
 """Campfire."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import blocksparse_jax as bsj
 from blocksparse_jax import patterns, tree
 from blocksparse_jax.patterns import Pattern
 from experiments.models.spaces import channel_spaces
+from experiments.training.execution import State, masks_of
 from experiments.training.methods.options import Options, Setup
 
 
@@ -78,11 +80,11 @@ class Campfire(Options):
             "feeds": self.feeds(setup.params),
         }
 
-    def report(self, params: Any, masks: Any) -> dict[str, Any]:
+    def finish(self, state: State, folder: Path) -> dict[str, Any]:
         """The inputs of the classifier that were eliminated, and their weights."""
-        if not (feeds := self.feeds(params)):
+        if not (feeds := self.feeds(state.params)):
             return {}
-        (saved,) = bsj.metrics.eliminated_inputs(masks, feeds).values()
+        (saved,) = bsj.metrics.eliminated_inputs(masks_of(state), feeds).values()
         return {"fc_eliminated_inputs": saved.inputs, "fc_eliminated_weights": saved.weights}
 
 

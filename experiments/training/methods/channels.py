@@ -26,7 +26,10 @@ class Shrinking(Options):
     every: int | None = None
 
     def combined(
-        self, method: optax.GradientTransformation, optimizer: optax.GradientTransformation
+        self,
+        method: optax.GradientTransformation,
+        optimizer: optax.GradientTransformation,
+        setup: Setup,
     ) -> optax.GradientTransformation:
         """The penalty joins the gradient; no weights are masked."""
         return optax.chain(method, optimizer)
@@ -96,7 +99,10 @@ class Sss(Shrinking):
         }
 
     def combined(
-        self, method: optax.GradientTransformation, optimizer: optax.GradientTransformation
+        self,
+        method: optax.GradientTransformation,
+        optimizer: optax.GradientTransformation,
+        setup: Setup,
     ) -> optax.GradientTransformation:
         """The method, which holds the optimizer."""
         return method
@@ -135,7 +141,10 @@ class Slimming(Options):
         return {"penalty": self.penalty, "until": self._step(setup)}
 
     def combined(
-        self, method: optax.GradientTransformation, optimizer: optax.GradientTransformation
+        self,
+        method: optax.GradientTransformation,
+        optimizer: optax.GradientTransformation,
+        setup: Setup,
     ) -> optax.GradientTransformation:
         """The penalty joins the gradient; no weights are masked."""
         return optax.chain(method, optimizer)

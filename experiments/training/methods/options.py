@@ -7,7 +7,8 @@ method does between two steps, such as pruning a trained network, are its `opera
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import optax
@@ -36,6 +37,8 @@ class Setup(NamedTuple):
       optimizer: what trains the network without the method.
       learning_rate: of each step, step -> rate.
       image_shape: (height, width, channels) of its images.
+      examples: of the training set in an epoch.
+      end: the run's last step, beyond `length` where the run was extended; None is `length.total`.
     """
 
     sparsity: float
@@ -49,6 +52,9 @@ class Setup(NamedTuple):
     optimizer: optax.GradientTransformation | None = None
     learning_rate: optax.Schedule | None = None
     image_shape: tuple[int, ...] = ()
+
+    examples: int | None = None
+    end: int | None = None
 
     def logits(self, params: Any, images: jax.Array, *, train: bool) -> jax.Array:
         """The logits of the dense network, float32 unless the parameters are wider.
@@ -74,9 +80,25 @@ class Setup(NamedTuple):
         return _checks.positive_int("update_every", update_every)
 
 
+class Weights(NamedTuple):
+    """The weights of a training step.
+
+    Attributes:
+      params: the parameters.
+      masked: what the forward pass takes of them (`bsj.masked`), in the masked form of the state.
+      opt_state: the optimizer's, before the step.
+    """
+
+    params: Any
+    masked: Any
+    opt_state: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """No options, no pattern: dense training, and the base of all others."""
+
+    default_sparsity: ClassVar[float] = 0.9
 
     def make_pattern(self) -> Pattern | None:
         """Makes the pattern that the options mean; None trains dense."""
@@ -140,24 +162,48 @@ class Options:
         """
         return {}
 
+    def loss(
+        self, network: Callable[[Any], tuple[jax.Array, Any]], weights: Weights, setup: Setup
+    ) -> tuple[jax.Array, Any]:
+        """The loss of a training step, traced.
+
+        Args:
+          network: weights -> (the loss of the network with them, anything).
+          weights: of the step.
+          setup: what the run gives to its method, before training.
+
+        Returns:
+          The loss, and what `network` returned with it.
+        """
+        return network(weights.masked)
+
     def combined(
-        self, method: optax.GradientTransformation, optimizer: optax.GradientTransformation
+        self,
+        method: optax.GradientTransformation,
+        optimizer: optax.GradientTransformation,
+        setup: Setup,
     ) -> optax.GradientTransformation:
-        """The method with the optimizer of the run: pruned weights are zero after every step."""
+        """The method with the optimizer of the run: pruned weights are zero after every step.
+
+        Args:
+          method: the method's transformation.
+          optimizer: the run's own (weight decay, sgd or adam).
+          setup: what the run gives to its method, before training.
+        """
         return bsj.sparse(method, optimizer)
+
+    def finish(self, state: State, folder: Path) -> dict[str, Any]:
+        """What the method adds to result.json, and to the run folder, at the end.
+
+        Args:
+          state: after the last step, in the masked form.
+          folder: of the run.
+        """
+        return {}
 
     def prepare(self, params: Any, batch_stats: Any, sparsity: float) -> tuple[Any, Any]:
         """The network that training starts from, made of the initial one."""
         return params, batch_stats
-
-    def report(self, params: Any, masks: Any) -> dict[str, Any]:
-        """What the method adds to result.json.
-
-        Args:
-          params: the trained parameters, dense.
-          masks: the last masks, the scalar True for dense leaves.
-        """
-        return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +211,8 @@ class AnyPattern(Options):
     """Masks of any pattern.
 
     Attributes:
-      pattern: unstructured, kernel, vector, window, channel, fan_in, n_of_m, one_by_n or block, with its
-        arguments behind colons: one_by_n:16, block:32, n_of_m:2:4.
+      pattern: unstructured, kernel, vector, window, channel, channel_tap, fan_in, n_of_m, one_by_n
+        or block, with its arguments behind colons: one_by_n:16, block:32, n_of_m:2:4.
       budget: how the layers share the density: uniform, erk, er or global.
     """
 

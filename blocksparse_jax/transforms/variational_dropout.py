@@ -1,0 +1,49 @@
+"""Sparse variational dropout: the masks of a network whose weights are noisy."""
+
+import optax
+from jaxtyping import Array
+
+from blocksparse_jax import _checks, tree
+from blocksparse_jax.transforms.external import external_masks
+
+
+def variational_dropout(
+    sparsity: float = 0.0, *, where: tree.Where | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Holds the masks of sparse variational dropout; every weight goes on training.
+
+    What prunes is the loss: noise in the layers (`linen.use_variational_dropout`, or the layers
+    `VariationalConv` and `VariationalDense` of `linen` and `nnx`) and `variational_dropout_kl`. Set
+    the masks when the network is to be evaluated, with `replace_masks(state,
+    variational_masks(params))`; `masked(params, state)` are its weights. Train on the params themselves.
+
+    Args:
+      sparsity: the fraction that `variational_masks(..., sparsity=)` removes, in [0, 1), for
+        reports; 0 leaves it to the threshold.
+      where: predicate (name, leaf) of the noisy kernels, as given to `with_log_variances`.
+
+    Returns:
+      An optax transformation that passes all gradients; put it first in the chain, inside
+      `keep_zeros` (`sparse(method, optimizer)` does both).
+
+    Raises:
+      ValueError: a bad argument.
+
+    Example:
+      >>> import blocksparse_jax as bsj, jax.numpy as jnp
+      >>> params = bsj.with_log_variances({"conv": {"kernel": jnp.ones((3, 3, 8, 8))}})
+      >>> tx = bsj.sparse(variational_dropout(), optax.adam(1e-3))
+      >>> state = bsj.replace_masks(tx.init(params), bsj.variational_masks(params))
+      >>> float(bsj.metrics.density(bsj.get_masks(state)))
+      1.0
+
+    Reference: Molchanov, Ashukha & Vetrov, "Variational dropout sparsifies deep neural networks",
+    ICML 2017.
+    """
+    _checks.fraction("sparsity", sparsity)
+    choice = tree.conv_kernels if where is None else where
+
+    def noisy(name: str, leaf: Array) -> bool:
+        return name.rpartition("/")[2] != "log_sigma2" and choice(name, leaf)
+
+    return external_masks(sparsity, where=noisy, name="variational-dropout", straight_through=True)
