@@ -73,6 +73,8 @@ class Summary:
       nonfinite_state: leaf of the optimizer state (a moment, a trace) -> likewise.
       nonfinite_updates: updates of the masks that were left out, since what decides them was not
         finite (`SparseState`).
+      straight_through: whether pruned weights train on, and the forward pass takes `masked(params,
+        state)`.
       averaging: a remark on weights inside the optimizer state that are not zero where pruned.
       executions: what each layer with a layout ran, by the name of its kernel; None where that was
         not given.
@@ -90,6 +92,7 @@ class Summary:
     nonfinite_weights: Mapping[str, int] = dataclasses.field(default_factory=dict)
     nonfinite_state: Mapping[str, int] = dataclasses.field(default_factory=dict)
     nonfinite_updates: int = 0
+    straight_through: bool = False
     averaging: str = ""
     executions: Mapping[str, str] | None = None
 
@@ -151,6 +154,10 @@ class Summary:
                 "get_masks(state)), and train with sparse(method, optimizer) or keep_zeros(...) "
                 "around the whole chain"
             )
+        if self.straight_through:
+            yield (
+                "pruned weights train on: give the network masked(params, state), or it runs dense"
+            )
         yield self.averaging
         if self.nonfinite_weights:
             yield f"{_total_and_most(self.nonfinite_weights, 'weights')} are not finite"
@@ -159,15 +166,21 @@ class Summary:
             yield f"{moments} are not finite"
         if self.nonfinite_updates:
             yield (
-                f"{self.nonfinite_updates} updates of the masks were left out, since the weights "
+                f"{_counted(self.nonfinite_updates, 'update')} of the masks: left out, since the "
+                "weights "
                 "or gradients that decide them were not finite: the masks stayed as they were"
             )
         if self.stalled_updates:
             yield (
-                f"{self.stalled_updates} updates of the masks could grow nothing: the gradient of "
-                "the pruned weights was zero; give these steps the full one, e.g. conv(..., "
-                "kernel_gradient='dense')"
+                f"{_counted(self.stalled_updates, 'update')} of the masks could grow nothing: the "
+                "gradient of the pruned weights was zero; give these steps the full one with "
+                "kernel_gradient='dense', an argument of conv, of use_layouts, nnx.sparsify and of "
+                "the layers"
             )
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _most(counts: Mapping[str, int]) -> str:
@@ -288,6 +301,7 @@ def summarize(
         nonfinite_updates=sum(
             int(count) for sparse in states for count in jax.tree.leaves(sparse.nonfinite_updates)
         ),
+        straight_through=any(sparse.spec.straight_through for sparse in states),
         averaging=_schedule_free_outside(state),
         executions=None if executions is None else dict(executions),
     )

@@ -114,10 +114,14 @@ def choose(where: Where | None, params: PyTree, label: str = "params") -> dict[s
             )
     chosen = {name: leaf for name, leaf in leaves if where(name, leaf)}
     if not chosen:
-        shapes = ", ".join(f"{name}{list(leaf.shape)}" for name, leaf in leaves[:8])
+        largest = sorted(
+            leaves, key=lambda named: -len(named[1].shape) // 2
+        )  # matrices and kernels
+        shapes = ", ".join(f"{name}{list(leaf.shape)}" for name, leaf in largest[:8])
+        more = f" and {len(leaves) - 8} more" if len(leaves) > 8 else ""
         raise ValueError(
-            f"where: no leaf of {label} was chosen, expected at least one of: {shapes}; pass "
-            "where=lambda name, leaf: ..."
+            f"where: no leaf of {label} was chosen, expected at least one of: {shapes}{more}; pass "
+            "where=lambda name, leaf: ..., e.g. leaf.ndim == 2 for dense kernels"
         )
     for name, leaf in chosen.items():
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):

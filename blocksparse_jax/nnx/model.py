@@ -48,7 +48,7 @@ def sparsify(
       The same model.
 
     Raises:
-      ValueError: an argument is unknown.
+      ValueError: an argument is unknown, or the model is none of nnx.
 
     Example:
       >>> model = sparsify(nnx.Sequential(nnx.Conv(4, 8, (3, 3), rngs=nnx.Rngs(0)), nnx.relu))
@@ -58,6 +58,11 @@ def sparsify(
     _checks.choice("kernel_gradient", kernel_gradient, ("masked", "dense"))
     if implementation is not None:
         _checks.choice("implementation", implementation, available_implementations())
+    if not isinstance(model, nnx.Module):
+        raise ValueError(
+            f"model: expected an nnx.Module, got {type(model).__name__}; a linen model takes "
+            "linen.use_layouts"
+        )
     for _, module in nnx.iter_modules(model):
         if _is_plain(module):
             # The object itself changes, so that all references to it see the new layer.
@@ -90,7 +95,7 @@ def set_layouts(model: nnx.Module, layouts: Any) -> None:
         its leaves `BlockLayout | Dense()`.
 
     Raises:
-      ValueError: a layout has the name of no parameter of this model, or is another kernel's; the
+      ValueError: no layer can have a layout, or one has the name of no parameter of this model, or is another kernel's; the
         message names its path. Then no layout is changed.
 
     Example:
@@ -103,6 +108,11 @@ def set_layouts(model: nnx.Module, layouts: Any) -> None:
     """
     params = _params(model)
     layers = _layers(model)
+    if not layers:
+        raise ValueError(
+            "model: no layer of it can have a layout, expected block-sparse layers; call "
+            "nnx.sparsify(model) first"
+        )
     by_kernel = {}
     for path, layout in jax.tree.leaves_with_path(layouts, is_leaf=is_layout):
         name = path_name(path)
