@@ -38,10 +38,10 @@ def nest(
 
     Training starts from random masks, the seed, of `seed` times the final density. At the steps of
     the schedule through `grow_until` a layer grows in equal portions, until the last of these steps
-    makes it `peak` times the final density: the pruned sets of weights with the largest `|sum of
-    gradients since the last step|` come. At the later steps it is pruned: the sets with the largest `|w|` stay, and the surplus
-    over the final density falls as `(1 - t)^power`, t from 0 at the end of the growth to 1 at the
-    end of the schedule.
+    makes it `peak` times the final density: the pruned sets of weights with the largest
+    `|sum of gradients since the last step|` come. At the later steps it is pruned: the sets with
+    the largest `|w|` stay, and the surplus over the final density falls as `(1 - t)^power`, t from
+    0 at the end of the growth to 1 at the end of the schedule.
 
     Grown weights start at zero; steps that change masks apply no gradient. The gradients are summed
     in the method's own memory, those that are not finite left out, so every step through

@@ -425,7 +425,7 @@ def test_random_growth_is_uniform(name):
     "name",
     [
         slow_unless(name in ("deep-r", "dsr", "nest"), name)  # those with a memory
-        for name in ("deep-r", "dsr", "srigl", "mest", "mest-soft", "granet", "nest", "narang")
+        for name in ("deep-r", "dsr", "srigl", "mest", "granet", "nest", "narang")
     ],
 )
 def test_a_restored_run_draws_the_same_masks(name):

@@ -66,12 +66,6 @@ METHODS = {
     "dsr": lambda p: bsj.dsr(0.7, schedule=bsj.every(3), threshold=0.3),
     "srigl": lambda p: bsj.srigl(0.7, schedule=bsj.every(3), drop_fraction=0.6),
     "mest": lambda p: bsj.mest(0.7, schedule=bsj.between(2, 20, every=3), fraction=0.3),
-    "mest-soft": lambda p: bsj.mest(
-        0.7,
-        pattern=bsj.patterns.one_by_n(4),
-        schedule=bsj.between(2, 20, every=3),
-        soft=True,
-    ),
     "granet": lambda p: bsj.granet(0.7, schedule=bsj.between(2, 20, every=3)),
     "nest": lambda p: bsj.nest(0.7, schedule=bsj.between(2, 20, every=3), grow_until=5),
     "narang": lambda p: bsj.narang(0.7, schedule=bsj.between(2, 20, every=3)),
