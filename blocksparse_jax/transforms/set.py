@@ -60,10 +60,11 @@ def set_(
     connectivity", Nature Communications 2018, which drops by sign; dropping by `|w|` follows RigL's
     comparison (Evci et al., 2020). Other patterns than single weights are our choice.
     """
+    _checks.choice("drop", drop, ("magnitude", "signed"))
     return drop_and_grow(
         sparsity,
         pattern=pattern,
-        drop=_checks.choice("drop", drop, ("magnitude", "signed")),
+        drop=drop,
         grow="random",
         fraction=drop_fraction,
         schedule=schedule,

@@ -214,3 +214,14 @@ def test_the_trainer_follows_the_spec_alone(monkeypatch):
     assert [step for step, form in enumerate(forms) if form == "sparse"] == [3, 5]
     assert [step for step in range(8) if trainer.changes_masks(step)] == [3, 5]
     np.testing.assert_equal(set(forms), {"sparse", "packed"})
+
+
+def test_packed_runs_unpack_where_masks_move_without_a_dense_gradient():
+    """SET grows at random, and the masks of packed values could not change."""
+    options = dataclasses.replace(METHODS["set"].options, pattern="one_by_n:16", update_every=3)
+    config = TrainConfig(method="set", width=0.25, options=options, execution="packed")
+    trainer = Trainer(resolve(config), (8, 8, 1), 10, LENGTH)
+    state = trainer.init()
+    assert not any(trainer.spec.dense_gradient(step) for step in range(LENGTH.total))
+    assert [s for s in range(8) if trainer.form(s) == "sparse"] == [3, 6]
+    assert state.form == "packed"
