@@ -110,6 +110,13 @@ def _run(args: list[str]) -> None:
     assert result is not None
     name = f"{run.folder.path.name}, {config.method}"
     print(f"{name}: test accuracy {result['test_accuracy']:.2%}, density {result['density']:.4f}")
+    if result["parameters"] < result["original_parameters"]:
+        before, after = result["original_step_ms_median"], result["step_ms_median"]
+        times = f"; a step takes {after:.3g} ms, before {before:.3g} ms" if before and after else ""
+        print(
+            f"a smaller network: {result['parameters']:,} of {result['original_parameters']:,} "
+            f"parameters, {result['kept_flops_fraction']:.1%} of the FLOPs{times}"
+        )
     if (summary := summary_of(run.state, config.method)) is not None:
         print(summary)
 

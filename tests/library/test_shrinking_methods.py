@@ -50,11 +50,15 @@ METHODS = {
 }
 
 
+_noise = jax.jit(noise)
+_apply = jax.jit(optax.apply_updates)
+
+
 def trained(tx, params, update):
     state = tx.init(params)
     for step in range(5):
-        updates, state = update(noise(params, step), state, params, value=jnp.float32(2.0))
-        params = optax.apply_updates(params, updates)
+        updates, state = update(_noise(params, step), state, params, value=jnp.float32(2.0))
+        params = _apply(params, updates)
     return params, state
 
 
@@ -75,7 +79,7 @@ def test_jit_equals_eager_keeps_dtypes_and_never_recompiles(name, dtype):
 
     jitted = jax.jit(update)
     weights, state = trained(tx, params, jitted)
-    grads = noise(params, 5)
+    grads = _noise(params, 5)
     expected, _ = jitted(grads, state, weights, value=jnp.float32(2.0))
     assert len(traces) == 1
     actual, _ = tx.update(grads, state, weights, value=jnp.float32(2.0))
@@ -90,7 +94,7 @@ def test_accumulated_gradients_are_one_step(name):
     """Under `MultiSteps` two equal gradients move as one does."""
     params, tx = network(), optax.with_extra_args_support(METHODS[name]())
     many = optax.MultiSteps(tx, 2)
-    grads, state = noise(params, 0), many.init(params)
+    grads, state = _noise(params, 0), many.init(params)
     for _ in range(2):
         updates, state = many.update(grads, state, params, value=2.0)
     expected, _ = tx.update(grads, tx.init(params), params, value=2.0)
@@ -112,7 +116,7 @@ def test_the_state_follows_a_removal_and_goes_on(name):
     state = tx.init(params)
     _, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params, value=2.0)
     small, small_state = bsj.remove_channels(SPACES, kept, params, state)
-    grads = noise(params, 1)
+    grads = _noise(params, 1)
     (small_grads,) = bsj.remove_channels(SPACES, kept, grads)
     large, _ = tx.update(grads, state, params, value=2.0)
     (expected,) = bsj.remove_channels(SPACES, kept, large)
@@ -139,7 +143,7 @@ def test_prune_train_adds_the_gradient_of_its_penalty():
         pull[name] += weights[name] / norms
     strength = ratio * 2.5 / (lasso * (1 - ratio))
     tx = bsj.prune_train(SPACES, ratio=ratio)
-    grads, state = noise(params, 0), tx.init(params)
+    grads, state = _noise(params, 0), tx.init(params)
     for loss in (2.5, 0.1):
         updates, state = tx.update(grads, state, params, value=loss)
         assert float(state.strength) == pytest.approx(strength, rel=1e-5)
