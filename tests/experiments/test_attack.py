@@ -56,6 +56,7 @@ def test_the_command_attacks_a_run(run, capsys):
     assert accuracies[0] > accuracies[1] > accuracies[2]
 
 
+@pytest.mark.slow
 def test_the_accuracy_is_that_of_images_made_one_by_one(run):
     """With a loop over the test set, unnormalised pixels and the library's own gradient."""
     _, data, trainer, state, _ = restore(str(run.folder.path))

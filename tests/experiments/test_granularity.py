@@ -32,7 +32,7 @@ def test_a_granularity_is_a_pattern_of_its_own():
         bsj.magnitude(0.5, granularity="filter", pattern=bsj.patterns.kernel())
     with pytest.raises(ValueError, match="granularity: 'filter' is a pattern of its own"):
         methods.Magnitude(granularity="filter", pattern="kernel").check()
-    with pytest.raises(ValueError, match="granularity: expected one of.*did you mean 'filter'"):
+    with pytest.raises(ValueError, match=r"granularity: expected one of.*did you mean 'filter'"):
         bsj.magnitude(0.5, granularity="filters")
-    with pytest.raises(ValueError, match="granularity: expected one of.*did you mean 'filter'"):
+    with pytest.raises(ValueError, match=r"granularity: expected one of.*did you mean 'filter'"):
         methods.Magnitude(granularity="filters").check()

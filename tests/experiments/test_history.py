@@ -35,7 +35,7 @@ def recorded(run):
 
 
 def expected(masks, dense_gradient, steps):
-    """The fraction of dense training: forward, and both gradients of each step."""
+    """The fraction of dense training: forward pass, input and kernel gradients of each step."""
     total = 0
     for step in range(steps):
         kept = {n: int(m.sum()) if m.ndim else SIZES[n] for n, m in masks[step].items()}
@@ -55,8 +55,10 @@ def explored(masks):
     [
         ("rigl", "masked", lambda step: step in (5, 10, 15)),
         ("campfire", "masked", lambda step: False),
-        ("hrbp-dynamic", "packed", lambda step: step in (5, 10, 15)),
-        ("sr-ste", "masked", lambda step: True),
+        pytest.param(
+            *("hrbp-dynamic", "packed", lambda step: step in (5, 10, 15)), marks=pytest.mark.slow
+        ),
+        pytest.param("sr-ste", "masked", lambda step: True, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_counts_every_step_with_its_masks(tmp_path, method, execution, needs_dense):
@@ -87,13 +89,16 @@ def test_dense_training_takes_all_flops_and_activates_all_weights(tmp_path):
     assert result["itop"] == 1
 
 
+@pytest.mark.slow
 def test_masks_that_stay_cost_what_they_keep(tmp_path):
     result = Run(config(tmp_path, "magnitude", epochs=1)).train()
     assert result["training_flops_fraction"] == pytest.approx(result["kept_flops_fraction"])
     assert result["itop"] == pytest.approx(result["density"])
 
 
-@pytest.mark.parametrize(("method", "stop"), [("campfire", 3), ("rigl", 7)])
+@pytest.mark.parametrize(
+    ("method", "stop"), [("campfire", 3), pytest.param("rigl", 7, marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_counts_as_without_the_stop(tmp_path, method, stop):
     """Stopped while masks change; steps and masks before the stop are in the checkpoint."""
     whole = Run(config(tmp_path / "whole", method, epochs=2))

@@ -77,6 +77,16 @@ def test_kernel_slices(shape, kind, sparsity, seed, reduce):
 
 @few
 @given(**drawn)
+def test_vectors(shape, kind, sparsity, seed):
+    scores = scores_of(kind, shape, seed)
+    rows = np.asarray(jnp.sum(scores, axis=1, keepdims=True))
+    count = max(1, round((1 - sparsity) * rows.size))
+    expected = np.broadcast_to(ref.largest(rows, count), shape)
+    np.testing.assert_array_equal(masks_of(scores, sparsity, P.vector()), expected)
+
+
+@few
+@given(**drawn)
 def test_windows(shape, kind, sparsity, seed):
     scores = scores_of(kind, shape, seed)
     kh, kw, cin, cout = shape
@@ -145,6 +155,7 @@ def test_every_pattern_has_an_inverse_and_runs_in_jit():
         P.unstructured(),
         P.kernel(),
         P.window(),
+        P.vector(),
         P.n_of_m(2, 4),
         P.one_by_n(8),
         P.channel("input"),
