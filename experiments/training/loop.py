@@ -127,7 +127,7 @@ class Trainer:
             params,
             loss_fn,
             batch,
-            self.model("masked"),
+            self._model(data_format="NHWC"),  # XLA's convolutions have all derivatives
             batch_stats,
             dense,
             learning_rate(config, self.length),

@@ -9,6 +9,7 @@ import pytest
 import references as ref
 
 import blocksparse_jax as bsj
+from experiments import models
 from experiments.data import load
 from experiments.training.config import TrainConfig, resolve
 from experiments.training.execution import masks_of
@@ -50,7 +51,7 @@ def test_grasp_looks_at_two_halves_of_ten_examples_a_class():
     trainer, (images, labels), masks = started("grasp", Grasp())
     assert labels.tolist() == [label for label in range(10) for _ in range(10)]
     params, batch_stats = trainer.initial()
-    model = trainer.model("masked")
+    model = models.create("cnn", num_classes=10, width=0.125, data_format="NHWC")
 
     def loss(params, half):
         variables = {"params": params, "batch_stats": batch_stats}
@@ -73,7 +74,7 @@ def test_synflow_needs_no_data_and_keeps_every_layer():
     size = sum(mask.size for mask in kept.values())
     assert sum(mask.sum() for mask in kept.values()) == round(size * (1 - SPARSITY))
     params, batch_stats = trainer.initial()
-    model = trainer.model("masked")
+    model = models.create("cnn", num_classes=10, width=0.125, data_format="NHWC")
     scores = bsj.synflow(
         lambda p, x: model.apply({"params": p, "batch_stats": batch_stats}, x, train=False).sum(),
         params,

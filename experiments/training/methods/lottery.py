@@ -15,7 +15,8 @@ class Lottery(AnyPattern):
     """Iterative magnitude pruning with rewinding, all passes within the epochs of the run.
 
     A run of R rounds has R + 1 passes, the first of them dense. The learning rate follows its whole
-    schedule in each.
+    schedule in each. That the passes share the epochs of the run, and that momentum goes back with
+    the weights, is our choice.
 
     Attributes:
       prune_fraction: of what is left, pruned in each round.
