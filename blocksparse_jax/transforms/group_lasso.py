@@ -105,8 +105,7 @@ def group_lasso(
         return strength * jax.grad(norms)(leaf.weights.astype(jnp.float32))
 
     def final_count(leaf: Leaf) -> int:
-        (count,) = pattern.counts({"": leaf.weights.shape}, {"": 1 - sparsity}).values()
-        return count
+        return max(1, round((1 - sparsity) * pattern.units(leaf.weights.shape).sets))
 
     def redraw(step: Step, leaves: Leaves) -> dict[str, Kept]:
         squares = {
