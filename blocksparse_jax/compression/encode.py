@@ -137,7 +137,7 @@ def decompress(data: bytes, like: PyTree | None = None) -> PyTree:
 
 def _array(name: str, leaf: Any) -> np.ndarray:
     dtype = jnp.result_type(leaf)
-    if not jnp.issubdtype(dtype, jnp.number) and not jnp.issubdtype(dtype, bool):
+    if not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
         raise ValueError(f"params: expected an array of numbers at {name!r}, got {dtype}")
     array = _checks.concrete(name, leaf)
     return np.ascontiguousarray(array).reshape(np.shape(leaf))

@@ -124,7 +124,8 @@ def _noisy(
     params = {"kernel": jax.numpy.where(dropped, 0, kernel)}
     if layer.use_bias:
         params["bias"] = layer.get_variable("params", "bias")
-    return plain.clone(parent=None, name=None).apply({"params": params}, inputs)
+    outputs: Any = plain.clone(parent=None, name=None).apply({"params": params}, inputs)
+    return outputs
 
 
 @contextlib.contextmanager

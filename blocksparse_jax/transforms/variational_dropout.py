@@ -13,9 +13,10 @@ def variational_dropout(
     """Holds the masks of sparse variational dropout; every weight goes on training.
 
     What prunes is the loss: noise in the layers (`linen.use_variational_dropout`, or the layers
-    `VariationalConv` and `VariationalDense` of `linen` and `nnx`) and `variational_dropout_kl`. Set
-    the masks when the network is to be evaluated, with `replace_masks(state,
-    variational_masks(params))`; `masked(params, state)` are its weights. Train on the params themselves.
+    `VariationalConv` and `VariationalDense` of `linen` and `nnx`) and `variational_dropout_kl`. When
+    the network is to be evaluated, set the masks, `replace_masks(state,
+    variational_masks(params))`; `masked(params, state)` are its weights. Train on the params
+    themselves.
 
     Args:
       sparsity: the fraction that `variational_masks(..., sparsity=)` removes, in [0, 1), for

@@ -25,8 +25,8 @@ def lloyd(values, count):
         labels = np.abs(values[:, None] - centroids).argmin(1)
         moved = np.array(
             [
-                values[labels == i].mean() if (labels == i).any() else centroid
-                for i, centroid in enumerate(centroids)
+                values[labels == i].mean() if (labels == i).any() else c
+                for i, c in enumerate(centroids)
             ]
         )
         if np.array_equal(moved, centroids):
@@ -229,7 +229,7 @@ def data():
 def test_bytes_that_changed_or_are_missing_are_refused(data, place, change, cut):
     at = int(place * len(data))
     changed = data[:at] if cut else data[:at] + bytes([data[at] ^ change]) + data[at + 1 :]
-    with pytest.raises(ValueError, match=r"^data: "):
+    with pytest.raises(ValueError, match="^data: "):
         bsj.decompress(changed)
 
 
