@@ -197,8 +197,8 @@ def _noisy(params: PyTree) -> dict[str, tuple[Array, Array]]:
     layers = {}
     for name in names:
         kernel = f"{name.removesuffix('log_sigma2')}kernel"
-        if jnp.shape(leaves.get(kernel)) != jnp.shape(leaves[name]) or kernel not in leaves:
-            found = jnp.shape(leaves[kernel]) if kernel in leaves else "none"
+        found = jnp.shape(leaves[kernel]) if kernel in leaves else "none"
+        if found != jnp.shape(leaves[name]):
             raise ValueError(
                 f"params: expected {kernel!r} of the shape {jnp.shape(leaves[name])} of {name!r}, "
                 f"got {found}"

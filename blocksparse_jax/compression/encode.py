@@ -186,10 +186,8 @@ def _decode_leaf(header: dict[str, Any], parts: list[bytes]) -> np.ndarray:
         kind = np.dtype("<u2" if which % 2 else "<u4")
         columns.append(np.frombuffer(tables, kind, size, place))
         place += size * kind.itemsize
-    gaps, values = (
-        huffman.decode(huffman.Coded(*columns[2 * i : 2 * i + 2], streams[i]), header["codes"])
-        for i in range(2)
-    )
+    coded = zip(columns[::2], columns[1::2], streams, strict=True)
+    gaps, values = (huffman.decode(huffman.Coded(*part), header["codes"]) for part in coded)
     unsigned = _UNSIGNED[dtype.itemsize]
     book = np.concatenate([np.zeros(1, unsigned), np.frombuffer(codebook, unsigned)])
     flat = np.zeros(int(np.prod(shape)), unsigned)

@@ -56,16 +56,19 @@ class VariationalConv(nnx.Conv):
         super().__init__(*args, rngs=rngs, **kwargs)
         _make_noisy(self, rngs, initial_log_sigma2, threshold, deterministic)
 
-    def __call__(self, inputs: Float[Array, "*n h w cin"]) -> Float[Array, "*n ho wo cout"]:
+    def __call__(
+        self, inputs: Float[Array, "*n h w cin"], out_sharding: Any = None
+    ) -> Float[Array, "*n ho wo cout"]:
         """Convolves.
 
         Args:
           inputs: as those of `nnx.Conv`.
+          out_sharding: likewise.
 
         Returns:
           As `nnx.Conv`.
         """
-        return _noisy(self, nnx.Conv.__call__, inputs)
+        return _noisy(self, nnx.Conv.__call__, inputs, out_sharding)
 
 
 class VariationalDense(nnx.Linear):
@@ -102,16 +105,19 @@ class VariationalDense(nnx.Linear):
         super().__init__(*args, rngs=rngs, **kwargs)
         _make_noisy(self, rngs, initial_log_sigma2, threshold, deterministic)
 
-    def __call__(self, inputs: Float[Array, "*rows cin"]) -> Float[Array, "*rows cout"]:
+    def __call__(
+        self, inputs: Float[Array, "*rows cin"], out_sharding: Any = None
+    ) -> Float[Array, "*rows cout"]:
         """Multiplies.
 
         Args:
           inputs: `[..., in_features]`.
+          out_sharding: as that of `nnx.Linear`.
 
         Returns:
           `[..., out_features]`.
         """
-        return _noisy(self, nnx.Linear.__call__, inputs)
+        return _noisy(self, nnx.Linear.__call__, inputs, out_sharding)
 
 
 def _make_noisy(
@@ -123,15 +129,16 @@ def _make_noisy(
     layer.noise = rngs["dropout"].fork()
 
 
-def _noisy(layer: Any, call: Any, inputs: Array) -> Array:
+def _noisy(layer: Any, call: Any, inputs: Array, out_sharding: Any) -> Array:
     """The outputs of a noisy layer, given how its base class computes."""
     kernel, log_sigma2 = layer.kernel[...], layer.log_sigma2[...]
     if layer.deterministic:
         dropped = log_alpha(kernel, log_sigma2) > layer.threshold
-        return call(_twin(layer, jnp.where(dropped, 0, kernel)), inputs)
+        return call(_twin(layer, jnp.where(dropped, 0, kernel)), inputs, out_sharding)
     plain = _twin(layer, variances(kernel, log_sigma2))
     plain.use_bias, plain.bias = False, None
-    return with_noise(call(layer, inputs), call(plain, inputs * inputs), layer.noise())
+    variance = call(plain, inputs * inputs, out_sharding)
+    return with_noise(call(layer, inputs, out_sharding), variance, layer.noise())
 
 
 def _twin(layer: Any, kernel: Array) -> Any:

@@ -13,8 +13,8 @@ def variational_dropout(
     """Holds the masks of sparse variational dropout; every weight goes on training.
 
     What prunes is the loss: noise in the layers (`linen.use_variational_dropout`, or the layers
-    `VariationalConv` and `VariationalDense` of `linen` and `nnx`) and `variational_dropout_kl`. When
-    the network is to be evaluated, set the masks, `replace_masks(state,
+    `VariationalConv` and `VariationalDense` of `linen` and `nnx`) and `variational_dropout_kl`.
+    When the network is to be evaluated, set the masks, `replace_masks(state,
     variational_masks(params))`; `masked(params, state)` are its weights. Train on the params
     themselves.
 

@@ -23,12 +23,9 @@ def lloyd(values, count):
     centroids = np.linspace(values.min(), values.max(), count)
     while True:
         labels = np.abs(values[:, None] - centroids).argmin(1)
-        moved = np.array(
-            [
-                values[labels == i].mean() if (labels == i).any() else c
-                for i, c in enumerate(centroids)
-            ]
-        )
+        moved = centroids.copy()
+        for i in set(labels):
+            moved[i] = values[labels == i].mean()
         if np.array_equal(moved, centroids):
             return centroids, labels
         centroids = moved
@@ -229,7 +226,7 @@ def data():
 def test_bytes_that_changed_or_are_missing_are_refused(data, place, change, cut):
     at = int(place * len(data))
     changed = data[:at] if cut else data[:at] + bytes([data[at] ^ change]) + data[at + 1 :]
-    with pytest.raises(ValueError, match="^data: "):
+    with pytest.raises(ValueError, match=r"^data: "):
         bsj.decompress(changed)
 
 
