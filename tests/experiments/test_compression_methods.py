@@ -43,7 +43,7 @@ def test_deep_compression_leaves_a_coded_network(tmp_path):
         assert np.unique(kernel[kernel != 0]).size <= most
 
 
-@pytest.mark.parametrize("sparsity", [None, 0.75])
+@pytest.mark.parametrize("sparsity", [None, pytest.param(0.75, marks=pytest.mark.slow)])
 def test_variational_dropout_prunes_by_its_threshold_or_to_a_sparsity(tmp_path, sparsity):
     options = {"variance_lr": 0.5, "initial_log_sigma2": -4.0}
     settings = config(tmp_path, "variational-dropout", options, epochs=2, sparsity=sparsity)
