@@ -95,8 +95,8 @@ def set_layouts(model: nnx.Module, layouts: Any) -> None:
         its leaves `BlockLayout | Dense()`.
 
     Raises:
-      ValueError: no layer can have a layout, or one has the name of no parameter of this model, or is another kernel's; the
-        message names its path. Then no layout is changed.
+      ValueError: no layer of the model can have a layout, or a layout has the name of no parameter
+        or is another kernel's; the message names its path. Then no layout is changed.
 
     Example:
       >>> from blocksparse_jax.layout import mask_to_layout
