@@ -120,7 +120,14 @@ def main(config: CompareConfig) -> dict[str, Any]:
         }
         row = {
             key: result[key]
-            for key in ("method", "test_accuracy", "density", "kept_flops_fraction")
+            for key in (
+                "method",
+                "test_accuracy",
+                "density",
+                "kept_flops_fraction",
+                "training_flops_fraction",
+                "parameters",
+            )
         }
         for form in ("masked", "packed"):
             row[f"{form}_step_ms_median"], row[f"{form}_step_ms_iqr"] = medians.get(
@@ -199,16 +206,18 @@ def _table(report: dict[str, Any]) -> Table:
     title = (
         f"{report['model']} on {report['dataset']}, {report['epochs']} epochs, {report['device']}"
     )
-    caption = f"steps in ms: {report['step_times']}; speed-up: dense over packed"
+    dense_ms = report["dense_step_ms_median"]
+    dense = "" if dense_ms is None else f"dense step {dense_ms:.1f} ms; "
+    caption = f"steps in ms: {report['step_times']}; {dense}speed-up: dense over packed"
     table = Table(title=title, caption=caption, box=box.SIMPLE)
     for column in (
         "method",
         "test accuracy",
         "density",
         "kept FLOPs",
+        "training FLOPs",
         "masked step",
         "packed step",
-        "dense step",
         "speed-up",
     ):
         table.add_column(
@@ -225,9 +234,9 @@ def _table(report: dict[str, Any]) -> Table:
             f"{row['test_accuracy']:.2%}",
             f"{row['density']:.4f}",
             f"{row['kept_flops_fraction']:.1%}",
+            f"{row['training_flops_fraction']:.1%}",
             "—" if row["method"] == "dense" else ms(row["masked_step_ms_median"]),
             ms(row["packed_step_ms_median"]),
-            ms(report["dense_step_ms_median"]),
             "—" if faster is None else f"{faster:.2f}x",
         )
     return table

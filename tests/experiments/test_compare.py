@@ -61,6 +61,7 @@ def test_compare_prints_one_table(tmp_path, capsys):
         "test accuracy",
         "density",
         "kept FLOPs",
+        "training FLOPs",
         "masked step",
         "packed step",
         "dense step",
@@ -68,6 +69,8 @@ def test_compare_prints_one_table(tmp_path, capsys):
     )
     assert all(word in out for word in columns)
     dense, hrbp, sr_ste = report["rows"]
+    assert dense["training_flops_fraction"] == 1
+    assert hrbp["kept_flops_fraction"] < hrbp["training_flops_fraction"] < 0.4
     assert dense["density"] == 1
     assert dense["kept_flops_fraction"] == 1
     assert dense["packed_step_ms_median"] is None
@@ -110,6 +113,7 @@ def test_the_comparison_fits_80_columns():
         "test_accuracy": 0.9889,
         "density": 0.0997,
         "kept_flops_fraction": 1.0,
+        "training_flops_fraction": 1.0,
     }
     row |= {
         "masked_step_ms_median": 135.4,

@@ -9,6 +9,7 @@ COLUMNS = (
     "test accuracy",
     "density",
     "kept FLOPs",
+    "training FLOPs",
     "masked step, ms",
     "packed step, ms",
     "dense step, ms",
@@ -30,7 +31,9 @@ def table(report: dict[str, Any]) -> str:
         speed_up = row.get("packed_speed_up_over_dense")
         packed = _ms(row["packed_step_ms_median"]) + (f" ({speed_up:.2f}x)" if speed_up else "")
         cells = [row["method"], f"{row['test_accuracy']:.2%}", f"{row['density']:.4f}"]
-        cells += [f"{row['kept_flops_fraction']:.1%}", _ms(masked_ms), packed]
+        training = row.get("training_flops_fraction")
+        cells += [f"{row['kept_flops_fraction']:.1%}", f"{training:.1%}" if training else "—"]
+        cells += [_ms(masked_ms), packed]
         lines.append([*cells, _ms(report["dense_step_ms_median"])])
     return markdown.table(COLUMNS, lines)
 
