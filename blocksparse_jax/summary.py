@@ -166,21 +166,16 @@ class Summary:
             yield f"{moments} are not finite"
         if self.nonfinite_updates:
             yield (
-                f"{_counted(self.nonfinite_updates, 'update')} of the masks: left out, since the "
-                "weights "
+                f"{self.nonfinite_updates} updates of the masks were left out, since the weights "
                 "or gradients that decide them were not finite: the masks stayed as they were"
             )
         if self.stalled_updates:
             yield (
-                f"{_counted(self.stalled_updates, 'update')} of the masks could grow nothing: the "
+                f"{self.stalled_updates} updates of the masks could grow nothing: the "
                 "gradient of the pruned weights was zero; give these steps the full one with "
                 "kernel_gradient='dense', an argument of conv, of use_layouts, nnx.sparsify and of "
                 "the layers"
             )
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _most(counts: Mapping[str, int]) -> str:

@@ -33,6 +33,11 @@ class Reconstruction(NamedTuple):
       params: of the same shapes; the kernels that read a space have new weights for its kept
         channels and zeros for the removed ones. Filters and norms of removed channels are as they
         were: `channel_masks` or `remove_channels` take them away.
+
+    Example:
+      >>> result = Reconstruction({"stem": np.array([True, False])}, {})
+      >>> int(result.kept["stem"].sum())
+      1
     """
 
     kept: dict[str, Bool[np.ndarray, " c"]]

@@ -389,10 +389,10 @@ def _cannot_grow(method: str, due: Array, leaves: Leaves) -> Array:
 
     def look(leaf: Leaf) -> Array:
         nonzero = leaf.grad != 0
-        # One pass, a bit each: a gradient on kept weights, one on pruned weights, pruned weights.
-        parts = (nonzero & leaf.mask, nonzero & ~leaf.mask, ~leaf.mask)
-        seen = sum(part.astype(jnp.int32) << place for place, part in enumerate(parts))
-        return jax.lax.reduce_or(seen, tuple(range(leaf.mask.ndim))) == 0b101
+        parts = jnp.stack([nonzero & leaf.mask, nonzero & ~leaf.mask, ~leaf.mask])
+        # One reduction, not three.
+        on_kept, on_pruned, pruned = parts.any(tuple(range(1, parts.ndim)))
+        return on_kept & ~on_pruned & pruned
 
     def look_at_all(leaves: Leaves) -> Array:
         return jnp.stack(list(map(look, leaves.values())))

@@ -171,5 +171,5 @@ def test_extras_and_name():
     listed = re.search(r"The extras are ([^.]+)\.", README.replace("\n", " "))[1]
     extras = set(project["optional-dependencies"])
     assert set(re.findall(r"`(\w+)`", listed)) == extras
-    assert extras == {"experiments", "test", "docs", "gpu", "notebooks"}
+    assert extras == {"experiments", "test", "docs", "gpu", "notebooks", "compression"}
     assert bsj.__version__ in (ROOT / "blocksparse_jax" / "__init__.py").read_text()

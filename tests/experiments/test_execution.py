@@ -179,7 +179,8 @@ def test_masked_only_methods_train(method):
     is_masked, resizes = trainer.spec is not None, trainer.spec is not None and trainer.spec.resizes
     expected = {"sr-ste": 0.5, "ste": 0.5}.get(method, 0.2 if is_masked else 1.0)
     if not resizes:  # else it is half way at step 12
-        assert float(bsj.metrics.density(masks_of(state))) == pytest.approx(expected, abs=0.002)
+        off = 0.02 if method in ("rumi", "dsb") else 0.002  # which keep whole blocks
+        assert float(bsj.metrics.density(masks_of(state))) == pytest.approx(expected, abs=off)
 
 
 def test_bfloat16_keeps_float32_parameters():

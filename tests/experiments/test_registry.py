@@ -51,7 +51,8 @@ def loss_fn(params, batch):
 
 def setup_of(params):
     key, batch = jax.random.key(0), BATCH
-    return Setup(0.75, key, LENGTH, params, loss_fn, batch, SmallNet(), {}, (2, 2, 3))
+    about = {"model": SmallNet(), "batch_stats": {}, "image_shape": (2, 2, 3)}
+    return Setup(0.75, key, LENGTH, params, loss_fn, batch, **about)
 
 
 def built(method, params, **changes):

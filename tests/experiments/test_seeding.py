@@ -9,7 +9,7 @@ from tiny_runs import assert_same_run, config, error_of
 
 from experiments import evaluate
 from experiments.training import command_line
-from experiments.training.execution import masks_of, to_form
+from experiments.training.execution import checkpoint_like, masks_of, to_form
 from experiments.training.run import Run
 
 
@@ -74,8 +74,8 @@ def test_rewinding_takes_the_weights_of_a_step(finished, tmp_path, step):
     """Also those that the masks of that step had pruned, where they are the initial ones."""
     run = Run(seeded(finished, tmp_path, rewind=step))
     if step:
-        like = finished.state, masks_of(finished.state)
-        then, _ = finished.folder.checkpoints.restore(step, like)
+        like = checkpoint_like(finished.state.form, finished.state)
+        then, *_ = finished.folder.checkpoints.restore(step, like)
         params, batch_stats = then.params, then.batch_stats
     else:
         params, batch_stats = finished.trainer.initial()

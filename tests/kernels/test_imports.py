@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OF_FLAX = {"importlib_resources", "rich"}
 NAMES = {
     "array_record": "array_record",
+    "bitarray": "bitarray",
     "grain": "grain",
     "matplotlib": "matplotlib",
     "opencv_python_headless": "cv2",

@@ -672,6 +672,7 @@ def narang():
     assert_prunes(bsj.narang(0.75, schedule=bsj.between(0, 1)), 0.25, steps=2)
 
 
+@check
 def group_lasso():
     assert_prunes(bsj.group_lasso(0.75, schedule=bsj.between(0, 2)), 0.25, steps=3)
 
@@ -1228,6 +1229,7 @@ def patterns__fan_in():
     assert set(mask_by(bsj.patterns.fan_in()).sum((0, 1, 2)).tolist()) == {36}
 
 
+@check
 def patterns__channel_tap():
     mask = mask_by(bsj.patterns.channel_tap(), 0.5)
     assert (mask.any(-1) == mask.all(-1)).all()

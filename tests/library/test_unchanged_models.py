@@ -351,7 +351,8 @@ def test_nnx_network_trains_as_masked_dense():
     def train(model):
         tx = bsj.sparse(bsj.hrbp_prune(0.75, group_size=8, block_density=1), optax.sgd(0.01))
         optimizer = bsj.nnx.Optimizer(model, tx, wrt=nnx.Param)
-        bsj.nnx.set_layouts(model, bsj.get_layouts(optimizer.opt_state))
+        if isinstance(model.a, bsj.nnx.BlockSparseConv):
+            bsj.nnx.set_layouts(model, bsj.get_layouts(optimizer.opt_state))
         masks = bsj.get_masks(optimizer.opt_state)
         nnx.update(model, bsj.apply_masks(nnx.state(model, nnx.Param), masks))
 
