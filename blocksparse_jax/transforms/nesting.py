@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 from blocksparse_jax.schedules import Always, Never
 from blocksparse_jax.state import SparseState, is_sparse_state
 
-_ApplyEvery = type(optax.apply_every(1).init({}))
+_ApplyEvery = type(jax.eval_shape(optax.apply_every(1).init, {}))
 _ACCUMULATE = (
     "optax.MultiSteps(sparse(method, optimizer), every_k_schedule=k), whose methods see the mean "
     "gradient and count whole steps"

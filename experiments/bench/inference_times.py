@@ -78,10 +78,11 @@ def measure_network(
             packed[execution], with_zeros[execution] = networks.pack(variables, layouts)
     dense = {
         f"XLA {data_format}": networks.jit_apply(
-            create(implementation=implementation, data_format=data_format)
+            create(implementation="dense", data_format=data_format)
         )
         for data_format in ("NHWC", "CHWN")
     }
+    sparse = networks.jit_apply(create(implementation=implementation, data_format="CHWN"))
     by_taps = networks.jit_apply(create(data_format="NHWC"))
     dense["XLA NHWC, taps"] = taps_up_to(MOST_TAP_PIXELS)(by_taps)
     rows = []
@@ -96,7 +97,7 @@ def measure_network(
         for execution, call in calls.items():
             check_logits(name, execution, np.asarray(call()), logits)
         for execution, values in packed.items():
-            calls[execution] = functools.partial(dense["XLA CHWN"], values, images)
+            calls[execution] = functools.partial(sparse, values, images)
             expected = np.asarray(dense["XLA NHWC"](with_zeros[execution], images))
             check_logits(name, execution, np.asarray(calls[execution]()), expected)
         timers = {execution: timed(call) for execution, call in calls.items()}

@@ -214,5 +214,5 @@ def _ours(source: Callable[..., Any]) -> str:
     sentences = re.split(r"(?<=[.;]) ", text)
     ours = [sentence for sentence in sentences if "our choice" in sentence.lower()]
     return "; ".join(
-        re.sub(r"(?i)our choices?:? | (is|are) our choices?|[.;]$", "", s) for s in ours
+        re.sub(r"(?i)^our choices?[:,]? | (is|are) our choices?|[.;,]$", "", s) for s in ours
     )

@@ -58,3 +58,19 @@ def test_every_module_imports_without_the_extras():
     done = run_python("-c", IMPORT_ALL, ",".join(blocked))
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout) > 60
+
+
+def test_an_import_leaves_the_devices_alone():
+    """`jax.distributed.initialize`, flags and the allocator of a benchmark come after imports."""
+    code = """
+import importlib, pkgutil
+from jax._src import xla_bridge
+for package in ("blocksparse_jax", "pallas_kernels"):
+    module = importlib.import_module(package)
+    for info in pkgutil.walk_packages(module.__path__, f"{package}."):
+        if not info.name.split(".")[-1].startswith("lib"):
+            importlib.import_module(info.name)
+            assert not xla_bridge.backends_are_initialized(), info.name
+"""
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr[-3000:]

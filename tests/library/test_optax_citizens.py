@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sparse_methods import METHODS, kinds_first, noise, small_tree
+from sparse_methods import METHODS, kinds_first, noise, slow_unless, small_tree
 
 import blocksparse_jax as bsj
 
@@ -95,7 +95,7 @@ def test_a_step_may_donate_params_and_state_beside_masks_and_layouts(name):
 
 
 @pytest.mark.parametrize("name", kinds_first(METHODS))
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [slow_unless(mode != "no jit", mode) for mode in MODES])
 def test_the_global_modes_of_jax_change_no_masks(mode, name):
     """Init, an update that moves masks, and what is read from the state."""
 
