@@ -54,7 +54,7 @@ def lottery_ticket(
     """One round of iterative magnitude pruning: the smallest trained weights go, none comes back.
 
     The lottery ticket is what the masks leave of the weights of an early step. To find it, train,
-    prune and rewind:
+    prune and rewind::
 
         masks = None
         for sparsity in bsj.lottery_sparsities(0.9):  # prunes 20% of what is left in each round

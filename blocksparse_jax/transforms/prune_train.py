@@ -38,7 +38,7 @@ def prune_train(
     The penalty is `lambda * sum sqrt(sum w^2 + 1e-8)`. A group is what one channel has of one
     kernel: its weights along the kernel's output axis, or along the input axis. The first update
     sets `lambda = ratio * loss / (lasso * (1 - ratio))`: the penalty starts as `ratio` of what
-    training minimises. Then, every ten epochs or so, outside of the step:
+    training minimises. Then, every ten epochs or so, outside of the step::
 
         kept = channels_above(spaces, params)
         params, batch_stats, state = remove_channels(spaces, kept, params, batch_stats, state)
