@@ -16,7 +16,7 @@ from described_gpu import pytest_terminal_summary  # noqa: F401
 from sparse_methods import small_tree
 
 # Most of the suite's time is XLA's, so its code generator optimizes nothing here and works in one
-# piece (its graph passes run as always). CI's other Python runs the kernels' tests in full.
+# piece (its graph passes run as always). CI's other Python runs it in full.
 _FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 if jax.__version_info__ < (0, 11):  # from 0.11 on there are no other emitters
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
