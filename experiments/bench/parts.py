@@ -210,7 +210,7 @@ def time_grouping() -> list[dict[str, Any]]:
         "hrbp_prune(0.9)": bsj.hrbp_prune(0.9),
         "rigl(0.9)": bsj.rigl(0.9, schedule=bsj.every(100, until=1000)),
         "subp(0.9)": bsj.subp(0.9, schedule=era),
-        "gradual_magnitude(0.9)": bsj.gradual_magnitude(0.9, schedule=era),
+        "gradual(0.9)": bsj.gradual(0.9, schedule=era),
     }
     for name, method in methods.items():
         rows.append(_time_twice(f"ResNet-50, {name}", functools.partial(method.init, params)))
