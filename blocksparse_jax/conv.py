@@ -258,7 +258,10 @@ def choose_implementation(
     data_format = _checks.data_format(data_format)
     _check_layout(layout)
     if isinstance(layout, Dense):
-        return Choice("dense", "the kernel has no layout", {})
+        reason = "the kernel has no layout"
+        if data_format == "CHWN" and available_implementations()["cpu"] is None:
+            reason += ": all of it is kept, in the native kernels where they take its size"
+        return Choice("dense", reason, {})
     kh, kw, cin, cout = layout.kernels.conv_shape
     if len(layout.shape) == 2:
         x = jax.ShapeDtypeStruct(images_of_rows(x.shape), x.dtype)

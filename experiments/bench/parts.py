@@ -205,20 +205,29 @@ def time_grouping() -> list[dict[str, Any]]:
     params = jax.tree.map(
         lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), shapes
     )
-    era = bsj.between(0, 100, every=10)
-    methods = {
-        "hrbp_prune(0.9)": bsj.hrbp_prune(0.9),
-        "rigl(0.9)": bsj.rigl(0.9, schedule=bsj.every(100, until=1000)),
-        "subp(0.9)": bsj.subp(0.9, schedule=era),
-        "gradual(0.9)": bsj.gradual(0.9, schedule=era),
-    }
-    for name, method in methods.items():
+    for name, method in methods().items():
         rows.append(_time_twice(f"ResNet-50, {name}", functools.partial(method.init, params)))
         if name != "hrbp_prune(0.9)":
             tx = bsj.sparse(method, optax.sgd(0.1, momentum=0.9))
             call = functools.partial(jax.jit(tx.update), params, tx.init(params), params)
             rows.append(_time_twice(f"ResNet-50, {name}, update", call))
     return rows
+
+
+def methods() -> dict[str, optax.GradientTransformation]:
+    """Returns the methods whose first calls are timed, by name.
+
+    Example:
+      >>> "hrbp_prune(0.9)" in methods()
+      True
+    """
+    era = bsj.between(0, 100, every=10)
+    return {
+        "hrbp_prune(0.9)": bsj.hrbp_prune(0.9),
+        "rigl(0.9)": bsj.rigl(0.9, schedule=bsj.every(100, until=1000)),
+        "subp(0.9)": bsj.subp(0.9, schedule=era),
+        "gradual(0.9)": bsj.gradual(0.9, schedule=era),
+    }
 
 
 def _time_twice(what: str, call: Callable[[], Any]) -> dict[str, Any]:

@@ -336,7 +336,6 @@ class Run:
             "versions": versions(),
             "commit": commit(),
         }
-        assert self.config.options is not None
         result |= self.config.options.finish(dense, self.folder.path)
         title = f"{self.config.method}: {self.config.model} on {self.config.dataset}"
         plots.learning_curves(rows, self.folder.path / "learning_curves.png", title)

@@ -19,11 +19,8 @@ from experiments.training.methods.options import Operation, Options, Setup
 _DEAD = 1e-8  # a factor that is zero up to rounding
 
 
-@dataclasses.dataclass(frozen=True)
-class Shrinking(Options):
-    """A method that removes the channels that its penalty has brought to zero, period by period."""
-
-    every: int | None = None
+class Penalized(Options):
+    """A method that masks no weights: its penalty brings channels to zero."""
 
     def combined(
         self,
@@ -33,6 +30,13 @@ class Shrinking(Options):
     ) -> optax.GradientTransformation:
         """The penalty joins the gradient; no weights are masked."""
         return optax.chain(method, optimizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shrinking(Penalized):
+    """A method that removes the channels that its penalty has brought to zero, period by period."""
+
+    every: int | None = None
 
     def fixed_because(self) -> str:
         """What decides how much is removed, in place of `--sparsity`."""
@@ -116,7 +120,7 @@ class Sss(Shrinking):
 
 
 @dataclasses.dataclass(frozen=True)
-class Slimming(Options):
+class Slimming(Penalized):
     """L1 on the scales of batch norms, then removal of the channels of the smallest ones.
 
     As many channels go as take `--sparsity` of the sparse layers' weights with them.
@@ -139,15 +143,6 @@ class Slimming(Options):
     def arguments(self, setup: Setup) -> dict[str, Any]:
         """The penalty, until the channels go."""
         return {"penalty": self.penalty, "until": self._step(setup)}
-
-    def combined(
-        self,
-        method: optax.GradientTransformation,
-        optimizer: optax.GradientTransformation,
-        setup: Setup,
-    ) -> optax.GradientTransformation:
-        """The penalty joins the gradient; no weights are masked."""
-        return optax.chain(method, optimizer)
 
     def operations(self, setup: Setup) -> dict[int, Operation]:
         """Removes channels once."""

@@ -52,7 +52,6 @@ class Setup(NamedTuple):
     optimizer: optax.GradientTransformation | None = None
     learning_rate: optax.Schedule | None = None
     image_shape: tuple[int, ...] = ()
-
     examples: int | None = None
     end: int | None = None
 
