@@ -25,6 +25,7 @@ os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
 # What one test or one xdist worker has compiled, the others need not compile again.
 _RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
 _CACHE = Path(tempfile.gettempdir()) / f"blocksparse_jax-tests-{_RUN}"
+_MAPS = Path("/proc/self/maps")
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.03)
 
@@ -38,6 +39,15 @@ def pytest_collection_finish(session):
     """Spares the garbage collector what was imported: it stays anyway."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Frees what was compiled before Linux refuses more: a process may hold 65530 memory maps, and
+    every compiled program takes dozens. Beyond them XLA's compiler crashes.
+    """
+    if _MAPS.exists() and nextitem is not None and nextitem.path != item.path:
+        if len(_MAPS.read_bytes().splitlines()) > 20_000:
+            jax.clear_caches()
 
 
 def pytest_unconfigure(config):
