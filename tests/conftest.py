@@ -45,9 +45,9 @@ def pytest_runtest_teardown(item, nextitem):
     """Frees what was compiled before Linux refuses more: a process may hold 65530 memory maps, and
     every compiled program takes dozens. Beyond them XLA's compiler crashes.
     """
-    if _MAPS.exists() and nextitem is not None and nextitem.path != item.path:
-        if len(_MAPS.read_bytes().splitlines()) > 20_000:
-            jax.clear_caches()
+    ends = nextitem is None or nextitem.path != item.path  # a worker's chunk, or a module
+    if ends and _MAPS.exists() and len(_MAPS.read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()
 
 
 def pytest_unconfigure(config):
