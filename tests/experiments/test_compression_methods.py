@@ -13,6 +13,8 @@ from experiments.training.execution import masks_of
 from experiments.training.methods import DeepCompression, VariationalDropout
 from experiments.training.run import Run
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 
 def run_and_resumed(settings, tmp_path, stop):
     run = Run(settings)

@@ -8,6 +8,8 @@ import blocksparse_jax as bsj
 from experiments.training.execution import masks_of
 from experiments.training.run import Run
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 # The CNN of a quarter width on digits: the stem and conv1 see 8x8 pixels, the others 4x4.
 POSITIONS = {"stem": 64, "conv1": 64, "conv2": 16, "conv3": 16, "classifier": 1}
 SIZES = {"stem": 144, "conv1": 4608, "conv2": 9216, "conv3": 18432, "classifier": 640}

@@ -13,6 +13,8 @@ from experiments.training.methods import Lottery
 from experiments.training.optimizer import learning_rate, passes
 from experiments.training.run import Run
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 OPTIONS = {"prune_fraction": 0.4, "rewind_fraction": 0.2}
 
 

@@ -12,6 +12,8 @@ from experiments.training import command_line
 from experiments.training.execution import checkpoint_like, masks_of, to_form
 from experiments.training.run import Run
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):

@@ -31,6 +31,8 @@ from experiments.training.run import Run
 from experiments.training.run_folder import RunFolder
 from experiments.training.stopping import Stopped
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

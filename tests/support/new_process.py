@@ -27,5 +27,5 @@ def host_devices(count: int) -> dict[str, str]:
     return {
         "XLA_FLAGS": flags,
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.03",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
