@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 import jax
@@ -13,7 +14,8 @@ import pytest
 
 # A hook: what the compiler made of each GPU kernel, at the end of the log.
 from described_gpu import pytest_terminal_summary  # noqa: F401
-from sparse_methods import small_tree
+from jax._src.interpreters import mlir
+from sparse_methods import KINDS, METHODS, small_tree
 
 # Most of the suite's time is XLA's, so its code generator optimizes nothing here and works in one
 # piece (its graph passes run as always). CI's other Python runs it in full.
@@ -29,10 +31,66 @@ _CACHE = Path(tempfile.gettempdir()) / f"blocksparse_jax-tests-{_RUN}"
 _MAPS = Path("/proc/self/maps")
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+# Which masks the methods draw, against NumPy, and the GPU kernels in interpreters: `long`.
+_LONG = [
+    "test_budgets",
+    "test_campfire",
+    "test_channel_order",
+    "test_channel_pruning",
+    "test_channel_removal",
+    "test_data_scores",
+    "test_drop_and_grow",
+    "test_dynamic_hrbp",
+    "test_exchange_methods",
+    "test_gradual",
+    "test_group_lasso",
+    "test_grouping",
+    "test_independent_draws",
+    "test_lottery",
+    "test_methods",
+    "test_patterns",
+    "test_ranks",
+    "test_shrinking_methods",
+    "test_subp",
+    "test_subp_statistics",
+    "test_variational",
+    "test_mosaic_gpu",
+    "test_triton",
+    "test_two_of_four",
+]
 
 
+def _used_ten_times(make_ir_context):
+    """One MLIR context for ten programs of a thread, as in jax 0.12: to make one takes longer than
+    to lower most of the tests' programs.
+    """
+    local = threading.local()
+
+    def context():
+        uses = getattr(local, "uses", 0)
+        if uses % 10 == 0:
+            local.context = make_ir_context()
+        local.uses = uses + 1
+        return local.context
+
+    return context
+
+
+if jax.__version_info__ < (0, 11):
+    mlir.make_ir_context = _used_ten_times(mlir.make_ir_context)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Starts the long tests first, so that no worker begins one when the others are done."""
+    """Starts the tests that take longest first, so that no worker begins one when the others are
+    done, and marks what CI's other Python leaves out: of the tests of all methods it runs those of
+    one method of each kind.
+    """
+    for item in items:
+        of_methods = getattr(item.module, "METHODS", None) is METHODS and hasattr(item, "callspec")
+        name = item.callspec.params.get("name") if of_methods else None
+        if item.path.stem in _LONG or (name in METHODS and name not in KINDS):
+            item.add_marker("long")
     items.sort(key=lambda item: item.path.stem not in ("test_train", "test_execution"))
 
 

@@ -113,8 +113,9 @@ def test_the_budget_reaches_the_method(method, params):
     for budget in ("uniform", "erk"):
         transform = built(method, params, budget=budget, update_every=1)
         state = transform.init(params)
+        update = jax.jit(transform.update)
         for _ in range(13 if bsj.get_spec(state).resizes else 0):  # which start dense
-            _, state = transform.update(params, state, params)
+            _, state = update(params, state, params)
         masks = bsj.get_masks(state)
         densities = [float(masks[name]["kernel"].mean()) for name in ("conv1", "conv2")]
         difference[budget] = abs(densities[0] - densities[1])

@@ -63,7 +63,7 @@ def _assert_zeros(params, masks):
 def test_jit_equals_eager_keeps_dtypes_and_never_recompiles(name, dtype, params):
     """Over two updates of the masks; the step that moves them runs eagerly too."""
     params = jax.tree.map(lambda p: p.astype(dtype), params)
-    tx, update, traces = _with_optimizer(name, "scheduled")
+    tx, update, traces = _with_optimizer(name, "adamw")
     state = first = tx.init(params)
     update(_noise(params, 0), state, params)
     traced = len(traces)
@@ -87,13 +87,13 @@ def test_jit_equals_eager_keeps_dtypes_and_never_recompiles(name, dtype, params)
     [(n, o) for n in HARD for o in OPTIMIZERS if o == "adamw" or n in ("rigl", "fixed")],
 )
 def test_zeros_are_exact_after_noisy_steps(name, optimizer, params):
-    """200 steps of full noise through momentum, Adam and weight decay; zeros are checked every 50
-    steps.
+    """200 steps of full noise through momentum, Adam and weight decay, 60 where the method is one
+    of a kind that others show; zeros are checked every 20 steps.
     """
     tx, update, _ = _with_optimizer(name, optimizer)
     state = None
-    for start in range(0, 200, 50):
-        params, state = _train(tx, params, 50, start, state, update)
+    for start in range(0, 200 if name in KINDS else 60, 20):
+        params, state = _train(tx, params, 20, start, state, update)
         masks = bsj.get_masks(state)
         _assert_zeros(params, masks)
         assert any(not bool(m.all()) for m in jax.tree.leaves(masks))
@@ -300,17 +300,17 @@ def test_init_and_update_trace_abstractly(name, params):
 
 
 NAN_CASES = [
-    (part, name)
+    slow_unless((part == "gradient") == np.isnan(bad), part, name, bad)
     for part in ("gradient", "weights")
+    for bad in (np.nan, np.inf)
     for name in (*EXCHANGING, "hrbp-gradient", "gradual", "subp-hard")
 ]
 
 
-@pytest.mark.parametrize(("part", "name"), NAN_CASES)
-@pytest.mark.parametrize("bad", [np.nan, np.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize(("part", "name", "bad"), NAN_CASES)
 def test_masks_stay_where_values_that_decide_them_are_not_finite(part, name, bad, params):
     """One value is enough; such updates are counted. Methods that do not read gradients go on."""
-    tx, update, _ = _with_optimizer(name, "scheduled")
+    tx, update, _ = _with_optimizer(name, "adamw")
     state = tx.init(params)
     first, spec = bsj.get_masks(state), bsj.get_spec(state)
     masks, weights, reads = first, params, part == "weights" or spec.grows_by_gradient

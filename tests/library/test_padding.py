@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sparse_methods import slow_unless
 
 import blocksparse_jax as bsj
 from blocksparse_jax import linen as bs_linen
@@ -86,8 +87,19 @@ def assert_equal_to_flax(kernel_size, size, padding, strides, dilation, **option
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("padding", PADDINGS, ids=str)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+# Each padding in one implementation, and one that XLA pads and one of borders in all of them.
+PAIRS = [
+    slow_unless(
+        padding in ("VALID", "CIRCULAR") or (i + j) % len(IMPLEMENTATIONS) == 0,
+        *(padding, implementation),
+        id=f"{padding}-{implementation}",
+    )
+    for i, padding in enumerate(PADDINGS)
+    for j, implementation in enumerate(IMPLEMENTATIONS)
+]
+
+
+@pytest.mark.parametrize(("padding", "implementation"), PAIRS)
 def test_each_padding_is_that_of_flax(padding, implementation):
     assert_equal_to_flax(
         (3, 2), (6, 5), padding, (1, 1), (1, 1), implementation=implementation, data_format="CHWN"
@@ -100,7 +112,7 @@ def test_each_padding_is_that_of_flax(padding, implementation):
     dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
     padding=st.sampled_from(["SAME_LOWER", "CIRCULAR", "REFLECT", 2]),
 )
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_paddings_of_any_geometry_are_those_of_flax(kernel_size, strides, dilation, padding):
     """The image is as small as the kernel's reach, so that borders are as wide as they can be."""
     size = tuple((k - 1) * d + 1 for k, d in zip(kernel_size, dilation))
@@ -130,9 +142,15 @@ def test_the_full_kernel_gradient_reads_the_border(padding):
     np.testing.assert_allclose(gradient, pullback(y)[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("data_format", ["NHWC", "CHWN"])
-@pytest.mark.parametrize("padding", ["SAME", "CIRCULAR", 1])
-@pytest.mark.parametrize("form", ["masked", "dense", "packed"])
+@pytest.mark.parametrize(
+    ("data_format", "padding", "form"),
+    [
+        slow_unless((i + j + k) % 2 == 0, data_format, padding, form)
+        for i, data_format in enumerate(["NHWC", "CHWN"])
+        for j, padding in enumerate(["SAME", "CIRCULAR", 1])
+        for k, form in enumerate(["masked", "dense", "packed"])
+    ],
+)
 def test_an_empty_batch_gives_no_images_and_gradients_of_zero(data_format, padding, form):
     layout = layout_of((3, 3))
     kernel = normal(2, layout.shape)
