@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conv_cases import CASES, IMPLEMENTATIONS, NAMES, assert_close
+from sparse_methods import slow_unless
 
 import blocksparse_jax as bsj
 from experiments.bench import shapes
@@ -29,7 +30,8 @@ MODES = {
     },
     "no jit": {"jax_disable_jit": True},
 }
-every_mode = pytest.mark.parametrize("mode", MODES)
+# Without jit every operation is compiled by itself: slow, but for the default choice.
+every_mode = pytest.mark.parametrize("mode", [slow_unless(m != "no jit", m) for m in MODES])
 
 
 @contextlib.contextmanager
@@ -73,8 +75,14 @@ def convolution(case, name, dtype="float32", relu=True):
     return f, (x, values, *per_channel, dy)
 
 
-@pytest.mark.parametrize("name", [None, *IMPLEMENTATIONS])
-@every_mode
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [
+        slow_unless(mode != "no jit" or name is None, mode, name)
+        for name in [None, *IMPLEMENTATIONS]
+        for mode in MODES
+    ],
+)
 def test_all_passes_of_every_implementation(mode, name):
     f, operands = convolution("stride", name)
     check(mode, functools.partial(with_gradients, f), *operands)
