@@ -49,7 +49,10 @@ def test_the_command_of_the_readme(tmp_path):
         "-m experiments.train --dataset digits --model cnn --method hrbp --sparsity 0.9 --epochs 1 "
         "--seed 0 --width 0.25 --out"
     )
-    cached = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}  # of conftest
+    cached = {  # as conftest
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     done = subprocess.run(
         [sys.executable, *command.split(), str(tmp_path / "a")],
         capture_output=True,

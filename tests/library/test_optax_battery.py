@@ -19,7 +19,6 @@ OPTIMIZERS = {
     "lamb": lambda: optax.lamb(1e-3),
     "scheduled": lambda: optax.sgd(optax.piecewise_constant_schedule(0.1, {3: 0.1}), momentum=0.9),
 }
-_noise = jax.jit(noise)
 _apply = jax.jit(optax.apply_updates)
 
 
@@ -42,7 +41,7 @@ def _train(tx, params, steps, start=0, state=None, update=None):
     update = jax.jit(tx.update) if update is None else update
     state = tx.init(params) if state is None else state
     for step in range(start, start + steps):
-        updates, state = update(_noise(params, step), state, params)
+        updates, state = update(noise(params, step), state, params)
         params = _apply(params, updates)
     return params, state
 
@@ -65,10 +64,10 @@ def test_jit_equals_eager_keeps_dtypes_and_never_recompiles(name, dtype, params)
     params = jax.tree.map(lambda p: p.astype(dtype), params)
     tx, update, traces = _with_optimizer(name, "adamw")
     state = first = tx.init(params)
-    update(_noise(params, 0), state, params)
+    update(noise(params, 0), state, params)
     traced = len(traces)
     for step in range(7):
-        grads = _noise(params, step)
+        grads = noise(params, step)
         updates, new_state = update(grads, state, params)
         if step == 3:
             eager_updates, eager_state = tx.update(grads, state, params)
@@ -112,7 +111,7 @@ def test_moments_of_pruned_and_regrown_weights_are_reset(name, optimizer, params
     grown_ever = 0
     for step in range(10):
         before = bsj.get_masks(state)
-        updates, state = update(_noise(params, step), state, params)
+        updates, state = update(noise(params, step), state, params)
         params = _apply(params, updates)
         for path, moment in jax.tree.leaves_with_path(state[2]):
             keys = [k for k in ("conv1", "conv2") if k in jax.tree_util.keystr(path)]
@@ -134,7 +133,7 @@ def test_a_topology_step_applies_no_gradient(name, optimizer, params):
     """
     tx, update, _ = _with_optimizer(name, optimizer)
     params, state = _train(tx, params, 3, update=update)
-    updates, after = update(_noise(params, 3), state, params)
+    updates, after = update(noise(params, 3), state, params)
     assert bool(after[0].skip_gradient)
     expected = jax.tree.map(lambda p, m: jnp.where(m, 0, -p), params, bsj.get_masks(after))
     chex.assert_trees_all_equal(updates, expected)
@@ -174,7 +173,7 @@ def test_multi_steps_outside(name, params):
         # MultiSteps' parameters are those of its last real step, so both micro-gradients have the
         # same dtype and shape only.
         grads = jax.tree.map(
-            lambda a, b: (a + b) / 2, _noise(current, step), _noise(current, step + 1)
+            lambda a, b: (a + b) / 2, noise(current, step), noise(current, step + 1)
         )
         updates, state = update(grads, state, plain)
         plain = _apply(plain, updates)
@@ -318,7 +317,7 @@ def test_masks_stay_where_values_that_decide_them_are_not_finite(part, name, bad
     if spec.on_proposed is not None:  # a kept weight takes its gradient into the proposed one
         place, reads = tuple(np.argwhere(first["conv1"]["kernel"])[0]), True
     for step in range(6):
-        grads = _noise(params, step)
+        grads = noise(params, step)
         spoilt = weights if part == "weights" else grads
         spoilt["conv1"]["kernel"] = spoilt["conv1"]["kernel"].at[place].set(bad)
         _, state = update(grads, state, weights)

@@ -71,16 +71,16 @@ def assert_equal_to_flax(kernel_size, size, padding, strides, dilation, **option
     def dy(shape):
         return normal(4, shape)
 
-    expected = flax_results(
-        x,
-        jnp.where(mask, kernel, 0),
-        bias,
-        dy,
-        kernel_size,
-        kernel_dilation=dilation,
-        **arguments,
-    )
-    found = our_results(x, kernel, bias, layout, dy, dilation=dilation, **arguments, **options)
+    def expected_results(x, kernel, bias):
+        others = {"kernel_dilation": dilation} | arguments
+        return flax_results(x, kernel, bias, dy, kernel_size, **others)
+
+    def found_results(x, kernel, bias):
+        others = {"dilation": dilation} | arguments | options
+        return our_results(x, kernel, bias, layout, dy, **others)
+
+    expected = jax.jit(expected_results)(x, jnp.where(mask, kernel, 0), bias)
+    found = jax.jit(found_results)(x, kernel, bias)
     expected = (*expected[:2], jnp.where(mask, expected[2], 0), expected[3])
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape

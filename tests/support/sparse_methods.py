@@ -14,6 +14,11 @@ import blocksparse_jax as bsj
 
 def small_tree():
     """The parameters of a stem, two conv layers and a classifier, as a linen-like dict."""
+    return _small_tree()
+
+
+@jax.jit
+def _small_tree():
     keys = iter(jax.random.split(jax.random.key(7), 8))
     return {
         "stem": {"kernel": jax.random.normal(next(keys), (3, 3, 3, 16))},
@@ -23,6 +28,7 @@ def small_tree():
     }
 
 
+@jax.jit
 def noise(params, step):
     """Fresh, full gradients for each step: nothing in them knows about masks."""
     leaves, structure = jax.tree.flatten(params)
