@@ -354,7 +354,7 @@ def test_moved_activations_counts_transposes_and_not_bitcasts():
     [
         ("cnn", 8, 64, 16 * 16 * 64, {"width": 0.25}),
         ("resnet20", 16, 64, 4 * 4 * 64 * 64, {"blocks": (1, 2, 1)}),
-        ("vgg19", 32, 16, 2 * 2 * 128 * 16, {"width": 0.25}),
+        pytest.param("vgg19", 32, 16, 2 * 2 * 128 * 16, {"width": 0.25}, marks=pytest.mark.slow),
         ("mobilenet_v1", 32, 16, 2 * 2 * 512 * 16, {"width": 0.5}),
         ("resnet50", 16, 16, 2 * 2 * 128 * 16, {"width": 0.25, "blocks": (1, 2, 1, 1)}),
         pytest.param("resnet20", 16, 64, 4 * 4 * 64 * 64, {}, marks=pytest.mark.slow),

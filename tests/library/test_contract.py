@@ -100,8 +100,11 @@ def test_packed_leaves_shrink_with_the_density(params):
 
 @pytest.mark.parametrize(
     "optimizer",
-    [optax.sgd(0.05, momentum=0.9), optax.adamw(1e-2), optax.lamb(1e-3)],
-    ids=["sgd", "adamw", "lamb"],
+    [
+        pytest.param(optax.sgd(0.05, momentum=0.9), id="sgd"),
+        pytest.param(optax.adamw(1e-2), id="adamw", marks=pytest.mark.slow),
+        pytest.param(optax.lamb(1e-3), id="lamb"),
+    ],
 )
 def test_packed_training_is_ordinary_training_of_a_smaller_tree(params, optimizer):
     """The same gradients move packed and dense parameters alike, step by step, with the same tx."""

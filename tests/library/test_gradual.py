@@ -22,7 +22,9 @@ PATTERNS = [
     P.channel("input"),
     P.channel("output"),
     P.block(group_size=16),
-    P.block(group_size=24, block_density=2 / 3, channel_block=4),
+    pytest.param(
+        P.block(group_size=24, block_density=2 / 3, channel_block=4), marks=pytest.mark.slow
+    ),
 ]
 
 
