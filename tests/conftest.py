@@ -41,6 +41,7 @@ _LONG = [
     "test_data_scores",
     "test_drop_and_grow",
     "test_dynamic_hrbp",
+    "test_bench_gpu",
     "test_exchange_methods",
     "test_gradual",
     "test_group_lasso",

@@ -6,9 +6,9 @@ import os
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
+from new_process import cache
 from tiny_runs import PER_EPOCH, assert_same_run, config, error_of, flags, output_of
 
 from experiments import evaluate
@@ -49,15 +49,11 @@ def test_the_command_of_the_readme(tmp_path):
         "-m experiments.train --dataset digits --model cnn --method hrbp --sparsity 0.9 --epochs 1 "
         "--seed 0 --width 0.25 --out"
     )
-    cached = {  # as conftest
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
     done = subprocess.run(
         [sys.executable, *command.split(), str(tmp_path / "a")],
         capture_output=True,
         text=True,
-        env=os.environ | cached,
+        env=os.environ | cache(),
     )
     assert done.returncode == 0, done.stderr
     first, *_ = done.stdout.splitlines()

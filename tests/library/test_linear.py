@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from new_process import run_python
+from new_process import host_devices, run_python
 from sparse_methods import slow_unless
 
 import blocksparse_jax as bsj
@@ -215,8 +215,7 @@ def test_the_forward_pass_of_layers_promotes_dtypes_and_names_the_layer():
 
 
 def test_a_sharded_batch_stays_sharded():
-    flags = "--xla_force_host_platform_device_count=4"
-    done = run_python(__file__, XLA_FLAGS=flags)
+    done = run_python(__file__, **host_devices(4))
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count("agrees") == 2
 
