@@ -34,6 +34,7 @@ from blocksparse_jax.grouping.channel_choice import (
     channel_maxima,
     channels_above,
     largest_channels,
+    used_channels,
 )
 from blocksparse_jax.grouping.channel_removal import remove_channels
 from blocksparse_jax.grouping.channel_spaces import channel_orders, fold_channel_orders
@@ -89,7 +90,7 @@ from blocksparse_jax.transforms.slimming import norm_scales, slimming
 from blocksparse_jax.transforms.snfs import snfs
 from blocksparse_jax.transforms.sr_ste import sr_ste, ste
 from blocksparse_jax.transforms.srigl import srigl
-from blocksparse_jax.transforms.sss import sss
+from blocksparse_jax.transforms.sss import branch_factors, scaling_factors, sss
 from blocksparse_jax.transforms.static import fixed_masks, random_channel_layouts, random_masks
 from blocksparse_jax.transforms.subp import subp
 from blocksparse_jax.transforms.variational_dropout import variational_dropout
@@ -119,6 +120,7 @@ __all__ = [
     "between",
     "block_fill",
     "brain_damage",
+    "branch_factors",
     "campfire",
     "cancel_transposes",
     "channel_counts",
@@ -191,6 +193,7 @@ __all__ = [
     "rumi_groups",
     "rumi_masks",
     "sad",
+    "scaling_factors",
     "set_",
     "set_clusters",
     "share_weights",
@@ -210,6 +213,7 @@ __all__ = [
     "transforms",
     "unpack",
     "unpack_tree",
+    "used_channels",
     "validate",
     "variational_dropout",
     "variational_dropout_kl",

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PyTree
 
 from blocksparse_jax import _checks, tree
 from blocksparse_jax.grouping.channel_choice import weights_of_channels
-from blocksparse_jax.grouping.channel_spaces import Spaces, _checked
+from blocksparse_jax.grouping.channel_spaces import Spaces, checked_spaces
 
 _EPSILON = 1e-8
 
@@ -74,7 +74,7 @@ def prune_train(
     chosen = where or weights_of_channels
 
     def init(params: PyTree) -> PruneTrainState:
-        _checked(spaces, [params], missing_ok=True)
+        checked_spaces(spaces, [params], missing_ok=True)
         if not _groups(spaces, params, chosen):
             raise ValueError(
                 f"spaces: no kernel of params is in any of {list(spaces)[:8]}, so there are no "

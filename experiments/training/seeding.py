@@ -69,7 +69,8 @@ def restored(
         )
     trainer = trainer_for(config, data)
     fresh = trainer.init(first_batch(config, data))
-    like = checkpoint_like(folder.checkpoints.meta(step)["form"], fresh)
+    meta = folder.checkpoints.meta(step)
+    like = checkpoint_like(meta["form"], fresh, meta.get("channels"))
     return trainer, folder.checkpoints.restore(step, like)[0]
 
 

@@ -306,6 +306,24 @@ def channels_above():
 
 
 @check
+def used_channels():
+    """Channel 1 is read by a filter that nobody reads; channel 2 is not made."""
+    spaces = {"a": [("first", 1), ("second", 0)], "b": [("second", 1), ("third", 0)]}
+    weights = {
+        "first": jnp.array([[1.0, 1.0, 0.0]]),
+        "second": jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]),
+        "third": jnp.array([[1.0], [0.0]]),
+    }
+    kept = bsj.used_channels(spaces, weights)
+    assert kept["a"].tolist() == [True, False, False]
+    assert kept["b"].tolist() == [True, False]
+    dead = weights | {"second": jnp.zeros((3, 2))}
+    assert [int(v.sum()) for v in bsj.used_channels(spaces, dead).values()] == [1, 1]
+    kept = bsj.used_channels(spaces, dead, vanishing=["a"])
+    assert [int(v.sum()) for v in kept.values()] == [0, 1]
+
+
+@check
 def channel_maxima():
     weights = {"a": jnp.array([[1.0, -5.0], [2.0, 3.0]]), "b": jnp.array([4.0, 0.0])}
     spaces = {"s": [("a", 1), ("b", 0)]}
@@ -336,6 +354,20 @@ def norm_scales():
     assert bsj.norm_scales("block1/norm1/scale", jnp.ones(4))
     assert not bsj.norm_scales("block1/norm1/bias", jnp.ones(4))
     assert not bsj.norm_scales("upscale/kernel", jnp.ones((3, 3, 4, 4)))
+
+
+@check
+def branch_factors():
+    assert bsj.branch_factors("stage1_block1/factor", jnp.ones(()))
+    assert not bsj.branch_factors("stage1_block1/factor", jnp.ones(3))
+    assert not bsj.branch_factors("factor/bias", jnp.ones(()))
+
+
+@check
+def scaling_factors():
+    assert bsj.scaling_factors("block1/factor", jnp.ones(()))
+    assert bsj.scaling_factors("block1/norm1/scale", jnp.ones(4))
+    assert not bsj.scaling_factors("block1/conv1/kernel", jnp.ones((3, 3, 4, 4)))
 
 
 @check
@@ -1354,7 +1386,8 @@ def transforms__Kept():
 def transforms__Leaf():
     """A new method whose penalty sees a leaf: it pulls weights towards zero."""
 
-    def pull(leaf):
+    def pull(name, leaf):
+        assert name == "conv"
         assert isinstance(leaf, bsj.transforms.Leaf)
         assert isinstance(bsj.transforms.Leaf(*leaf), bsj.transforms.Leaf)
         return 2 * leaf.weights
