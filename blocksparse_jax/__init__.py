@@ -7,6 +7,7 @@ Data runs from left to right. Masks and layouts live in the optax state; a layer
 """
 
 from blocksparse_jax import linen, metrics, nnx, patterns, transforms
+from blocksparse_jax.channel_growth import GrownChannels, dormant_channels, grow_channels
 from blocksparse_jax.channel_pruning.inputs import LayerInput
 from blocksparse_jax.channel_pruning.l1_filters import l1_filters
 from blocksparse_jax.channel_pruning.lasso_channels import lasso_channels
@@ -110,6 +111,7 @@ __all__ = [
     "ConsecutiveGroups",
     "Dense",
     "FilterGroups",
+    "GrownChannels",
     "LayerInput",
     "Reconstruction",
     "SharedWeights",
@@ -135,6 +137,7 @@ __all__ = [
     "deep_compression",
     "deep_r",
     "dense_kernel_gradient",
+    "dormant_channels",
     "drop_and_grow",
     "dsb_groups",
     "dsb_masks",
@@ -151,6 +154,7 @@ __all__ = [
     "granet",
     "grasp",
     "group_lasso",
+    "grow_channels",
     "hrbp_groups",
     "hrbp_prune",
     "is_layout",

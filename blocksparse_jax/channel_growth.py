@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from blocksparse_jax import _checks, tree
-from blocksparse_jax.grouping.channel_spaces import Spaces, checked_spaces
+from blocksparse_jax.grouping.channel_spaces import Spaces, kernel_axes
 
 
 class GrownChannels(NamedTuple):
@@ -58,7 +58,7 @@ def dormant_channels(
     kept = {name: np.asarray(mask) for name, mask in _named(masks).items()}
     return {
         space: ~np.any([_active(kept[name], axis) for name, axis in ends], axis=0)
-        for space, ends in _ends(params, spaces).items()
+        for space, ends in kernel_axes(spaces, params, _is_kernel).items()
         if all(kept[name].ndim for name, _ in ends)
     }
 
@@ -117,7 +117,11 @@ def grow_channels(
     new = {space: _first(space, count, dormant) for space, count in counts.items() if count}
     if not new:
         return GrownChannels(params, masks)
-    ends = {space: entries for space, entries in _ends(params, spaces).items() if space in new}
+    ends = {
+        space: entries
+        for space, entries in kernel_axes(spaces, params, _is_kernel).items()
+        if space in new
+    }
     best, lowest = None, math.inf
     for candidate in range(candidates):
         rng = np.random.default_rng(
@@ -125,7 +129,7 @@ def grow_channels(
         )
         drawn = _drawn(params, masks, ends, new, rng)
         loss = float(loss_fn(drawn.params, batch))
-        if best is None or loss < lowest:
+        if best is None or loss < lowest or math.isnan(lowest):
             best, lowest = drawn, loss
     assert best is not None
     return best
@@ -194,15 +198,8 @@ def _first(space: str, count: int, dormant: Mapping[str, np.ndarray]) -> np.ndar
     return dormant[space] & (np.cumsum(dormant[space]) <= count)
 
 
-def _ends(params: PyTree, spaces: Spaces) -> dict[str, list[tuple[str, int]]]:
-    """The kernels that make or read the channels of each space, with the axis."""
-    checked_spaces(spaces, [params], missing_ok=True)
-    ranks = {name: jnp.ndim(leaf) for name, leaf in _named(params).items()}
-    ends = {
-        space: [(n, axis % ranks[n]) for n, axis in entries if ranks.get(n, 0) > 1]
-        for space, entries in spaces.items()
-    }
-    return {space: entries for space, entries in ends.items() if entries}
+def _is_kernel(name: str, leaf: Any) -> bool:
+    return leaf.ndim > 1
 
 
 def _active(mask: np.ndarray, axis: int) -> np.ndarray:

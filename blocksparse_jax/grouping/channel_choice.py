@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, PyTree
 
 from blocksparse_jax import _checks, tree
-from blocksparse_jax.grouping.channel_spaces import Spaces, checked_spaces
+from blocksparse_jax.grouping.channel_spaces import Spaces, kernel_axes
 
 
 def weights_of_channels(name: str, leaf: Any) -> bool:
@@ -112,21 +112,13 @@ def used_channels(
     Reference: the channels that Wen et al., "Learning structured sparsity in deep neural networks",
     NIPS 2016 remove; our choice: channels whose readers are all removed go too.
     """
-    checked_spaces(spaces, [params], missing_ok=True)
-    chosen, leaves = where or weights_of_channels, dict[str, np.ndarray]()
-    for path, leaf in jax.tree.leaves_with_path(params):
-        name = tree.path_name(path)
-        if chosen(name, leaf):
-            weights = _checks.concrete(f"params[{name!r}]", leaf)
-            leaves[name] = np.abs(weights.astype(np.float64))
-    ends = {
-        space: [(name, axis % leaves[name].ndim) for name, axis in entries if name in leaves]
-        for space, entries in spaces.items()
+    ends = kernel_axes(spaces, params, where or weights_of_channels)
+    leaves = {
+        name: np.abs(weights.astype(np.float64))
+        for name, weights in _concrete(params, ends).items()
     }
     kept = {
-        space: np.ones(leaves[entries[0][0]].shape[entries[0][1]], bool)
-        for space, entries in ends.items()
-        if entries
+        space: np.ones(leaves[name].shape[axis], bool) for space, ((name, axis), *_) in ends.items()
     }
     changed = True
     while changed:
@@ -148,11 +140,25 @@ def _strengths(ends: list[tuple[str, int]], leaves: Mapping[str, np.ndarray]) ->
     """The largest weight of each channel among the kernels that make it, and that read it."""
     sides = dict[bool, np.ndarray]()
     for name, axis in ends:
-        weights, makes = leaves[name], axis == leaves[name].ndim - 1
-        others = tuple(other for other in range(weights.ndim) if other != axis)
-        largest = weights.max(others, initial=0.0)
+        makes, largest = axis == leaves[name].ndim - 1, _largest(leaves[name], axis)
         sides[makes] = np.maximum(sides.get(makes, largest), largest)
     return list(sides.values())
+
+
+def _largest(weights: np.ndarray, axis: int) -> np.ndarray:
+    """The largest magnitude of each channel, 0 where there are no weights."""
+    others = tuple(other for other in range(weights.ndim) if other != axis)
+    return np.abs(weights).max(others, initial=0.0)
+
+
+def _concrete(params: PyTree, ends: Mapping[str, list[tuple[str, int]]]) -> dict[str, np.ndarray]:
+    """The values of the leaves that have an end, by name."""
+    names = {name for entries in ends.values() for name, _ in entries}
+    return {
+        name: _checks.concrete(f"params[{name!r}]", leaf)
+        for path, leaf in jax.tree.leaves_with_path(params)
+        if (name := tree.path_name(path)) in names
+    }
 
 
 def channel_maxima(
@@ -177,19 +183,12 @@ def channel_maxima(
       >>> channel_maxima(spaces, params, where=lambda name, leaf: "scale" in name)["s"].tolist()
       [3.0, 1.0]
     """
-    checked_spaces(spaces, [params], missing_ok=True)
-    leaves = {tree.path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
-    maxima: dict[str, np.ndarray] = {}
-    for space, entries in spaces.items():
-        for name, axis in entries:
-            if name not in leaves or not where(name, leaves[name]):
-                continue
-            weights = np.abs(_checks.concrete(f"params[{name!r}]", leaves[name]))
-            weights = weights.astype(np.float32)
-            others = tuple(a for a in range(weights.ndim) if a != axis % weights.ndim)
-            largest = weights.max(others)
-            maxima[space] = np.maximum(maxima.get(space, largest), largest)
-    return maxima
+    ends = kernel_axes(spaces, params, where)
+    leaves = _concrete(params, ends)
+    return {
+        space: np.max([_largest(leaves[n], axis) for n, axis in entries], 0).astype(np.float32)
+        for space, entries in ends.items()
+    }
 
 
 def largest_channels(

@@ -196,6 +196,37 @@ def fold_channel_orders(
     return tuple(jax.tree.map_with_path(move, params) for params in trees)
 
 
+def kernel_axes(
+    spaces: Spaces, params: PyTree, where: tree.Where
+) -> dict[str, list[tuple[str, int]]]:
+    """The chosen leaves of each space and the axes that count its channels, from 0.
+
+    Of a kernel, the last axis makes the channels and the one before it reads them.
+
+    Args:
+      spaces: `{space: [(leaf name, axis), ...]}`; names that the params do not have are skipped.
+      params: the parameters, arrays or shapes.
+      where: predicate (name, leaf) of the leaves.
+
+    Returns:
+      `{space: [(leaf name, axis), ...]}`; a space without such leaves is left out.
+
+    Raises:
+      ValueError: a space that does not fit the params.
+    """
+    checked_spaces(spaces, [params], missing_ok=True)
+    ranks = {
+        name: leaf.ndim
+        for path, leaf in jax.tree.leaves_with_path(params)
+        if where(name := tree.path_name(path), leaf)
+    }
+    axes = {
+        space: [(name, axis % ranks[name]) for name, axis in entries if name in ranks]
+        for space, entries in spaces.items()
+    }
+    return {space: entries for space, entries in axes.items() if entries}
+
+
 def checked_spaces(
     spaces: Spaces, trees: Sequence[PyTree], missing_ok: bool = False
 ) -> dict[str, int]:

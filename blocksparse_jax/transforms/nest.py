@@ -82,9 +82,10 @@ def nest(
       [8, 20, 32, 18, 16]
 
     Reference: Dai et al., "NeST: a neural network synthesis tool based on a grow-and-prune
-    paradigm", IEEE Transactions on Computers 2019. Connections grow and are pruned; growth of whole
-    neurons is not here. Our choice, where the paper has thresholds set by hand: the densities of
-    seed and peak, equal portions of growth and the curve of the pruning.
+    paradigm", IEEE Transactions on Computers 2019. Connections grow and are pruned; neurons and
+    feature maps grow between two steps, with `grow_channels`; areas of feature maps are not pruned
+    (partial-area convolution). Our choice, where the paper has thresholds set by hand: the
+    densities of seed and peak, equal portions of growth and the curve of the pruning.
     """
     pattern = first_masks(sparsity, pattern, budget, "random", key).pattern
     _checks.fraction("sparsity", sparsity)

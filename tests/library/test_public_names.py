@@ -323,6 +323,45 @@ def used_channels():
     assert [int(v.sum()) for v in kept.values()] == [0, 1]
 
 
+GROWING = {"s": [("first", 1), ("second", 0)]}
+
+
+def with_a_dormant_channel():
+    weights = {"first": jnp.array([[2.0, 0.0]]), "second": jnp.array([[3.0], [0.0]])}
+    return weights, jax.tree.map(lambda leaf: leaf != 0, weights)
+
+
+@check
+def dormant_channels():
+    """The channels that nothing makes and nothing reads; none are known of a dense layer."""
+    weights, masks = with_a_dormant_channel()
+    assert bsj.dormant_channels(weights, masks, GROWING)["s"].tolist() == [False, True]
+    masks["second"] = jnp.asarray(True)
+    assert bsj.dormant_channels(weights, masks, GROWING) == {}
+
+
+@check
+def grow_channels():
+    """The candidate of the lowest loss."""
+    weights, masks = with_a_dormant_channel()
+
+    def loss(weights, batch):
+        return (batch @ weights["first"] @ weights["second"]).sum()
+
+    arguments = loss, weights, jnp.ones((1, 1)), masks, GROWING, {"s": 1}
+    grown = [bsj.grow_channels(*arguments, candidates=n).params for n in (1, 9)]
+    losses = [float(loss(params, jnp.ones((1, 1)))) for params in grown]
+    assert losses[1] < min(6.0, losses[0])
+
+
+@check
+def GrownChannels():
+    weights, masks = with_a_dormant_channel()
+    grown = bsj.grow_channels(lambda *_: 0.0, weights, None, masks, GROWING, {"s": 1})
+    assert isinstance(grown, bsj.GrownChannels)
+    assert jax.tree.all(jax.tree.map(jnp.all, grown.masks))
+
+
 @check
 def channel_maxima():
     weights = {"a": jnp.array([[1.0, -5.0], [2.0, 3.0]]), "b": jnp.array([4.0, 0.0])}

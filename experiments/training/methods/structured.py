@@ -11,7 +11,13 @@ from blocksparse_jax.patterns import Pattern
 from blocksparse_jax.patterns.channel import Channel
 from experiments.models.spaces import channel_spaces, in_branch, inner_spaces
 from experiments.training.execution import State, without_channels
-from experiments.training.methods.options import AnyPattern, Operation, Options, Setup
+from experiments.training.methods.options import (
+    AnyPattern,
+    Operation,
+    Options,
+    Setup,
+    between_parts,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +45,7 @@ class GroupLasso(AnyPattern):
     def arguments(self, setup: Setup) -> dict[str, Any]:
         """All options, the pruning steps as a schedule."""
         return super().arguments(setup) | {
-            "schedule": _until_half(setup, self.update_every),
+            "schedule": between_parts(setup, 0.0, 0.5, self.update_every),
             "strength": self.strength,
             "threshold": self.threshold,
             "also": (patterns.channel("output"),) if self.filters else (),
@@ -50,7 +56,7 @@ class GroupLasso(AnyPattern):
         """The removal of whole channels when masks have changed for the last time."""
         if not isinstance(self.make_pattern(), Channel) and not self.depth:
             return {}
-        step = _until_half(setup, self.update_every).end + 1
+        step = between_parts(setup, 0.0, 0.5, self.update_every).end + 1
         return {step: _without_unused} if step <= setup.length.total else {}
 
 
@@ -84,7 +90,7 @@ class BrainDamage(Options):
         """All options, the pruning steps as a schedule."""
         return {
             "sparsity": setup.sparsity,
-            "schedule": _until_half(setup, self.update_every),
+            "schedule": between_parts(setup, 0.0, 0.5, self.update_every),
             "strength": self.strength,
             "threshold": self.threshold,
             "gradual": self.gradual,
@@ -194,12 +200,6 @@ class LassoChannels(Reconstructed):
     def reconstruct(self, *args: Any, **kwargs: Any) -> bsj.Reconstruction:
         """By `lasso_channels`."""
         return bsj.lasso_channels(*args, **kwargs)
-
-
-def _until_half(setup: Setup, update_every: int | None) -> bsj.schedules.Between:
-    """Pruning steps until half of training."""
-    end, every = max(1, setup.length.total // 2), setup.every(update_every)
-    return bsj.between(0, end, every=every)
 
 
 def _capture(setup: Setup) -> Any:
