@@ -13,7 +13,7 @@ from tiny_runs import PER_EPOCH, assert_same_run, config
 
 import blocksparse_jax as bsj
 from blocksparse_jax.tree import path_name
-from experiments import evaluate
+from experiments import attack, evaluate
 from experiments.models import create, widths_of
 from experiments.models.spaces import channel_spaces, inner_spaces, with_branch_factors
 from experiments.training import execution, network_size
@@ -256,6 +256,15 @@ def test_a_run_shrinks_reports_it_and_resumes_to_the_same_bits(method, options, 
     assert again["original_step_ms_median"] is None or again["original_step_ms_median"] > 0
     tested = evaluate.main(evaluate.EvaluateConfig(run=first.out))
     assert tested["test_accuracy"] == result["test_accuracy"]
+    if "model" in fields and method != "slimming":
+        assert 0 in execution.widths_of(whole.state).values(), "a branch is gone"
+    if method == "group-lasso":
+        attacked = attack.main(attack.AttackConfig(run=first.out, epsilons=(0.0,)))
+        assert attacked["rows"][0]["accuracy"] == result["test_accuracy"]
+        with pytest.raises(ValueError, match="masks: .* is a run whose network lost channels"):
+            Run(dataclasses.replace(first, masks=first.out, out=str(tmp_path / "other")))
+        longer = Run(dataclasses.replace(first, epochs=3), resume=True)
+        assert longer.train()["parameters"] == left
     shapes = [row["parameters"] for row in whole.folder.metrics() if row["kind"] == "epoch"]
     assert shapes[-1] == left
 
