@@ -204,7 +204,7 @@ def _is_kernel(name: str, leaf: Any) -> bool:
 
 def _active(mask: np.ndarray, axis: int) -> np.ndarray:
     """Whether a channel of an axis has a kept weight."""
-    return mask.any(tuple(other for other in range(mask.ndim) if other != axis))
+    return np.asarray(mask.any(tuple(other for other in range(mask.ndim) if other != axis)))
 
 
 def _along(vector: np.ndarray, axis: int, rank: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from blocksparse_jax.schedules import Between, check_between
 from blocksparse_jax.selection import highest_in_rows
 from blocksparse_jax.spec import Spec
 from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
+from blocksparse_jax.transforms.first_masks import keep_all
 
 _EPSILON = 1e-8  # under the root: a set of zeros has a gradient
 
@@ -92,18 +93,15 @@ def group_lasso(
     strength = _checks.number("strength", strength)
     threshold = _checks.number("threshold", threshold)
 
-    def keep_all(chosen: dict[str, Array]) -> dict[str, Kept]:
+    def draw(chosen: dict[str, Array]) -> dict[str, Kept]:
         if depth is not None and not any(is_deep(*named) for named in chosen.items()):
             raise ValueError(
                 f"depth: chooses none of the sparse leaves {list(chosen)[:8]}; name kernels of "
                 "residual branches, or leave it out"
             )
-        for each in (pattern, *penalised):
+        for each in penalised:
             each.check_leaves(chosen)
-        return {
-            leaf_name: Kept(jnp.ones(leaf.shape, bool), pattern.shrinking(leaf.shape))
-            for leaf_name, leaf in chosen.items()
-        }
+        return keep_all(pattern, chosen)
 
     def is_deep(leaf_name: str, leaf: Array) -> bool:
         return depth is not None and bool(depth(leaf_name, leaf))
@@ -152,7 +150,7 @@ def group_lasso(
             has_layout=pattern.has_layout,
         )
 
-    return sparse_transformation(spec, where=where, draw=keep_all, redraw=redraw, penalty=penalty)
+    return sparse_transformation(spec, where=where, draw=draw, redraw=redraw, penalty=penalty)
 
 
 def _norms(pattern: Pattern, weights: Float[Array, "..."]) -> Float[Array, "rows sets"]:

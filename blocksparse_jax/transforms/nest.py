@@ -14,7 +14,7 @@ from blocksparse_jax.spec import Spec
 from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
 from blocksparse_jax.transforms.exchange import (
     grow_highest,
-    refuse_blocks,
+    refuse_fixed_counts,
     stay_highest,
     with_sets,
 )
@@ -89,12 +89,7 @@ def nest(
     """
     pattern = first_masks(sparsity, pattern, budget, "random", key).pattern
     _checks.fraction("sparsity", sparsity)
-    refuse_blocks(pattern, "nest")
-    if pattern.density is not None:
-        raise ValueError(
-            f"pattern: {pattern} fixes its own density {pattern.density:g}, so there is nothing to "
-            "grow from a seed; use rigl with this pattern"
-        )
+    refuse_fixed_counts(pattern, "nest")
     if budget == "global":
         raise ValueError(
             "budget: nest grows and prunes each layer to its own count, got 'global'; use "

@@ -18,6 +18,7 @@ from blocksparse_jax.state import is_sparse_state
 from blocksparse_jax.summary import Summary
 from experiments import models
 from experiments.models.spaces import channel_spaces, inner_spaces
+from experiments.training import network_size
 
 
 @jax.tree_util.register_dataclass
@@ -149,12 +150,14 @@ def layouts_of(state: State) -> Any:
     return state.layouts if is_dense(state) or state.layouts else bsj.get_layouts(state.opt_state)
 
 
-def summary_of(state: State, method: str) -> Summary | None:
+def summary_of(state: State, method: str, original: Any) -> Summary | None:
     """What is kept in each layer.
 
     Args:
       state: in any form.
       method: its name in the registry, which the summary shows.
+      original: shapes of the parameters that training began with; of a smaller network the summary
+        shows no target, which counts the channels that were removed.
 
     Returns:
       A table to print; None when training dense.
@@ -162,7 +165,10 @@ def summary_of(state: State, method: str) -> Summary | None:
     if is_dense(state):
         return None
     dense = to_form("masked", state)
-    return dataclasses.replace(bsj.summarize(dense.params, dense.opt_state), method=method)
+    summary = bsj.summarize(dense.params, dense.opt_state)
+    if network_size.parameters(dense.params) < network_size.parameters(original):
+        summary = dataclasses.replace(summary, target_densities=(1.0,))
+    return dataclasses.replace(summary, method=method)
 
 
 def dense_shapes(state: State) -> Any:

@@ -261,7 +261,7 @@ def test_a_run_shrinks_reports_it_and_resumes_to_the_same_bits(method, options, 
     if method == "group-lasso":
         attacked = attack.main(attack.AttackConfig(run=first.out, epsilons=(0.0,)))
         assert attacked["rows"][0]["accuracy"] == result["test_accuracy"]
-        with pytest.raises(ValueError, match="masks: .* is a run whose network lost channels"):
+        with pytest.raises(ValueError, match=r"masks: .* is a run whose network lost channels"):
             Run(dataclasses.replace(first, masks=first.out, out=str(tmp_path / "other")))
         longer = Run(dataclasses.replace(first, epochs=3), resume=True)
         assert longer.train()["parameters"] == left
