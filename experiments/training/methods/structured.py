@@ -53,11 +53,11 @@ class GroupLasso(AnyPattern):
         }
 
     def operations(self, setup: Setup) -> dict[int, Operation]:
-        """The removal of whole channels when masks have changed for the last time."""
+        """The removal of whole channels after masks have changed for the last time."""
         if not isinstance(self.make_pattern(), Channel) and not self.depth:
             return {}
-        step = between_parts(setup, 0.0, 0.5, self.update_every).end + 1
-        return {step: _without_unused} if step <= setup.length.total else {}
+        last = between_parts(setup, 0.0, 0.5, self.update_every).end
+        return {last + 1: _without_unused}
 
 
 def _without_unused(state: State, setup: Setup) -> State:
