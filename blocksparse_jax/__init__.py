@@ -7,6 +7,7 @@ Data runs from left to right. Masks and layouts live in the optax state; a layer
 """
 
 from blocksparse_jax import linen, metrics, nnx, patterns, transforms
+from blocksparse_jax.channel_growth import GrownChannels, dormant_channels, grow_channels
 from blocksparse_jax.channel_pruning.inputs import LayerInput
 from blocksparse_jax.channel_pruning.l1_filters import l1_filters
 from blocksparse_jax.channel_pruning.lasso_channels import lasso_channels
@@ -34,6 +35,7 @@ from blocksparse_jax.grouping.channel_choice import (
     channel_maxima,
     channels_above,
     largest_channels,
+    used_channels,
 )
 from blocksparse_jax.grouping.channel_removal import remove_channels
 from blocksparse_jax.grouping.channel_spaces import channel_orders, fold_channel_orders
@@ -89,7 +91,7 @@ from blocksparse_jax.transforms.slimming import norm_scales, slimming
 from blocksparse_jax.transforms.snfs import snfs
 from blocksparse_jax.transforms.sr_ste import sr_ste, ste
 from blocksparse_jax.transforms.srigl import srigl
-from blocksparse_jax.transforms.sss import sss
+from blocksparse_jax.transforms.sss import branch_factors, scaling_factors, sss
 from blocksparse_jax.transforms.static import fixed_masks, random_channel_layouts, random_masks
 from blocksparse_jax.transforms.subp import subp
 from blocksparse_jax.transforms.variational_dropout import variational_dropout
@@ -109,6 +111,7 @@ __all__ = [
     "ConsecutiveGroups",
     "Dense",
     "FilterGroups",
+    "GrownChannels",
     "LayerInput",
     "Reconstruction",
     "SharedWeights",
@@ -119,6 +122,7 @@ __all__ = [
     "between",
     "block_fill",
     "brain_damage",
+    "branch_factors",
     "campfire",
     "cancel_transposes",
     "channel_counts",
@@ -133,6 +137,7 @@ __all__ = [
     "deep_compression",
     "deep_r",
     "dense_kernel_gradient",
+    "dormant_channels",
     "drop_and_grow",
     "dsb_groups",
     "dsb_masks",
@@ -149,6 +154,7 @@ __all__ = [
     "granet",
     "grasp",
     "group_lasso",
+    "grow_channels",
     "hrbp_groups",
     "hrbp_prune",
     "is_layout",
@@ -191,6 +197,7 @@ __all__ = [
     "rumi_groups",
     "rumi_masks",
     "sad",
+    "scaling_factors",
     "set_",
     "set_clusters",
     "share_weights",
@@ -210,6 +217,7 @@ __all__ = [
     "transforms",
     "unpack",
     "unpack_tree",
+    "used_channels",
     "validate",
     "variational_dropout",
     "variational_dropout_kl",

@@ -189,13 +189,13 @@ def get_layouts(state: PyTree) -> PyTree:
 
 
 def replace_masks(state: PyTree, masks: PyTree) -> PyTree:
-    """Sets the masks of an `external_masks` method.
+    """Sets the masks of an `external_masks` method, or of another whose layouts follow its masks.
 
     Parameters and moments stay as they are: zero the pruned weights with `apply_masks`;
     `keep_zeros` resets their moments in the next update.
 
     Args:
-      state: the state of a transformation that holds one sparse method, `external_masks`.
+      state: the state of a transformation that holds one sparse method, such as `external_masks`.
       masks: a tree of the params' structure; bool arrays for the leaves that the method prunes,
         the scalar True (or anything) for the others.
 

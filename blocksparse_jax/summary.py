@@ -60,7 +60,8 @@ class Summary:
     Attributes:
       rows: one for each parameter.
       method: names of the methods.
-      target_densities: what each method asked for over its sparse leaves.
+      target_densities: what each method asked for over its sparse leaves; 1, shown as "-", where
+        the method itself finds what to keep.
       density: of the masks, over the sparse leaves.
       total_density: of the masks, over all parameters.
       stalled_updates: updates of the masks that could grow no weight, since the gradient of the
@@ -137,7 +138,8 @@ class Summary:
         return tuple(filter(None, self._remarks()))
 
     def _total(self) -> str:
-        targets = " and ".join(f"{target:.4f}" for target in self.target_densities)
+        asked = ("-" if target == 1 else f"{target:.4f}" for target in self.target_densities)
+        targets = " and ".join(asked)
         truth = ""
         if self.nonzero_pruned:
             truth = f" by the masks, but {self.weight_density:.4f} of the weights are not zero"

@@ -49,7 +49,7 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     train, data, trainer, state, step = restore(config.run, config.step, config.data_dir)
     accuracy = trainer.evaluate(state, data.test_batches(train.batch_size))
     print(f"{train.method} on {train.dataset}, step {step}: test accuracy {accuracy:.2%}")
-    if (summary := summary_of(state, train.method)) is not None:
+    if (summary := summary_of(state, train.method, trainer.shapes)) is not None:
         print(summary)
     return {"step": step, "test_accuracy": accuracy}
 

@@ -117,7 +117,7 @@ def _run(args: list[str]) -> None:
             f"a smaller network: {result['parameters']:,} of {result['original_parameters']:,} "
             f"parameters, {result['kept_flops_fraction']:.1%} of the FLOPs{times}"
         )
-    if (summary := summary_of(run.state, config.method)) is not None:
+    if (summary := summary_of(run.state, config.method, run.trainer.shapes)) is not None:
         print(summary)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from blocksparse_jax import _checks, tree
-from blocksparse_jax.grouping.channel_spaces import Spaces
+from blocksparse_jax.grouping.channel_spaces import Spaces, checked_spaces
 
 Counts = Mapping[str, int]
 KeptChannels = Mapping[str, Bool[np.ndarray, " c"]]
@@ -111,20 +111,8 @@ def kernel_shapes(params: PyTree, spaces: Spaces) -> dict[str, tuple[int, ...]]:
 
 def space_sizes(shapes: Mapping[str, tuple[int, ...]], spaces: Spaces) -> dict[str, int]:
     """The channels of each space; ValueError where its kernels disagree or there is none."""
-    sizes = dict[str, int]()
-    for space, name, axis in _entries(spaces):
-        if name not in shapes:
-            continue
-        shape = shapes[name]
-        if not -len(shape) <= axis < len(shape):
-            raise ValueError(
-                f"spaces[{space!r}]: axis {axis} of {name!r} is out of range, its shape is {shape}"
-            )
-        if shape[axis] != sizes.setdefault(space, shape[axis]):
-            raise ValueError(
-                f"spaces[{space!r}]: axis {axis} of {name!r} {shape} has {shape[axis]} channels, "
-                f"expected {sizes[space]}"
-            )
+    leaves = {name: jax.ShapeDtypeStruct(shape, bool) for name, shape in shapes.items()}
+    sizes = checked_spaces(spaces, [leaves], missing_ok=True)
     missing = [space for space in spaces if space not in sizes]
     if missing:
         raise ValueError(

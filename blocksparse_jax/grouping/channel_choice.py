@@ -3,7 +3,7 @@
 Each function returns what `remove_channels` takes as `kept`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, PyTree
 
 from blocksparse_jax import _checks, tree
-from blocksparse_jax.grouping.channel_spaces import Spaces, _checked
+from blocksparse_jax.grouping.channel_spaces import Spaces, kernel_axes
 
 
 def weights_of_channels(name: str, leaf: Any) -> bool:
@@ -73,6 +73,94 @@ def channels_above(
     }
 
 
+def used_channels(
+    spaces: Spaces,
+    params: PyTree,
+    *,
+    vanishing: Collection[str] = (),
+    where: tree.Where | None = None,
+) -> dict[str, Bool[np.ndarray, " c"]]:
+    """The channels that some weight makes and some weight reads: what masks have left.
+
+    A weight makes its output channel out of its input channel. It counts where it is not zero and
+    both its channels are used, so a channel that only unused ones read is unused itself. In a
+    residual stream one kernel that makes a channel is enough, and one that reads it.
+
+    Removing a channel that nothing reads leaves what the network computes as it is; with one that
+    nothing makes, the shift of its norm goes.
+
+    Args:
+      spaces: `{space: [(leaf name, axis), ...]}`, as in `fold_channel_orders`.
+      params: the parameters, concrete, pruned weights zero.
+      vanishing: spaces inside of residual branches, which may lose all channels: a branch goes
+        where one of its kernels is all zeros.
+      where: predicate (name, leaf) of the kernels that count, default all but depthwise ones, whose
+        names hold "depthwise".
+
+    Returns:
+      `{space: bool vector}`, True = stays; of other spaces without used channels the one with the
+      largest weight. A space without such kernels is left out.
+
+    Raises:
+      ValueError: a space that does not fit the params, or a traced array.
+
+    Example:
+      >>> params = {"a": np.array([[1.0, 0.0, 2.0]]), "b": np.array([[0.0], [4.0], [5.0]])}
+      >>> used_channels({"s": [("a", 1), ("b", 0)]}, params)["s"].tolist()
+      [False, False, True]
+
+    Reference: the channels that Wen et al., "Learning structured sparsity in deep neural networks",
+    NIPS 2016 remove; our choice: channels whose readers are all removed go too.
+    """
+    ends = kernel_axes(spaces, params, where or weights_of_channels)
+    leaves = {
+        name: np.abs(weights.astype(np.float64))
+        for name, weights in _concrete(params, ends).items()
+    }
+    kept = {
+        space: np.ones(leaves[name].shape[axis], bool) for space, ((name, axis), *_) in ends.items()
+    }
+    changed = True
+    while changed:
+        changed = False
+        for space, keeps in kept.items():
+            sides = _strengths(ends[space], leaves)
+            used = keeps & np.all([side > 0 for side in sides], axis=0)
+            if not used.any() and space not in vanishing:
+                best = np.where(keeps, np.sum(sides, axis=0), -1.0).argmax()
+                used = np.arange(keeps.size) == best
+            changed |= bool((used != keeps).any())
+            kept[space] = used
+            for name, axis in ends[space]:
+                leaves[name][(slice(None),) * axis + (~used,)] = 0
+    return kept
+
+
+def _strengths(ends: list[tuple[str, int]], leaves: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """The largest weight of each channel among the kernels that make it, and that read it."""
+    sides = dict[bool, np.ndarray]()
+    for name, axis in ends:
+        makes, largest = axis == leaves[name].ndim - 1, _largest(leaves[name], axis)
+        sides[makes] = np.maximum(sides.get(makes, largest), largest)
+    return list(sides.values())
+
+
+def _largest(weights: np.ndarray, axis: int) -> np.ndarray:
+    """The largest magnitude of each channel, 0 where there are no weights."""
+    others = tuple(other for other in range(weights.ndim) if other != axis)
+    return np.abs(weights).max(others, initial=0.0)
+
+
+def _concrete(params: PyTree, ends: Mapping[str, list[tuple[str, int]]]) -> dict[str, np.ndarray]:
+    """The values of the leaves that have an end, by name."""
+    names = {name for entries in ends.values() for name, _ in entries}
+    return {
+        name: _checks.concrete(f"params[{name!r}]", leaf)
+        for path, leaf in jax.tree.leaves_with_path(params)
+        if (name := tree.path_name(path)) in names
+    }
+
+
 def channel_maxima(
     spaces: Spaces, params: PyTree, *, where: tree.Where
 ) -> dict[str, Float[np.ndarray, " c"]]:
@@ -95,19 +183,12 @@ def channel_maxima(
       >>> channel_maxima(spaces, params, where=lambda name, leaf: "scale" in name)["s"].tolist()
       [3.0, 1.0]
     """
-    _checked(spaces, [params], missing_ok=True)
-    leaves = {tree.path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
-    maxima: dict[str, np.ndarray] = {}
-    for space, entries in spaces.items():
-        for name, axis in entries:
-            if name not in leaves or not where(name, leaves[name]):
-                continue
-            weights = np.abs(_checks.concrete(f"params[{name!r}]", leaves[name]))
-            weights = weights.astype(np.float32)
-            others = tuple(a for a in range(weights.ndim) if a != axis % weights.ndim)
-            largest = weights.max(others)
-            maxima[space] = np.maximum(maxima.get(space, largest), largest)
-    return maxima
+    ends = kernel_axes(spaces, params, where)
+    leaves = _concrete(params, ends)
+    return {
+        space: np.max([_largest(leaves[n], axis) for n, axis in entries], 0).astype(np.float32)
+        for space, entries in ends.items()
+    }
 
 
 def largest_channels(

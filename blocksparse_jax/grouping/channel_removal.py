@@ -7,7 +7,7 @@ Masks keep a network's shapes; this changes them, so jitted steps compile again.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -16,12 +16,16 @@ import numpy as np
 from jaxtyping import Bool, PyTree
 
 from blocksparse_jax import _checks, tree
-from blocksparse_jax.grouping.channel_spaces import Spaces, _checked
+from blocksparse_jax.grouping.channel_spaces import Spaces, checked_spaces
 from blocksparse_jax.layout import ConsecutiveGroups, Dense, is_layout
 
 
 def remove_channels(
-    spaces: Spaces, kept: Mapping[str, Bool[np.ndarray, " c"]], params: PyTree, *others: PyTree
+    spaces: Spaces,
+    kept: Mapping[str, Bool[np.ndarray, " c"]],
+    params: PyTree,
+    *others: PyTree,
+    vanishing: Collection[str] = (),
 ) -> tuple[PyTree, ...]:
     """Removes channels from a network: parameters, statistics, masks and optimizer state.
 
@@ -38,10 +42,12 @@ def remove_channels(
     Args:
       spaces: `{space: [(leaf name, axis), ...]}`, as in `fold_channel_orders`.
       kept: `{space: bool vector of its channels}`, True = stays, for some or all of the spaces;
-        concrete values, at least one of them True.
+        concrete values, at least one of them True but in `vanishing`.
       params: the parameters.
       *others: batch statistics, masks, scores and optimizer states; every leaf of `spaces` must be
         in `params` or in one of them. `bsj.get_masks(state)` of a new state gives the new masks.
+      vanishing: spaces inside of residual branches, which may lose all channels. Their kernels have
+        a size of 0 then, and the model must leave the branch out.
 
     Returns:
       The trees in their order, smaller; `params` first, also where there is nothing else.
@@ -65,14 +71,14 @@ def remove_channels(
     Reference: the network reconfiguration of Lym et al., "PruneTrain", SC 2019.
     """
     trees = (params, *others)
-    sizes = _checked(spaces, trees)
+    sizes = checked_spaces(spaces, trees)
     cuts: dict[str, list[tuple[int, np.ndarray]]] = {}
     for space, keeps in kept.items():
         if space not in spaces:
             raise ValueError(
                 f"kept: {space!r} is no channel space, expected names among {list(spaces)[:8]}"
             )
-        left = _indices(f"kept[{space!r}]", keeps, sizes[space])
+        left = _indices(f"kept[{space!r}]", keeps, sizes[space], space in vanishing)
         for name, axis in spaces[space]:
             cuts.setdefault(name, []).append((axis, left))
     shapes: dict[str, tuple[int, ...]] = {}
@@ -105,7 +111,7 @@ def remove_channels(
     return tuple(jax.tree.map_with_path(cut, one, is_leaf=is_layout) for one in trees)
 
 
-def _indices(name: str, kept: Any, size: int) -> np.ndarray:
+def _indices(name: str, kept: Any, size: int, may_vanish: bool) -> np.ndarray:
     """The channels that stay; ValueError unless it is a bool vector that keeps one or more."""
     array = _checks.concrete(name, kept)
     if array.dtype != np.bool_ or array.shape != (size,):
@@ -113,10 +119,10 @@ def _indices(name: str, kept: Any, size: int) -> np.ndarray:
             f"{name}: expected a bool vector of the space's {size} channels, True = kept, got "
             f"{array.dtype}{list(array.shape)}"
         )
-    if not array.any():
+    if not array.any() and not may_vanish:
         raise ValueError(
             f"{name}: keeps none of {size} channels, so nothing would pass; keep at least one, the "
-            f"best"
+            f"best, or name the space in `vanishing` where a shortcut leads around it"
         )
     return np.flatnonzero(array)
 
@@ -138,6 +144,8 @@ def _smaller_layout(
         return layout
     filters = shape[-1]
     for axis, left in cuts:
+        if not len(left):  # of a branch that is gone
+            return Dense()
         if axis % len(shape) == len(shape) - 1:
             filters = len(left)
     if isinstance(layout, ConsecutiveGroups) and layout.packed is None:

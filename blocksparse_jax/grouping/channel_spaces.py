@@ -69,7 +69,7 @@ def space_consumers(
             f"scores: expected 'magnitude' or a tree of arrays, got {scores!r}; an order needs "
             f"scores before training"
         )
-    _checked(spaces, [params], missing_ok=True)
+    checked_spaces(spaces, [params], missing_ok=True)
     chosen = tree.choose(where, params)
     shapes = {
         name: _checks.kernel_shape(f"params[{name!r}]", leaf.shape) for name, leaf in chosen.items()
@@ -177,7 +177,7 @@ def fold_channel_orders(
     Reference: Pool and Yu, "Channel permutations for N:M sparsity", NeurIPS 2021, who fold their
     permutations into the parameters in the same way.
     """
-    sizes = _checked(spaces, trees)
+    sizes = checked_spaces(spaces, trees)
     moves: dict[str, list[tuple[int, np.ndarray]]] = {}
     for space, order in orders.items():
         if space not in spaces:
@@ -196,7 +196,40 @@ def fold_channel_orders(
     return tuple(jax.tree.map_with_path(move, params) for params in trees)
 
 
-def _checked(spaces: Spaces, trees: Sequence[PyTree], missing_ok: bool = False) -> dict[str, int]:
+def kernel_axes(
+    spaces: Spaces, params: PyTree, where: tree.Where
+) -> dict[str, list[tuple[str, int]]]:
+    """The chosen leaves of each space and the axes that count its channels, from 0.
+
+    Of a kernel, the last axis makes the channels and the one before it reads them.
+
+    Args:
+      spaces: `{space: [(leaf name, axis), ...]}`; names that the params do not have are skipped.
+      params: the parameters, arrays or shapes.
+      where: predicate (name, leaf) of the leaves.
+
+    Returns:
+      `{space: [(leaf name, axis), ...]}`; a space without such leaves is left out.
+
+    Raises:
+      ValueError: a space that does not fit the params.
+    """
+    checked_spaces(spaces, [params], missing_ok=True)
+    ranks = {
+        name: leaf.ndim
+        for path, leaf in jax.tree.leaves_with_path(params)
+        if where(name := tree.path_name(path), leaf)
+    }
+    axes = {
+        space: [(name, axis % ranks[name]) for name, axis in entries if name in ranks]
+        for space, entries in spaces.items()
+    }
+    return {space: entries for space, entries in axes.items() if entries}
+
+
+def checked_spaces(
+    spaces: Spaces, trees: Sequence[PyTree], missing_ok: bool = False
+) -> dict[str, int]:
     """The number of channels of each space; params alone lack the batch statistics."""
     shapes = {
         tree.path_name(path): jnp.shape(leaf)

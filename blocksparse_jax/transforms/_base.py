@@ -61,7 +61,7 @@ Leaves = dict[str, Leaf]
 Draw = Callable[[dict[str, Array]], Mapping[str, Kept]]
 Redraw = Callable[[Step, Leaves], Mapping[str, Kept]]
 Remember = Callable[[Step, Leaf], Array]
-Penalty = Callable[[Leaf], Array]
+Penalty = Callable[[str, Leaf], Array]
 OnProposed = Callable[[Step, Leaves], Leaves]
 
 
@@ -85,7 +85,7 @@ def sparse_transformation(
       draw: chosen weights by name -> `Kept(mask, layout)` by name, at init.
       redraw: (step, leaves by name) -> `Kept` by name, at the steps of the schedule; arrays keep
         their shapes.
-      penalty: leaf -> a term that is added to its gradient, before the optimizer.
+      penalty: (name, leaf) -> a term that is added to its gradient, before the optimizer.
       remember: (step, leaf) -> the leaf's memory, at every update, before masks are redrawn.
       memory: weights -> the leaf's memory at init, of the leaf's shape or a scalar; None with
         `remember` is float32 zeros in the leaf's shape. `on_proposed` may change it too.
@@ -166,7 +166,7 @@ def sparse_transformation(
             nonfinite_updates=nonfinite,
         )
         passed_on = {
-            name: _gradient(state.spec, leaf, penalty)
+            name: _gradient(state.spec, name, leaf, penalty)
             for name, leaf in (present if ahead else leaves).items()
         }
         grads = jax.tree.unflatten(
@@ -225,7 +225,7 @@ def _check_layouts_stay_whole(state: SparseState, params: PyTree) -> None:
 def decay_of_pruned(decay: float) -> Penalty | None:
     """The penalty `decay * (1 - mask) * w` of soft methods; None without decay."""
 
-    def pull(leaf: Leaf) -> Array:
+    def pull(name: str, leaf: Leaf) -> Array:
         return decay * jnp.where(leaf.mask, 0, leaf.weights)
 
     return pull if decay else None
@@ -284,6 +284,7 @@ def sparse_leaves(state: SparseState, params: PyTree, grads: PyTree) -> Leaves:
         name: Leaf(*columns)
         for name, *columns in zip(names, weights, gradients, masks, layouts, memory, strict=True)
         if not isinstance(columns[2], optax.MaskedNode) and jnp.ndim(columns[2])
+        if columns[2].size  # none where all channels were removed
     }
     for name, leaf in leaves.items():
         if leaf.mask.dtype != bool:
@@ -372,11 +373,11 @@ def _are_finite(leaves: Leaves, *, gradients: bool) -> Array:
     return jnp.stack(finite).all()
 
 
-def _gradient(spec: Spec, leaf: Leaf, penalty: Penalty | None) -> Array:
+def _gradient(spec: Spec, name: str, leaf: Leaf, penalty: Penalty | None) -> Array:
     """The gradient that goes on to the optimizer: masked for hard methods, whole for soft ones."""
     grad = leaf.grad
     if penalty is not None:
-        grad = grad + penalty(leaf).astype(grad.dtype)
+        grad = grad + penalty(name, leaf).astype(grad.dtype)
     return grad if spec.straight_through else jnp.where(leaf.mask, grad, jnp.zeros_like(grad))
 
 

@@ -71,13 +71,18 @@ def with_sets(pattern: Pattern, sets: Bool[Array, "rows sets"], leaf: Leaf) -> K
     return Kept(pattern.mask(sets, leaf.mask.shape), leaf.layout)
 
 
-def refuse_blocks(pattern: Pattern, method: str) -> None:
-    """ValueError for HRBP's blocks, whose counts are shapes, from a method that changes counts."""
+def refuse_fixed_counts(pattern: Pattern, method: str) -> None:
+    """ValueError for a pattern whose counts a method that changes them cannot change."""
     if isinstance(pattern, Block):
         raise ValueError(
             f"pattern: {method} changes how many sets of weights are kept, and the counts of "
             f"HRBP's blocks are shapes, got {pattern}; use patterns.one_by_n(...), "
             "patterns.kernel() or patterns.unstructured()"
+        )
+    if pattern.density is not None:
+        raise ValueError(
+            f"pattern: {pattern} fixes its own density {pattern.density:g}, and {method} changes "
+            "how many sets of weights are kept; use rigl with this pattern"
         )
 
 

@@ -1,14 +1,15 @@
 """Masks that the training loop sets: for methods that look at a trained network or at data."""
 
-import jax.numpy as jnp
+import functools
+
 import optax
-from jaxtyping import Array
 
 from blocksparse_jax import _checks, tree
-from blocksparse_jax.patterns import Kept, Pattern, unstructured
+from blocksparse_jax.patterns import Pattern, unstructured
 from blocksparse_jax.schedules import Never, Schedule, check_schedule
 from blocksparse_jax.spec import Spec
 from blocksparse_jax.transforms._base import sparse_transformation
+from blocksparse_jax.transforms.first_masks import keep_all
 
 _NEVER = Never()
 
@@ -48,7 +49,7 @@ def external_masks(
       ValueError: a bad argument, or at init a chosen leaf that the pattern cannot divide.
 
     Example:
-      >>> import blocksparse_jax as bsj
+      >>> import blocksparse_jax as bsj, jax.numpy as jnp
       >>> params = {"w": jnp.arange(64.0).reshape(1, 1, 8, 8)}
       >>> tx = bsj.sparse(external_masks(0.5), optax.sgd(0.1))
       >>> state = tx.init(params)
@@ -60,13 +61,6 @@ def external_masks(
     check_schedule(schedule)
     pattern = pattern or unstructured()
 
-    def keep_all(chosen: dict[str, Array]) -> dict[str, Kept]:
-        pattern.check_leaves(chosen)
-        return {
-            leaf_name: Kept(jnp.ones(leaf.shape, bool), pattern.shrinking(leaf.shape))
-            for leaf_name, leaf in chosen.items()
-        }
-
     spec = Spec(
         name,
         1 - sparsity,
@@ -76,4 +70,4 @@ def external_masks(
         resizes=True,
         has_layout=pattern.has_layout,
     )
-    return sparse_transformation(spec, where=where, draw=keep_all)
+    return sparse_transformation(spec, where=where, draw=functools.partial(keep_all, pattern))

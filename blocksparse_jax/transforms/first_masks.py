@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from blocksparse_jax import _checks, tree
@@ -41,6 +42,26 @@ class FirstMasks:
     def density(self, chosen: dict[str, Array]) -> float:
         """The density that the budget asks of all layers together."""
         return target_density(self.budget, tree.shapes(chosen), self.sparsity)
+
+
+def keep_all(pattern: Pattern, chosen: dict[str, Array]) -> dict[str, Kept]:
+    """Masks that keep everything, of a method that prunes later; layouts are read from the masks.
+
+    Raises:
+      ValueError: a leaf that the pattern cannot divide.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from blocksparse_jax.patterns import channel
+      >>> kept = keep_all(channel("input"), {"conv": jnp.ones((3, 3, 8, 8))})["conv"]
+      >>> bool(kept.mask.all()), kept.layout.group_size
+      (True, 8)
+    """
+    pattern.check_leaves(chosen)
+    return {
+        name: Kept(jnp.ones(leaf.shape, bool), pattern.shrinking(leaf.shape))
+        for name, leaf in chosen.items()
+    }
 
 
 def first_masks(

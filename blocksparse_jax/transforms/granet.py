@@ -13,7 +13,7 @@ from blocksparse_jax.spec import Spec
 from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
 from blocksparse_jax.transforms.exchange import (
     grow_highest,
-    refuse_blocks,
+    refuse_fixed_counts,
     stay_highest,
     with_sets,
 )
@@ -82,12 +82,7 @@ def granet(
     of weights in a row, and patterns other than single weights.
     """
     first = first_masks(initial_sparsity, pattern, "erk", "random", key)
-    refuse_blocks(first.pattern, "granet")
-    if first.pattern.density is not None:
-        raise ValueError(
-            f"pattern: {first.pattern} fixes its own density {first.pattern.density:g}, so there "
-            "is nothing to prune gradually; use rigl with this pattern"
-        )
+    refuse_fixed_counts(first.pattern, "granet")
     _checks.fraction("sparsity", sparsity)
     _checks.fraction("initial_sparsity", initial_sparsity)
     if initial_sparsity > sparsity:

@@ -18,6 +18,7 @@ from blocksparse_jax.schedules import Between, check_between
 from blocksparse_jax.selection import highest_in_rows
 from blocksparse_jax.spec import Spec
 from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
+from blocksparse_jax.transforms.first_masks import keep_all
 
 _EPSILON = 1e-8  # under the root: a set of zeros has a gradient
 
@@ -30,6 +31,7 @@ def group_lasso(
     strength: float = 5e-4,
     threshold: float = 1e-4,
     also: Sequence[Pattern] = (),
+    depth: tree.Where | None = None,
     truncated: bool = False,
     budget: Budget = "uniform",
     where: tree.Where | None = None,
@@ -53,8 +55,12 @@ def group_lasso(
         schedule's end alone.
       also: patterns whose sets are penalised too, with the same strength, and not pruned: filters
         beside channels.
+      depth: predicate (name, leaf) of the leaves that may go as a whole, those in a residual
+        branch. The norm of all their weights is penalised too, with the same strength, and at the
+        steps of the schedule such a leaf is pruned where the root mean square of its kept weights
+        is below the threshold: it ends with less than the sparsity leaves.
       truncated: penalise only the sets that are to go: in each layer all but the `1 - sparsity` of
-        the largest norms; `also` is penalised in full.
+        the largest norms; `also` and `depth` are penalised in full.
       budget: "uniform", "erk", "er", "global", or a map layer name -> sparsity.
       where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.
       name: of the method, for reports.
@@ -76,8 +82,8 @@ def group_lasso(
       (0.05, [False, True, True, True, True, True, True, True])
 
     Reference: Wen et al., "Learning structured sparsity in deep neural networks", NIPS 2016,
-    equations 3 to 5. The sparsity that the schedule's end enforces, the default strength and the
-    threshold as a root mean square are our choice.
+    equations 3 to 5, and a layer as a group (depth). The sparsity that the schedule's end enforces,
+    the default strength and the threshold as a root mean square are our choice.
     """
     pattern = check_pattern(channel("input") if pattern is None else pattern, budget)
     penalised = tuple(check_pattern(other, "uniform") for other in also)
@@ -87,20 +93,28 @@ def group_lasso(
     strength = _checks.number("strength", strength)
     threshold = _checks.number("threshold", threshold)
 
-    def keep_all(chosen: dict[str, Array]) -> dict[str, Kept]:
-        for each in (pattern, *penalised):
+    def draw(chosen: dict[str, Array]) -> dict[str, Kept]:
+        if depth is not None and not any(is_deep(*named) for named in chosen.items()):
+            raise ValueError(
+                f"depth: chooses none of the sparse leaves {list(chosen)[:8]}; name kernels of "
+                "residual branches, or leave it out"
+            )
+        for each in penalised:
             each.check_leaves(chosen)
-        return {
-            leaf_name: Kept(jnp.ones(leaf.shape, bool), pattern.shrinking(leaf.shape))
-            for leaf_name, leaf in chosen.items()
-        }
+        return keep_all(pattern, chosen)
 
-    def penalty(leaf: Leaf) -> Array:
+    def is_deep(leaf_name: str, leaf: Array) -> bool:
+        return depth is not None and bool(depth(leaf_name, leaf))
+
+    def penalty(leaf_name: str, leaf: Leaf) -> Array:
         def norms(weights: Float[Array, "..."]) -> Array:
             own = _norms(pattern, weights)
             if truncated:
                 own = jnp.where(highest_in_rows(own, final_count(leaf)), 0, own)
-            return own.sum() + sum(_norms(other, weights).sum() for other in penalised)
+            total = own.sum() + sum(_norms(other, weights).sum() for other in penalised)
+            if is_deep(leaf_name, leaf.weights):
+                total += jnp.sqrt(jnp.square(weights).sum() + _EPSILON)
+            return total
 
         return strength * jax.grad(norms)(leaf.weights.astype(jnp.float32))
 
@@ -120,6 +134,9 @@ def group_lasso(
             above = (mean > threshold**2).sum(-1).max()
             now = jnp.where(step.count >= schedule.end, count, jnp.maximum(count, above))
             mask = pattern.keep(squares[leaf_name], leaf.mask, leaf.layout, now)
+            if is_deep(leaf_name, leaf.weights):
+                square, active = squares[leaf_name].sum(where=mask), mask.sum()
+                mask &= square > jnp.float32(threshold) ** 2 * active
             kept[leaf_name] = Kept(mask, leaf.layout)
         return kept
 
@@ -133,7 +150,7 @@ def group_lasso(
             has_layout=pattern.has_layout,
         )
 
-    return sparse_transformation(spec, where=where, draw=keep_all, redraw=redraw, penalty=penalty)
+    return sparse_transformation(spec, where=where, draw=draw, redraw=redraw, penalty=penalty)
 
 
 def _norms(pattern: Pattern, weights: Float[Array, "..."]) -> Float[Array, "rows sets"]:

@@ -17,7 +17,7 @@ from blocksparse_jax.spec import Spec
 from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
 from blocksparse_jax.transforms.exchange import (
     grow_highest,
-    refuse_blocks,
+    refuse_fixed_counts,
     stay_highest,
     with_sets,
 )
@@ -152,12 +152,7 @@ def mest(
 
 
 def _check_soft(pattern: Pattern, budget: Budget) -> None:
-    refuse_blocks(pattern, "mest with soft=True")
-    if pattern.density is not None:
-        raise ValueError(
-            f"pattern: {pattern} fixes its own density {pattern.density:g}, and mest with "
-            "soft=True keeps more for a while; use soft=False or another pattern"
-        )
+    refuse_fixed_counts(pattern, "mest with soft=True")
     if budget == "global":
         raise ValueError(
             "budget: mest with soft=True prunes each layer to its own count, got 'global'; use "

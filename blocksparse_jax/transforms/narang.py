@@ -16,6 +16,7 @@ from blocksparse_jax.schedules import Between, check_between
 from blocksparse_jax.selection import highest
 from blocksparse_jax.spec import Spec
 from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
+from blocksparse_jax.transforms.first_masks import keep_all
 
 
 def narang(
@@ -100,16 +101,13 @@ def narang(
         part = ((before + after) / whole).astype(jnp.float32)
         return jnp.where(count >= end, 1.0, jnp.minimum(part, 1.0))
 
-    def keep_all(chosen: dict[str, Array]) -> dict[str, Kept]:
+    def draw(chosen: dict[str, Array]) -> dict[str, Kept]:
         if unknown := [name for name in given if name not in chosen]:
             raise ValueError(
                 f"thresholds: {unknown[0]!r} is no sparse layer, expected names among "
                 f"{list(chosen)[:8]}"
             )
-        return {
-            name: Kept(jnp.ones(leaf.shape, bool), unstructured().shrinking(leaf.shape))
-            for name, leaf in chosen.items()
-        }
+        return keep_all(unstructured(), chosen)
 
     def redraw(step: Step, leaves: Leaves) -> dict[str, Kept]:
         shapes = {name: leaf.mask.shape for name, leaf in leaves.items()}
@@ -136,4 +134,4 @@ def narang(
             resizes=True,
         )
 
-    return sparse_transformation(spec, where=where, draw=keep_all, redraw=redraw)
+    return sparse_transformation(spec, where=where, draw=draw, redraw=redraw)

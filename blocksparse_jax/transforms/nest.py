@@ -14,7 +14,7 @@ from blocksparse_jax.spec import Spec
 from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
 from blocksparse_jax.transforms.exchange import (
     grow_highest,
-    refuse_blocks,
+    refuse_fixed_counts,
     stay_highest,
     with_sets,
 )
@@ -82,18 +82,14 @@ def nest(
       [8, 20, 32, 18, 16]
 
     Reference: Dai et al., "NeST: a neural network synthesis tool based on a grow-and-prune
-    paradigm", IEEE Transactions on Computers 2019. Connections grow and are pruned; growth of whole
-    neurons is not here. Our choice, where the paper has thresholds set by hand: the densities of
-    seed and peak, equal portions of growth and the curve of the pruning.
+    paradigm", IEEE Transactions on Computers 2019. Connections grow and are pruned; neurons and
+    feature maps grow between two steps, with `grow_channels`; areas of feature maps are not pruned
+    (partial-area convolution). Our choice, where the paper has thresholds set by hand: the
+    densities of seed and peak, equal portions of growth and the curve of the pruning.
     """
     pattern = first_masks(sparsity, pattern, budget, "random", key).pattern
     _checks.fraction("sparsity", sparsity)
-    refuse_blocks(pattern, "nest")
-    if pattern.density is not None:
-        raise ValueError(
-            f"pattern: {pattern} fixes its own density {pattern.density:g}, so there is nothing to "
-            "grow from a seed; use rigl with this pattern"
-        )
+    refuse_fixed_counts(pattern, "nest")
     if budget == "global":
         raise ValueError(
             "budget: nest grows and prunes each layer to its own count, got 'global'; use "

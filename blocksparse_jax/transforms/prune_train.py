@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PyTree
 
 from blocksparse_jax import _checks, tree
 from blocksparse_jax.grouping.channel_choice import weights_of_channels
-from blocksparse_jax.grouping.channel_spaces import Spaces, _checked
+from blocksparse_jax.grouping.channel_spaces import Spaces, kernel_axes
 
 _EPSILON = 1e-8
 
@@ -74,7 +74,6 @@ def prune_train(
     chosen = where or weights_of_channels
 
     def init(params: PyTree) -> PruneTrainState:
-        _checked(spaces, [params], missing_ok=True)
         if not _groups(spaces, params, chosen):
             raise ValueError(
                 f"spaces: no kernel of params is in any of {list(spaces)[:8]}, so there are no "
@@ -108,19 +107,15 @@ def prune_train(
 def _groups(spaces: Spaces, params: PyTree, where: tree.Where) -> list[tuple[Array, int]]:
     """The kernels and axes whose channels are groups."""
     leaves = {tree.path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
-    entries = [entry for space in spaces.values() for entry in space]
-    return [
-        (leaves[name], axis)
-        for name, axis in entries
-        if name in leaves and where(name, leaves[name])
-    ]
+    axes = kernel_axes(spaces, params, where)
+    return [(leaves[name], axis) for entries in axes.values() for name, axis in entries]
 
 
 def _lasso(params: PyTree, spaces: Spaces, where: tree.Where) -> Float[Array, ""]:
     """The sum of the groups' norms, in float32."""
     norms = []
     for leaf, axis in _groups(spaces, params, where):
-        others = tuple(a for a in range(leaf.ndim) if a != axis % leaf.ndim)
+        others = tuple(a for a in range(leaf.ndim) if a != axis)
         squares = jnp.square(leaf.astype(jnp.float32)).sum(others)
         norms.append(jnp.sqrt(squares + _EPSILON).sum())
     return jnp.stack(norms).sum()

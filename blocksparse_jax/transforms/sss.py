@@ -11,6 +11,47 @@ from blocksparse_jax import _checks, tree
 from blocksparse_jax.transforms.slimming import norm_scales
 
 
+def branch_factors(name: str, leaf: Any) -> bool:
+    """Chooses the factors of residual branches, scalar parameters called `factor`.
+
+    A block has one where it computes `x + factor * branch(x)`, with, in Flax linen,
+    `factor = self.param("factor", nn.initializers.ones, ())`, or `self.factor =
+    nnx.Param(jnp.ones(()))`.
+
+    Args:
+      name: the leaf's path name.
+      leaf: the parameter.
+
+    Returns:
+      Whether its value scales a branch.
+
+    Example:
+      >>> branch_factors("block1/factor", jnp.ones(())), branch_factors("norm/scale", jnp.ones(8))
+      (True, False)
+
+    Reference: Huang & Wang, "Data-driven sparse structure selection for deep neural networks", ECCV
+    2018, equation 4; the name is our choice.
+    """
+    return leaf.ndim == 0 and name.rpartition("/")[2] == "factor"
+
+
+def scaling_factors(name: str, leaf: Any) -> bool:
+    """The default choice of `sss`: the scales of norms, and the factors of residual branches.
+
+    Args:
+      name: the leaf's path name.
+      leaf: the parameter.
+
+    Returns:
+      Whether `norm_scales` or `branch_factors` chooses it.
+
+    Example:
+      >>> scaling_factors("block1/factor", jnp.ones(())), scaling_factors("norm/scale", jnp.ones(8))
+      (True, True)
+    """
+    return norm_scales(name, leaf) or branch_factors(name, leaf)
+
+
 class ProximalState(NamedTuple):
     """Optax state of the scaling factors of `sss`.
 
@@ -48,13 +89,18 @@ def sss(
         kept = {space: s > 1e-8 for space, s in scales.items()}  # and at least one of each
         params, batch_stats, state = remove_channels(spaces, kept, params, batch_stats, state)
 
+    Where the factor of a residual branch, `x + factor * branch(x)`, is zero, the block is exactly
+    its shortcut. The branch goes with `remove_channels(..., vanishing=)`, and the model leaves it
+    out.
+
     Args:
       optimizer: of all other parameters, e.g. `optax.sgd(0.1, momentum=0.9)`.
       learning_rate: of the factors; a number or a schedule, step -> rate.
       penalty: gamma, of L1.
       momentum: mu, in [0, 1).
-      where: predicate (name, leaf) of the factors, default the scales of norms, leaves called
-        `scale`.
+      where: predicate (name, leaf) of the factors; None is `scaling_factors`, the scales of norms
+        (neurons) and the factors of residual branches (blocks, which the paper uses alone in
+        ResNets: `branch_factors`).
 
     Returns:
       An optax transformation, the whole chain. It masks nothing.
@@ -78,7 +124,7 @@ def sss(
     _checks.fraction("momentum", momentum)
     if not callable(learning_rate):
         _checks.number("learning_rate", learning_rate)
-    chosen = where or norm_scales
+    chosen = where or scaling_factors
 
     def labels(params: PyTree) -> PyTree:
         tree.choose(chosen, params)

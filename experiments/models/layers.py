@@ -102,9 +102,10 @@ class Parts:
         name: str,
         norm_name: str | None = None,
         residual: Float[Array, "a ho wo b"] | None = None,
+        factor: Float[Array, ""] | None = None,
         relu: bool = True,
     ) -> Float[Array, "a ho wo b"]:
-        """Conv, batch norm, shortcut and ReLU.
+        """Conv, batch norm, a factor if given, shortcut and ReLU.
 
         At inference they are arguments of the conv, which a sparse kernel applies in one pass over
         memory. `features` is of the published network; `widths` may say fewer.
@@ -114,9 +115,13 @@ class Parts:
         norm = self.norm(train, name=norm_name or f"{name}_norm")
         if not train:
             scale, shift = norm(None, channels=features)
+            if factor is not None:
+                scale, shift = factor * scale, factor * shift
             activation = "relu" if relu else None
             return conv(x, scale=scale, shift=shift, residual=residual, activation=activation)
         y = norm(conv(x))
+        if factor is not None:
+            y *= factor.astype(y.dtype)
         if residual is not None:
             y += residual
         return nn.relu(y) if relu else y

@@ -14,9 +14,11 @@ from experiments.models.layers import Parts, max_pool, scaled
 
 
 class Block(nn.Module):
-    """One residual block, `relu(branch(x) + shortcut(x))`.
+    """One residual block, `relu(factor * branch(x) + shortcut(x))`.
 
-    The branch is two 3x3 convolutions, or a bottleneck of a 1x1, a 3x3 and a 1x1 convolution.
+    The branch is two 3x3 convolutions, or a bottleneck of a 1x1, a 3x3 and a 1x1 convolution. The
+    factor is a scalar parameter where there is one (`spaces.with_branch_factors`), else 1. Where
+    `parts.widths` says 0 for a convolution of the branch, the branch is gone.
 
     Attributes:
       features: channels of the 3x3 convolutions.
@@ -51,16 +53,15 @@ class Block(nn.Module):
             ]
         else:
             convs = [(self.features, 3, self.strides), (self.features, 3, 1)]
+        factor = self.get_variable("params", "factor", None)
+        if 0 in (parts.widths.get(f"conv{i}") for i in range(1, len(convs))):
+            return nn.relu(self._shortcut(x, train))
         y = x
         for i, (features, size, strides) in enumerate(convs[:-1], 1):
             y = parts.conv_norm(
                 y, features, size, strides, train=train, name=f"conv{i}", norm_name=f"norm{i}"
             )
         features, size, strides = convs[-1]
-        if self.downsample:
-            x = parts.conv_norm(
-                x, features, 1, self.strides, train=train, name="downsample", relu=False
-            )
         last = len(convs)
         return parts.conv_norm(
             y,
@@ -70,7 +71,16 @@ class Block(nn.Module):
             train=train,
             name=f"conv{last}",
             norm_name=f"norm{last}",
-            residual=x,
+            residual=self._shortcut(x, train),
+            factor=factor,
+        )
+
+    def _shortcut(self, x: Float[Array, "a h w b"], train: bool) -> Float[Array, "a ho wo b"]:
+        if not self.downsample:
+            return x
+        features = 4 * self.features if self.bottleneck else self.features
+        return self.parts.conv_norm(
+            x, features, 1, self.strides, train=train, name="downsample", relu=False
         )
 
 

@@ -7,6 +7,8 @@ channels. Reordering channels must reorder all axes of a space alike.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 import blocksparse_jax as bsj
 
 Entries = list[tuple[str, int]]
@@ -53,6 +55,49 @@ def channel_spaces(params: Mapping[str, Any]) -> dict[str, Entries]:
             convs += _numbered(params, f"stage{stage}_conv{{}}")
         return _chain(convs)
     return _chain(_numbered(params, "conv{}"))
+
+
+def branches(params: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The residual branches of a network: what a shortcut leads around.
+
+    A branch goes where its spaces lose all channels (`blocksparse_jax.remove_channels` with them as
+    `vanishing`): its block is the shortcut then, and a ReLU.
+
+    Args:
+      params: as for `channel_spaces`.
+
+    Returns:
+      `{block: the channel spaces inside of its branch}`; {} for a network without shortcuts.
+    """
+    blocks = [name for name in params if "conv2" in params[name]]
+    return {
+        block: [f"{block}/{conv}" for conv in _numbered(params[block], "conv{}")[:-1]]
+        for block in blocks
+    }
+
+
+def inner_spaces(params: Mapping[str, Any]) -> list[str]:
+    """The channel spaces inside of residual branches, which may lose all channels."""
+    return [space for inner in branches(params).values() for space in inner]
+
+
+def in_branch(name: str, leaf: Any = None) -> bool:
+    """Whether a leaf is a kernel of a residual branch, by its name: the shortcut is not.
+
+    Example:
+      >>> in_branch("stage1_block2/conv1/kernel"), in_branch("stage1_block2/downsample/kernel")
+      (True, False)
+    """
+    _, _, inner = name.partition("/")
+    return "_block" in name and inner.startswith("conv") and inner.endswith("/kernel")
+
+
+def with_branch_factors(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Puts a `factor` of 1 into each residual block, which scales what its branch adds."""
+    return {
+        name: dict(node) | ({"factor": jnp.ones(())} if name in branches(params) else {})
+        for name, node in params.items()
+    }
 
 
 def with_channel_orders(

@@ -5,15 +5,20 @@ block-sparse conv, packed parameters and optimizer state.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import blocksparse_jax as bsj
+from blocksparse_jax import tree
 from blocksparse_jax.state import is_sparse_state
 from blocksparse_jax.summary import Summary
 from experiments import models
+from experiments.models.spaces import channel_spaces, inner_spaces
+from experiments.training import network_size
 
 
 @jax.tree_util.register_dataclass
@@ -59,15 +64,56 @@ def to_form(form: str, state: State) -> State:
     return State(params, state.batch_stats, opt_state, layouts, form, state.aside)
 
 
-def checkpoint_like(form: str, state: State) -> tuple[State, Any, Any]:
+def checkpoint_like(
+    form: str, state: State, channels: Mapping[str, int] | None = None
+) -> tuple[State, Any, Any]:
     """What a checkpoint holds: the state, the last epoch's masks and the weights ever active.
 
     Args:
       form: that the state was saved in.
       state: of the same run, in any form.
+      channels: `channels_of` the saved state, since layouts know the shape of their kernel; None
+        where none were removed.
     """
     masks = masks_of(state)
+    if channels is not None and channels != (before := channels_of(state)):
+        state = to_form("masked", state)
+        kept = {space: np.arange(n) < channels[space] for space, n in before.items()}
+        state = without_channels(state, kept)
     return to_form(form, state), masks, masks
+
+
+def channels_of(state: State) -> dict[str, int]:
+    """The number of channels in each space of a state's network.
+
+    Args:
+      state: in any form.
+    """
+    params = dense_shapes(state)
+    leaves = jax.tree.leaves_with_path(params)
+    shapes = {tree.path_name(path): leaf.shape for path, leaf in leaves}
+    firsts = {space: entries[0] for space, entries in channel_spaces(params).items()}
+    return {space: shapes[name][axis] for space, (name, axis) in firsts.items()}
+
+
+def without_channels(state: State, kept: Mapping[str, np.ndarray]) -> State:
+    """A smaller network; the same state where all channels stay.
+
+    Args:
+      state: in the masked form.
+      kept: `{space: bool vector}`, True = stays; the spaces of a residual branch may keep none, and
+        those that have lost all are left as they are.
+    """
+    kept = {space: keeps for space, keeps in kept.items() if not keeps.all()}
+    if not kept:
+        return state
+    params, batch_stats, opt_state = bsj.remove_channels(
+        channel_spaces(state.params),
+        kept,
+        *(state.params, state.batch_stats, state.opt_state),
+        vanishing=inner_spaces(state.params),
+    )
+    return dataclasses.replace(state, params=params, batch_stats=batch_stats, opt_state=opt_state)
 
 
 def masks_of(state: State) -> Any:
@@ -104,12 +150,14 @@ def layouts_of(state: State) -> Any:
     return state.layouts if is_dense(state) or state.layouts else bsj.get_layouts(state.opt_state)
 
 
-def summary_of(state: State, method: str) -> Summary | None:
+def summary_of(state: State, method: str, original: Any) -> Summary | None:
     """What is kept in each layer.
 
     Args:
       state: in any form.
       method: its name in the registry, which the summary shows.
+      original: shapes of the parameters that training began with; of a smaller network the summary
+        shows no target, which counts the channels that were removed.
 
     Returns:
       A table to print; None when training dense.
@@ -117,7 +165,10 @@ def summary_of(state: State, method: str) -> Summary | None:
     if is_dense(state):
         return None
     dense = to_form("masked", state)
-    return dataclasses.replace(bsj.summarize(dense.params, dense.opt_state), method=method)
+    summary = bsj.summarize(dense.params, dense.opt_state)
+    if network_size.parameters(dense.params) < network_size.parameters(original):
+        summary = dataclasses.replace(summary, target_densities=(1.0,))
+    return dataclasses.replace(summary, method=method)
 
 
 def dense_shapes(state: State) -> Any:

@@ -118,6 +118,11 @@ def _sizes(state: State) -> dict[str, int]:
 
 @jax.jit
 def _join(ever: Any, masks: Any) -> tuple[Any, jax.Array]:
-    """The weights ever active with these masks too, and the kept weights of each."""
+    """The weights ever active with these masks too, and the kept weights of each.
+
+    Where channels were removed, the weights ever active stay those of the larger network.
+    """
     counts = [mask.sum(dtype=jnp.int32) for mask in jax.tree.leaves(masks)]
-    return bsj.metrics.ever_active(ever, masks), jnp.stack(counts)
+    if jax.tree.map(jnp.shape, masks) == jax.tree.map(jnp.shape, ever):
+        ever = bsj.metrics.ever_active(ever, masks)
+    return ever, jnp.stack(counts)

@@ -64,7 +64,7 @@ METHODS: dict[str, Method] = {
     "granet": Method(methods.GraNet(), bsj.granet),
     "srigl": Method(methods.SRigL(), bsj.srigl),
     "mest": Method(methods.Mest(), bsj.mest),
-    "nest": Method(methods.Nest(), bsj.nest),
+    "nest": Method(methods.Nest(), bsj.nest, needs_batch=True),
     "narang": Method(methods.Narang(), bsj.narang),
     "drop-and-grow": Method(methods.DropAndGrow(budget="erk"), bsj.drop_and_grow),
     "campfire": Method(methods.Campfire(), bsj.campfire),

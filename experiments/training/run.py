@@ -16,6 +16,7 @@ from experiments.training import network_size, plots, stopping
 from experiments.training.config import TrainConfig, resolve
 from experiments.training.execution import (
     State,
+    channels_of,
     checkpoint_like,
     dense_shapes,
     layouts_of,
@@ -108,7 +109,7 @@ class Run:
 
     def _restore(self, step: int) -> None:
         meta = self.folder.checkpoints.meta(step)
-        like = checkpoint_like(meta["form"], self.state)
+        like = checkpoint_like(meta["form"], self.state, meta.get("channels"))
         self.state, self._masks, ever = self.folder.checkpoints.restore(step, like)
         self._history.restart(self.state, ever, flops=meta["flops"], steps=step)
         self._parameters = network_size.parameters(dense_shapes(self.state))
@@ -121,6 +122,7 @@ class Run:
         self.seconds, self._since = self.seconds + now - self._since, now
         meta = {
             "form": self.state.form,
+            "channels": channels_of(self.state),
             "window": self._window,
             "epoch": self._epoch,
             "seconds": self.seconds,

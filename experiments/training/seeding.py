@@ -9,10 +9,12 @@ import jax
 
 import blocksparse_jax as bsj
 from experiments.data import load
+from experiments.training import network_size
 from experiments.training.config import TrainConfig
 from experiments.training.execution import (
     State,
     checkpoint_like,
+    dense_shapes,
     is_dense,
     layouts_of,
     masks_of,
@@ -69,7 +71,8 @@ def restored(
         )
     trainer = trainer_for(config, data)
     fresh = trainer.init(first_batch(config, data))
-    like = checkpoint_like(folder.checkpoints.meta(step)["form"], fresh)
+    meta = folder.checkpoints.meta(step)
+    like = checkpoint_like(meta["form"], fresh, meta.get("channels"))
     return trainer, folder.checkpoints.restore(step, like)[0]
 
 
@@ -99,6 +102,11 @@ def _seed(config: TrainConfig, data: Any) -> Seed:
     trainer, last = restored(folder, other, data)
     if is_dense(last):
         raise ValueError(f"masks: {folder.path} is a dense run, which has no masks")
+    if network_size.parameters(dense_shapes(last)) < network_size.parameters(trainer.shapes):
+        raise ValueError(
+            f"masks: {folder.path} is a run whose network lost channels, so its masks do not fit a "
+            "new one; take a run of a method that removes none"
+        )
     layouts = layouts_of(last)
     nodes = jax.tree.leaves(layouts, is_leaf=bsj.is_layout)
     has_layouts = any(isinstance(node, bsj.BlockLayout) for node in nodes)

@@ -14,8 +14,8 @@ from sparse_methods import slow_unless
 import blocksparse_jax as bsj
 from blocksparse_jax import tree
 from blocksparse_jax.grouping.channel_spaces import (
-    _checked,
     channel_orders,
+    checked_spaces,
     fold_channel_orders,
     space_consumers,
 )
@@ -66,7 +66,7 @@ def test_a_folded_network_is_the_same_function(name):
     model, variables, images = variables_of(name, **SMALL[name])
     params, stats = variables["params"], variables["batch_stats"]
     spaces = channel_spaces(params)
-    sizes = _checked(spaces, [params, stats])
+    sizes = checked_spaces(spaces, [params, stats])
     orders = shuffled(spaces, sizes)
     moved, moved_stats = fold_channel_orders(spaces, orders, params, stats)
     logits = jax.jit(model.apply)
@@ -107,7 +107,7 @@ def test_training_commutes_with_folding():
     model, variables, images = variables_of("cnn", size=8, channels=1, width=0.25)
     params, stats = variables["params"], variables["batch_stats"]
     spaces = channel_spaces(params)
-    orders = shuffled(spaces, _checked(spaces, [params, stats]))
+    orders = shuffled(spaces, checked_spaces(spaces, [params, stats]))
 
     @jax.jit
     def gradient(params, stats):

@@ -13,10 +13,10 @@ from tiny_runs import PER_EPOCH, assert_same_run, config
 
 import blocksparse_jax as bsj
 from blocksparse_jax.tree import path_name
-from experiments import evaluate
+from experiments import attack, evaluate
 from experiments.models import create, widths_of
-from experiments.models.spaces import channel_spaces
-from experiments.training import network_size
+from experiments.models.spaces import channel_spaces, inner_spaces, with_branch_factors
+from experiments.training import execution, network_size
 from experiments.training.methods.channels import largest_for
 from experiments.training.run import Run
 
@@ -148,6 +148,53 @@ def test_a_network_made_for_the_widths_has_exactly_the_smaller_parameters(name):
     assert set(widths_of(fewer[0]).values()) == {1}
 
 
+@pytest.mark.parametrize("silent", ["kernel", "factor"])
+def test_a_branch_that_adds_nothing_goes_and_the_function_stays(silent):
+    """A layer of zeros, or a factor of zero: the block is its shortcut."""
+    images = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
+    options = NETWORKS["resnet20"]
+    large = network("resnet20", **options)
+    variables = random_variables(large, images)
+    stats = variables["batch_stats"]
+    params = with_branch_factors(variables["params"])
+    block, spaces = params["stage1_block2"], channel_spaces(params)
+    inner = inner_spaces(params)
+    assert inner == [f"{name}/conv1" for name in params if "block" in name]
+    if silent == "factor":
+        block["factor"] = jnp.zeros(())
+        gone = "stage1_block2/conv1"
+        kept = {gone: np.zeros(16, bool)}
+    else:
+        block["conv2"]["kernel"] *= 0
+        block["norm2"]["bias"] *= 0
+        stats["stage1_block2"]["norm2"]["mean"] *= 0
+        kept = bsj.used_channels(spaces, params, vanishing=inner)
+        assert [space for space, keeps in kept.items() if not keeps.all()] == [inner[1]]
+    with pytest.raises(
+        ValueError, match=r"keeps none of 16 channels.*name the space in `vanishing`"
+    ):
+        bsj.remove_channels(spaces, kept, params, stats)
+    fewer, fewer_stats = bsj.remove_channels(spaces, kept, params, stats, vanishing=inner)
+    small = network("resnet20", widths=widths_of(fewer), **options)
+
+    def run(model, params, stats, train):
+        variables = {"params": params, "batch_stats": stats}
+        return model.apply(variables, images, train=train, mutable=["batch_stats"])
+
+    jitted = jax.jit(run, static_argnums=(0, 3))
+    for train in (False, True):
+        expected = jitted(large, params, stats, train)
+        actual = jitted(small, fewer, fewer_stats, train)
+        np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5, atol=1e-5)
+        (cut,) = bsj.remove_channels(
+            {inner[1]: [e for e in spaces[inner[1]] if e[0].endswith(("mean", "var"))]},
+            {inner[1]: np.zeros(16, bool)},
+            expected[1]["batch_stats"],
+            vanishing=inner,
+        )
+        assert jax.tree.map(jnp.shape, cut) == jax.tree.map(jnp.shape, actual[1]["batch_stats"])
+
+
 # Runs that remove channels
 
 
@@ -165,8 +212,24 @@ def settings(tmp_path, method, options, **fields):
             False, "sss", {"every": 1, "penalty": 2.0, "momentum": 0.0}, {"sparsity": None}
         ),
         slow_unless(False, "slimming", {}, {"sparsity": 0.8, "model": "resnet20"}),
+        ("group-lasso", {}, {"sparsity": 0.8, "execution": "packed"}),
+        slow_unless(
+            False,
+            "group-lasso",
+            {"depth": True, "strength": 0.1, "threshold": 0.03},
+            {"sparsity": 0.8, "execution": "packed", "model": "resnet20"},
+        ),
+        slow_unless(
+            False,
+            "sss",
+            {"every": 1, "penalty": 2.0, "momentum": 0.0},
+            {"model": "resnet20"},
+        ),
     ],
-    ids=["slimming", "prune-train", "sss", "slimming-resnet20"],
+    ids=[
+        *("slimming", "prune-train", "sss", "slimming-resnet20"),
+        *("group-lasso", "group-lasso-depth", "sss-blocks"),
+    ],
 )
 def test_a_run_shrinks_reports_it_and_resumes_to_the_same_bits(method, options, fields, tmp_path):
     """Stopped before the removal and after it; the result has both networks, side by side."""
@@ -174,7 +237,7 @@ def test_a_run_shrinks_reports_it_and_resumes_to_the_same_bits(method, options, 
     whole = Run(dataclasses.replace(first, out=str(tmp_path / "whole")))
     result = whole.train()
     original = network_size.parameters(whole.trainer.shapes)
-    left = network_size.parameters(whole.state.params)
+    left = network_size.parameters(execution.dense_shapes(whole.state))
     assert result["parameters"] == left < original == result["original_parameters"]
     assert 0 < result["kept_flops_fraction"] < 1
     assert 0 < result["density"] < 1
@@ -186,13 +249,22 @@ def test_a_run_shrinks_reports_it_and_resumes_to_the_same_bits(method, options, 
     for stop in (PER_EPOCH // 2, PER_EPOCH + 3):
         assert Run(first, resume=stop > PER_EPOCH).train(stop_after=stop) is None
     resumed = Run(first, resume=True)
-    assert widths_of(resumed.state.params) == widths_of(whole.state.params)
+    assert execution.widths_of(resumed.state) == execution.widths_of(whole.state)
     again = resumed.train()
     assert_same_run(resumed, whole)
     assert again["parameters"] == result["parameters"]
     assert again["original_step_ms_median"] is None or again["original_step_ms_median"] > 0
     tested = evaluate.main(evaluate.EvaluateConfig(run=first.out))
     assert tested["test_accuracy"] == result["test_accuracy"]
+    if "model" in fields and method != "slimming":
+        assert 0 in execution.widths_of(whole.state).values(), "a branch is gone"
+    if method == "group-lasso":
+        attacked = attack.main(attack.AttackConfig(run=first.out, epsilons=(0.0,)))
+        assert attacked["rows"][0]["accuracy"] == result["test_accuracy"]
+        with pytest.raises(ValueError, match=r"masks: .* is a run whose network lost channels"):
+            Run(dataclasses.replace(first, masks=first.out, out=str(tmp_path / "other")))
+        longer = Run(dataclasses.replace(first, epochs=3), resume=True)
+        assert longer.train()["parameters"] == left
     shapes = [row["parameters"] for row in whole.folder.metrics() if row["kind"] == "epoch"]
     assert shapes[-1] == left
 

@@ -275,7 +275,7 @@ def test_a_penalty_joins_the_gradient_before_the_optimizer(params):
     method = sparse_transformation(
         bsj.Spec("lasso", 1.0),
         draw=lambda chosen: {name: P.Kept(leaf > 0, bsj.Dense()) for name, leaf in chosen.items()},
-        penalty=lambda leaf: 0.5 * jnp.sign(leaf.weights),
+        penalty=lambda name, leaf: 0.5 * jnp.sign(leaf.weights),
     )
     grads = jax.tree.map(jnp.zeros_like, params)
     updates, _ = method.update(grads, method.init(params), params)

@@ -144,6 +144,36 @@ def test_input_channels_have_a_layout_at_every_count():
     assert kept[0] > 2
 
 
+def test_a_whole_layer_is_penalised_and_goes_where_depth_allows_it():
+    """Its norm is one more group; the threshold holds for its kept weights."""
+    weights = {name: kernel_of("random", seed) for seed, name in enumerate(("branch", "other"))}
+    params = jax.tree.map(jnp.asarray, weights)
+    method = bsj.group_lasso(
+        0.5,
+        schedule=bsj.between(1, 3),
+        strength=0.3,
+        threshold=0.05,
+        depth=lambda name, leaf: name == "branch",
+        where=one_leaf,
+    )
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    state, update = method.init(params), jax.jit(method.update)
+    updates, state = update(zeros, state, params)
+    for name, kernel in weights.items():
+        expected = ref.group_lasso_gradient(kernel, "channel", 0.3)
+        if name == "branch":
+            expected = expected + 0.3 * kernel / np.sqrt(np.square(kernel).sum() + 1e-8)
+        np.testing.assert_allclose(updates[name], expected, atol=2e-5)
+    for size, counts in ((1.0, (7, 7)), (0.02, (0, 4)), (1.0, (0, 4))):
+        # the channels' sizes rise evenly: at 1 the first is below the threshold, at 0.02 all are
+        params = {name: jnp.asarray(size * kernel) for name, kernel in weights.items()}
+        _, state = update(zeros, state, bsj.apply_masks(params, bsj.get_masks(state)))
+        masks = bsj.get_masks(state)
+        assert tuple(int(m.any((0, 1, 3)).sum()) for m in masks.values()) == counts
+    assert bsj.get_layouts(state)["branch"].packed_shape[1] == 0
+    np.testing.assert_array_equal(bsj.layout_to_mask(bsj.get_layouts(state)["branch"]), False)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -160,3 +190,9 @@ def test_bad_arguments(options, message):
     options = {"sparsity": 0.5, "schedule": bsj.between(0, 1)} | options
     with pytest.raises(ValueError, match=message):
         bsj.group_lasso(options.pop("sparsity"), **options)
+
+
+def test_depth_must_choose_a_sparse_leaf():
+    method = bsj.group_lasso(0.5, schedule=bsj.between(0, 1), depth=lambda name, leaf: False)
+    with pytest.raises(ValueError, match="depth: chooses none of the sparse leaves"):
+        method.init({"w": jnp.ones(SHAPE)})

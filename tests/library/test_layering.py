@@ -27,7 +27,7 @@ ORDER = [
     | {"patterns.channel_tap", "patterns.one_by_n", "patterns.fan_in", "patterns.vector"},
     {"patterns.channel", "patterns.block"},
     {"masks"},
-    {"column_masks", "lottery"},
+    {"column_masks", "lottery", "channel_growth"},
     {"variational", "compression.huffman", "compression.share"},
     {"compression.encode"},
     {"spec"},

@@ -306,6 +306,63 @@ def channels_above():
 
 
 @check
+def used_channels():
+    """Channel 1 is read by a filter that nobody reads; channel 2 is not made."""
+    spaces = {"a": [("first", 1), ("second", 0)], "b": [("second", 1), ("third", 0)]}
+    weights = {
+        "first": jnp.array([[1.0, 1.0, 0.0]]),
+        "second": jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]),
+        "third": jnp.array([[1.0], [0.0]]),
+    }
+    kept = bsj.used_channels(spaces, weights)
+    assert kept["a"].tolist() == [True, False, False]
+    assert kept["b"].tolist() == [True, False]
+    dead = weights | {"second": jnp.zeros((3, 2))}
+    assert [int(v.sum()) for v in bsj.used_channels(spaces, dead).values()] == [1, 1]
+    kept = bsj.used_channels(spaces, dead, vanishing=["a"])
+    assert [int(v.sum()) for v in kept.values()] == [0, 1]
+
+
+GROWING = {"s": [("first", 1), ("second", 0)]}
+
+
+def with_a_dormant_channel():
+    weights = {"first": jnp.array([[2.0, 0.0]]), "second": jnp.array([[3.0], [0.0]])}
+    return weights, jax.tree.map(lambda leaf: leaf != 0, weights)
+
+
+@check
+def dormant_channels():
+    """The channels that nothing makes and nothing reads; none are known of a dense layer."""
+    weights, masks = with_a_dormant_channel()
+    assert bsj.dormant_channels(weights, masks, GROWING)["s"].tolist() == [False, True]
+    masks["second"] = jnp.asarray(True)
+    assert bsj.dormant_channels(weights, masks, GROWING) == {}
+
+
+@check
+def grow_channels():
+    """The candidate of the lowest loss."""
+    weights, masks = with_a_dormant_channel()
+
+    def loss(weights, batch):
+        return (batch @ weights["first"] @ weights["second"]).sum()
+
+    arguments = loss, weights, jnp.ones((1, 1)), masks, GROWING, {"s": 1}
+    grown = [bsj.grow_channels(*arguments, candidates=n).params for n in (1, 9)]
+    losses = [float(loss(params, jnp.ones((1, 1)))) for params in grown]
+    assert losses[1] < min(6.0, losses[0])
+
+
+@check
+def GrownChannels():
+    weights, masks = with_a_dormant_channel()
+    grown = bsj.grow_channels(lambda *_: 0.0, weights, None, masks, GROWING, {"s": 1})
+    assert isinstance(grown, bsj.GrownChannels)
+    assert jax.tree.all(jax.tree.map(jnp.all, grown.masks))
+
+
+@check
 def channel_maxima():
     weights = {"a": jnp.array([[1.0, -5.0], [2.0, 3.0]]), "b": jnp.array([4.0, 0.0])}
     spaces = {"s": [("a", 1), ("b", 0)]}
@@ -336,6 +393,20 @@ def norm_scales():
     assert bsj.norm_scales("block1/norm1/scale", jnp.ones(4))
     assert not bsj.norm_scales("block1/norm1/bias", jnp.ones(4))
     assert not bsj.norm_scales("upscale/kernel", jnp.ones((3, 3, 4, 4)))
+
+
+@check
+def branch_factors():
+    assert bsj.branch_factors("stage1_block1/factor", jnp.ones(()))
+    assert not bsj.branch_factors("stage1_block1/factor", jnp.ones(3))
+    assert not bsj.branch_factors("factor/bias", jnp.ones(()))
+
+
+@check
+def scaling_factors():
+    assert bsj.scaling_factors("block1/factor", jnp.ones(()))
+    assert bsj.scaling_factors("block1/norm1/scale", jnp.ones(4))
+    assert not bsj.scaling_factors("block1/conv1/kernel", jnp.ones((3, 3, 4, 4)))
 
 
 @check
@@ -1354,7 +1425,8 @@ def transforms__Kept():
 def transforms__Leaf():
     """A new method whose penalty sees a leaf: it pulls weights towards zero."""
 
-    def pull(leaf):
+    def pull(name, leaf):
+        assert name == "conv"
         assert isinstance(leaf, bsj.transforms.Leaf)
         assert isinstance(bsj.transforms.Leaf(*leaf), bsj.transforms.Leaf)
         return 2 * leaf.weights

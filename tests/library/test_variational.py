@@ -88,6 +88,13 @@ def test_what_is_missing_is_named():
         bsj.variational_masks({"kernel": jnp.ones(3), "log_sigma2": jnp.ones(3)}, sparsity=1.0)
 
 
+def test_a_summary_shows_no_target_where_the_threshold_decides():
+    params = bsj.with_log_variances({"conv": {"kernel": jnp.ones((3, 3, 8, 8))}})
+    for sparsity, target in ((0.0, "-"), (0.9, "0.1000")):
+        state = bsj.variational_dropout(sparsity).init(params)
+        assert f"(target {target})" in str(bsj.summarize(params, state))
+
+
 def with_variances(params, seed=3):
     """Random log variances, some so large that their weights are pruned."""
     params = bsj.with_log_variances(params, where=everything)

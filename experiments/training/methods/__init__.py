@@ -19,7 +19,6 @@ from experiments.training.methods.exchange import (
     GraNet,
     Mest,
     Narang,
-    Nest,
     SRigL,
 )
 from experiments.training.methods.gradual import Gradual
@@ -27,6 +26,7 @@ from experiments.training.methods.hrbp import Hrbp, HrbpDynamic
 from experiments.training.methods.lottery import Lottery
 from experiments.training.methods.magnitude import Magnitude
 from experiments.training.methods.n_of_m import NOfM, SrSte
+from experiments.training.methods.nest import Nest
 from experiments.training.methods.options import AnyPattern, Options, Setup, Weights
 from experiments.training.methods.structured import (
     BrainDamage,

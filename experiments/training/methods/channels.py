@@ -12,8 +12,8 @@ import optax
 
 import blocksparse_jax as bsj
 from blocksparse_jax import _checks, tree
-from experiments.models.spaces import channel_spaces
-from experiments.training.execution import State
+from experiments.models.spaces import branches, channel_spaces, with_branch_factors
+from experiments.training.execution import State, channels_of, without_channels
 from experiments.training.methods.options import Operation, Options, Setup
 
 _DEAD = 1e-8  # a factor that is zero up to rounding
@@ -50,10 +50,9 @@ class Shrinking(Penalized):
         return dict.fromkeys(range(period, setup.length.total, period), self._shrink)
 
     def _shrink(self, state: State, setup: Setup) -> State:
-        spaces = channel_spaces(state.params)
-        return _without(state, spaces, self._kept(spaces, state.params))
+        return without_channels(state, self._kept(state))
 
-    def _kept(self, spaces: Any, params: Any) -> dict[str, np.ndarray]:
+    def _kept(self, state: State) -> dict[str, np.ndarray]:
         """The channels that stay."""
         raise NotImplementedError
 
@@ -76,22 +75,42 @@ class PruneTrain(Shrinking):
         """The network's channel spaces, and the ratio."""
         return {"spaces": channel_spaces(setup.params), "ratio": self.ratio}
 
-    def _kept(self, spaces: Any, params: Any) -> dict[str, np.ndarray]:
-        return bsj.channels_above(spaces, params, self.threshold)
+    def _kept(self, state: State) -> dict[str, np.ndarray]:
+        return bsj.channels_above(channel_spaces(state.params), state.params, self.threshold)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sss(Shrinking):
-    """L1 on the scales of batch norms by a proximal gradient, which makes them exactly zero.
+    """L1 on scaling factors by a proximal gradient, which makes them exactly zero.
 
     Attributes:
       every: epochs between two removals; None is 10, or half of a run of fewer than 20.
+      factors: "neurons", the scales of batch norms; "blocks", one factor of each residual branch;
+        or "both". None is the paper's choice: blocks in a ResNet, neurons elsewhere.
       penalty: gamma, of L1.
       momentum: of the scales.
     """
 
+    factors: str | None = None
     penalty: float = 5e-4
     momentum: float = 0.9
+
+    def check(self) -> None:
+        """ValueError for other factors."""
+        if self.factors is not None:
+            _checks.choice("factors", self.factors, ("neurons", "blocks", "both"))
+
+    def prepare(self, params: Any, batch_stats: Any, sparsity: float) -> tuple[Any, Any]:
+        """A factor of each branch."""
+        has_branches = bool(branches(params))
+        if self.factors in ("blocks", "both") and not has_branches:
+            raise ValueError(
+                f"factors: {self.factors!r} scales residual branches, and the network has none; "
+                "use --sss.factors neurons, or a ResNet"
+            )
+        if self.factors == "neurons" or not has_branches:
+            return params, batch_stats
+        return with_branch_factors(params), batch_stats
 
     def arguments(self, setup: Setup) -> dict[str, Any]:
         """The optimizer of all other parameters, and the options."""
@@ -100,7 +119,13 @@ class Sss(Shrinking):
             "learning_rate": setup.learning_rate,
             "penalty": self.penalty,
             "momentum": self.momentum,
+            "where": self._is_factor(setup.params),
         }
+
+    def _is_factor(self, params: Any) -> tree.Where:
+        """The chosen factors; those of branches alone where `prepare` put them there."""
+        blocks_alone = self.factors == "blocks" or (self.factors is None and branches(params))
+        return bsj.branch_factors if blocks_alone else bsj.scaling_factors
 
     def combined(
         self,
@@ -111,12 +136,19 @@ class Sss(Shrinking):
         """The method, which holds the optimizer."""
         return method
 
-    def _kept(self, spaces: Any, params: Any) -> dict[str, np.ndarray]:
-        scales = bsj.channel_maxima(spaces, params, where=bsj.norm_scales)
-        return {
-            space: (values > _DEAD) | (np.arange(values.size) == values.argmax())
-            for space, values in scales.items()
-        }
+    def _kept(self, state: State) -> dict[str, np.ndarray]:
+        kept, params, sizes = {}, state.params, channels_of(state)
+        if self._is_factor(params) is bsj.scaling_factors:
+            scales = bsj.channel_maxima(channel_spaces(params), params, where=bsj.norm_scales)
+            kept = {
+                space: (values > _DEAD) | (np.arange(values.size) == values.argmax())
+                for space, values in scales.items()
+                if values.size
+            }
+        for block, inner in branches(params).items():
+            if abs(params[block].get("factor", 1.0)) <= _DEAD:
+                kept |= {space: np.zeros(sizes[space], bool) for space in inner}
+        return kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +187,7 @@ class Slimming(Penalized):
 def _slim(state: State, setup: Setup) -> State:
     spaces = channel_spaces(state.params)
     scales = bsj.channel_maxima(spaces, state.params, where=bsj.norm_scales)
-    return _without(state, spaces, largest_for(scales, spaces, state.params, setup.sparsity))
+    return without_channels(state, largest_for(scales, spaces, state.params, setup.sparsity))
 
 
 def largest_for(
@@ -190,12 +222,3 @@ def largest_for(
         middle = (few + many) // 2
         few, many = (few, middle) if left(middle) <= target else (middle + 1, many)
     return bsj.largest_channels(scores, few / channels)
-
-
-def _without(state: State, spaces: Any, kept: dict[str, np.ndarray]) -> State:
-    """The state with only these channels; the same one where all stay."""
-    if all(keeps.all() for keeps in kept.values()):
-        return state
-    trees = state.params, state.batch_stats, state.opt_state
-    params, batch_stats, opt_state = bsj.remove_channels(spaces, kept, *trees)
-    return dataclasses.replace(state, params=params, batch_stats=batch_stats, opt_state=opt_state)

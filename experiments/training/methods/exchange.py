@@ -10,6 +10,7 @@ from experiments.training.methods.options import (
     AnyPattern,
     Options,
     Setup,
+    between_parts,
     first_three_quarters,
 )
 
@@ -100,7 +101,7 @@ class GraNet(Options):
             "initial_sparsity": self.initial_sparsity,
             "fraction": self.fraction,
             "final_fraction": self.final_fraction,
-            "schedule": _between(setup, 0.0, 110 / 160, self.update_every),
+            "schedule": between_parts(setup, 0.0, 110 / 160, self.update_every),
             "key": setup.key,
         }
 
@@ -160,31 +161,7 @@ class Mest(AnyPattern):
             "fraction": self.fraction,
             "gradient_weight": self.gradient_weight,
             "soft": self.soft,
-            "schedule": _between(setup, min(0.5, wait), 0.75, self.update_every),
-            "key": setup.key,
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class Nest(AnyPattern):
-    """Sets of weights that grow from a seed until 3/8 of training and are pruned until 3/4 of it.
-
-    Attributes:
-      seed: density of the seed, as a multiple of the final one.
-      peak: density after the growth, likewise.
-      update_every: steps between mask updates; None is 100, or an epoch if that is shorter.
-    """
-
-    seed: float = 0.5
-    peak: float = 2.0
-    update_every: int | None = None
-
-    def arguments(self, setup: Setup) -> dict[str, Any]:
-        """All options, the steps of the updates as a schedule."""
-        return super().arguments(setup) | {
-            "seed": self.seed,
-            "peak": self.peak,
-            "schedule": _between(setup, 0.0, 0.75, self.update_every),
+            "schedule": between_parts(setup, min(0.5, wait), 0.75, self.update_every),
             "key": setup.key,
         }
 
@@ -212,16 +189,7 @@ class Narang(Options):
         first_epoch = setup.length.steps_per_epoch / setup.length.total
         return {
             "sparsity": setup.sparsity,
-            "schedule": _between(setup, min(0.125, first_epoch), 0.5, self.update_every),
+            "schedule": between_parts(setup, min(0.125, first_epoch), 0.5, self.update_every),
             "slope_ratio": self.slope_ratio,
             "budget": self.budget,
         }
-
-
-def _between(
-    setup: Setup, first: float, last: float, update_every: int | None
-) -> bsj.schedules.Between:
-    """A schedule between two parts of a run."""
-    start = int(first * setup.length.total)
-    end = max(start + 1, int(last * setup.length.total))
-    return bsj.between(start, end, every=setup.every(update_every))

@@ -234,4 +234,13 @@ def first_three_quarters(setup: Setup, update_every: int | None) -> bsj.schedule
     return bsj.every(setup.every(update_every), until=max(1, int(0.75 * setup.length.total)))
 
 
+def between_parts(
+    setup: Setup, first: float, last: float, update_every: int | None
+) -> bsj.schedules.Between:
+    """A schedule between two parts of a run."""
+    start = int(first * setup.length.total)
+    end = max(start + 1, int(last * setup.length.total))
+    return bsj.between(start, end, every=setup.every(update_every))
+
+
 Operation = Callable[[State, Setup], State]

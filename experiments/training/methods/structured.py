@@ -8,22 +8,36 @@ import jax
 import blocksparse_jax as bsj
 from blocksparse_jax import _checks, patterns
 from blocksparse_jax.patterns import Pattern
-from experiments.models.spaces import channel_spaces
-from experiments.training.execution import State
-from experiments.training.methods.options import AnyPattern, Operation, Options, Setup
+from blocksparse_jax.patterns.channel import Channel
+from experiments.models.spaces import channel_spaces, in_branch, inner_spaces
+from experiments.training.execution import State, without_channels
+from experiments.training.methods.options import (
+    AnyPattern,
+    Operation,
+    Options,
+    Setup,
+    between_parts,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupLasso(AnyPattern):
     """Sets of any pattern whose norms are penalised, and which go until half of training.
 
+    Then channels that are left without weights go, and the network is smaller, under masks where
+    sets are gone that make no channel of the network.
+
     Attributes:
+      filters: penalise filters beside the pattern's sets.
+      depth: layers of residual branches may go as a whole, and their branches with them.
       strength: of the penalty.
       threshold: root mean square of a set's weights below which it goes.
       update_every: steps between mask updates; None is 100, or an epoch if that is shorter.
     """
 
     pattern: str = "channel:input"
+    filters: bool = False
+    depth: bool = False
     strength: float = 5e-4
     threshold: float = 1e-4
     update_every: int | None = None
@@ -31,10 +45,24 @@ class GroupLasso(AnyPattern):
     def arguments(self, setup: Setup) -> dict[str, Any]:
         """All options, the pruning steps as a schedule."""
         return super().arguments(setup) | {
-            "schedule": _until_half(setup, self.update_every),
+            "schedule": between_parts(setup, 0.0, 0.5, self.update_every),
             "strength": self.strength,
             "threshold": self.threshold,
+            "also": (patterns.channel("output"),) if self.filters else (),
+            "depth": in_branch if self.depth else None,
         }
+
+    def operations(self, setup: Setup) -> dict[int, Operation]:
+        """The removal of whole channels after masks have changed for the last time."""
+        if not isinstance(self.make_pattern(), Channel) and not self.depth:
+            return {}
+        last = between_parts(setup, 0.0, 0.5, self.update_every).end
+        return {last + 1: _without_unused}
+
+
+def _without_unused(state: State, setup: Setup) -> State:
+    spaces, inner = channel_spaces(state.params), inner_spaces(state.params)
+    return without_channels(state, bsj.used_channels(spaces, state.params, vanishing=inner))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +90,7 @@ class BrainDamage(Options):
         """All options, the pruning steps as a schedule."""
         return {
             "sparsity": setup.sparsity,
-            "schedule": _until_half(setup, self.update_every),
+            "schedule": between_parts(setup, 0.0, 0.5, self.update_every),
             "strength": self.strength,
             "threshold": self.threshold,
             "gradual": self.gradual,
@@ -93,12 +121,7 @@ class TrainedChannels(Options):
     def prune(self, state: State, setup: Setup) -> State:
         """The state of the smaller network."""
         params, kept = self.choose(setup)
-        params, batch_stats, opt_state = bsj.remove_channels(
-            channel_spaces(params), kept, params, state.batch_stats, state.opt_state
-        )
-        return dataclasses.replace(
-            state, params=params, batch_stats=batch_stats, opt_state=opt_state
-        )
+        return without_channels(dataclasses.replace(state, params=params), kept)
 
     def choose(self, setup: Setup) -> tuple[Any, dict[str, Any]]:
         """The parameters, mended where the rule does it, and the kept channels of each space."""
@@ -177,12 +200,6 @@ class LassoChannels(Reconstructed):
     def reconstruct(self, *args: Any, **kwargs: Any) -> bsj.Reconstruction:
         """By `lasso_channels`."""
         return bsj.lasso_channels(*args, **kwargs)
-
-
-def _until_half(setup: Setup, update_every: int | None) -> bsj.schedules.Between:
-    """Pruning steps until half of training."""
-    end, every = max(1, setup.length.total // 2), setup.every(update_every)
-    return bsj.between(0, end, every=every)
 
 
 def _capture(setup: Setup) -> Any:
