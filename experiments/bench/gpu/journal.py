@@ -185,6 +185,25 @@ class Journal:
             self._fail(key, "the process crashed", self.records[key].get("group", ""))
         return running[-1:]
 
+    def adopt(self, other: "Journal") -> None:
+        """Takes over the units that finished or failed in another journal and are not in this one.
+
+        Args:
+          other: the journal of a process that worked for this one.
+
+        Example:
+          >>> import tempfile
+          >>> mine, other = (Journal(Path(tempfile.mkdtemp()) / "j.jsonl") for _ in range(2))
+          >>> _ = other.run("a", lambda: 1)
+          >>> mine.adopt(other)
+          >>> mine.result("a")
+          1
+        """
+        for key, record in other.records.items():
+            mine = self.records.get(key, {}).get("state")
+            if record["state"] in ("done", "failed") and mine not in ("done", "failed"):
+                self._append({name: value for name, value in record.items() if name != "begun"})
+
     def _fail(self, key: str, text: str, group: str, lost: bool = True) -> None:
         self._append({"key": key, "state": "failed", "error": text, "group": group, "lost": lost})
         print(f"FAILED {key}: {text}", file=sys.stderr, flush=True)
