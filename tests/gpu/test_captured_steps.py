@@ -20,9 +20,7 @@ from experiments.bench.gpu.training_units import (
 )
 from pallas_kernels.block_sparse_conv import choice, mosaic_gpu, triton
 
-PACKAGES = [
-    name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None
-]
+PACKAGES = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
 pytestmark = needs(f"not installed: {', '.join(PACKAGES)}" if PACKAGES else missing())
 TRITON = dataclasses.replace(triton.IMPLEMENTATION, supports=triton.limits)
 # Each pass in the backend that was the faster one on an H200.

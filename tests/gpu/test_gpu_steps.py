@@ -129,7 +129,7 @@ def test_the_script_stops_continues_and_ends(tmp_path):
             "QUICK": "1",
             "PYTHON": sys.executable,
             "COMMIT": "abc",
-            "STAGES": "first train tune time",
+            "STAGES": "train profile tune layers two",
         }
         process = subprocess.run(
             ["bash", "experiments/bench/gpu.sh"],
@@ -144,9 +144,9 @@ def test_the_script_stops_continues_and_ends(tmp_path):
 
     assert call(MINUTES="0") == (75, "time is up: call again")
     assert not list(tmp_path.glob("*.jsonl"))
-    assert call(STAGES="train firts") == (
+    assert call(STAGES="train layer") == (
         2,
-        "STAGES: expected some of first train tune check time, got firts",
+        "STAGES: expected some of train profile tune layers check two, got layer",
     )
     assert not list(tmp_path.iterdir())
     assert call(MINUTES="0.7")[0] == 75
@@ -182,7 +182,7 @@ esac
     (tmp_path / "bench_kernels.jsonl").write_text(
         '{"key": "check a", "state": "begun", "group": "g"}\n'
     )
-    settings = {"OUT": str(tmp_path), "QUICK": "1", "PYTHON": str(python), "STAGES": "first train"}
+    settings = {"OUT": str(tmp_path), "QUICK": "1", "PYTHON": str(python), "STAGES": "train layers"}
     process = subprocess.run(
         ["bash", "experiments/bench/gpu.sh"],
         cwd=ROOT,

@@ -105,7 +105,7 @@ def _time(step: Callable[[], Any], options: StepOptions) -> dict[str, Any]:
         return timed(functools.partial(last, steps))() / steps
 
     burst(2)
-    steps = 2 if options.quick else int(min(100, max(3, BURST_MS / burst(3))))
+    steps = steps_in_burst(burst(3), options)
     bursts = {"step": functools.partial(burst, steps)}
     times_ms = time_in_turn(bursts, rounds=options.repetitions, burst_ms=0)["step"]
     median, iqr = median_iqr(times_ms)
@@ -115,3 +115,17 @@ def _time(step: Callable[[], Any], options: StepOptions) -> dict[str, Any]:
         "steps": steps,
         "repetitions": options.repetitions,
     }
+
+
+def steps_in_burst(step_ms: float, options: StepOptions) -> int:
+    """Returns how many steps stand before one wait.
+
+    Args:
+      step_ms: milliseconds of a step.
+      options: says whether it is a dry run.
+
+    Example:
+      >>> [steps_in_burst(ms, StepOptions("bfloat16", 64, 16, 7, False)) for ms in (1.0, 10.0, 500.0)]
+      [100, 30, 3]
+    """
+    return 2 if options.quick else int(min(100, max(3, BURST_MS / step_ms)))
