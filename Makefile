@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALL ?= --editable '.[test]'
 BIN := $(VENV)/bin
-GPU_WHEELS ?= docstring-parser flax jax-triton jaxtyping optax orbax-checkpoint rich treescope typeguard tyro wadler-lindig
+GPU_WHEELS ?= jax-triton tyro docstring-parser typeguard
 
 .PHONY: train test slow lint docs bench gpu-compilers gpu-wheels tpu-compilers
 
@@ -24,7 +24,7 @@ gpu-compilers: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt jax-triton triton
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps jax-cuda13-plugin jax-cuda13-pjrt
 
-# What experiments/bench/gpu.sh needs on a GPU machine that has jax[cuda13] and triton but no network: carry the folder there.
+# Packages that experiments/bench/gpu.sh takes along to a GPU machine without a network: in .whl, which git ignores. GPU_WHEELS says which the machine lacks.
 gpu-wheels: $(VENV)/installed
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 --constraint constraints.txt --dest .whl $(GPU_WHEELS)
 

@@ -7,6 +7,7 @@ KERNEL_NAMES = {  # the first that fits: a part of a kernel's name -> its catego
     "sort": "sort",
     "scatter": "scatter",
     "transpose": "transpose",
+    "nvjet": "cuDNN and cuBLAS",
     "xmma": "cuDNN and cuBLAS",
     "cudnn": "cuDNN and cuBLAS",
     "cutlass": "cuDNN and cuBLAS",
