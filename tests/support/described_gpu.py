@@ -41,6 +41,7 @@ H200 = """gpu_device_info {
   registers_per_block_limit: 65536
   driver_version: "13.0.0"
   runtime_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0"
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 12 }

@@ -81,6 +81,8 @@ def compile_ahead(
 def _start(options: StepOptions, unit: Unit, path: Path) -> subprocess.Popen[bytes]:
     job = {"options": dataclasses.asdict(options), "unit": dataclasses.asdict(unit)}
     environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "OPENBLAS_NUM_THREADS": "2",
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",

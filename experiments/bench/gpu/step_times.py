@@ -125,7 +125,8 @@ def steps_in_burst(step_ms: float, options: StepOptions) -> int:
       options: says whether it is a dry run.
 
     Example:
-      >>> [steps_in_burst(ms, StepOptions("bfloat16", 64, 16, 7, False)) for ms in (1.0, 10.0, 500.0)]
+      >>> options = StepOptions("bfloat16", 64, 16, 7, quick=False)
+      >>> [steps_in_burst(step_ms, options) for step_ms in (1.0, 10.0, 500.0)]
       [100, 30, 3]
     """
     return 2 if options.quick else int(min(100, max(3, BURST_MS / step_ms)))

@@ -32,6 +32,7 @@ from experiments.bench.gpu.ahead import compile_ahead
 from experiments.bench.gpu.fingerprint import implementation_key
 from experiments.bench.gpu.journal import Journal, TimeUp
 from experiments.bench.gpu.step_times import measure_steps
+from experiments.bench.gpu.torch_steps import measure_torch_steps
 from experiments.bench.gpu.training_units import (
     NETWORKS,
     QUICK_NETWORKS,
@@ -40,7 +41,6 @@ from experiments.bench.gpu.training_units import (
     training_waves,
     unit_key,
 )
-from experiments.bench.gpu.torch_steps import measure_torch_steps
 from experiments.measuring.environment import origin
 from experiments.measuring.row_names import TORCH
 from experiments.reporting import results

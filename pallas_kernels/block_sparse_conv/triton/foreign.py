@@ -72,6 +72,7 @@ def call(launch: Launch, capability: int, *operands: jax.Array) -> jax.Array:
             num_warps=launch.tile.warps,
             num_stages=launch.tile.stages,
             compute_capability=capability,
+            backend_options={"enable_fp_fusion": True},
             zeroed_outputs=(0,) if launch.zeroed else (),
             **dict(launch.constants),
         )
