@@ -33,7 +33,7 @@ from experiments.bench.gpu.training_units import (
 from experiments.bench.shapes import convolve
 from experiments.measuring.kernel_names import by_category
 from experiments.measuring.row_names import TORCH as TORCH_EXECUTION
-from experiments.reporting.reports import gpu_profile
+from experiments.reporting.reports import gpu_profile, gpu_training
 from experiments.training.loop import stepper
 from pallas_kernels.block_sparse_conv import choice, xla
 
@@ -195,6 +195,33 @@ def test_torch_starts_from_the_same_loss():
         assert not result["captured"], "no GPU here"
         with pytest.raises(AssertionError, match="nothing was timed"):
             measure_torch_steps(options, unit, TORCH, dense | {"loss": 1.1 * dense["loss"]})
+
+
+def test_pytorch_has_a_column_beside_dense():
+    def row(execution, step_ms, sparsity=0.0, implementation=""):
+        return {
+            "model": "vgg19",
+            "batch_size": 128,
+            "sparsity": sparsity,
+            "execution": execution,
+            "implementation": implementation,
+            "step_ms_median": step_ms,
+            "speed_up_over_dense": 4 / step_ms,
+        }
+
+    rows = [row("dense", 4.0), row("masked", 5.0, 0.9), row("packed", 2.0, 0.9, "triton")]
+    table = gpu_training.table({"rows": rows, "failed": {}}).splitlines()
+    assert (
+        table[0]
+        == "| network | batch | sparsity | dense NHWC, ms | masked, ms | packed triton, ms |"
+    )
+    assert table[2:] == ["| vgg19 | 128 | 90% | 4.00 | 5.00 (0.80x) | 2.00 (2.00x) |"]
+    rows.append(row(TORCH_EXECUTION, 3.2))
+    table = gpu_training.table({"rows": rows, "failed": {}}).splitlines()
+    assert "| dense NHWC, ms | PyTorch dense, ms | masked, ms |" in table[0]
+    assert table[2:] == [
+        "| vgg19 | 128 | 90% | 4.00 | 3.20 (1.25x) | 5.00 (0.80x) | 2.00 (2.00x) |"
+    ]
 
 
 def test_a_profile_is_summed_by_kernel_and_category(tmp_path):
