@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALL ?= --editable '.[test]'
 BIN := $(VENV)/bin
+GPU_WHEELS ?= jax-triton tyro docstring-parser typeguard
 
-.PHONY: train test slow lint docs bench gpu-compilers tpu-compilers
+.PHONY: train test slow lint docs bench gpu-compilers gpu-wheels tpu-compilers
 
 train: $(VENV)/installed
 	$(BIN)/python -m experiments.compare $(ARGS)
@@ -22,6 +23,10 @@ slow: $(VENV)/installed
 gpu-compilers: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt jax-triton triton
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps jax-cuda13-plugin jax-cuda13-pjrt
+
+# Packages that experiments/bench/gpu.sh takes along to a GPU machine without a network: in .whl, which git ignores. GPU_WHEELS says which the machine lacks.
+gpu-wheels: $(VENV)/installed
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 --constraint constraints.txt --dest .whl $(GPU_WHEELS)
 
 # Compile for a TPU without a TPU (0.7 GB). Kept out of the environment's packages: with libtpu among them, JAX looks for a TPU at every start.
 tpu-compilers: $(VENV)/installed

@@ -5,22 +5,27 @@
 #   OUT=results bash experiments/bench/gpu.sh   # again and again, until it prints "all done"
 #
 # Stages, in this order:
-#   first   compares the kernels with float64, then times the layers that the project's goals name
-#   train   times training steps
-#   tune    times tiles and writes the tables of tuned tiles
-#   check   runs all checks and measures what the device can do at most
-#   time    times all layers, then the 2:4 products
+#   train    compiles the training steps in many processes at once, compares their convolutions with
+#            float64, and times them: VGG-19, ResNet-32 and ResNet-50, dense in XLA and in PyTorch,
+#            masked and packed; the first row comes from a dense step, before our kernels compile
+#   profile  lists the kernels of these steps by category
+#   tune     times tiles and writes the tables of tuned tiles
+#   layers   compares the kernels with float64, and times single layers: those of the goals first
+#   check    runs all checks and measures what the device can do at most
+#   two      times the 2:4 products
 #
 # Environment variables:
-#   STAGES  some of the stages, such as "tune time"
+#   STAGES  some of the stages, such as "tune layers"
 #   MINUTES of a call, 3 or more
 #   TUNE    how many of them the tuner gets (default 2); 0 leaves it out
-#   TWO     how many of them the 2:4 products get (default 1.5); 0 leaves them out
-#   OUT     folder of the journals, reports and tuned tables; keep it between the calls
+#   OUT     folder of the journals, reports, tuned tables and compiled programs; keep it between the
+#           calls
 #   FROM    folder of an earlier call's OUT, for a machine that starts empty: send it this folder
 #   BLOCK   the longest runs of channels (default 16)
 #   PYTHON  a Python with jax[cuda13], jax-triton==0.3.1 and the extra "experiments" of this project
 #   WHEELS  folder of wheels that this machine lacks and cannot download; installed for this call
+#           (default: .whl, which `make gpu-wheels` fills, where it exists)
+#   TORCH   a Python that has PyTorch, whose dense steps are timed too (default: PYTHON, if it has)
 #   ABSENT  if not empty, an implementation that cannot run here is no failure
 #   COMMIT  what the reports call this checkout where git cannot tell
 #   QUICK   if not empty, a dry run of tiny shapes on any device
@@ -32,26 +37,36 @@ cd "$(dirname "$0")/../.."
 OUT=${OUT:-runs/gpu}
 MINUTES=${MINUTES:-9}
 TUNE=${TUNE:-2}
-TWO=${TWO:-1.5}
-STAGES=${STAGES:-first train tune check time}
+STAGES=${STAGES:-train profile tune layers check two}
 BLOCK=${BLOCK:-16}
 for name in $STAGES; do
     case $name in
-        first | train | tune | check | time) ;;
+        train | profile | tune | layers | check | two) ;;
         *)
-            echo "STAGES: expected some of first train tune check time, got $name" >&2
+            echo "STAGES: expected some of train profile tune layers check two, got $name" >&2
             exit 2
             ;;
     esac
 done
 PYTHON=${PYTHON:-python3}
 QUICK=${QUICK:+--quick}
-export PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 begin=$SECONDS
+if [ -z "${WHEELS:-}" ] && [ -d .whl ]; then WHEELS=.whl; fi
+
+# What one process compiles, the next one finds. Names of source lines are left out of programs:
+# they differ between the process that compiles ahead and the one that times.
+export PYTHONUNBUFFERED=1
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(realpath "$OUT")/compiled}
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+export JAX_TRACEBACK_IN_LOCATIONS_LIMIT=0
 
 tuned=pallas_kernels/block_sparse_conv/tuned
-if [ -n "${FROM:-}" ]; then cp -n "$FROM"/*.json* "$OUT"/; fi
+if [ -n "${FROM:-}" ]; then
+    cp -n "$FROM"/*.json* "$OUT"/
+    if [ -d "$FROM"/compiled ]; then cp -rn "$FROM"/compiled "$OUT"/; fi
+fi
 for table in "$OUT"/tuned_{mosaic_gpu,triton}_*.json; do
     if [ -e "$table" ]; then cp "$table" "$tuned"/; fi
 done
@@ -61,6 +76,8 @@ if [ -n "${WHEELS:-}" ]; then
         --target "$site" "$WHEELS"/*.whl || exit 2
     export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
+
+if [ -z "${TORCH:-}" ] && "$PYTHON" -c "import torch" 2>/dev/null; then TORCH=$PYTHON; fi
 
 status=0
 later=0
@@ -111,20 +128,22 @@ finish() {
     exit "$1"
 }
 
-kernels() { # minutes, stages of the benchmark
-    local minutes=$1
-    shift
-    stage "$minutes" "$OUT/bench_kernels.jsonl" experiments.bench.kernels --keep-going \
+kernels() { # stages of the benchmark
+    stage "$MINUTES" "$OUT/bench_kernels.jsonl" experiments.bench.kernels --keep-going \
         ${ABSENT:+--allow-absent} --channel-block "$BLOCK" \
         --out "$OUT/bench_kernels_gpu.json" --stages "$@"
 }
 
 for name in $STAGES; do
     case $name in
-        first) kernels "$MINUTES" gate headline ;;
         train)
             stage "$MINUTES" "$OUT/bench_training.jsonl" experiments.bench.training \
-                --channel-block "$BLOCK" --out "$OUT/bench_training_gpu.json"
+                --channel-block "$BLOCK" --out "$OUT/bench_training_gpu.json" \
+                ${TORCH:+--torch "$TORCH"}
+            ;;
+        profile)
+            stage "$MINUTES" "$OUT/bench_profile.jsonl" experiments.bench.gpu.profile \
+                --channel-block "$BLOCK" --out "$OUT/bench_profile_gpu.json"
             ;;
         tune) # what is not tuned yet runs in the tile that the rule gives
             if [ "$TUNE" != 0 ]; then
@@ -132,15 +151,12 @@ for name in $STAGES; do
                     --channel-block "$BLOCK" ${QUICK:+--folder "$OUT"}
             fi
             ;;
-        check) kernels "$MINUTES" gate check ceilings ;;
-        time)
-            kernels "$(number "$TWO" '(m - p > a) ? m - p - a : 0')" \
-                gate headline check ceilings layers
-            if [ "$TWO" != 0 ]; then
-                "$PYTHON" -m pallas_kernels.two_of_four.build || true
-                stage "$MINUTES" "$OUT/two_of_four.jsonl" experiments.bench.gpu.two_of_four \
-                    --out "$OUT/two_of_four.json"
-            fi
+        layers) kernels gate headline layers ;;
+        check) kernels gate check ceilings ;;
+        two)
+            "$PYTHON" -m pallas_kernels.two_of_four.build || true
+            stage "$MINUTES" "$OUT/two_of_four.jsonl" experiments.bench.gpu.two_of_four \
+                --out "$OUT/two_of_four.json"
             ;;
     esac
 done

@@ -17,6 +17,7 @@ from experiments.reporting.reports import (
     channel_blocks,
     compare,
     gpu_kernels,
+    gpu_profile,
     gpu_training,
     inference,
     kernels,
@@ -32,6 +33,7 @@ MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTAL
 Table = Callable[[dict[str, Any]], str]
 TABLES: dict[str, Table] = {  # by the start of the report's name; the first that fits
     "bench_kernels_gpu": gpu_kernels.table,
+    "bench_profile_gpu": gpu_profile.table,
     "bench_training_gpu": gpu_training.table,
     "bench_kernels_cpu_batch": kernels.totals,
     "bench_kernels": kernels.table,

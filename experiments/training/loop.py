@@ -249,10 +249,9 @@ class Trainer:
         Returns:
           The state in the form of the next step, and the batch's metrics.
         """
-        needs_dense = self.spec is not None and self.spec.dense_gradient(step)
         layouts, without = state.layouts, dataclasses.replace(state, layouts={})
         state, metrics = self._step(
-            without, layouts, images, labels, dense_gradient=state.form == "sparse" and needs_dense
+            without, layouts, images, labels, dense_gradient=self._needs_dense(state, step)
         )
         state = dataclasses.replace(state, layouts=layouts)
         form = self.form(step + 1)
@@ -261,6 +260,30 @@ class Trainer:
         if form != state.form or (form != "masked" and self.changes_masks(step)):
             state = to_form(form, state)
         return state, metrics
+
+    def lower(
+        self, state: State, step: int, images: Float[Array, "n h w c"], labels: Int[Array, " n"]
+    ) -> jax.stages.Lowered:
+        """Traces the program of a step without running it, to compile it ahead.
+
+        Args:
+          state: in the form of this step; it stays. Shapes will do.
+          step: its number, from 0.
+          images: float32 batch, or its shape.
+          labels: int32 classes, or their shape.
+
+        Returns:
+          What `step` compiles and runs.
+        """
+        layouts, without = state.layouts, dataclasses.replace(state, layouts={})
+        return self._step.lower(
+            without, layouts, images, labels, dense_gradient=self._needs_dense(state, step)
+        )
+
+    def _needs_dense(self, state: State, step: int) -> bool:
+        """Whether the step's block-sparse convolutions also give the pruned weights' gradient."""
+        needs = self.spec is not None and self.spec.dense_gradient(step)
+        return state.form == "sparse" and needs
 
     def _operate(self, step: int, state: State) -> State:
         """What the method does before a step, outside of jit; the network may become smaller."""

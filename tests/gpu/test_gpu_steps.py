@@ -1,24 +1,46 @@
 """The GPU training steps and gpu.sh without a GPU: checks, fallbacks, stops and crashes."""
 
 import dataclasses
+import gzip
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
-from experiments.bench.gpu import shapes, step_times, training
+from experiments.bench.gpu import ahead, shapes, step_times, training, training_units
 from experiments.bench.gpu.check_cases import BASE
 from experiments.bench.gpu.fallback import Fallback
 from experiments.bench.gpu.journal import STOPPED, Journal
 from experiments.bench.gpu.step_check import check_layer, check_updates
+from experiments.bench.gpu.step_setup import STEP, set_up
+from experiments.bench.gpu.torch_steps import measure_torch_steps
+from experiments.bench.gpu.trace_events import gpu_kernels
+from experiments.bench.gpu.training_units import (
+    NETWORKS,
+    QUICK_NETWORKS,
+    Network,
+    StepOptions,
+    Unit,
+    training_waves,
+)
 from experiments.bench.shapes import convolve
+from experiments.measuring.kernel_names import by_category
+from experiments.measuring.row_names import TORCH as TORCH_EXECUTION
+from experiments.reporting.reports import gpu_profile, gpu_training
+from experiments.training.loop import stepper
 from pallas_kernels.block_sparse_conv import choice, xla
 
+TORCH = os.environ.get("TORCH_PYTHON")  # a Python that has PyTorch, where there is one
+needs_torch = pytest.mark.skipif(
+    TORCH is None, reason="TORCH_PYTHON names no Python that has PyTorch"
+)
 ROOT = Path(__file__).resolve().parents[2]
 TINY = dataclasses.replace(BASE, cin=16, height=4, width=3, batch=3, cout=16, kept=8, group_size=8)
 
@@ -88,6 +110,160 @@ def test_a_step_with_a_wrong_gradient_is_not_timed(dry, tmp_path, monkeypatch):
     ] == [True, True]
 
 
+def test_what_the_goals_name_is_timed_first(monkeypatch):
+    monkeypatch.setattr(
+        training_units, "present_implementations", lambda: dict.fromkeys(["triton", "mosaic_gpu"])
+    )
+    alone, first, rest = training_waves(("triton", "mosaic_gpu"), list(NETWORKS), torch=True)
+    assert alone == [Unit(NETWORKS[0], "dense")], "its row waits for no kernel of ours"
+    sizes = [(one.model, one.batch_size, one.sparsities[0]) for one in NETWORKS]
+    assert sizes == [
+        ("vgg19", 128, 0.9),
+        ("vgg19", 1024, 0.9),
+        ("resnet32", 128, 0.9),
+        ("resnet32", 1024, 0.9),
+        ("resnet50", 256, 0.8),
+    ]
+    for network in NETWORKS:
+        sparsity = network.sparsities[0]
+        assert [unit for unit in alone + first if unit.network == network] == [
+            Unit(network, "dense"),
+            Unit(network, TORCH_EXECUTION),
+            Unit(network, "masked", sparsity),
+            Unit(network, "packed", sparsity, "triton"),
+            Unit(network, "packed", sparsity, "mosaic_gpu"),
+        ]
+    assert {unit.execution for unit in rest} == {"masked", "packed", "sparse"}
+
+
+@pytest.mark.slow
+def test_steps_are_compiled_and_checked_ahead(tmp_path):
+    """The process that times a step finds its program in the cache, and its checks done."""
+    unit = Unit(QUICK_NETWORKS[0], "packed", 0.9, "xla")
+    options = StepOptions("float32", 8, 1, 1, True)
+    journal = Journal(tmp_path / "steps.jsonl")
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        for name, value in zip(names, (str(tmp_path / "compiled"), 0), strict=True):
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        ahead.compile_ahead(options, [unit], journal, processes=1)
+        programs = set((tmp_path / "compiled").glob("*train_step*-cache"))
+        assert len(programs) == 1
+        assert len([key for key in journal.records if key.startswith("layer ")]) == 3
+        assert all(journal.has(key) for key in journal.records)
+        assert list(tmp_path.glob("*.jsonl")) == [journal.path]
+        step_times.measure_steps(options, Unit(unit.network, "masked", 0.9), None, journal)
+        fallback = Fallback("xla")
+        with fallback.registered() as name:
+            setup = set_up(options, unit, name)
+            stepper(setup.trainer, setup.state, STEP, setup.images, setup.labels)()
+        after = set((tmp_path / "compiled").glob("*train_step*-cache"))
+        assert len(after - programs) == 1, "only the masked step's program is new"
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+def test_a_process_that_crashed_in_a_check_costs_that_check(tmp_path):
+    journal, path = Journal(tmp_path / "j.jsonl"), tmp_path / "other.jsonl"
+    lines = [
+        {"key": "layer a", "state": "done", "seconds": 1.0, "result": True},
+        {"key": "layer b", "state": "begun", "group": ""},
+    ]
+    for status, error in ((0, None), (-11, "the process crashed")):
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        ahead._take_over(journal, path, status)
+        assert journal.result("layer a") is True
+        assert journal.error("layer b") == error
+        assert not path.exists()
+
+
+@needs_torch
+@pytest.mark.slow
+def test_torch_starts_from_the_same_loss():
+    options = StepOptions("float32", 8, 1, 2, True)
+    large = Network("resnet50", 2, (), 0.25, "imagenet2012", 64)
+    for network in (large, Network("vgg19", 2, (), 0.25), Network("resnet20", 2, ())):
+        dense = step_times.measure_steps(options, Unit(network, "dense"), None, None)
+        unit = Unit(network, TORCH_EXECUTION)
+        result = measure_torch_steps(options, unit, TORCH, dense)
+        assert result["loss"] == pytest.approx(dense["loss"], rel=1e-3)
+        assert result["step_ms_median"] > 0
+        assert not result["captured"], "no GPU here"
+        with pytest.raises(AssertionError, match="nothing was timed"):
+            measure_torch_steps(options, unit, TORCH, dense | {"loss": 1.1 * dense["loss"]})
+
+
+def test_pytorch_has_a_column_beside_dense():
+    def row(execution, step_ms, sparsity=0.0, implementation=""):
+        return {
+            "model": "vgg19",
+            "batch_size": 128,
+            "sparsity": sparsity,
+            "execution": execution,
+            "implementation": implementation,
+            "step_ms_median": step_ms,
+            "speed_up_over_dense": 4 / step_ms,
+        }
+
+    rows = [row("dense", 4.0), row("masked", 5.0, 0.9), row("packed", 2.0, 0.9, "triton")]
+    table = gpu_training.table({"rows": rows, "failed": {}}).splitlines()
+    assert (
+        table[0]
+        == "| network | batch | sparsity | dense NHWC, ms | masked, ms | packed triton, ms |"
+    )
+    assert table[2:] == ["| vgg19 | 128 | 90% | 4.00 | 5.00 (0.80x) | 2.00 (2.00x) |"]
+    rows.append(row(TORCH_EXECUTION, 3.2))
+    table = gpu_training.table({"rows": rows, "failed": {}}).splitlines()
+    assert "| dense NHWC, ms | PyTorch dense, ms | masked, ms |" in table[0]
+    assert table[2:] == [
+        "| vgg19 | 128 | 90% | 4.00 | 3.20 (1.25x) | 5.00 (0.80x) | 2.00 (2.00x) |"
+    ]
+
+
+def test_a_profile_is_summed_by_kernel_and_category(tmp_path):
+    def event(name, ts, dur, tid=7):
+        return {"ph": "X", "pid": 1, "tid": tid, "name": name, "ts": ts, "dur": dur}
+
+    def name_of(kind, name, **ids):
+        return {"ph": "M", "name": kind, "args": {"name": name}, **ids}
+
+    events = [
+        name_of("process_name", "/device:GPU:0", pid=1),
+        name_of("thread_name", "Stream #7(Compute)", pid=1, tid=7),
+        name_of("thread_name", "XLA Ops", pid=1, tid=8),
+        event("gather_product", 0, 40),
+        event("sm90_xmma_fprop", 50, 20),
+        event("gather_product", 100, 60),
+        event("a span that holds kernels", 0, 1000, tid=8),
+    ]
+    folder = tmp_path / "plugins"
+    folder.mkdir()
+    with gzip.open(folder / "perfetto_trace.json.gz", "wt") as file:
+        json.dump({"traceEvents": events}, file)
+    profile = gpu_kernels(tmp_path, steps=2)
+    assert profile == {
+        "busy_ms": 0.06,
+        "span_ms": 0.08,
+        "kernels": {"gather_product": [1, 50.0], "sm90_xmma_fprop": [0.5, 10.0]},
+    }
+    assert by_category(profile["kernels"]) == {
+        "block-sparse kernels": (1, 50.0),
+        "cuDNN and cuBLAS": (0.5, 10.0),
+    }
+    row = {"model": "vgg19", "batch_size": 128, "execution": "packed", "implementation": "triton"}
+    table = gpu_profile.table(
+        {"rows": [row | {"sparsity": 0.9, "step_ms": 0.1} | profile], "failed": {}}
+    )
+    assert "vgg19 n128 packed triton 90%" in table
+    assert "| block-sparse kernels, ms | 0.05 (1) |" in table
+    with pytest.raises(ValueError, match="expected a profile"):
+        gpu_kernels(tmp_path / "nothing", steps=2)
+
+
 @pytest.mark.parametrize("broken", ["forward", "input_gradient", "weight_gradient"])
 def test_each_convolution_of_a_step_is_checked(broken):
     spec = dataclasses.replace(TINY, dtype="bfloat16")
@@ -129,7 +305,7 @@ def test_the_script_stops_continues_and_ends(tmp_path):
             "QUICK": "1",
             "PYTHON": sys.executable,
             "COMMIT": "abc",
-            "STAGES": "first train tune time",
+            "STAGES": "train profile tune layers two",
         }
         process = subprocess.run(
             ["bash", "experiments/bench/gpu.sh"],
@@ -144,9 +320,9 @@ def test_the_script_stops_continues_and_ends(tmp_path):
 
     assert call(MINUTES="0") == (75, "time is up: call again")
     assert not list(tmp_path.glob("*.jsonl"))
-    assert call(STAGES="train firts") == (
+    assert call(STAGES="train layer") == (
         2,
-        "STAGES: expected some of first train tune check time, got firts",
+        "STAGES: expected some of train profile tune layers check two, got layer",
     )
     assert not list(tmp_path.iterdir())
     assert call(MINUTES="0.7")[0] == 75
@@ -182,7 +358,7 @@ esac
     (tmp_path / "bench_kernels.jsonl").write_text(
         '{"key": "check a", "state": "begun", "group": "g"}\n'
     )
-    settings = {"OUT": str(tmp_path), "QUICK": "1", "PYTHON": str(python), "STAGES": "first train"}
+    settings = {"OUT": str(tmp_path), "QUICK": "1", "PYTHON": str(python), "STAGES": "train layers"}
     process = subprocess.run(
         ["bash", "experiments/bench/gpu.sh"],
         cwd=ROOT,

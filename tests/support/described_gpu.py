@@ -12,6 +12,7 @@ import re
 import tempfile
 import types
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
@@ -38,12 +39,17 @@ H200 = """gpu_device_info {
   cuda_compute_capability { major: 9 }
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
+  driver_version: "13.0.0"
+  runtime_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0"
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 12 }
 device_description_str: "NVIDIA H200"
 """
 _NUMBERS = itertools.count()
+# What XLA records by default, and convolutions.
+RECORDED = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONVOLUTION"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,3 +286,22 @@ def compile_for_h200(f, *shapes: jax.ShapeDtypeStruct | None) -> Report:
     stack = sum(int(n) for n in re.findall(r"(\d+) bytes stack frame", text))
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", text))
     return Report(len(registers), max(registers, default=0), stack, spills, text)
+
+
+def launches_on_h200(lowered: jax.stages.Lowered) -> list[str]:
+    """The kinds of what a program launches, one after the other, in XLA's words.
+
+    "kCommandBuffer" is a CUDA graph of many kernels, "kCustomCall" a foreign function outside of
+    any. XLA makes graphs only for a GPU whose description names the versions of its driver and its
+    runtime.
+
+    Args:
+      lowered: for arrays on `described_h200()`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_gpu_enable_command_buffer": RECORDED}
+        lowered.compile(options | {"xla_gpu_autotune_level": 0})
+        (dump,) = Path(folder).glob("*thunk_sequence_after_thunk_passes.txt")
+        lines = dump.read_text().splitlines()
+    matches = (re.match(r"\d+: (\w+)", line) for line in lines)  # indented: inside of a graph
+    return [match[1] for match in matches if match]

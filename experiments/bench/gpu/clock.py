@@ -14,6 +14,7 @@ in the cache, and the report says so.
 
 import concurrent.futures
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ from experiments.measuring.timing import time_in_turn, time_record, timed
 from pallas_kernels.devices import this_device, this_gpu
 
 MOST_SETS = 4
+RECORD_CONVOLUTIONS = "--xla_gpu_enable_command_buffer=+CONVOLUTION"
 PROGRAM_MS = 30.0  # a timed program takes so long or longer
 DRY_RUN_MS = 0.3  # the same where there is no GPU and the numbers mean nothing
 MOST_ROUNDS = 20_000
@@ -197,6 +199,17 @@ def sample(
     """
     times_ms = time_in_turn(programs, rounds=repetitions, burst_ms=0)
     return {name: time_record(times, digits=6) for name, times in times_ms.items()}
+
+
+def record_convolutions() -> None:
+    """Makes XLA record cuDNN's convolutions into its CUDA graphs, as it records other kernels.
+
+    By default each convolution splits a graph in two, and a dense step would wait for the launches
+    between. For a process that has computed nothing yet: XLA reads its flags once.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_gpu_enable_command_buffer" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {RECORD_CONVOLUTIONS}".strip()
 
 
 def require_gpu(quick: bool) -> None:

@@ -49,6 +49,7 @@ class Journal:
         the status `LOST`.
 
     Attributes:
+      path: the file.
       records: the last line of each unit by its key, with the number of attempts as "begun".
 
     Example:
@@ -59,27 +60,26 @@ class Journal:
     """
 
     def __init__(self, path: str | Path, minutes: float | None = None, unit_seconds: float = 150):
-        self._path = Path(path)
+        self.path = Path(path)
         self._unit_seconds = unit_seconds
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
         self._longest_seconds: dict[str, float] = {}  # by kind of unit
         self._running: list[str] = []
         self.records: dict[str, dict[str, Any]] = {}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._read()
 
     def _read(self) -> None:
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
         for i, line in enumerate(lines):
             try:
                 self._keep(json.loads(line))
             except json.JSONDecodeError:
                 if i + 1 < len(lines):
                     raise ValueError(
-                        f"{self._path}: line {i + 1} of {len(lines)} is no JSON; repair or delete "
-                        "it"
+                        f"{self.path}: line {i + 1} of {len(lines)} is no JSON; repair or delete it"
                     ) from None
-                self._path.write_text("".join(f"{good}\n" for good in lines[:i]))
+                self.path.write_text("".join(f"{good}\n" for good in lines[:i]))
 
     def result(self, key: str) -> Any:
         """Returns the result of a finished unit; None if it did not finish."""
@@ -88,6 +88,14 @@ class Journal:
     def error(self, key: str) -> str | None:
         """Returns why a unit failed; None if it did not."""
         return self.records.get(key, {}).get("error")
+
+    def has(self, key: str) -> bool:
+        """Returns whether a unit finished or failed."""
+        return self.records.get(key, {}).get("state") in ("done", "failed")
+
+    def has_time(self, seconds: float) -> bool:
+        """Returns whether so many seconds are left."""
+        return self._end is None or time.monotonic() + seconds <= self._end
 
     def run(
         self,
@@ -119,7 +127,7 @@ class Journal:
           DeviceLost: the unit failed, and no other can run in this process.
         """
         record = self.records.get(key, {})
-        if record.get("state") in ("done", "failed"):
+        if self.has(key):
             return record.get("result")
         attempts = record.get("begun", 0)
         if attempts >= 2:
@@ -132,7 +140,7 @@ class Journal:
             self._fail(key, error, group, lost=False)
             return None
         needed = max(reserve, self._longest_seconds.get(_kind(key), 0.0)) * (1 + attempts)
-        if self._end is not None and time.monotonic() + needed > self._end:
+        if not self.has_time(needed):
             raise TimeUp(key)
         return self._run_now(key, function, limit or self._unit_seconds, group)
 
@@ -185,6 +193,24 @@ class Journal:
             self._fail(key, "the process crashed", self.records[key].get("group", ""))
         return running[-1:]
 
+    def adopt(self, other: "Journal") -> None:
+        """Takes over the units that finished or failed in another journal and are not in this one.
+
+        Args:
+          other: the journal of a process that worked for this one.
+
+        Example:
+          >>> import tempfile
+          >>> mine, other = (Journal(Path(tempfile.mkdtemp()) / "j.jsonl") for _ in range(2))
+          >>> _ = other.run("a", lambda: 1)
+          >>> mine.adopt(other)
+          >>> mine.result("a")
+          1
+        """
+        for key, record in other.records.items():
+            if other.has(key) and not self.has(key):
+                self._append({name: value for name, value in record.items() if name != "begun"})
+
     def _fail(self, key: str, text: str, group: str, lost: bool = True) -> None:
         self._append({"key": key, "state": "failed", "error": text, "group": group, "lost": lost})
         print(f"FAILED {key}: {text}", file=sys.stderr, flush=True)
@@ -197,7 +223,7 @@ class Journal:
         os._exit(LOST)
 
     def _append(self, record: dict[str, Any]) -> None:
-        with self._path.open("a") as file:
+        with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())

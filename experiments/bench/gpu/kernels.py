@@ -82,4 +82,5 @@ def cli(arguments: Sequence[str]) -> int:
     Returns:
       The exit status.
     """
+    clock.record_convolutions()
     return run(command.parse(GpuConfig, "experiments.bench.kernels", __doc__, arguments))

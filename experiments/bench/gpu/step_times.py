@@ -5,24 +5,18 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from experiments.bench.gpu.fallback import Fallback
 from experiments.bench.gpu.fingerprint import implementation_key
 from experiments.bench.gpu.journal import Journal
 from experiments.bench.gpu.step_check import Sketch, check_layer, check_updates, sketch
+from experiments.bench.gpu.step_setup import STEP, set_up
 from experiments.bench.gpu.training_units import StepOptions, Unit
 from experiments.measuring.timing import median_iqr, time_in_turn, timed
-from experiments.training.config import TrainConfig, resolve
 from experiments.training.execution import masks_of, to_form
-from experiments.training.length import Length
-from experiments.training.loop import Trainer, stepper
-from experiments.training.methods import Hrbp
+from experiments.training.loop import stepper
 from pallas_kernels.devices import this_gpu
 
-LENGTH = Length(steps_per_epoch=390, total=390 * 160)
-STEP = 1  # the number that every timed step has: the masks do not change there
 LAYER_SECONDS = 60  # after which the check of a layer hangs
 BURST_MS = 300.0  # of steps with one wait at their end
 
@@ -52,7 +46,7 @@ def measure_steps(
     title = f"{unit.execution}, {unit.implementation}"
 
     def check(updates: Sketch) -> dict[str, Any]:
-        _check_layers(fallback, journal, title)
+        check_layers(fallback, journal, title)
         return {"cosine": check_updates(title, updates, masked_updates, options.precision)}
 
     with fallback.registered() as name:
@@ -60,8 +54,17 @@ def measure_steps(
     return result | {"layers": fallback.layers(), "refused": fallback.refused}
 
 
-def _check_layers(fallback: Fallback, journal: Journal, title: str) -> None:
-    """Compares every convolution that the step ran with float64."""
+def check_layers(fallback: Fallback, journal: Journal, title: str) -> None:
+    """Compares every convolution of a step that was traced with float64.
+
+    Args:
+      fallback: served the step.
+      journal: keeps the checks.
+      title: of the step, for the message.
+
+    Raises:
+      AssertionError: a layer is wrong.
+    """
     for spec, record in fallback.specs.items():
         if record.name == "dense":
             continue
@@ -79,15 +82,7 @@ def _measure(
     check: Callable[[Sketch], dict[str, Any]],
 ) -> dict[str, Any]:
     """Runs the first step, checks its updates and times the following ones."""
-    network = unit.network
-    classes = 1000 if network.dataset == "imagenet2012" else 10
-    rng = np.random.default_rng(0)
-    image_shape = (network.image_size, network.image_size, 3)
-    images = jnp.asarray(rng.normal(size=(network.batch_size, *image_shape)), jnp.float32)
-    labels = jnp.asarray(rng.integers(0, classes, network.batch_size), jnp.int32)
-    config = _train_config(options, unit, implementation)
-    trainer = Trainer(config, image_shape, classes, LENGTH, "NHWC")
-    state = trainer.init()
+    trainer, state, images, labels = set_up(options, unit, implementation)
     step = stepper(trainer, state, STEP, images, labels)
     after, metrics = step()
     result: dict[str, Any] = {"loss": float(metrics.loss)}
@@ -96,25 +91,6 @@ def _measure(
         result |= check(sketch(before_params, after_params, masks_of(state)))
     del state, after
     return result | _time(step, options)
-
-
-def _train_config(options: StepOptions, unit: Unit, implementation: str | None) -> TrainConfig:
-    dense = unit.execution == "dense"
-    blocks = Hrbp(group_size=options.group_size, channel_block=options.channel_block)
-    return resolve(
-        TrainConfig(
-            dataset=unit.network.dataset,
-            model=unit.network.model,
-            method="dense" if dense else "hrbp",
-            sparsity=unit.sparsity,
-            execution="masked" if dense else unit.execution,
-            precision=options.precision,
-            width=unit.network.width,
-            batch_size=unit.network.batch_size,
-            implementation=implementation,
-            options=None if dense else blocks,
-        )
-    )
 
 
 def _time(step: Callable[[], Any], options: StepOptions) -> dict[str, Any]:
@@ -129,7 +105,7 @@ def _time(step: Callable[[], Any], options: StepOptions) -> dict[str, Any]:
         return timed(functools.partial(last, steps))() / steps
 
     burst(2)
-    steps = 2 if options.quick else int(min(100, max(3, BURST_MS / burst(3))))
+    steps = steps_in_burst(burst(3), options)
     bursts = {"step": functools.partial(burst, steps)}
     times_ms = time_in_turn(bursts, rounds=options.repetitions, burst_ms=0)["step"]
     median, iqr = median_iqr(times_ms)
@@ -139,3 +115,18 @@ def _time(step: Callable[[], Any], options: StepOptions) -> dict[str, Any]:
         "steps": steps,
         "repetitions": options.repetitions,
     }
+
+
+def steps_in_burst(step_ms: float, options: StepOptions) -> int:
+    """Returns how many steps stand before one wait.
+
+    Args:
+      step_ms: milliseconds of a step.
+      options: says whether it is a dry run.
+
+    Example:
+      >>> options = StepOptions("bfloat16", 64, 16, 7, quick=False)
+      >>> [steps_in_burst(step_ms, options) for step_ms in (1.0, 10.0, 500.0)]
+      [100, 30, 3]
+    """
+    return 2 if options.quick else int(min(100, max(3, BURST_MS / step_ms)))

@@ -1,6 +1,7 @@
 """The training steps that are timed on a GPU, and what each of them depends on."""
 
 import dataclasses
+import os
 import zlib
 
 import jax
@@ -9,6 +10,7 @@ from experiments.bench.gpu import shapes, tiles
 from experiments.bench.gpu.fingerprint import fingerprint, implementation_key
 from experiments.bench.gpu.implementations import present_implementations
 from experiments.measuring.environment import ROOT
+from experiments.measuring.row_names import TORCH
 from pallas_kernels.devices import this_gpu
 
 
@@ -19,7 +21,7 @@ class Network:
     Attributes:
       model: of the zoo.
       batch_size: images in a step.
-      sparsities: of static HRBP.
+      sparsities: of static HRBP, the most important first.
       width: factor on the channels.
       dataset: decides the classes and the stem.
       image_size: pixels.
@@ -35,10 +37,10 @@ class Network:
 
 NETWORKS = (
     Network("vgg19", 128, (0.9, 0.95)),
-    Network("resnet32", 1024, (0.9,), width=2),
-    Network("resnet50", 256, (0.8, 0.9), dataset="imagenet2012", image_size=224),
     Network("vgg19", 1024, (0.9, 0.95)),
     Network("resnet32", 128, (0.9,), width=2),
+    Network("resnet32", 1024, (0.9,), width=2),
+    Network("resnet50", 256, (0.8, 0.9), dataset="imagenet2012", image_size=224),
 )
 QUICK_NETWORKS = (Network("cnn", 4, (0.9,), image_size=8),)
 
@@ -49,7 +51,7 @@ class Unit:
 
     Attributes:
       network: which is trained.
-      execution: dense, masked, sparse or packed.
+      execution: dense, `TORCH` (dense in PyTorch), masked, sparse or packed.
       sparsity: of static HRBP; 0 for dense.
       implementation: of the block-sparse conv; "" for dense and masked.
     """
@@ -79,39 +81,42 @@ class StepOptions:
     quick: bool
 
 
-def training_units(implementations: tuple[str, ...], networks: list[Network]) -> list[Unit]:
-    """Returns the steps in the order in which they are timed.
+def training_waves(
+    implementations: tuple[str, ...], networks: list[Network], torch: bool = False
+) -> list[list[Unit]]:
+    """Returns the steps in the order in which they are timed, in waves.
 
-    First come, for all networks, the packed step in the most important implementation with the
-    dense and the masked step that it is compared with; then the rest.
+    First comes one dense step alone, which needs no kernel of ours. Then, for all networks at their
+    first sparsity, the dense step, the masked one and the packed one in each implementation; last,
+    the rest.
 
     Args:
       implementations: the most important first; those that cannot run here are left out.
       networks: the networks.
+      torch: whether PyTorch's dense step is timed too.
 
     Returns:
-      Units.
+      Waves of units.
     """
     present = present_implementations()
     names = [name for name in implementations if name in present]
     first, rest = [], []
     for network in networks:
         first.append(Unit(network, "dense"))
+        first += [Unit(network, TORCH)] if torch else []
         for sparsity in network.sparsities:
-            sparse = [
-                Unit(network, execution, sparsity, name)
-                for execution in ("packed", "sparse")
-                for name in names
-            ]
-            first += [Unit(network, "masked", sparsity), *sparse[:1]]
-            rest += sparse[1:]
-    return first + rest
+            wave = first if sparsity == network.sparsities[0] else rest
+            wave.append(Unit(network, "masked", sparsity))
+            wave += [Unit(network, "packed", sparsity, name) for name in names]
+            rest += [Unit(network, "sparse", sparsity, name) for name in names]
+    return [first[:1], first[1:], rest]
 
 
 def unit_key(options: StepOptions, unit: Unit) -> str:
     """Returns the key of a step in the journal: all that its time depends on.
 
-    Dense and masked steps depend on the network and on how it is trained; the others also on the
+    Dense and masked steps depend on the network, on how it is trained, and on `XLA_FLAGS`, which
+    say what XLA records in its graphs; PyTorch's on its own sources. The others also depend on the
     library, the kernels, and the tiles in which they run the layers of the network that the
     benchmark times.
 
@@ -123,17 +128,18 @@ def unit_key(options: StepOptions, unit: Unit) -> str:
       The key.
     """
     network = unit.network
-    sources = [
-        path
-        for room in ("training", "models")
-        for path in (ROOT / "experiments" / room).glob("*.py")
-    ]
+    is_torch = unit.execution == TORCH
+    rooms = ("bench/torch_baseline",) if is_torch else ("training", "models")
+    sources = [path for room in rooms for path in (ROOT / "experiments" / room).glob("*.py")]
+    framework = "torch" if is_torch else f"jax {jax.__version__}"
     size = f"n{network.batch_size} {network.image_size} {options.precision}"
     parts = [
-        f"step {this_gpu()} jax {jax.__version__} {network.model} {network.width:g}",
+        f"step {this_gpu()} {framework} {network.model} {network.width:g}",
         f"{size} g{options.group_size} b{options.channel_block}",
         f"{unit.execution} {unit.sparsity:g} {fingerprint(sources)}",
     ]
+    if not is_torch and (flags := os.environ.get("XLA_FLAGS", "").split()):
+        parts.append(" ".join(sorted(flags)))
     if unit.implementation:
         names = list(dict.fromkeys((unit.implementation, "triton")))
         library = fingerprint((ROOT / "blocksparse_jax").rglob("*.py"))

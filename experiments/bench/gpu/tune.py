@@ -203,5 +203,6 @@ def cli(arguments: Sequence[str]) -> int:
     Returns:
       The exit status.
     """
+    clock.record_convolutions()
     config = command.parse(Config, "experiments.bench.tune", __doc__, arguments)
     return command.exit_status(lambda: {"complete": main(config)})

@@ -72,7 +72,7 @@ class TorchProcess:
         """Hands over the arrays of a job, in the place of the former one.
 
         Args:
-          job: "convolution", "inference" or "training".
+          job: "convolution", "gpu_training", "inference" or "training".
           arrays: by file name; a dictionary of arrays becomes one file.
           options: of that job's `load`.
 

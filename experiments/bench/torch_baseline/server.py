@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.bench.torch_baseline import convolution, inference, training
+from experiments.bench.torch_baseline import convolution, gpu_training, inference, training
 from experiments.bench.torch_baseline.job import Job
 from experiments.measuring.memory import steady_memory
 
 JOBS: dict[str, Callable[..., Job]] = {
     "convolution": convolution.load,
+    "gpu_training": gpu_training.load,
     "inference": inference.load,
     "training": training.load,
 }

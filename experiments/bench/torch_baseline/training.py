@@ -1,4 +1,4 @@
-"""Whole training steps of VGG-19 and of the CIFAR ResNets.
+"""Whole training steps of VGG-19 and of ResNets.
 
 Runs in the Python that has PyTorch.
 """
@@ -32,13 +32,8 @@ def load(folder: str, lr: float, momentum: float, weight_decay: float) -> Job:
     """
     images = activations(np.load(Path(folder) / "images.npy"))
     labels = torch.from_numpy(np.load(Path(folder) / "labels.npy").astype(np.int64))
-    weights = dict(np.load(Path(folder) / "weights.npz"))
-    residual = any("block" in name for name in weights)
-    network = (ResNet if residual else VGG)(weights)
-    vectors = [p for p in network.parameters() if p.ndim == 1]
-    kernels = [p for p in network.parameters() if p.ndim > 1]
-    groups = [{"params": kernels, "weight_decay": weight_decay}, {"params": vectors}]
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
+    network = make_network(dict(np.load(Path(folder) / "weights.npz")))
+    optimizer = make_optimizer(network, lr, momentum, weight_decay)
 
     def step() -> Tensors:
         optimizer.zero_grad(set_to_none=True)
@@ -48,6 +43,22 @@ def load(folder: str, lr: float, momentum: float, weight_decay: float) -> Job:
         return (loss.detach(),)
 
     return Job({"step": step}, lambda tensors: [tensor.numpy() for tensor in tensors])
+
+
+def make_network(weights: dict[str, np.ndarray]) -> "Network":
+    """Returns the network that weights belong to, by their names."""
+    residual = any("block" in name for name in weights)
+    return (ResNet if residual else VGG)(weights)
+
+
+def make_optimizer(
+    network: torch.nn.Module, lr: float, momentum: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """Returns SGD with momentum; weight decay leaves out vectors, as in the zoo's training."""
+    vectors = [p for p in network.parameters() if p.ndim == 1]
+    kernels = [p for p in network.parameters() if p.ndim > 1]
+    groups = [{"params": kernels, "weight_decay": weight_decay}, {"params": vectors}]
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
 
 
 class Network(torch.nn.Module):
@@ -100,23 +111,30 @@ class VGG(Network):
 
 
 class ResNet(Network):
-    """A 3x3 stem and blocks of two 3x3 convs; every stage but the first halves the image.
+    """A stem and residual blocks; every stage but the first halves the image.
 
-    Reference: He et al., "Deep residual learning", CVPR 2016, for CIFAR.
+    The stem is 3x3, or the 7x7 one of ImageNet's networks with a max pool.
+
+    Reference: He et al., "Deep residual learning", CVPR 2016.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the logits of images."""
-        x = functional.relu_(self.conv_norm(x, "stem", "stem_norm"))
+        large = self.stem_kernel.shape[-1] == 7
+        x = functional.relu_(self.conv_norm(x, "stem", "stem_norm", 2 if large else 1))
+        x = functional.max_pool2d(x, 3, 2, 1) if large else x
         for block in sorted({name.split("/")[0] for name in self.names if "block" in name}):
             x = self.block(block, x)
         return self.classifier(x)
 
     def block(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """A residual block."""
+        """A residual block: two 3x3 convs, or the three of a bottleneck; the first is strided."""
         stride = 2 if name.endswith("_block1") and name != "stage1_block1" else 1
+        count = sum(f"{name}/conv{i}/kernel" in self.names for i in (1, 2, 3))
         y = functional.relu_(self.conv_norm(x, f"{name}/conv1", f"{name}/norm1", stride))
-        y = self.conv_norm(y, f"{name}/conv2", f"{name}/norm2")
+        for i in range(2, count + 1):
+            y = self.conv_norm(y, f"{name}/conv{i}", f"{name}/norm{i}")
+            y = functional.relu_(y) if i < count else y
         if f"{name}/downsample/kernel" in self.names:
             x = self.conv_norm(x, f"{name}/downsample", f"{name}/downsample_norm", stride)
         return functional.relu_(y + x)

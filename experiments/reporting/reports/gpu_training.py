@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from experiments.measuring.row_names import TORCH
 from experiments.reporting import markdown
 from experiments.reporting.reports.totals import failures
 
@@ -19,16 +20,19 @@ def table(report: dict[str, Any]) -> str:
     """
     keys = ("model", "batch_size", "sparsity", "execution", "implementation")
     rows: Rows = {tuple(row[key] for key in keys): row for row in report["rows"]}
-    sparse_kinds = dict.fromkeys(key[3:] for key in sorted(rows) if key[4])
-    kinds = [("masked", ""), *sparse_kinds]
+    kinds = dict.fromkeys(key[3:] for key in rows if key[2])
+    with_torch = any(key[3] == TORCH for key in rows)
     lines = []
-    for model, batch, sparsity in dict.fromkeys(key[:3] for key in rows if key[3] != "dense"):
+    for model, batch, sparsity in dict.fromkeys(key[:3] for key in rows if key[2]):
         dense = rows.get((model, batch, 0.0, "dense", ""))
         cells = [model, str(batch), f"{sparsity:.0%}"]
         cells.append(f"{dense['step_ms_median']:.2f}" if dense else "-")
+        if with_torch:
+            cells.append(_step(rows.get((model, batch, 0.0, TORCH, "")), ""))
         cells += [_step(rows.get((model, batch, sparsity, *kind)), kind[1]) for kind in kinds]
         lines.append(cells)
     columns = ["network", "batch", "sparsity", "dense NHWC, ms"]
+    columns += [f"{TORCH}, ms"] if with_torch else []
     columns += [f"{' '.join(kind).strip()}, ms" for kind in kinds]
     text = markdown.table(columns, lines, text_columns=3)
     failed = failures(report)

@@ -1,6 +1,5 @@
 """Calls of the Triton kernels: their lists, compile-time arguments and grids."""
 
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -9,34 +8,14 @@ import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_conv.epilogue import Epilogue
 from pallas_kernels.block_sparse_conv.spec import ConvSpec
-from pallas_kernels.block_sparse_conv.triton import kernels
+from pallas_kernels.block_sparse_conv.triton import foreign, kernels
 from pallas_kernels.block_sparse_conv.triton.fitting import Tile
+from pallas_kernels.block_sparse_conv.triton.foreign import Launch
 from pallas_kernels.devices import DEFAULT
 from pallas_kernels.padding import pad_to, round_up
 
 NOTHING = -1
 """Stands in a list for no row, and among the rows of a result for no place."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """One kernel call: everything but the operands, all of it static.
-
-    Attributes:
-      kernel: name of the function in `kernels.py`.
-      programs: how many run.
-      constants: the kernel's compile-time arguments, `(name, value)`.
-      tile: warps and stages.
-      out: shape and dtype of the result.
-      zeroed: whether the result starts as zeros.
-    """
-
-    kernel: str
-    programs: int
-    constants: tuple[tuple[str, Any], ...]
-    tile: Tile
-    out: jax.ShapeDtypeStruct
-    zeroed: bool = False
 
 
 class Weights(NamedTuple):
@@ -78,20 +57,7 @@ def run(launch: Launch, *operands: jax.Array) -> jax.Array:
     Returns:
       The result.
     """
-    import jax_triton
-
-    return jax_triton.triton_call(
-        *operands,
-        kernel=getattr(kernels, launch.kernel),
-        out_shape=launch.out,
-        grid=launch.programs,
-        name=launch.kernel,
-        num_warps=launch.tile.warps,
-        num_stages=launch.tile.stages,
-        compute_capability=capability(),
-        zeroed_outputs=(0,) if launch.zeroed else (),
-        **dict(launch.constants),
-    )
+    return foreign.call(launch, capability(), *operands)
 
 
 def pad_last(array: jax.Array, size: int) -> jax.Array:

@@ -1,7 +1,6 @@
 """The implementation "triton": NVIDIA GPUs from Ampere on, any channel list, through jax-triton."""
 
 import functools
-import inspect
 
 import jax
 
@@ -37,15 +36,10 @@ def unavailable() -> str | None:
             f"({device.device_kind}) has {device.compute_capability}"
         )
     try:
-        import jax_triton
+        import jax_triton  # noqa: F401
         import triton  # noqa: F401
     except (ImportError, AttributeError) as error:  # AttributeError: made for another jax
         return f"jax-triton does not import ({error}); pip install 'blocksparse-jax[gpu]'"
-    if "out_shape" not in inspect.signature(jax_triton.triton_call).parameters:
-        return (
-            f"jax-triton {jax_triton.__version__} calls kernels in another way; pip install "
-            f"jax-triton==0.3.1"
-        )
     return None
 
 
