@@ -31,7 +31,8 @@ _CACHE = Path(tempfile.gettempdir()) / f"blocksparse_jax-tests-{_RUN}"
 _MAPS = Path("/proc/self/maps")
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-# Which masks the methods draw, against NumPy, and the GPU kernels in interpreters: `long`.
+# Which masks the methods draw, the battery of all methods, and the GPU kernels in interpreters and
+# dry runs: `long`.
 _LONG = [
     "test_budgets",
     "test_campfire",
@@ -49,6 +50,7 @@ _LONG = [
     "test_independent_draws",
     "test_lottery",
     "test_methods",
+    "test_optax_battery",
     "test_patterns",
     "test_ranks",
     "test_shrinking_methods",

@@ -374,6 +374,7 @@ def test_tables_come_from_the_reports(kernels_report, inference_report):
     assert ("| resnet18 | dense, PyTorch | " in text) is bool(TORCH)
 
 
+@pytest.mark.slow
 def test_the_parts_are_timed_in_both_formats_and_tabulated(tmp_path, monkeypatch):
     out = tmp_path / "bench_parts_cpu.json"
     monkeypatch.setattr(

@@ -79,7 +79,7 @@ def test_values_and_gradients_are_those_of_the_masked_dense_convolution(name, ca
 some_geometry = given(specs(), st.sampled_from(list(IMPLEMENTATIONS)), st.integers(0, 99))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @some_geometry
 def test_any_geometry(spec, name, seed):
     check(spec, name, seed)

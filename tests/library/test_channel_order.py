@@ -56,7 +56,7 @@ def planted(shape, group_size, block, seed):
     return np.broadcast_to(shuffled, shape).astype(np.float32), 16
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     case=st.sampled_from(CASES),
     kind=st.sampled_from(["iid", "heavy", "clusters", "equal", "zero"]),

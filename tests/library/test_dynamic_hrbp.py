@@ -69,7 +69,7 @@ def index_of(state):
     return [np.asarray(index) for index in (layout.filters, layout.channels, layout.taps)]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     case=st.sampled_from(CASES),
     weight_kind=st.sampled_from(KINDS[:5]),

@@ -298,7 +298,7 @@ OPTIONS = {
 }
 
 
-@settings(deadline=None, max_examples=16)
+@settings(deadline=None, max_examples=8)
 @given(layout=layouts(), **OPTIONS)
 def test_conv_over_all_the_options_equals_masked_dense(**case):
     """Each example compiles its own convolutions; the layouts' sizes are those of the other laws,

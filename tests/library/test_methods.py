@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import blocksparse_jax as bsj
 
-few = settings(max_examples=12, deadline=None)
+few = settings(max_examples=8, deadline=None)
 SHAPES = [(1, 1, 1, 1), (1, 1, 8, 4), (3, 3, 4, 2), (2, 3, 4, 3), (3, 1, 1, 5)]
 
 

@@ -14,7 +14,7 @@ import blocksparse_jax as bsj
 from blocksparse_jax import counts
 from blocksparse_jax import patterns as P
 
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=10, deadline=None)
 SHAPES = [(3, 3, 8, 16), (1, 1, 12, 8), (2, 3, 4, 6)]
 KINDS = ["random", "ties", "equal", "zeros", "one channel"]
 

@@ -17,7 +17,7 @@ from blocksparse_jax.schedules import progress
 from blocksparse_jax.scores import block_scores
 from blocksparse_jax.transforms.subp import soft_blocks
 
-few = settings(max_examples=12, deadline=None)
+few = settings(max_examples=8, deadline=None)
 CRITERIA = ["l1", "l2", "bpar"]
 
 
