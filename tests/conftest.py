@@ -31,8 +31,8 @@ _CACHE = Path(tempfile.gettempdir()) / f"blocksparse_jax-tests-{_RUN}"
 _MAPS = Path("/proc/self/maps")
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-# Which masks the methods draw, the battery of all methods, and the GPU kernels in interpreters and
-# dry runs: `long`.
+# Which masks the methods draw, the battery of all methods, training on 8 devices, and the GPU
+# kernels in interpreters and dry runs: `long`.
 _LONG = [
     "test_budgets",
     "test_campfire",
@@ -53,6 +53,8 @@ _LONG = [
     "test_optax_battery",
     "test_patterns",
     "test_ranks",
+    "test_sharded_batch",
+    "test_sharded_state",
     "test_shrinking_methods",
     "test_subp",
     "test_subp_statistics",
