@@ -148,7 +148,7 @@ def test_steps_are_compiled_and_checked_ahead(tmp_path):
         for name, value in zip(names, (str(tmp_path / "compiled"), 0), strict=True):
             jax.config.update(name, value)
         compilation_cache.reset_cache()
-        ahead.compile_ahead(options, [unit], journal, processes=1)
+        ahead.compile_ahead(options, [unit], journal, processes=1, seconds=300)
         programs = set((tmp_path / "compiled").glob("*train_step*-cache"))
         assert len(programs) == 1
         assert len([key for key in journal.records if key.startswith("layer ")]) == 3

@@ -28,7 +28,6 @@ from experiments.bench.gpu.training_units import Network, StepOptions, Unit
 from experiments.measuring.environment import ROOT
 from experiments.training.execution import masks_of, to_form
 
-MOST_SECONDS = 300  # after which the timing process compiles what is still missing
 CRASHED = 128  # exit statuses of signals, as a shell counts them
 LOOK_SECONDS = 0.2
 
@@ -38,7 +37,7 @@ def compile_ahead(
     units: list[Unit],
     journal: Journal,
     processes: int,
-    seconds: float = MOST_SECONDS,
+    seconds: float,
 ) -> None:
     """Compiles block-sparse steps into the compilation cache and checks their convolutions.
 
@@ -53,7 +52,7 @@ def compile_ahead(
       seconds: after which the processes are ended.
     """
     waiting = [unit for unit in units if unit.implementation]
-    if not processes or not waiting or jax.config.jax_compilation_cache_dir is None:
+    if not processes or not waiting or seconds <= 0 or jax.config.jax_compilation_cache_dir is None:
         return
     print(f"compiling {len(waiting)} steps ahead, {processes} at once", flush=True)
     end = time.monotonic() + seconds

@@ -5,6 +5,7 @@ crashed.
 """
 
 import json
+import math
 import os
 import sys
 import threading
@@ -93,9 +94,9 @@ class Journal:
         """Returns whether a unit finished or failed."""
         return self.records.get(key, {}).get("state") in ("done", "failed")
 
-    def has_time(self, seconds: float) -> bool:
-        """Returns whether so many seconds are left."""
-        return self._end is None or time.monotonic() + seconds <= self._end
+    def seconds_left(self) -> float:
+        """Returns how many seconds are left; infinity without a limit."""
+        return math.inf if self._end is None else self._end - time.monotonic()
 
     def run(
         self,
@@ -140,7 +141,7 @@ class Journal:
             self._fail(key, error, group, lost=False)
             return None
         needed = max(reserve, self._longest_seconds.get(_kind(key), 0.0)) * (1 + attempts)
-        if not self.has_time(needed):
+        if self.seconds_left() < needed:
             raise TimeUp(key)
         return self._run_now(key, function, limit or self._unit_seconds, group)
 

@@ -48,6 +48,7 @@ from experiments.reporting.reports import gpu_training
 
 RESERVE = 90  # seconds that must be left for a unit
 UNIT_SECONDS = 480  # after which a unit hangs
+AHEAD_SECONDS = 300  # of compiling ahead; what is still missing then is compiled when it is timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +119,8 @@ def main(config: GpuTrainingConfig) -> dict[str, Any]:
     try:
         for wave in waves:
             missing = [unit for unit in wave if not journal.has(keys[unit])]
-            if journal.has_time(RESERVE):
-                compile_ahead(options, missing, journal, config.processes)
+            seconds = min(AHEAD_SECONDS, journal.seconds_left() - RESERVE)
+            compile_ahead(options, missing, journal, config.processes, seconds)
             for unit in missing:
                 _run(config, options, journal, keys, unit)
         complete = True
