@@ -135,7 +135,7 @@ def conv(
     data_format = _checks.data_format(data_format)
     _checks.choice("kernel_gradient", kernel_gradient, ("masked", "dense"))
     if implementation is not None:
-        _checks.choice("implementation", implementation, available_implementations())
+        _checks.implementation(implementation, available_implementations())
     elif why_dense():
         implementation = "dense"
     _check_layout(layout)
