@@ -52,9 +52,7 @@ def _marked(reason: str, operand: jax.Array) -> jax.Array:
 
 
 @_marked.defjvp
-def _(
-    reason: str, primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[jax.Array, Any]:
+def _(reason: str, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, Any]:
     return primals[0], _tangent.bind(tangents[0], reason=reason)
 
 

@@ -104,9 +104,7 @@ PATHS = {
     "use_layouts": (in_use_layouts, KERNEL, X),
     "nnx": (in_nnx, KERNEL, X),
 }
-PACKED_PATHS = {
-    f"packed, {name}": (PATHS[name][0], PACKED, X) for name in ("conv", "use_layouts")
-}
+PACKED_PATHS = {f"packed, {name}": (PATHS[name][0], PACKED, X) for name in ("conv", "use_layouts")}
 
 
 def hessian_vector_product(path, wrap=jax.jit, **options):
