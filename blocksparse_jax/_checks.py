@@ -175,6 +175,18 @@ def choice(name: str, value: Any, options: Iterable[T]) -> T:
     raise ValueError(f"{name}: expected one of {names}, got {value!r}{hint}")
 
 
+def implementation(value: Any, options: Iterable[str]) -> None:
+    """ValueError naming the nearest option unless it is one; a device is not one."""
+    options = tuple(options)
+    on_gpus = [repr(name) for name in options if name in ("triton", "mosaic_gpu")]
+    if str(value).lower() in ("gpu", "cuda", "nvidia") and value not in options:
+        raise ValueError(
+            f"implementation: expected one of {', '.join(map(repr, options))}, got {value!r}; on "
+            f"GPUs these are {' and '.join(on_gpus)}, and None picks the faster one"
+        )
+    choice("implementation", value, options)
+
+
 def divisor(n: int, most: int) -> int:
     """The largest divisor of `n` that is at most `most`."""
     return next(d for d in range(min(n, most), 0, -1) if n % d == 0)

@@ -33,7 +33,7 @@ from pallas_kernels.block_sparse_conv import (
 )
 from pallas_kernels.block_sparse_conv import choose_implementation as _choose
 from pallas_kernels.dense_conv import dense_conv
-from pallas_kernels.reverse_mode import reverse_mode_only
+from pallas_kernels.reverse_mode import OVER_REVERSE, reverse_mode_only
 from pallas_kernels.sharding import CONVOLUTION, whole_but_images
 
 __all__ = [
@@ -135,7 +135,7 @@ def conv(
     data_format = _checks.data_format(data_format)
     _checks.choice("kernel_gradient", kernel_gradient, ("masked", "dense"))
     if implementation is not None:
-        _checks.choice("implementation", implementation, available_implementations())
+        _checks.implementation(implementation, available_implementations())
     elif why_dense():
         implementation = "dense"
     _check_layout(layout)
@@ -431,6 +431,7 @@ def _conv_with_dense_gradient(
 def _dense_gradient_fwd(
     call: _SparseCall, x: Array, kernel: Array, layout: BlockLayout
 ) -> tuple[Array, _Residuals]:
+    x, kernel = reverse_mode_only((x, kernel), OVER_REVERSE)
     y = _conv_with_dense_gradient(call, x, kernel, layout)
     return y, _Residuals(x, kernel, layout)
 

@@ -36,6 +36,8 @@ class Spec:
         execution leaves at zero.
       resizes: masks change how many weights are kept, so that each new count would compile a
         block-sparse step of its own.
+      ahead: a change of masks sets those of the next step. What the network has learned so far
+        belongs to the masks before it: test it with these.
       has_layout: masks fit a `BlockLayout`, so that the block-sparse convolution runs them.
       variables: the state was made for Flax nnx variables, as by an `nnx.Optimizer`.
       on_proposed: what `keep_zeros` calls with the proposed weights; None where the method acts on
@@ -58,6 +60,7 @@ class Spec:
     skips_gradient: bool = False
     grows_by_gradient: bool = False
     resizes: bool = False
+    ahead: bool = False
     has_layout: bool = False
     variables: bool = False
     on_proposed: Callable[..., Any] | None = None
@@ -87,6 +90,7 @@ def merge_specs(specs: Sequence[Spec]) -> Spec:
         skips_gradient=any(spec.skips_gradient for spec in specs),
         grows_by_gradient=any(spec.grows_by_gradient for spec in specs),
         resizes=any(spec.resizes for spec in specs),
+        ahead=any(spec.ahead for spec in specs),
         has_layout=any(spec.has_layout for spec in specs),
         variables=any(spec.variables for spec in specs),
     )

@@ -6,6 +6,7 @@ a way out. It comes where the tangent would be computed: in the call itself, in 
 be computed, only transposed: reverse mode drops it, and forward mode meets it first.
 """
 
+import functools
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -15,11 +16,24 @@ from jax.interpreters import ad, batching, mlir
 Tree = TypeVar("Tree")
 
 
-def reverse_mode_only(operands: Tree) -> Tree:
+ALONE = (
+    "forward mode alone (jax.jvp, jax.jacfwd, jax.linearize) is not defined for block-sparse "
+    "convolutions; use reverse mode (jax.grad, jax.vjp, jax.jacrev, or jax.jvp of jax.grad), or "
+    "conv(..., implementation='dense'), which has both"
+)
+OVER_REVERSE = (
+    "forward mode over reverse mode (jax.jvp of jax.grad, jax.hessian) is not defined for "
+    "block-sparse convolutions with kernel_gradient='dense'; use kernel_gradient='masked' or "
+    "implementation='dense'"
+)
+
+
+def reverse_mode_only(operands: Tree, reason: str = ALONE) -> Tree:
     """Marks the operands of a function that has no forward mode.
 
     Args:
       operands: a pytree of floating point arrays.
+      reason: the error's message.
 
     Returns:
       The same tree. Whatever needs the tangents' values raises a TypeError that says what to do.
@@ -29,30 +43,26 @@ def reverse_mode_only(operands: Tree) -> Tree:
       >>> jax.grad(lambda x: reverse_mode_only(x) ** 2)(jnp.float32(3)).tolist()
       6.0
     """
-    return jax.tree.map(_marked, operands)
+    return jax.tree.map(lambda operand: _marked(reason, operand), operands)
 
 
-@jax.custom_jvp
-def _marked(operand: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _marked(reason: str, operand: jax.Array) -> jax.Array:
     return operand
 
 
 @_marked.defjvp
-def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, Any]:
-    return primals[0], _tangent.bind(tangents[0])
+def _(reason: str, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, Any]:
+    return primals[0], _tangent.bind(tangents[0], reason=reason)
 
 
-def _refuse(*_: Any, **__: Any) -> NoReturn:
-    raise TypeError(
-        "forward mode alone (jax.jvp, jax.jacfwd, jax.linearize) is not defined for block-sparse "
-        "convolutions; use reverse mode (jax.grad, jax.vjp, jax.jacrev, or jax.jvp of jax.grad), "
-        "or conv(..., implementation='dense'), which has both"
-    )
+def _refuse(*_: Any, reason: str, **__: Any) -> NoReturn:
+    raise TypeError(reason)
 
 
 _tangent = Primitive("tangent_of_a_block_sparse_conv")
 _tangent.def_impl(_refuse)
-_tangent.def_abstract_eval(lambda tangent: tangent)
-ad.deflinear2(_tangent, lambda cotangent, _: [cotangent])
+_tangent.def_abstract_eval(lambda tangent, reason: tangent)
+ad.deflinear2(_tangent, lambda cotangent, _, reason: [cotangent])
 batching.defvectorized(_tangent)
 mlir.register_lowering(_tangent, _refuse)

@@ -72,6 +72,9 @@ def whole_but_images(operands: Sequence[str], arrays: Sequence[jax.Array]) -> tu
     Returns:
       The arrays; under Auto axes and on one device as they are.
 
+    Raises:
+      NotImplementedError: `jax.vmap` goes over an axis that lies on Explicit axes of the mesh.
+
     Example:
       >>> import jax.numpy as jnp
       >>> whole_but_images(["c n"], [jnp.ones((2, 5))])[0].shape
@@ -80,6 +83,12 @@ def whole_but_images(operands: Sequence[str], arrays: Sequence[jax.Array]) -> tu
     mesh = _explicit_mesh(arrays)
     if mesh is None:
         return tuple(arrays)
+    if members := sorted(name for name in _explicit_axes(mesh) if not _is_free(mesh, name)):
+        raise NotImplementedError(
+            f"x: jax.vmap goes over an axis that is sharded over the Explicit mesh axes {members}, "
+            "which no convolution here can follow; share it out around the vmap with "
+            "jax.shard_map(jax.vmap(f), in_specs=..., out_specs=...)"
+        )
     images = _mesh_axes(operands[0], jax.typeof(arrays[0]).sharding) or None
     return tuple(
         jax.sharding.reshard(array, NamedSharding(mesh, _layout(axes, images)))
@@ -106,11 +115,27 @@ def _explicit_mesh(arrays: Sequence[jax.Array]) -> Any:
     return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
 
 
+def _explicit_axes(mesh: Any) -> set[Any]:
+    """The names of a mesh's Explicit axes."""
+    kinds = zip(mesh.axis_names, mesh.axis_types)
+    return {name for name, kind in kinds if kind == AxisType.Explicit}
+
+
+def _is_free(mesh: Any, name: Any) -> bool:
+    """Whether a `shard_map` may go over an axis of the mesh: no `jax.vmap` around goes over it."""
+    whole = PartitionSpec()
+    probe = jax.shard_map(
+        lambda x: x, mesh=mesh, in_specs=whole, out_specs=whole, axis_names={name}
+    )
+    try:
+        jax.eval_shape(probe, jax.ShapeDtypeStruct((), "float32"))
+    except ValueError:
+        return False
+    return True
+
+
 def _in_shard_map(function: Function, operands: Sequence[str], result: str, mesh: Any) -> Function:
     """The function under Explicit axes."""
-    kinds = zip(mesh.axis_names, mesh.axis_types)
-    explicit = {name for name, kind in kinds if kind == AxisType.Explicit}
-
     is_sum = IMAGES not in result.split()
 
     def call(*arrays: jax.Array) -> jax.Array:
@@ -126,7 +151,7 @@ def _in_shard_map(function: Function, operands: Sequence[str], result: str, mesh
             mesh=mesh,
             in_specs=tuple(_layout(axes, names or None) for axes in operands),
             out_specs=_layout(result, names or None),
-            axis_names=explicit,
+            axis_names=_explicit_axes(mesh),
         )(*arrays)
 
     return call

@@ -75,7 +75,7 @@ def use_layouts(
     """
     _checks.choice("kernel_gradient", kernel_gradient, ("masked", "dense"))
     if implementation is not None:
-        _checks.choice("implementation", implementation, available_implementations())
+        _checks.implementation(implementation, available_implementations())
     arguments = _Arguments(kernel_gradient, implementation, precision)
     block = _Block(_by_name(layouts), arguments, {})
     key = _cache_key(block)

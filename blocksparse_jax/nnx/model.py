@@ -57,7 +57,7 @@ def sparsify(
     """
     _checks.choice("kernel_gradient", kernel_gradient, ("masked", "dense"))
     if implementation is not None:
-        _checks.choice("implementation", implementation, available_implementations())
+        _checks.implementation(implementation, available_implementations())
     if not isinstance(model, nnx.Module):
         raise ValueError(
             f"model: expected an nnx.Module, got {type(model).__name__}; a linen model takes "

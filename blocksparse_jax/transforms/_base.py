@@ -74,13 +74,13 @@ def sparse_transformation(
     penalty: Penalty | None = None,
     remember: Remember | None = None,
     memory: Callable[[Array], Array] | None = None,
-    ahead: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes a sparse method from its parts.
 
     Args:
       spec: what is fixed about the method, or a function of the chosen leaves. Its `schedule` says
-        when masks are redrawn; its `on_proposed` is run by `keep_zeros`.
+        when masks are redrawn; its `on_proposed` is run by `keep_zeros`. Where it is `ahead`, the
+        update that redraws masks still masks and penalises its gradient by those before.
       where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.
       draw: chosen weights by name -> `Kept(mask, layout)` by name, at init.
       redraw: (step, leaves by name) -> `Kept` by name, at the steps of the schedule; arrays keep
@@ -89,8 +89,6 @@ def sparse_transformation(
       remember: (step, leaf) -> the leaf's memory, at every update, before masks are redrawn.
       memory: weights -> the leaf's memory at init, of the leaf's shape or a scalar; None with
         `remember` is float32 zeros in the leaf's shape. `on_proposed` may change it too.
-      ahead: redrawn masks are those of the next step; the update that draws them masks and
-        penalises its gradient by the present ones.
 
     Returns:
       An optax transformation whose state is a `SparseState`.
@@ -167,7 +165,7 @@ def sparse_transformation(
         )
         passed_on = {
             name: _gradient(state.spec, name, leaf, penalty)
-            for name, leaf in (present if ahead else leaves).items()
+            for name, leaf in (present if state.spec.ahead else leaves).items()
         }
         grads = jax.tree.unflatten(
             jax.tree.structure(params), tree.match("updates", updates, params)

@@ -79,11 +79,11 @@ def subp(
     The masks with which an epoch begins are set by the last update of the one before it, from the
     weights that this update started from.
 
-    Batch normalisation's running averages belong to the masks of the steps before. A test right
-    after an epoch's last update sees the next epoch's masks with these averages, and may show less
-    than chance for an epoch though the training loss falls. The final masks do not suffer from it:
-    the averages follow within an epoch. To see the network as it is before that, test with the
-    state before that update, or renew the averages by some training batches first.
+    After an epoch's last update the state holds the masks of the next epoch (`Spec.ahead`), while
+    the weights and batch normalisation's running averages belong to those of the epoch that ends: a
+    network with the new masks may score less than chance until the averages follow. So test it by
+    the masks before: `masked(params, state)` with the weights after that update and the state
+    before it. The experiment scripts do.
 
     Args:
       sparsity: P, the final fraction of blocks to remove, in [0, 1). A layer of C channels removes
@@ -189,13 +189,12 @@ def subp(
             pattern=pattern,
             straight_through=soft,
             resizes=True,
+            ahead=True,
             has_layout=True,
         )
 
     penalty = decay_of_pruned(decay) if soft else None
-    return sparse_transformation(
-        spec, where=where, draw=draw, redraw=redraw, penalty=penalty, ahead=True
-    )
+    return sparse_transformation(spec, where=where, draw=draw, redraw=redraw, penalty=penalty)
 
 
 def _era(schedule: Any, start: int | None, end: int | None, update_every: int | None) -> Between:

@@ -148,7 +148,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
         )
     if config.implementation is not None:
         available = bsj.available_implementations()
-        if reason := available[_checks.choice("implementation", config.implementation, available)]:
+        _checks.implementation(config.implementation, available)
+        if reason := available[config.implementation]:
             raise ValueError(f"implementation: {config.implementation!r} cannot run here: {reason}")
     for name in ("label_smoothing", "momentum"):
         _checks.fraction(name, getattr(config, name))

@@ -138,6 +138,27 @@ def masks_of(state: State) -> Any:
     return jax.tree.map(mask, state.layouts, is_leaf=bsj.is_layout)
 
 
+def with_masks(masks: list[Any], state: State) -> State:
+    """A state with other masks, to be tested.
+
+    Args:
+      masks: of each sparse method in it; [] leaves it as it is.
+      state: masked or sparse.
+
+    Returns:
+      A state in the same form.
+    """
+    if not masks:
+        return state
+    remaining = iter(masks)
+    opt_state = jax.tree.map(
+        lambda node: node._replace(masks=next(remaining)) if is_sparse_state(node) else node,
+        state.opt_state,
+        is_leaf=is_sparse_state,
+    )
+    return to_form(state.form, dataclasses.replace(state, opt_state=opt_state, form="masked"))
+
+
 def layouts_of(state: State) -> Any:
     """The layouts of a state in any form.
 

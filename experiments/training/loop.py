@@ -19,6 +19,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 import blocksparse_jax as bsj
+from blocksparse_jax.state import sparse_states
 from experiments import models
 from experiments.training.config import TrainConfig
 from experiments.training.execution import State, copied, is_dense, to_form, widths_of
@@ -204,7 +205,8 @@ class Trainer:
         """
         if self.config.execution != "packed" or self.spec is None:
             return str(self.config.execution)
-        if self.spec.resizes and step <= self._last_change:
+        # one step longer where the weights are still to be tested with the masks before
+        if self.spec.resizes and step <= self._last_change + self.spec.ahead:
             return "masked"
         # packed leaves hold kept weights only, so their masks cannot change
         moves = self.spec.rule is None and self.spec.changes(step)
@@ -215,6 +217,22 @@ class Trainer:
         if step + 1 in self._operations:
             return True
         return self.spec is not None and self.spec.rule is None and self.spec.changes(step)
+
+    def masks_to_test(self, step: int, state: State) -> list[Any]:
+        """The masks of a state, where a step replaces them by those of steps to come.
+
+        Args:
+          step: its number, from 0.
+          state: in any form, before the step.
+
+        Returns:
+          What `with_masks` takes, to test the network after the step by the masks that it was
+          trained with; [] where it is to be tested as it is, as after the last step of all.
+        """
+        last = step + 1 == self.length.total
+        if self.spec is None or not self.spec.ahead or last or not self.changes_masks(step):
+            return []
+        return copied([sparse.masks for sparse in sparse_states(state.opt_state)])
 
     @functools.cached_property
     def _last_change(self) -> int:

@@ -22,6 +22,7 @@ from experiments.training.execution import (
     layouts_of,
     masks_of,
     to_form,
+    with_masks,
 )
 from experiments.training.history import History
 from experiments.training.loop import Metrics
@@ -92,6 +93,7 @@ class Run:
         self._history = History(self.trainer, self.state, self.data.image_shape)
         self._window, self._epoch = Sums(), Sums()
         self._pending: list[Metrics] = []
+        self._masks_to_test: list[Any] = []
         self._timer = StepTimer()
         last = self.folder.latest() if resume else None
         if last is not None:
@@ -210,6 +212,8 @@ class Run:
         step, state, trainer = self.step, self.state, self.trainer
         changes = trainer.changes_masks(step) or trainer.form(step + 1) != state.form
         kind = state.form, self._parameters
+        if (step + 1) % self.length.steps_per_epoch == 0:
+            self._masks_to_test = trainer.masks_to_test(step, state)
         program = *kind, tuple(leaf.shape for leaf in jax.tree.leaves(state.layouts))
         self.state, metrics = self._timer.time(
             "topology" if changes else kind,
@@ -249,7 +253,8 @@ class Run:
     def _log_epoch(self, epoch: int) -> str:
         """Writes the row of an epoch; its line on the console."""
         self._fetch()
-        masks, shapes = masks_of(self.state), dense_shapes(self.state)
+        tested = with_masks(self._masks_to_test, self.state)
+        masks, shapes = masks_of(tested), dense_shapes(tested)
         before = jax.tree.map(jnp.shape, self._masks)
         comparable = jax.tree.map(jnp.shape, masks) == before  # no channels were removed
         median, iqr = median_iqr(self._timer.milliseconds((self.state.form, self._parameters)))
@@ -259,7 +264,7 @@ class Run:
             "step": self.step,
             "epoch": epoch,
             **self._means(self._epoch),
-            "test_accuracy": self.trainer.evaluate(self.state, batches),
+            "test_accuracy": self.trainer.evaluate(tested, batches),
             "lr": self._lr(),
             "density": network_size.density(masks, shapes, self.trainer.shapes),
             "parameters": self._parameters,

@@ -342,6 +342,12 @@ BAD_CONVS = {
     "data_format: expected one of 'NHWC', 'CHWN', got 'NCHW'; transpose x to NHWC": lambda: (
         bsj.conv(X, KERNEL, LAYOUT, data_format="NCHW")
     ),
+    "got 'gpu'; on GPUs these are 'triton' and 'mosaic_gpu', and None picks": lambda: bsj.conv(
+        X, KERNEL, LAYOUT, implementation="gpu"
+    ),
+    "implementation: .*, got 'CUDA'; on GPUs these are": lambda: bsj.nnx.sparsify(
+        None, implementation="CUDA"
+    ),
     "implementation: expected one of .*, got 'tritn'; did you mean 'triton'": lambda: bsj.conv(
         X, KERNEL, LAYOUT, implementation="tritn"
     ),

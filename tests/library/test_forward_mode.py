@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from flax import nnx
 
 import blocksparse_jax as bsj
 
@@ -62,6 +64,80 @@ def test_reverse_mode_passes_through_control_flow(wrap):
     )
     for a, b in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max()))
+
+
+PACKED = bsj.pack(KERNEL, LAYOUT)
+DENSE_LAYER = nn.Conv(16, (3, 3), use_bias=False)
+NNX_LAYER = nnx.Conv(16, 16, (3, 3), use_bias=False, rngs=nnx.Rngs(0))
+ROW_LAYOUT = bsj.get_layouts(
+    bsj.hrbp_prune(0.5, group_size=8, where=lambda name, leaf: True).init({"kernel": KERNEL[0, 0]})
+)["kernel"]
+
+
+def in_use_layouts(x, kernel, **options):
+    with bsj.linen.use_layouts({"kernel": LAYOUT}, **options):
+        return DENSE_LAYER.apply({"params": {"kernel": kernel}}, x)
+
+
+def in_nnx(x, kernel, **options):
+    model = bsj.nnx.sparsify(nnx.clone(NNX_LAYER), **options)
+    bsj.nnx.set_layouts(model, {"kernel": LAYOUT})
+    model.kernel.set_value(kernel)
+    return model(x)
+
+
+PATHS = {
+    "conv": (lambda x, kernel, **o: bsj.conv(x, kernel, LAYOUT, **o), KERNEL, X),
+    "conv in CHWN": (
+        lambda x, kernel, **o: bsj.conv(x, kernel, LAYOUT, data_format="CHWN", **o),
+        KERNEL,
+        X.transpose(3, 1, 2, 0),
+    ),
+    "a scale and a bias": (
+        lambda x, kernel, **o: bsj.conv(
+            x, kernel, LAYOUT, scale=kernel[0, 0, 0], bias=kernel[0, 0, 1], **o
+        ),
+        KERNEL,
+        X,
+    ),
+    "linear": (lambda x, kernel, **o: bsj.linear(x, kernel, ROW_LAYOUT, **o), KERNEL[0, 0], X),
+    "use_layouts": (in_use_layouts, KERNEL, X),
+    "nnx": (in_nnx, KERNEL, X),
+}
+PACKED_PATHS = {f"packed, {name}": (PATHS[name][0], PACKED, X) for name in ("conv", "use_layouts")}
+
+
+def hessian_vector_product(path, wrap=jax.jit, **options):
+    f, kernel, x = (PATHS | PACKED_PATHS)[path]
+    directions = jax.random.normal(jax.random.key(5), x.shape), jnp.cos(kernel)
+    gradient = jax.grad(lambda x, k: jnp.sum(jnp.sin(f(x, k, **options))), (0, 1))
+    return wrap(lambda *args: jax.jvp(gradient, args, directions))(x, kernel)
+
+
+@pytest.mark.parametrize("path", [*PATHS, *PACKED_PATHS])
+def test_forward_over_reverse_agrees_with_the_dense_implementation(path):
+    actual, expected = (
+        hessian_vector_product(path, implementation=name) for name in (None, "dense")
+    )
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("wrap", [jax.jit, lambda f: f])
+def test_forward_over_reverse_with_the_dense_gradient_names_what_works(path, wrap):
+    way_out = r"forward mode over reverse .*kernel_gradient='masked' or implementation='dense'"
+    with pytest.raises(TypeError, match=way_out):
+        hessian_vector_product(path, wrap, kernel_gradient="dense")
+    hessian_vector_product(path, wrap, kernel_gradient="dense", implementation="dense")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_forward_mode_alone_is_refused_in_every_layer(path):
+    f, kernel, x = PATHS[path]
+    for kind in ("masked", "dense"):
+        with pytest.raises(TypeError, match=WAY_OUT):
+            jax.jvp(lambda x, kind=kind: f(x, kernel, kernel_gradient=kind), (x,), (x,))
 
 
 def test_a_batch_of_gradients_and_a_jacobian():

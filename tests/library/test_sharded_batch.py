@@ -57,6 +57,7 @@ def test_a_sharded_batch_stays_sharded(devices, few):
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     explicit = len(WITH_AXIS_TYPES) + 3 if few else len(CASES) + 2 + len(OTHER_AXES) + 2
     assert done.stdout.count("agrees") == len(CASES) + 2 + len(OTHER_AXES) + 2 + explicit
+    assert done.stdout.count("the members are shared out") == 2
 
 
 def operands(case, images=16):
@@ -159,6 +160,45 @@ def check_vmap(mesh):
     print("vmap agrees")
 
 
+def check_members(mesh):
+    """An ensemble that is sharded over the mesh: a `shard_map` around the vmap shares it out."""
+    members = jax.device_count()
+    keys = jax.random.split(jax.random.key(0), members)
+    x = jax.random.normal(keys[0], (members, 2, 6, 6, 16))
+    kernels = jax.random.normal(keys[1], (members, *SHAPE))
+    draw = functools.partial(bsj.random_groups, shape=SHAPE, **LAYOUT_COUNTS)
+    layouts = jax.tree.map(lambda *parts: jnp.stack(parts), *map(draw, keys))
+
+    def gradients(x, kernels, layouts, name=None):
+        def of_member(x, kernel, layout):
+            return (jnp.tanh(bsj.conv(x, kernel, layout, implementation=name)) ** 2).sum()
+
+        return jax.grad(of_member, (0, 1))(x, kernels, layouts)
+
+    expected = jax.device_get(jax.vmap(gradients)(x, kernels, layouts))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put((x, kernels, layouts), NamedSharding(mesh, P("data")))
+        shared_out = jax.shard_map(jax.vmap(gradients), in_specs=P("data"), out_specs=P("data"))
+        compiled = jax.jit(shared_out).lower(*sharded).compile()
+        assert_equal(compiled(*sharded), expected)
+        assert "all-gather" not in compiled.as_text()
+        if AxisType.Explicit not in mesh.axis_types:
+            assert_equal(jax.jit(jax.vmap(gradients))(*sharded), expected)
+        else:
+            check_refusal(gradients, sharded)
+    print("the members are shared out")
+
+
+def check_refusal(gradients, sharded):
+    for name in (None, "xla", "dense"):
+        for spmd_axis_name in (None, "data"):
+            f = functools.partial(gradients, name=name)
+            with pytest.raises(NotImplementedError) as refusal:
+                jax.jit(jax.vmap(f, spmd_axis_name=spmd_axis_name))(*sharded)
+            assert "Explicit mesh axes ['data']" in str(refusal.value)
+            assert "jax.shard_map(jax.vmap(f)" in str(refusal.value)
+
+
 def check_training_step(mesh):
     """A step of the zoo: no activation is gathered, and the parameters come out the same."""
     network = models.create("cnn", num_classes=10, width=0.25)
@@ -199,6 +239,7 @@ if __name__ == "__main__":
             if not few or kind == AxisType.Auto or name in WITH_AXIS_TYPES:
                 check(f"{name} {kind}", mesh, case)
         check_vmap(mesh)
+        check_members(mesh)
         check_training_step(mesh)
         plane = jax.make_mesh((2, devices // 2), ("a", "b"), axis_types=(kind,) * 2)
         check(f"two axes {kind}", plane, CASES["CHWN"], axes=("a", "b"))
