@@ -84,7 +84,7 @@ def dense_conv(
             f"{formulation!r}"
         )
     if formulation == "xla":
-        return _xla_conv(
+        return xla_conv(
             x, kernel, strides, padding, dilation, data_format, feature_group_count, precision
         )
     data_formats = ("CHWN",) if formulation == "rows" else ("NHWC", "CHWN")
@@ -98,7 +98,7 @@ def dense_conv(
     def products(x: jax.Array, kernel: jax.Array) -> jax.Array:
         if formulation == "rows":
             return _row_conv(x, kernel, strides, padding, dilation, precision)
-        return _tap_conv(x, kernel, strides, padding, dilation, data_format, precision)
+        return tap_conv(x, kernel, strides, padding, dilation, data_format, precision)
 
     of_x, of_kernel, of_y = CONVOLUTION[data_format]
     return over_images(products, (of_x, of_kernel), of_y, xla=True)(x, kernel)
@@ -204,15 +204,15 @@ def output_size(
     return height, width
 
 
-def _xla_conv(
+def xla_conv(
     x: jax.Array,
     kernel: jax.Array,
     strides: Pair,
     padding: Padding,
     dilation: Pair,
     data_format: str,
-    feature_group_count: int,
-    precision: Any,
+    feature_group_count: int = 1,
+    precision: Any = None,
 ) -> jax.Array:
     """`lax.conv_general_dilated`, with the padding beyond the kernel's reach added to x itself.
 
@@ -271,14 +271,14 @@ def _row_conv(
     return y.reshape(cout, height, width, -1)
 
 
-def _tap_conv(
+def tap_conv(
     x: jax.Array,
     kernel: jax.Array,
     strides: Pair,
     padding: Padding,
     dilation: Pair,
     data_format: str,
-    precision: Any,
+    precision: Any = None,
 ) -> jax.Array:
     """`y = sum_t kernel[t]^T x_t` in float32, `x_t` being the pixels under tap t.
 

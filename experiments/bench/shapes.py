@@ -93,6 +93,11 @@ OTHERS = (
         )
     ),
 )
+CNN_ON_DIGITS = (  # experiments.models.cnn at 8x8 pixels
+    Layer("digits 64-128@8", 64, 128, 8),
+    Layer("digits 128@4", 128, 128, 4),
+    Layer("digits 128-256@4", 128, 256, 4),
+)
 INFERENCE = tuple(  # each kernel size at each resolution, channels growing and shrinking
     _RESNET50_BY_NAME[name]
     for name in (

@@ -1,7 +1,8 @@
 """Measures which implementation is the fastest on this CPU, and rewrites the table that picks it.
 
 `python -m experiments.bench.tune` times the formulations of the XLA implementation and the native
-kernels on every shape of `cases`; about 15 minutes on two quiet cores. `--device gpu` times the
+kernels on every shape of `cases`; about 15 minutes on two quiet cores. `--kernels whole` times the
+dense convolutions in CHWN instead, each pass alone; about 5 minutes. `--device gpu` times the
 tiles of the GPU kernels instead and has options of its own: see `--device gpu --help`.
 """
 
@@ -19,11 +20,18 @@ from rich.progress import track
 
 from experiments.bench import command, shapes
 from experiments.bench.gpu import tune as gpu_tune
-from experiments.bench.programs import training_programs
+from experiments.bench.programs import single_passes, training_programs
 from experiments.measuring.environment import tuned_on
 from experiments.measuring.memory import steady_memory
 from experiments.measuring.timing import time_in_turn, timed
-from pallas_kernels.block_sparse_conv import ConvSpec, cpu, cpu_times, xla
+from pallas_kernels.block_sparse_conv import (
+    PASSES,
+    ConvSpec,
+    cpu,
+    cpu_times,
+    whole_kernel,
+    xla,
+)
 
 ROUNDS = 3
 
@@ -34,16 +42,18 @@ class Config:
 
     Attributes:
       device: cpu.
+      kernels: packed for block-sparse convolutions, whole for dense ones.
       seconds: time for each shape and mode, after compilation.
       only: a part of the names of the shapes to measure again; the other entries of the table stay.
         Empty for all.
-      table: the file to write.
+      table: the file to write; None: the library's.
     """
 
     device: Literal["cpu"] = "cpu"
+    kernels: Literal["packed", "whole"] = "packed"
     seconds: float = 0.3
     only: str = ""
-    table: Path = cpu_times.TABLE
+    table: Path | None = None
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -58,26 +68,26 @@ def main(config: Config) -> dict[str, Any]:
     Raises:
       ValueError: no shape has such a name; the table stays as it is.
     """
-    every = cases()
+    is_whole = config.kernels == "whole"
+    every, measure = (whole_cases(), measure_whole) if is_whole else (cases(), measure_case)
+    path = config.table or (cpu_times.WHOLE if is_whole else cpu_times.TABLE)
     chosen = {name: spec for name, spec in every.items() if config.only in name}
     if not chosen:
         raise ValueError(f"only: no name contains {config.only!r}; e.g. {next(iter(every))!r}")
     steady_memory()
     entries = {}
     if config.only:
-        table = json.loads(config.table.read_text())
+        table = json.loads(path.read_text())
         entries = {entry["name"]: entry for entry in table["entries"]}
     for name, spec in track(chosen.items(), "tuning", total=len(chosen)):
         entries[name] = {
             "name": name,
             "features": cpu_times.features(spec),
-            "milliseconds": measure_case(spec, config.seconds),
+            "milliseconds": measure(spec, config.seconds),
         }
         jax.clear_caches()
     lines = ",\n".join(json.dumps(entry) for entry in entries.values())
-    config.table.write_text(
-        f'{{"environment": {json.dumps(tuned_on())},\n"entries": [\n{lines}\n]}}\n'
-    )
+    path.write_text(f'{{"environment": {json.dumps(tuned_on())},\n"entries": [\n{lines}\n]}}\n')
     return {"measured": list(chosen)}
 
 
@@ -122,6 +132,59 @@ def cases() -> dict[str, ConvSpec]:
     return specs
 
 
+def whole_cases() -> dict[str, ConvSpec]:
+    """Returns the tuned dense convolutions by name.
+
+    Example:
+      >>> whole_cases()["vgg19 64@32 n128"].density
+      1.0
+    """
+    layers = (*shapes.VGG19, *shapes.RESNET32, *shapes.OTHERS, *shapes.CNN_ON_DIGITS)
+    specs = {}
+    for layer in (layer for layer in layers if layer.kernel > 1):
+        for batch in (1, 16, 128):
+            spec = shapes.layer_spec(
+                layer, sparsity=0, batch=batch, group_size=64, kept_taps=layer.kernel**2
+            )
+            specs[f"{layer.name} n{batch}"] = spec
+    return specs
+
+
+def measure_whole(spec: ConvSpec, seconds: float) -> dict[str, dict[str, float]]:
+    """Times each pass of a dense convolution in CHWN, by each formulation in turn.
+
+    Args:
+      spec: the static sizes.
+      seconds: time for each pass.
+
+    Returns:
+      Median milliseconds, `{pass: {formulation: milliseconds}}`.
+
+    Example:
+      >>> spec = ConvSpec(
+      ...     cin=8, height=3, width=3, batch=1, kernel=(2, 2), cout=8, groups=1, kept=8,
+      ...     kept_taps=4, group_size=8
+      ... )
+      >>> list(measure_whole(spec, 0.0))
+      ['forward', 'input_gradient', 'weight_gradient']
+    """
+    x, dy, *_ = shapes.random_operands(spec)
+    kernel = jax.random.normal(jax.random.key(0), spec.kernel_shape)
+    calls: dict[str, dict[str, Callable[[], float]]] = {name: {} for name in PASSES}
+    for name in (cpu_times.NATIVE, *whole_kernel.DENSE):
+        conv = functools.partial(
+            whole_kernel.whole_kernel_conv,
+            implementation=whole_kernel.by_formulation(name),
+            strides=spec.strides,
+            padding=spec.padding,
+            dilation=spec.dilation,
+        )
+        for pass_name, program in zip(PASSES, single_passes(conv).values(), strict=True):
+            run = functools.partial(jax.jit(program), x, dy, kernel)
+            calls[pass_name][name] = timed(run)
+    return {pass_name: _medians(by_name, seconds) for pass_name, by_name in calls.items()}
+
+
 def measure_case(spec: ConvSpec, seconds: float) -> dict[str, dict[str, float]]:
     """Times each formulation and the native kernels in turn, alone and with both gradients.
 
@@ -148,13 +211,12 @@ def measure_case(spec: ConvSpec, seconds: float) -> dict[str, dict[str, float]]:
             conv = functools.partial(shapes.convolve, spec, implementation)
             for mode, program in training_programs(conv).items():
                 calls[mode][name] = timed(functools.partial(program, x, values, dy, *index))
-    medians = {}
-    for mode, calls_of_mode in calls.items():
-        times_ms = time_in_turn(calls_of_mode, rounds=ROUNDS, seconds=seconds, patience=seconds)
-        medians[mode] = {
-            name: round(float(np.median(times)), 4) for name, times in times_ms.items()
-        }
-    return medians
+    return {mode: _medians(by_name, seconds) for mode, by_name in calls.items()}
+
+
+def _medians(calls: dict[str, Callable[[], float]], seconds: float) -> dict[str, float]:
+    times_ms = time_in_turn(calls, rounds=ROUNDS, seconds=seconds, patience=seconds)
+    return {name: round(float(np.median(times)), 4) for name, times in times_ms.items()}
 
 
 def cli(arguments: Sequence[str]) -> int:

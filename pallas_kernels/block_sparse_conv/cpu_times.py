@@ -1,13 +1,16 @@
 """The measured times on a CPU: those of XLA's formulations and of the native kernels.
 
-The table holds layers of real networks. Any other shape is judged by its neighbours: a tuned shape
-at distance d (in log space, see `features`) weighs `exp(-2 d^2)`, which also smooths the noise of
-single measurements.
+The tables hold layers of real networks, block-sparse ones in `TABLE` and whole kernels in `WHOLE`.
+Any other shape is judged by its neighbours: a tuned shape at distance d (in log space, see
+`features`) weighs `exp(-2 d^2)`, which also smooths the noise of single measurements.
 """
 
 import functools
 import json
 import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pallas_kernels.block_sparse_conv.spec import ConvSpec
@@ -16,6 +19,7 @@ from pallas_kernels.block_sparse_conv.tuned_tables import FOLDER
 MODES = {"forward": False, "forward + gradients": True}
 """What is measured of each shape, and `ConvSpec.gradients` there."""
 TABLE = FOLDER / "tuned_xla_cpu.json"
+WHOLE = FOLDER / "tuned_whole_cpu.json"
 NATIVE = "cpu"
 """The native kernels' name in the table; all other names are XLA's formulations."""
 UNKNOWN_IMAGES = 16
@@ -23,17 +27,21 @@ UNKNOWN_IMAGES = 16
 
 
 @functools.cache
-def read() -> dict[str, Any]:
-    """The table.
+def read(table: Path = TABLE) -> dict[str, Any]:
+    """A table.
+
+    Args:
+      table: its file.
 
     Returns:
-      `{"environment": where it was measured, "entries": [{"name", "features", "milliseconds"}]}`.
+      `{"environment": where it was measured, "entries": [{"name", "features", "milliseconds"}]}`;
+      the milliseconds are `{mode or pass: {formulation: median}}`.
 
     Example:
       >>> read()["environment"]["device"]
       'cpu'
     """
-    return json.loads(TABLE.read_text())
+    return json.loads(table.read_text())
 
 
 def mode(spec: ConvSpec) -> str:
@@ -64,19 +72,44 @@ def formulations(milliseconds: dict[str, float]) -> dict[str, float]:
     return {name: ms for name, ms in milliseconds.items() if name != NATIVE}
 
 
-def weights(spec: ConvSpec) -> list[float]:
-    """How much each shape of the table counts for a spec.
+def weights(spec: ConvSpec, table: Path = TABLE) -> list[float]:
+    """How much each shape of a table counts for a spec.
 
     Args:
       spec: the static sizes.
+      table: its file.
 
     Returns:
       One weight for each entry of the table, in its order; the nearest has weight 1.
     """
     point = features(spec)
-    squared = [math.dist(point, entry["features"]) ** 2 for entry in read()["entries"]]
+    squared = [math.dist(point, entry["features"]) ** 2 for entry in read(table)["entries"]]
     nearest = min(squared)
     return [math.exp(2 * (nearest - distance)) for distance in squared]
+
+
+def losses(times: Sequence[Mapping[str, float]], weights: Sequence[float]) -> dict[str, float]:
+    """How much slower than the best each formulation was, over the shapes of a table.
+
+    Args:
+      times: milliseconds by formulation, for each shape; not every formulation runs every shape.
+      weights: how much each shape counts.
+
+    Returns:
+      The weighted mean of `log(time / best time)`, by formulation.
+
+    Example:
+      >>> losses([{"rows": 1.0, "taps": 2.0}, {"rows": 1.0}], [0.5, 0.5])
+      {'rows': 0.0, 'taps': 0.6931471805599453}
+    """
+    loss = defaultdict[str, float](float)
+    total_weight = defaultdict[str, float](float)
+    for milliseconds, weight in zip(times, weights, strict=True):
+        best = min(milliseconds.values())
+        for name in milliseconds:
+            loss[name] += weight * math.log(milliseconds[name] / best)
+            total_weight[name] += weight
+    return {name: loss[name] / total for name, total in total_weight.items() if total > 0}
 
 
 def features(spec: ConvSpec) -> list[float]:

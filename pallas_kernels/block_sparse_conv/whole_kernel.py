@@ -1,9 +1,11 @@
-"""The dense convolution by the block-sparse kernels: blocks that keep everything.
+"""The dense convolution in CHWN on a CPU, each pass by what is fastest there.
 
 XLA's dense convolution on a CPU (jax 0.10) takes up to three times as long in its gradients as the
 native kernels take with everything kept, and works in NHWC alone: it transposes CHWN activations.
+Where images are of a few pixels, a matrix product for each tap skips the padding and is faster yet.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,22 +14,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.block_sparse_conv import cpu
+from pallas_kernels import dense_conv
+from pallas_kernels.block_sparse_conv import cpu, cpu_times
 from pallas_kernels.block_sparse_conv.api import block_sparse_conv
 from pallas_kernels.block_sparse_conv.cpu.launch import DTYPES
+from pallas_kernels.block_sparse_conv.epilogue import apply_epilogue
+from pallas_kernels.block_sparse_conv.spec import PASSES, ConvSpec, Implementation
 
 LARGEST_GROUP = 64
 """The most filters of a block: among 16 to 512, groups of 64 took the least time, measured on 2
 cores of a CPU with AVX-512 at the sizes of VGG-19 and ResNet-32, batch 128."""
 SMALLEST = 8
 """The fewest input channels, and filters of a block. Stems run as one matrix product."""
+DENSE = {"xla": dense_conv.xla_conv, "taps": dense_conv.tap_conv}
+"""The formulations beside the native kernels."""
 
 
 def runs_whole_kernels(x: Any, kernel_shape: Sequence[int]) -> bool:
-    """Whether a dense convolution in CHWN runs in the native kernels.
+    """Whether `whole_kernel_conv` runs a dense convolution in CHWN.
 
-    It does on a CPU that has them, for kernels larger than 1x1 (which are one matrix product) of at
-    least 8 input channels and a multiple of 8 filters.
+    It does on a CPU that has the native kernels, for kernels larger than 1x1 (which are one matrix
+    product) of at least 8 input channels and a multiple of 8 filters.
 
     Args:
       x: the activations `[cin, h, w, n]`, or anything with their shape and dtype.
@@ -53,13 +60,19 @@ def runs_whole_kernels(x: Any, kernel_shape: Sequence[int]) -> bool:
 
 
 def whole_kernel_conv(
-    x: Float[Array, "cin h w n"], kernel: Float[Array, "kh kw cin cout"], **options: Any
+    x: Float[Array, "cin h w n"],
+    kernel: Float[Array, "kh kw cin cout"],
+    *,
+    implementation: Implementation | None = None,
+    **options: Any,
 ) -> Float[Array, "cout ho wo n"]:
     """Convolves with every weight of a conv kernel.
 
     Args:
       x: activations.
       kernel: the whole kernel.
+      implementation: None: each pass runs as `fastest_formulation` says; else one of
+        `by_formulation`.
       **options: strides, padding, dilation, the epilogue and precision, as in `block_sparse_conv`.
 
     Returns:
@@ -73,19 +86,111 @@ def whole_kernel_conv(
     kh, kw, cin, cout = kernel.shape
     group_size = next(size for size in range(min(LARGEST_GROUP, cout), 0, -1) if not cout % size)
     groups = cout // group_size
-    values = kernel.reshape(kh * kw, cin, groups, group_size).transpose(2, 1, 0, 3)
     return block_sparse_conv(
         x,
-        values,
+        _packed(kernel, groups),
         filters=jnp.arange(cout).reshape(groups, group_size),
         channels=_every(groups, cin),
         taps=_every(groups, math.prod((kh, kw))),
         kernel_shape=(kh, kw, cin, cout),
-        implementation="cpu",
+        implementation=_FASTEST if implementation is None else implementation,
         **options,
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def fastest_formulation(spec: ConvSpec, pass_name: str) -> str:
+    """What runs a pass of a whole kernel: the fastest by the measured times nearby.
+
+    They were measured in float32; in bfloat16, which XLA widens, the native kernels run.
+
+    Args:
+      spec: the static sizes of the whole kernel.
+      pass_name: one of `PASSES`.
+
+    Returns:
+      "cpu", the native kernels, or a key of `DENSE`.
+
+    Example:
+      >>> spec = ConvSpec(cin=64, height=32, width=32, batch=128, kernel=(3, 3), cout=64, groups=1,
+      ...                 kept=64, kept_taps=9, group_size=64, padding=((1, 1), (1, 1)))
+      >>> fastest_formulation(spec, "weight_gradient")
+      'cpu'
+    """
+    if spec.dtype != "float32":
+        return cpu_times.NATIVE
+    entries = cpu_times.read(cpu_times.WHOLE)["entries"]
+    times = [entry["milliseconds"][pass_name] for entry in entries]
+    loss = cpu_times.losses(times, cpu_times.weights(spec, cpu_times.WHOLE))
+    return min(loss, key=loss.__getitem__)
+
+
+@functools.cache
+def by_formulation(formulation: str | None) -> Implementation:
+    """The passes of a whole kernel, run by one formulation.
+
+    Args:
+      formulation: "cpu" or a key of `DENSE`; None: for each pass the fastest.
+
+    Returns:
+      The implementation; for packed values of a whole kernel in its own order only.
+
+    Example:
+      >>> by_formulation("taps").name
+      'taps'
+    """
+
+    def chosen(spec: ConvSpec, pass_name: str) -> str:
+        return formulation or fastest_formulation(spec, pass_name)
+
+    def forward(spec: ConvSpec, x: Array, values: Array, *index_and_epilogue: Any) -> Array:
+        name = chosen(spec, "forward")
+        if name == cpu_times.NATIVE:
+            return cpu.IMPLEMENTATION.forward(spec, x, values, *index_and_epilogue)
+        y = _dense(spec, name, x, _unpacked(values, spec))
+        return apply_epilogue(y, *index_and_epilogue[3:], relu=spec.relu)
+
+    def input_gradient(spec: ConvSpec, dy: Array, values: Array, *index: Array) -> Array:
+        name = chosen(spec, "input_gradient")
+        if name == cpu_times.NATIVE:
+            return cpu.IMPLEMENTATION.input_gradient(spec, dy, values, *index)
+        kernel = _unpacked(values, spec)
+        x = jax.ShapeDtypeStruct(spec.in_shape, dy.dtype)
+        return jax.linear_transpose(lambda x: _dense(spec, name, x, kernel), x)(dy)[0]
+
+    def weight_gradient(spec: ConvSpec, x: Array, dy: Array, *index: Array) -> Array:
+        name = chosen(spec, "weight_gradient")
+        if name == cpu_times.NATIVE:
+            return cpu.IMPLEMENTATION.weight_gradient(spec, x, dy, *index)
+        kernel = jax.ShapeDtypeStruct(spec.kernel_shape, dy.dtype)
+        gradient = jax.linear_transpose(lambda kernel: _dense(spec, name, x, kernel), kernel)(dy)
+        return _packed(gradient[0], spec.groups).astype(jnp.float32)
+
+    passes = dict(zip(PASSES, (forward, input_gradient, weight_gradient), strict=True))
+    return Implementation(
+        formulation or "fastest", supports=cpu.IMPLEMENTATION.supports, fused=True, **passes
+    )
+
+
+def _dense(spec: ConvSpec, name: str, x: Array, kernel: Array) -> Array:
+    geometry = spec.strides, spec.padding, spec.dilation
+    return DENSE[name](x, kernel, *geometry, "CHWN", precision=spec.precision)
+
+
+def _packed(kernel: Array, groups: int) -> Array:
+    """`[kh, kw, cin, cout]` as packed values `[groups, cin, kh * kw, cout / groups]`."""
+    kh, kw, cin, cout = kernel.shape
+    return kernel.reshape(kh * kw, cin, groups, cout // groups).transpose(2, 1, 0, 3)
+
+
+def _unpacked(values: Array, spec: ConvSpec) -> Array:
+    """The inverse of `_packed`."""
+    return values.transpose(2, 1, 0, 3).reshape(spec.kernel_shape)
 
 
 def _every(groups: int, count: int) -> jax.Array:
     """`[groups, count]`: all indices below `count`, for each group."""
     return jnp.broadcast_to(jnp.arange(count), (groups, count))
+
+
+_FASTEST = by_formulation(None)

@@ -1,4 +1,4 @@
-"""The dense convolution by block-sparse kernels equals XLA's, in all passes."""
+"""The dense convolution in CHWN equals XLA's in all passes, whichever formulation runs each."""
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +7,12 @@ import pytest
 from requirements import needs
 
 import blocksparse_jax as bsj
-from pallas_kernels.block_sparse_conv import cpu, runs_whole_kernels
+from blocksparse_jax.geometry import explicit_geometry
+from experiments.bench import tune
+from pallas_kernels.block_sparse_conv import cpu, cpu_times, runs_whole_kernels, whole_kernel
 
 pytestmark = needs(cpu.unavailable())
+DEFAULTS = {"strides": 1, "padding": "SAME", "dilation": 1}
 CASES = {
     "one group": ((3, 3, 16, 24), {}),
     "two groups": ((3, 3, 8, 128), {}),
@@ -53,6 +56,44 @@ def test_values_and_gradients_are_those_of_xla(case, dtype):
         assert a.dtype == b.dtype
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("formulation", whole_kernel.DENSE)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "circular"])
+def test_every_formulation_computes_the_same(case, formulation):
+    shape, options = CASES[case]
+    geometry = explicit_geometry((7, 6), shape[:2], **DEFAULTS | options)
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (shape[2], 7, 6, 3))
+    kernel = jax.random.normal(keys[1], shape)
+    bias = jax.random.normal(keys[2], (shape[3],))
+
+    def passes(name):
+        record = whole_kernel.by_formulation(name)
+
+        def loss(x, kernel, bias):
+            y = whole_kernel.whole_kernel_conv(
+                x, kernel, implementation=record, bias=bias, relu=True, **geometry._asdict()
+            )
+            return (y * jnp.sin(jnp.arange(float(y.size))).reshape(y.shape)).sum(), y
+
+        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(x, kernel, bias)
+
+    for a, b in zip(
+        jax.tree.leaves(passes("cpu")), jax.tree.leaves(passes(formulation)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_each_pass_loses_at_most_a_tenth_at_the_tuned_shapes():
+    cases, table = tune.whole_cases(), cpu_times.read(cpu_times.WHOLE)
+    assert {entry["name"] for entry in table["entries"]} == set(cases)
+    for entry in table["entries"]:
+        spec = cases[entry["name"]]
+        assert entry["features"] == cpu_times.features(spec)
+        for pass_name, times in entry["milliseconds"].items():
+            chosen = whole_kernel.fastest_formulation(spec, pass_name)
+            assert times[chosen] <= 1.1 * min(times.values()), (entry["name"], pass_name)
 
 
 def test_the_growth_gradient_is_that_of_xla():

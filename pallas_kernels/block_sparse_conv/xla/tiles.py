@@ -4,8 +4,6 @@ On a CPU the fastest by the measured times, elsewhere that of a simple rule.
 """
 
 import functools
-import math
-from collections import defaultdict
 
 import jax
 
@@ -67,20 +65,8 @@ def choose(spec: ConvSpec, backend: str | None = None) -> str:
         return _rule(spec)
     mode = cpu_times.mode(spec)
     times = [cpu_times.formulations(entry["milliseconds"][mode]) for entry in table["entries"]]
-    return _fastest(spec, times, cpu_times.weights(spec))
-
-
-def _fastest(spec: ConvSpec, times: list[dict[str, float]], weights: list[float]) -> str:
-    """The formulation with the least weighted mean of `log(time / best time)`."""
-    loss = defaultdict[str, float](float)
-    total_weight = defaultdict[str, float](float)
-    for milliseconds, weight in zip(times, weights, strict=True):
-        best = min(milliseconds.values())
-        for name in milliseconds:
-            loss[name] += weight * math.log(milliseconds[name] / best)
-            total_weight[name] += weight
-    supported = [name for name in loss if total_weight[name] > 0 and supports(name, spec) is None]
-    return min(supported, key=lambda name: loss[name] / total_weight[name])
+    loss = cpu_times.losses(times, cpu_times.weights(spec))
+    return min((name for name in loss if supports(name, spec) is None), key=loss.__getitem__)
 
 
 def _rule(spec: ConvSpec) -> str:
