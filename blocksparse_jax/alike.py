@@ -45,3 +45,26 @@ def map_alike(
         for place, name in enumerate(names):
             results[name] = jax.tree.map(lambda array, place=place: array[place], mapped)
     return {name: results[name] for name in layers}
+
+
+def flat(layers: Mapping[str, PyTree]) -> dict[str, Any]:
+    """The layers with their arrays as vectors, so that those of one size are alike too.
+
+    Stacked kernels, and arrays that are sharded over explicit axes, stay as they are.
+
+    Args:
+      layers: name -> arrays of a layer.
+
+    Returns:
+      Name -> the arrays in C order.
+
+    Example:
+      >>> {name: array.shape for name, array in flat({"a": jnp.ones((2, 3))}).items()}
+      {'a': (6,)}
+    """
+
+    def vector(array: jax.Array) -> jax.Array:
+        is_sharded = any(jax.typeof(array).sharding.spec)
+        return array if is_sharded or not 1 < array.ndim <= 4 else array.reshape(-1)
+
+    return jax.tree.map(vector, dict(layers))

@@ -155,6 +155,8 @@ def draw(
         return map_alike(pattern.draw, scores, counts)
     # Only patterns that compare by their values can be looked up among compiled programs.
     draw_one = _compiled_draw if "__hash__" in vars(type(pattern)) else _draw
+    if draw_one is _compiled_draw and isinstance(jnp.zeros(()), jax.core.Tracer):
+        draw_one = _traced_draw  # constants under a transformation
     return {name: draw_one(pattern, leaf, counts[name]) for name, leaf in scores.items()}
 
 
@@ -163,7 +165,10 @@ def _draw(pattern: Pattern, scores: Float[Array, "..."], count: Any) -> Kept:
     return pattern.draw(scores, count)
 
 
-_compiled_draw = jax.jit(_draw, static_argnums=(0, 2))
+# XLA's fusion emitters take twice as long to compile these programs for a CPU, which run once.
+_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
+_traced_draw = jax.jit(_draw, static_argnums=(0, 2))
+_compiled_draw = jax.jit(_draw, static_argnums=(0, 2), compiler_options=_OPTIONS)
 """One program for all layers of one shape and count."""
 
 

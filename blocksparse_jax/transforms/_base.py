@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from blocksparse_jax import schedules, tree
+from blocksparse_jax.alike import flat, map_alike
 from blocksparse_jax.layout import Dense, Layout, is_layout
 from blocksparse_jax.patterns import Kept
 from blocksparse_jax.spec import Spec
@@ -115,8 +116,8 @@ def sparse_transformation(
         dense = jax.tree.map(lambda leaf: jnp.asarray(True), params)
         masks = {name: layer.mask for name, layer in kept.items()}
         layouts = {name: layer.layout for name, layer in kept.items()}
-        start = {name: (memory or _zeros)(leaf) for name, leaf in chosen.items()}
         has_memory = memory is not None or remember is not None
+        start = {name: (memory or _zeros)(leaf) for name, leaf in chosen.items() if has_memory}
         scalars = jax.tree.map(lambda leaf: jnp.zeros((), jnp.float32), params)
         static = spec(chosen) if callable(spec) else spec
         return SparseState(
@@ -386,15 +387,17 @@ def _cannot_grow(method: str, due: Array, leaves: Leaves) -> Array:
     Raises a ValueError where the values are known (outside of jit).
     """
 
-    def look(leaf: Leaf) -> Array:
-        nonzero = leaf.grad != 0
-        parts = jnp.stack([nonzero & leaf.mask, nonzero & ~leaf.mask, ~leaf.mask])
+    def look(layer: tuple[Array, Array], _: None) -> Array:
+        grad, mask = layer
+        nonzero = grad != 0
+        parts = jnp.stack([nonzero & mask, nonzero & ~mask, ~mask])
         # One reduction, not three.
         on_kept, on_pruned, pruned = parts.any(tuple(range(1, parts.ndim)))
         return on_kept & ~on_pruned & pruned
 
     def look_at_all(leaves: Leaves) -> Array:
-        return jnp.stack(list(map(look, leaves.values())))
+        layers = {name: (leaf.grad, leaf.mask) for name, leaf in leaves.items()}
+        return jnp.stack(list(map_alike(look, flat(layers), dict.fromkeys(layers)).values()))
 
     stalled = jax.lax.cond(due, look_at_all, lambda leaves: jnp.zeros(len(leaves), bool), leaves)
     if not isinstance(stalled, jax.core.Tracer) and bool(stalled.any()):

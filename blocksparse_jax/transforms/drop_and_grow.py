@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 
 from blocksparse_jax import _checks, schedules, tree
 from blocksparse_jax import scores as scores_
-from blocksparse_jax.alike import map_alike
+from blocksparse_jax.alike import flat, map_alike
 from blocksparse_jax.budgets import Budget
 from blocksparse_jax.patterns import Kept, Pattern, unstructured
 from blocksparse_jax.schedules import AnyOf, Never, Schedule, Through, check_schedule
@@ -128,7 +128,14 @@ def drop_and_grow(
         layers = {
             name: (leaf, jnp.int32(place)) for place, (name, leaf) in enumerate(leaves.items())
         }
-        return map_alike(move_one, layers, dict.fromkeys(layers))
+        if first.pattern != unstructured() or callable(drop) or callable(grow):
+            return map_alike(move_one, layers, dict.fromkeys(layers))
+        # Single weights do not see the shape of their layer.
+        moved = map_alike(move_one, flat(layers), dict.fromkeys(layers))
+        return {
+            name: Kept(moved[name].mask.reshape(leaf.mask.shape), leaf.layout)
+            for name, leaf in leaves.items()
+        }
 
     def redraw(step: Step, leaves: Leaves) -> dict[str, Kept]:
         if not first.by_gradient:

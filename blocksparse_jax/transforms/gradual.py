@@ -8,10 +8,10 @@ import optax
 from jaxtyping import Array
 
 from blocksparse_jax import _checks, schedules, tree
-from blocksparse_jax.alike import map_alike
+from blocksparse_jax.alike import flat, map_alike
 from blocksparse_jax.budgets import Budget, layer_densities, target_density
 from blocksparse_jax.masks import check_pattern
-from blocksparse_jax.patterns import Kept, Pattern
+from blocksparse_jax.patterns import Kept, Pattern, unstructured
 from blocksparse_jax.patterns.block import Block
 from blocksparse_jax.schedules import Between, between, check_between
 from blocksparse_jax.scores import magnitude
@@ -135,7 +135,11 @@ def gradual(
             now = 1 - sparsity_at(step, 1 - density)
             now = jnp.where(step.count >= schedule.end, 0.0, now)  # exactly the final counts
             layers[leaf_name] = scores[leaf_name], kept[leaf_name], now
-        return map_alike(shrink, layers, counts)
+        if pattern != unstructured():
+            return map_alike(shrink, layers, counts)
+        # Single weights do not see the shape of their layer.
+        shrunk = map_alike(shrink, flat(layers), counts)
+        return {n: Kept(shrunk[n].mask.reshape(shapes[n]), kept[n].layout) for n in kept}
 
     def spec(chosen: dict[str, Array]) -> Spec:
         return Spec(

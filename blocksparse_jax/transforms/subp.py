@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float
 
@@ -159,21 +160,28 @@ def subp(
         rho = schedules.progress(curve, first, era.start, era.end, era.every)
         update_key = jax.random.fold_in(random_key, first)
 
-        def prune(layer: tuple[Leaf, Array], _: None) -> Kept:
-            leaf, noise = layer
+        def score(leaf: Leaf, _: None) -> Float[Array, "groups cin"]:
             kernel = jnp.where(leaf.mask, leaf.weights, 0) if version == 2 else leaf.weights
             size = pattern.size(leaf.mask.shape[-1])
-            scores = block_scores(kernel, size, criterion, alpha, leaf.mask)
-            blocks = _regrow(noise.reshape(scores.shape), scores, sparsity, rho, tau)
-            return Kept(pattern.mask(blocks, leaf.mask.shape), leaf.layout)
+            return block_scores(kernel, size, criterion, alpha, leaf.mask)
 
-        blocks = {
-            name: leaf.mask.size // pattern.units(leaf.mask.shape).weights
+        scores = map_alike(score, leaves, dict.fromkeys(leaves))
+        noise = _noise(update_key, {name: layer.size for name, layer in scores.items()})
+        # Groups do not see each other: those of all layers with as many channels go together.
+        names_by_cin: dict[int, list[str]] = {}
+        for name, layer in scores.items():
+            names_by_cin.setdefault(layer.shape[1], []).append(name)
+        blocks: dict[str, Array] = {}
+        for names in names_by_cin.values():
+            rows = [scores[name] for name in names]
+            noise_rows = [noise[name].reshape(scores[name].shape) for name in names]
+            kept = _regrow(jnp.concatenate(noise_rows), jnp.concatenate(rows), sparsity, rho, tau)
+            ends = np.cumsum([len(layer) for layer in rows])[:-1]
+            blocks.update(zip(names, jnp.split(kept, ends), strict=True))
+        return {
+            name: Kept(pattern.mask(blocks[name], leaf.mask.shape), leaf.layout)
             for name, leaf in leaves.items()
         }
-        noise = _noise(update_key, blocks)
-        layers = {name: (leaf, noise[name]) for name, leaf in leaves.items()}
-        return map_alike(prune, layers, dict.fromkeys(layers))
 
     last_epoch = min(-(-era.end // era.every) * era.every, _checks.MAX_STEP)
     last = None if version == 1 else last_epoch

@@ -57,6 +57,64 @@ def test_an_update_selects_in_one_loop_for_all_layers_of_a_shape(name):
     assert few.count("scan[") >= 2
 
 
+@pytest.mark.parametrize("name", ["rigl", "gradual"])
+def test_single_weights_select_in_one_loop_for_all_layers_of_a_size(name):
+    """Layers of 4096 weights in four shapes, one of them stacked kernels, which stay as they are."""
+    shapes = {
+        "a": (1, 1, 64, 64),
+        "b": (1, 1, 32, 128),
+        "c": (2, 2, 16, 64),
+        "d": (2, 1, 1, 32, 64),
+    }
+    params = {
+        leaf: jax.random.normal(jax.random.key(i), shape)
+        for i, (leaf, shape) in enumerate(shapes.items())
+    }
+    tx = METHODS[name]()
+
+    def sorts(params):
+        return str(jax.make_jaxpr(tx.update)(params, tx.init(params), params)).count(" sort[")
+
+    assert sorts(params) == 2 * sorts({"a": params["a"]})
+    state = jax.tree.map(lambda leaf: leaf, tx.init(params))
+    for _ in range(3):
+        _, state = jax.jit(tx.update)(params, state, params)
+    for leaf, mask in bsj.get_masks(state).items():
+        assert mask.shape == shapes[leaf]
+
+
+def test_subp_selects_once_for_all_layers_of_as_many_input_channels():
+    shapes = {"a": (3, 3, 16, 32), "b": (1, 1, 16, 32), "c": (1, 1, 16, 64)}
+    params = {
+        leaf: jax.random.normal(jax.random.key(i), shape)
+        for i, (leaf, shape) in enumerate(shapes.items())
+    }
+    tx = METHODS["subp"]()
+
+    def sorts(params):
+        return str(jax.make_jaxpr(tx.update)(params, tx.init(params), params)).count(" sort[")
+
+    assert sorts(params) == sorts({"a": params["a"]}) > 0
+
+
+def test_init_makes_no_memory_that_no_method_asked_for():
+    """Nor compiles it: one program of zeros for every shape."""
+    chex.assert_trees_all_equal(METHODS["rigl"]().init(layers(1)).memory, ())
+    params = {"a": jax.random.normal(jax.random.key(0), (1, 1, 24, 40))}
+    jaxpr = str(jax.make_jaxpr(METHODS["gradual"]().init)(params))
+    assert "f32[1,1,24,40] = broadcast_in_dim" not in jaxpr
+
+
+def test_masks_are_drawn_inside_jit_from_scores_outside_of_it():
+    """Where options of a compilation of its own are refused."""
+    scores = layers(1)
+
+    def masks(x):
+        return bsj.masks_from_scores(scores, 0.5), x
+
+    chex.assert_trees_all_equal(jax.jit(masks)(1.0)[0], bsj.masks_from_scores(scores, 0.5))
+
+
 def test_layers_that_share_a_loop_get_what_they_get_alone():
     """Also where their keys, counts and layouts differ."""
     params = layers(3)
