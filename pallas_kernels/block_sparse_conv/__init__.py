@@ -10,6 +10,7 @@ from pallas_kernels.block_sparse_conv.choice import (
 )
 from pallas_kernels.block_sparse_conv.epilogue import apply_epilogue, check_epilogue
 from pallas_kernels.block_sparse_conv.index import Index
+from pallas_kernels.block_sparse_conv.plan import Plan, make_plan, why_no_plan
 from pallas_kernels.block_sparse_conv.spec import PASSES, ConvSpec, Implementation
 from pallas_kernels.block_sparse_conv.whole_kernel import runs_whole_kernels, whole_kernel_conv
 
@@ -20,12 +21,15 @@ __all__ = [
     "ConvSpec",
     "Implementation",
     "Index",
+    "Plan",
     "apply_epilogue",
     "available_implementations",
     "block_sparse_conv",
     "check_epilogue",
     "choose_implementation",
+    "make_plan",
     "runs_whole_kernels",
     "whole_kernel_conv",
     "why_dense",
+    "why_no_plan",
 ]
