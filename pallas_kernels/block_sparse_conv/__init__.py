@@ -6,6 +6,7 @@ from pallas_kernels.block_sparse_conv.choice import (
     Choice,
     available_implementations,
     choose_implementation,
+    reads_plans,
     why_dense,
 )
 from pallas_kernels.block_sparse_conv.epilogue import apply_epilogue, check_epilogue
@@ -28,6 +29,7 @@ __all__ = [
     "check_epilogue",
     "choose_implementation",
     "make_plan",
+    "reads_plans",
     "runs_whole_kernels",
     "whole_kernel_conv",
     "why_dense",

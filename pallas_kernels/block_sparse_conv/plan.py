@@ -44,10 +44,10 @@ class Plan:
       forward: `[groups, length]`, the rows of x that each group contracts over, in the order of the
         packed values; the weight gradient's rows too.
       rows: `[groups, length]`, the filters of each group, filled up with -1.
-      entries: `[(stages + 1) * depth]`, the rows of dy of every stage of the table. The kernels read
-        one stage ahead, so both lists end in one that is empty.
-      weights: `[stages + 1, runs]`, for each run of channels of the stage's block where its weights lie
-        in the packed values, `((group * kept + first kept channel) * kept_taps + tap) * parts +
+      entries: `[(stages + 1) * depth]`, the rows of dy of every stage of the table. The kernels
+        read one stage ahead, so both lists end in one that is empty.
+      weights: `[stages + 1, runs]`, for each run of channels of the stage's block where its weights
+        lie in the packed values, `((group * kept + first kept channel) * kept_taps + tap) * parts +
         part`, where a stage holds one of `parts` parts of the group's filters; -1: not kept.
       bounds: `[blocks * 4 + 1]`, the first stage of each parity of each block.
 

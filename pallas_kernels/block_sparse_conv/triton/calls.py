@@ -12,7 +12,6 @@ from pallas_kernels.block_sparse_conv.plan import (
     LIST_MULTIPLE,
     NOTHING,
     Plan,
-    list_entries,
     make_plan,
     plan_sizes,
 )
