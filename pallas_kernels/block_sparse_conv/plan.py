@@ -234,8 +234,8 @@ def _table(
     index: Index, sizes: PlanSizes, kernel_width: int
 ) -> tuple[Int[Array, " e"], Int[Array, "s r"], Int[Array, " b"]]:
     """The table of the input gradient: entries, weights and bounds."""
-    groups, group_size = index.filters.shape
-    kept, kept_taps = index.channels.shape[1], index.taps.shape[1]
+    groups, kept = index.channels.shape
+    kept_taps = index.taps.shape[1]
     runs = sizes.block // sizes.run
     group = jnp.arange(groups, dtype=jnp.int32)
     # kept_run[g, b, r]: which of group g's kept runs is run r of block b

@@ -1,6 +1,7 @@
 """The plan: its lists against the kept weights, one by one, and what belongs to no layout."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def test_the_lists_name_every_kept_weight_once(case):
     assert (entries[bounds[-1] :] == -1).all()
     assert (places[bounds[-1] :] == -1).all()
     assert len(entries) == len(places) == sizes.stages + 1 > bounds[-1]
-    for segment, (start, stop) in enumerate(zip(bounds, bounds[1:])):
+    for segment, (start, stop) in enumerate(itertools.pairwise(bounds)):
         block, parity = divmod(segment, 4)
         for stage in range(start, stop):
             for slot, place in enumerate(places[stage]):

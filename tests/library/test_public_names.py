@@ -229,7 +229,7 @@ def Plan():
     assert int((plan.forward >= 0).sum()) == 2 * 4 * 3
     assert_convolves(bsj.conv(images(), kernel(), layout(), plan=plan), kernel())
     other = dataclasses.replace(plan, rows=plan.rows[1:])
-    with pytest.raises(ValueError, match="plan.rows: expected int32"):
+    with pytest.raises(ValueError, match=r"plan\.rows: expected int32"):
         bsj.conv(images(), kernel(), layout(), plan=other)
 
 

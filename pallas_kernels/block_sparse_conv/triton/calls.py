@@ -261,7 +261,7 @@ def _run_product(
     backward: bool,
     phases: int = 1,
 ) -> jax.Array:
-    """Launches `gather_product` with a program for each group, tile of rows, positions and phase."""
+    """Launches `gather_product`: a program for each group, tile of rows, positions and phase."""
     row_tiles = -(-constants["members"] // tile.rows)
     scale, bias, residual = operands[-3:]
     constants |= geometry_constants(spec, backward) | {
