@@ -149,6 +149,8 @@ def conv(
             f"layout: expected that of a conv kernel, got one of a dense kernel {layout.shape}; "
             "call linear"
         )
+    if plan is not None and isinstance(layout, Dense):
+        raise ValueError("plan: a Dense() layout has no lists; leave the plan out")
     if jnp.ndim(x) != 4 or jnp.ndim(kernel) != 4:
         raise ValueError(
             f"x: expected rank 4 ({data_format}) and a kernel of rank 4, got shapes {jnp.shape(x)} "

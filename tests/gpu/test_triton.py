@@ -203,7 +203,7 @@ def test_with_a_plan_the_passes_give_the_same_and_make_no_lists(case):
 def test_vmap_over_plans():
     spec = dataclasses.replace(BLOCKS, height=2, width=2, batch=1)
     many = [operands(spec, seed) for seed in range(2)]
-    x, dy, values, *index = (jnp.stack(a) for a in zip(*many))
+    dy, values, *index = (jnp.stack(a) for a in list(zip(*many))[1:])
     plans = jax.vmap(lambda *index: plan_of(spec, index))(*index)
     gradient = functools.partial(TRITON.input_gradient, spec, method="transposed")
     every = jax.jit(jax.vmap(lambda plan, *a: gradient(*a, plan=plan)))(plans, dy, values, *index)
