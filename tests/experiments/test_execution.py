@@ -204,6 +204,20 @@ def test_random_channel_drops_whole_channels():
     assert all(layout.filters.shape[0] == 1 for layout in layouts)
 
 
+def test_a_trainer_makes_plans_once_for_each_layout_and_where_they_are_read(monkeypatch):
+    monkeypatch.setitem(choice.IMPLEMENTATIONS, plan_reader.NAME, plan_reader.IMPLEMENTATION)
+    layouts, others = ({"kernel": bsj.mask_to_layout(np.ones((1, 1, 8, 8), bool))} for _ in "ab")
+    trainer = trainer_of("hrbp", execution="packed", implementation=plan_reader.NAME)
+    planned = trainer.planned(layouts)
+    assert planned["kernel"].plan is not None
+    assert layouts["kernel"].plan is None
+    assert trainer.planned(layouts) is planned
+    assert trainer.planned(others) is not planned
+    assert trainer.planned({}) == {}, "the masked form has no layouts"
+    assert trainer_of("hrbp", execution="packed", implementation="xla").planned(layouts) is layouts
+
+
+@pytest.mark.slow
 def test_steps_read_plans_that_are_made_when_the_masks_change(monkeypatch):
     made, with_plans = [], bsj.with_plans
     monkeypatch.setitem(choice.IMPLEMENTATIONS, plan_reader.NAME, plan_reader.IMPLEMENTATION)

@@ -126,7 +126,8 @@ def test_flax_layers_read_the_plan_of_their_layout():
 def test_states_and_files_hold_no_plan():
     params = {"kernel": normal(0, SHAPE), "bias": jnp.zeros(40)}
     tx = bsj.sparse(
-        bsj.hrbp_prune(0.8, group_size=20, channel_block=8), optax.sgd(0.1, momentum=0.9)
+        bsj.hrbp_prune(0.75, group_size=20, channel_block=8, block_density=1),
+        optax.sgd(0.1, momentum=0.9),
     )
     state = tx.init(params)
     layouts = bsj.get_layouts(state)
