@@ -181,8 +181,9 @@ def test_with_a_plan_the_passes_give_the_same_and_make_no_lists(case):
     plan = jax.jit(lambda *index: plan_of(spec, index))(*index)
 
     def passes(implementation, plan, x, dy, values, *index):
+        options = {"plan": plan, "channel_block": spec.channel_block}
         y, pullback = jax.vjp(
-            lambda x, v: shapes.convolve(spec, implementation, x, v, *index, plan=plan), x, values
+            lambda x, v: shapes.convolve(spec, implementation, x, v, *index, **options), x, values
         )
         return y, *pullback(dy)
 

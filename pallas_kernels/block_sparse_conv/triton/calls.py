@@ -253,7 +253,7 @@ def table_product(
 def _run_product(
     spec: ConvSpec,
     tile: Tile,
-    operands: tuple[jax.Array | None, ...],
+    operands: tuple[Any, ...],
     constants: dict[str, Any],
     out: jax.ShapeDtypeStruct,
     positions: int,

@@ -55,10 +55,9 @@ def product(spec: ConvSpec, pass_name: str, method: str = "") -> Product:
     sizes = plan_sizes(spec.kernel_shape, spec.packed_shape, spec.channel_block)
     is_kept = 1 - (1 - spec.kept / spec.cin) ** (sizes.block // sizes.run)
     depth_of_group = spec.kept_taps * sizes.parts * sizes.depth
-    depth = spec.groups * is_kept * depth_of_group
-    if spec.strides == (2, 2):
-        depth /= min(4, math.prod(spec.kernel))
-    return Product(sizes.blocks, sizes.block, max(1, round(depth)), positions)
+    phases = min(4, math.prod(spec.kernel)) if spec.strides == (2, 2) else 1
+    depth = round(spec.groups * is_kept * depth_of_group / phases)
+    return Product(sizes.blocks, sizes.block, max(1, depth), positions)
 
 
 def tile_rows(members: int, arithmetic: str) -> int:

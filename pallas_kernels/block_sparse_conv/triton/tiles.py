@@ -109,7 +109,7 @@ def _tiles_around(rule: Tile, spec: ConvSpec, pass_name: str, capability: int) -
         positions: tuple[int, ...] = (32, 64) if is_half else (16, 32)
         if multiplies_wide(spec, capability):
             positions = (32, 64, 128)
-        depths = (64,) if spec.precision == "ieee" else (64, 128)
+        depths: tuple[int, ...] = (64,) if spec.precision == "ieee" else (64, 128)
     else:
         positions = (64, 128, 256)
         depths = (32, 64) if is_half else (16, 32)
