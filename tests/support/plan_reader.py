@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, Index, Plan, choice, xla
 from pallas_kernels.block_sparse_conv.plan import plan_sizes
 from pallas_kernels.dense_conv import dense_conv
+from pallas_kernels.varying import vary_alike
 
 NAME = "plan reader"
 
@@ -46,7 +47,7 @@ def _weight_gradient(spec, x, dy, *_, plan):
 def _input_gradient(spec, dy, values, *_, plan):
     geometry = {name: getattr(spec, name) for name in ("strides", "padding", "dilation")}
     kernel = _kernel(spec, values, plan)
-    x = jnp.zeros(spec.in_shape, dy.dtype)
+    x, _ = vary_alike((jnp.zeros(spec.in_shape, dy.dtype), dy))  # else a sum over devices
     _, pullback = jax.vjp(lambda x: dense_conv(x, kernel, **geometry, data_format="CHWN"), x)
     return pullback(dy)[0]
 
