@@ -16,7 +16,7 @@ from pallas_kernels.block_sparse_conv.plan import (
     plan_sizes,
 )
 from pallas_kernels.block_sparse_conv.spec import ConvSpec
-from pallas_kernels.block_sparse_conv.triton import foreign, kernels
+from pallas_kernels.block_sparse_conv.triton import foreign
 from pallas_kernels.block_sparse_conv.triton.fitting import Tile
 from pallas_kernels.block_sparse_conv.triton.foreign import Launch
 from pallas_kernels.devices import DEFAULT
