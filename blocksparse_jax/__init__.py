@@ -56,6 +56,7 @@ from blocksparse_jax.lottery import lottery_sparsities, lottery_ticket
 from blocksparse_jax.masks import apply_masks, layouts_from_scores, masks_from_scores
 from blocksparse_jax.metrics import nonzero_pruned, sad
 from blocksparse_jax.packing import pack, pack_tree, unpack, unpack_tree
+from blocksparse_jax.plans import Plan, with_plans
 from blocksparse_jax.schedules import between, every, periodic
 from blocksparse_jax.spec import Spec
 from blocksparse_jax.state import (
@@ -113,6 +114,7 @@ __all__ = [
     "FilterGroups",
     "GrownChannels",
     "LayerInput",
+    "Plan",
     "Reconstruction",
     "SharedWeights",
     "SparseState",
@@ -223,4 +225,5 @@ __all__ = [
     "variational_dropout_kl",
     "variational_masks",
     "with_log_variances",
+    "with_plans",
 ]

@@ -1,5 +1,6 @@
 """conv: a convolution with the kept weights only, by the fastest backend that fits."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -23,6 +24,7 @@ from blocksparse_jax.packing import pack, unpack
 from pallas_kernels.block_sparse_conv import (
     Choice,
     ConvSpec,
+    Plan,
     apply_epilogue,
     available_implementations,
     block_sparse_conv,
@@ -67,6 +69,7 @@ def conv(
     kernel_gradient: Literal["masked", "dense"] = "masked",
     packed: bool | None = None,
     precision: Any = None,
+    plan: Plan | None = None,
 ) -> Float[Array, "c ho wo d"]:
     """Convolves with the kept weights of a conv kernel; all three passes do only the kept work.
 
@@ -114,6 +117,8 @@ def conv(
         dynamic HRBP need at their update steps to grow weights (dense kernels only).
       packed: whether `kernel` holds packed values; None decides by its shape.
       precision: as in `lax.conv_general_dilated`.
+      plan: the lists that GPU kernels read, `with_plans(layout).plan`; None takes `layout.plan`,
+        and without one a step makes them. Its contents are not checked.
 
     Returns:
       `[n, ho, wo, cout]` or `[cout, ho, wo, n]`, in `x.dtype`.
@@ -144,6 +149,8 @@ def conv(
             f"layout: expected that of a conv kernel, got one of a dense kernel {layout.shape}; "
             "call linear"
         )
+    if plan is not None and isinstance(layout, Dense):
+        raise ValueError("plan: a Dense() layout has no lists; leave the plan out")
     if jnp.ndim(x) != 4 or jnp.ndim(kernel) != 4:
         raise ValueError(
             f"x: expected rank 4 ({data_format}) and a kernel of rank 4, got shapes {jnp.shape(x)} "
@@ -193,6 +200,8 @@ def conv(
             precision=precision,
         )
         return finish(y, scale, bias, residual, activation, data_format)
+    if plan is not None:
+        layout = dataclasses.replace(layout, plan=plan)
     if data_format == "NHWC":
         x = jnp.transpose(x, _TRANSPOSED)
         residual = None if residual is None else jnp.transpose(residual, _TRANSPOSED)
@@ -408,6 +417,7 @@ def _sparse_conv(
         implementation=call.implementation,
         channel_block=layout.channel_block,
         precision=call.precision,
+        plan=layout.plan,
         **epilogue,
     )
 

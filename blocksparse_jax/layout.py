@@ -17,12 +17,13 @@ from jaxtyping import Array, Bool, Int
 from blocksparse_jax import _checks
 from blocksparse_jax.kernels import Kernels, kernels
 from pallas_kernels.block_sparse_conv.index import Index
+from pallas_kernels.block_sparse_conv.plan import Plan
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockLayout:
-    """The kept blocks of one conv kernel `[kh, kw, cin, cout]`; a pytree of three index arrays.
+    """The kept blocks of one conv kernel `[kh, kw, cin, cout]`; a pytree of index arrays.
 
     The layout of a dense kernel `[cin, cout]` is that of a 1x1 convolution. The layouts of stacked
     kernels (`nn.scan`) are stacked alike: every array has their leading axes in front, and
@@ -40,6 +41,8 @@ class BlockLayout:
       shape: `(kh, kw, cin, cout)` of the conv kernel, or `(cin, cout)` of a dense kernel; of one
         kernel of a stack (static).
       channel_block: channels come in aligned runs of this many (static).
+      plan: the lists of GPU kernels, made from the other arrays by `with_plans`, stacked alike;
+        None: a step makes them.
 
     Example:
       >>> filters, channels, taps = ([[0, 2], [1, 3]], [[0], [2]], [[4], [0]])
@@ -55,6 +58,7 @@ class BlockLayout:
     taps: jax.Array  # int32[groups, kept_taps]
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     channel_block: int = dataclasses.field(default=1, metadata={"static": True})
+    plan: Plan | None = None
 
     @property
     def kernels(self) -> Kernels:

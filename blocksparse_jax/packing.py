@@ -19,6 +19,7 @@ from blocksparse_jax.layout import (
     is_layout,
     layout_to_mask,
 )
+from blocksparse_jax.plans import without_plans
 from blocksparse_jax.state import SparseState, is_node, is_sparse_state
 
 
@@ -145,7 +146,9 @@ def pack_tree(
         pack,
         lambda layout: layout.full_shape,
         lambda layout: jnp.asarray(True),
-        lambda marker, layout: dataclasses.replace(marker, packed=jax.tree.map(jnp.copy, layout)),
+        lambda marker, layout: dataclasses.replace(
+            marker, packed=jax.tree.map(jnp.copy, without_plans(layout))
+        ),
     )
 
 
@@ -202,6 +205,7 @@ def _beside_layouts(
     params: PyTree, state: PyTree, layouts: PyTree
 ) -> Iterator[tuple[str, BlockLayout, tuple[Any, Any]]]:
     """Each leaf that has a BlockLayout: its name, the layout, and a method's mask and layout."""
+    layouts = without_plans(layouts)
     names = [tree.path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
     given = tree.match("layouts", layouts, params, is_leaf=is_layout)
     for sparse in filter(is_sparse_state, jax.tree.leaves(state, is_leaf=is_sparse_state)):

@@ -1,6 +1,7 @@
 """Lets `flax.serialization` write an optimizer state that holds layouts.
 
 Of a layout it writes the index arrays; everything static comes from the target that is restored.
+Plans are not written: a target that has one gets that of the restored arrays.
 Importing this module registers the types.
 """
 
@@ -12,6 +13,7 @@ import numpy as np
 from flax import serialization
 
 from blocksparse_jax.layout import BlockLayout, ConsecutiveGroups, Dense, FilterGroups, validate
+from blocksparse_jax.plans import with_plans
 from blocksparse_jax.spec import Spec
 
 ARRAYS = {
@@ -50,6 +52,8 @@ def _restore(target: Any, state: dict[str, Any]) -> Any:
     known = all(isinstance(array, np.ndarray | jax.Array) for array in arrays.values())
     if isinstance(restored, BlockLayout) and known:
         validate(restored)
+        if restored.plan is not None:
+            return with_plans(restored)
     return restored
 
 

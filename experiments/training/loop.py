@@ -27,6 +27,7 @@ from experiments.training.length import Length
 from experiments.training.methods import Setup, Weights
 from experiments.training.optimizer import learning_rate, mask_length, optimizer
 from experiments.training.registry import METHODS
+from pallas_kernels.block_sparse_conv import reads_plans
 
 
 class Metrics(NamedTuple):
@@ -95,6 +96,7 @@ class Trainer:
         native = bsj.available_implementations()["cpu"] is None
         self._masked_format = data_format or ("CHWN" if native else "NHWC")
         self._seed = seed
+        self._planned: tuple[Any, Any] | None = None  # layouts, and the same with their plans
         self._step = jax.jit(self._train_step, static_argnames="dense_gradient", donate_argnums=0)
         self._correct = jax.jit(self._count_correct)
 
@@ -269,7 +271,11 @@ class Trainer:
         """
         layouts, without = state.layouts, dataclasses.replace(state, layouts={})
         state, metrics = self._step(
-            without, layouts, images, labels, dense_gradient=self._needs_dense(state, step)
+            without,
+            self.planned(layouts),
+            images,
+            labels,
+            dense_gradient=self._needs_dense(state, step),
         )
         state = dataclasses.replace(state, layouts=layouts)
         form = self.form(step + 1)
@@ -295,13 +301,37 @@ class Trainer:
         """
         layouts, without = state.layouts, dataclasses.replace(state, layouts={})
         return self._step.lower(
-            without, layouts, images, labels, dense_gradient=self._needs_dense(state, step)
+            without,
+            self.planned(layouts),
+            images,
+            labels,
+            dense_gradient=self._needs_dense(state, step),
         )
 
     def _needs_dense(self, state: State, step: int) -> bool:
         """Whether the step's block-sparse convolutions also give the pruned weights' gradient."""
         needs = self.spec is not None and self.spec.dense_gradient(step)
         return state.form == "sparse" and needs
+
+    def planned(self, layouts: Any) -> Any:
+        """The layouts with the lists that the steps read: made once for each change of masks.
+
+        A state holds no plans, and neither do its checkpoints.
+
+        Args:
+          layouts: `state.layouts`; the same object as long as the masks stay. Shapes will do.
+
+        Returns:
+          The layouts, with plans where the implementation reads them.
+        """
+        if not layouts or not reads_plans(self.config.implementation):
+            return layouts
+        if self._planned is None or self._planned[0] is not layouts:
+            leaves = jax.tree.leaves(layouts)
+            if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+                return jax.eval_shape(bsj.with_plans, layouts)
+            self._planned = layouts, bsj.with_plans(layouts)
+        return self._planned[1]
 
     def _operate(self, step: int, state: State) -> State:
         """What the method does before a step, outside of jit; the network may become smaller."""
@@ -365,6 +395,7 @@ class Trainer:
         Returns:
           A fraction of right answers.
         """
+        state = dataclasses.replace(state, layouts=self.planned(state.layouts))
         counts = [self._correct(state, *batch) for batch in batches]
         right, total = (float(sum(column)) for column in zip(*jax.device_get(counts)))
         return right / total

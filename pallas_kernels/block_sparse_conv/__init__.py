@@ -6,10 +6,12 @@ from pallas_kernels.block_sparse_conv.choice import (
     Choice,
     available_implementations,
     choose_implementation,
+    reads_plans,
     why_dense,
 )
 from pallas_kernels.block_sparse_conv.epilogue import apply_epilogue, check_epilogue
 from pallas_kernels.block_sparse_conv.index import Index
+from pallas_kernels.block_sparse_conv.plan import Plan, make_plan, why_no_plan
 from pallas_kernels.block_sparse_conv.spec import PASSES, ConvSpec, Implementation
 from pallas_kernels.block_sparse_conv.whole_kernel import runs_whole_kernels, whole_kernel_conv
 
@@ -20,12 +22,16 @@ __all__ = [
     "ConvSpec",
     "Implementation",
     "Index",
+    "Plan",
     "apply_epilogue",
     "available_implementations",
     "block_sparse_conv",
     "check_epilogue",
     "choose_implementation",
+    "make_plan",
+    "reads_plans",
     "runs_whole_kernels",
     "whole_kernel_conv",
     "why_dense",
+    "why_no_plan",
 ]

@@ -11,6 +11,7 @@ from pallas_kernels.block_sparse_conv.choice import resolve
 from pallas_kernels.block_sparse_conv.derivative import ByMode, Operands, convolve, whole
 from pallas_kernels.block_sparse_conv.epilogue import Epilogue, apply_epilogue, check_epilogue
 from pallas_kernels.block_sparse_conv.index import Index
+from pallas_kernels.block_sparse_conv.plan import Plan, check_plan
 from pallas_kernels.block_sparse_conv.spec import Implementation
 from pallas_kernels.reverse_mode import reverse_mode_only
 from pallas_kernels.varying import vary_alike
@@ -34,6 +35,7 @@ def block_sparse_conv(
     implementation: str | Implementation | None = None,
     channel_block: int = 1,
     precision: Any = None,
+    plan: Plan | None = None,
 ) -> Float[Array, "cout ho wo n"]:
     """Convolves (C, H, W, N) activations with a conv kernel of which only blocks are kept.
 
@@ -65,6 +67,9 @@ def block_sparse_conv(
         `available_implementations()`; or an `Implementation` of the caller's own.
       channel_block: channels come in aligned runs of this many.
       precision: as in `jax.lax.dot_general`.
+      plan: `make_plan(Index(filters, channels, taps), ...)`, the lists that GPU kernels read; its
+        contents are not checked. None: they are made in the step. Implementations without lists
+        leave it unread.
 
     Returns:
       `y [cout, ho, wo, n]` in `x.dtype`.
@@ -98,6 +103,8 @@ def block_sparse_conv(
         precision=precision,
         relu=relu,
     )
+    if plan is not None:
+        check_plan(plan, spec.kernel_shape, spec.packed_shape, spec.channel_block)
     implementations = ByMode(
         forward=resolve(dataclasses.replace(spec, gradients=False), implementation),
         training=resolve(dataclasses.replace(spec, gradients=True), implementation),
@@ -115,5 +122,7 @@ def block_sparse_conv(
         return apply_epilogue(zeros, *epilogue, relu=spec.relu)
     index = Index(*(jnp.asarray(array, jnp.int32) for array in index))
     x, values, epilogue = reverse_mode_only((x, values, epilogue))
-    operands = vary_alike(whole(Operands(x, values, index, epilogue)))
+    reads_plans = implementations.forward.plans or implementations.training.plans
+    plan = plan if reads_plans else None
+    operands = vary_alike(whole(Operands(x, values, index, epilogue, plan)))
     return convolve(spec, implementations, operands)

@@ -49,6 +49,22 @@ def available_implementations() -> dict[str, str | None]:
     return reasons
 
 
+def reads_plans(implementation: str | None) -> bool:
+    """Whether an implementation reads plans, so that it pays to make them.
+
+    Args:
+      implementation: a name, or None to choose: what None picks today reads none.
+
+    Returns:
+      A bool.
+
+    Example:
+      >>> reads_plans("triton"), reads_plans("xla"), reads_plans(None)
+      (True, False, False)
+    """
+    return implementation is not None and IMPLEMENTATIONS[implementation].plans
+
+
 def why_dense() -> str | None:
     """Why this platform runs every convolution dense where the caller names no implementation.
 

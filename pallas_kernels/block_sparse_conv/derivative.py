@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels.block_sparse_conv import xla
 from pallas_kernels.block_sparse_conv.epilogue import Epilogue, apply_epilogue
 from pallas_kernels.block_sparse_conv.index import Index
+from pallas_kernels.block_sparse_conv.plan import Plan
 from pallas_kernels.block_sparse_conv.spec import ConvSpec, Implementation
 from pallas_kernels.sharding import over_images, whole_but_images
 
@@ -21,6 +23,8 @@ _OPERANDS = {
     "weight_gradient": ("c h w n", "o p q n", *_INDEX),
 }
 """The axes of each pass's operands; the last three are scale, bias and residual."""
+_PLAN = ("g lf", "g lr", "le", "lw lu", "lb")
+"""The axes of a plan's arrays, which follow a pass's operands."""
 _RESULT = {"forward": "o p q n", "input_gradient": "c h w n", "weight_gradient": "g k t s"}
 
 
@@ -32,12 +36,14 @@ class Operands(NamedTuple):
       values: packed weights `[groups, kept, kept_taps, group_size]`.
       places: which weights they are.
       epilogue: scale, bias and residual, each may be None.
+      plan: the lists of the layout, or None.
     """
 
     x: Any
     values: Any
     places: Index
     epilogue: Epilogue
+    plan: Plan | None = None
 
 
 def whole(operands: Operands) -> Operands:
@@ -51,8 +57,15 @@ def whole(operands: Operands) -> Operands:
     """
     arrays, tree = jax.tree.flatten(operands)
     names = (*operands[:2], *operands.places, *operands.epilogue)
-    axes = itertools.compress(_OPERANDS["forward"], (array is not None for array in names))
-    return jax.tree.unflatten(tree, whole_but_images(tuple(axes), arrays))
+    axes = _axes("forward", names, operands.plan)
+    return jax.tree.unflatten(tree, whole_but_images(axes, arrays))
+
+
+def _axes(name: str, operands: Sequence[Any], plan: Plan | None) -> tuple[str, ...]:
+    """The axes of what there is of a pass's operands, and of the plan behind them."""
+    is_present = (operand is not None for operand in operands)
+    axes = itertools.compress(_OPERANDS[name], is_present)
+    return (*axes, *(() if plan is None else _PLAN))
 
 
 class Residuals(NamedTuple):
@@ -112,17 +125,16 @@ def _convolve_bwd(
     """
     spec = dataclasses.replace(spec, gradients=True)
     implementation = implementations.training
-    (x, values, places, epilogue), y = residuals
+    (x, values, places, epilogue, plan), y = residuals
     scale, bias, residual = epilogue
     d = dy if y is None else jnp.where(y > 0, dy, 0)
     scaled_values = values
     if scale is not None:
         scale_of_group = scale[places.filters][:, None, None, :]
         scaled_values = values.astype(jnp.float32) * scale_of_group
-    dx = _run_pass(
-        "input_gradient", spec, implementation, d, scaled_values.astype(x.dtype), *places
-    )
-    dvalues = _run_pass("weight_gradient", spec, implementation, x, d, *places)
+    values_of_x = scaled_values.astype(x.dtype)
+    dx = _run_pass("input_gradient", spec, implementation, plan, d, values_of_x, *places)
+    dvalues = _run_pass("weight_gradient", spec, implementation, plan, x, d, *places)
     dscale = dbias = None
     if scale is not None:
         rounded = values.astype(x.dtype).astype(jnp.float32)
@@ -145,40 +157,44 @@ convolve.defvjp(_convolve_fwd, _convolve_bwd)
 
 
 def _forward(spec: ConvSpec, implementation: Implementation, operands: Operands) -> jax.Array:
-    x, values, places, epilogue = operands
+    x, values, places, epilogue, plan = operands
     arrays = (x, values.astype(x.dtype), *places)
     if implementation.fused:
-        return _run_pass("forward", spec, implementation, *arrays, *epilogue)
-    y = _run_pass("forward", spec, implementation, *arrays)
+        return _run_pass("forward", spec, implementation, plan, *arrays, *epilogue)
+    y = _run_pass("forward", spec, implementation, plan, *arrays)
     return apply_epilogue(y, *epilogue, relu=spec.relu)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _run_pass(
-    name: str, spec: ConvSpec, implementation: Implementation, *operands: jax.Array | None
+    name: str,
+    spec: ConvSpec,
+    implementation: Implementation,
+    plan: Plan | None,
+    *operands: jax.Array | None,
 ) -> jax.Array:
     """One pass, whose own derivative is that of XLA's formulation.
 
     Native kernels and GPU kernels have no derivative; second derivatives use this one.
     """
-    present = [operand is not None for operand in operands]
+    if not implementation.plans:
+        plan = None
+    arrays, tree = jax.tree.flatten((operands, plan))
 
     def run(*arrays: jax.Array) -> jax.Array:
-        remaining = iter(arrays)
-        every = [next(remaining) if is_present else None for is_present in present]
+        every, plan = jax.tree.unflatten(tree, arrays)
         part = dataclasses.replace(spec, batch=arrays[0].shape[3])
-        return getattr(implementation, name)(part, *every)
+        options = {} if plan is None else {"plan": plan}
+        return getattr(implementation, name)(part, *every, **options)
 
-    axes = itertools.compress(_OPERANDS[name], present)
-    arrays = [operand for operand in operands if operand is not None]
-    return over_images(run, tuple(axes), _RESULT[name])(*arrays)
+    return over_images(run, _axes(name, operands, plan), _RESULT[name])(*arrays)
 
 
 @_run_pass.defjvp
 def _run_pass_jvp(
     name: str, spec: ConvSpec, implementation: Implementation, primals: Any, tangents: Any
 ) -> tuple[jax.Array, jax.Array]:
-    def xla_pass(*operands: Any) -> jax.Array:
+    def xla_pass(plan: Plan | None, *operands: Any) -> jax.Array:
         if name != "forward" or not implementation.fused:
             return getattr(xla.IMPLEMENTATION, name)(spec, *operands)
         arrays, epilogue = operands[:5], Epilogue(*operands[5:])

@@ -158,6 +158,8 @@ class Implementation:
       fused: whether `forward` takes `scale`, `bias` (float32 `[cout]`) and `residual` (as y), each
         of which may be None, and honours `spec.relu`: `y = relu(scale * conv + bias + residual)` in
         one pass over memory. Where it is False, XLA's operations follow the forward pass.
+      plans: whether every pass takes `plan=`, a `Plan` that fits the spec, from callers that have
+        one.
     """
 
     name: str
@@ -166,3 +168,4 @@ class Implementation:
     input_gradient: Pass
     weight_gradient: Pass
     fused: bool = False
+    plans: bool = False

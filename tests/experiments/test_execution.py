@@ -4,11 +4,13 @@ weights.
 
 import dataclasses
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plan_reader
 import pytest
 from small_runs import fixes_sparsity, small_options
 
@@ -19,6 +21,7 @@ from experiments.training.execution import masks_of, to_form
 from experiments.training.length import Length
 from experiments.training.loop import Trainer
 from experiments.training.registry import METHODS
+from pallas_kernels.block_sparse_conv import choice
 
 STEPS = 50
 BASE = TrainConfig(model="cnn", width=0.25, sparsity=0.8, batch_size=16, epochs=1)
@@ -199,3 +202,42 @@ def test_random_channel_drops_whole_channels():
     ]
     assert layouts
     assert all(layout.filters.shape[0] == 1 for layout in layouts)
+
+
+def test_a_trainer_makes_plans_once_for_each_layout_and_where_they_are_read(monkeypatch):
+    monkeypatch.setitem(choice.IMPLEMENTATIONS, plan_reader.NAME, plan_reader.IMPLEMENTATION)
+    layouts, others = ({"kernel": bsj.mask_to_layout(np.ones((1, 1, 8, 8), bool))} for _ in "ab")
+    trainer = trainer_of("hrbp", execution="packed", implementation=plan_reader.NAME)
+    planned = trainer.planned(layouts)
+    assert planned["kernel"].plan is not None
+    assert layouts["kernel"].plan is None
+    assert trainer.planned(layouts) is planned
+    assert trainer.planned(others) is not planned
+    assert trainer.planned({}) == {}, "the masked form has no layouts"
+    assert trainer_of("hrbp", execution="packed", implementation="xla").planned(layouts) is layouts
+
+
+@pytest.mark.slow
+def test_steps_read_plans_that_are_made_when_the_masks_change(monkeypatch):
+    made, with_plans = [], bsj.with_plans
+    monkeypatch.setitem(choice.IMPLEMENTATIONS, plan_reader.NAME, plan_reader.IMPLEMENTATION)
+    monkeypatch.setattr(bsj, "with_plans", lambda layouts: made.append(1) or with_plans(layouts))
+    monkeypatch.setitem(EVERY, "hrbp-dynamic", 2)
+    losses = {}
+    for implementation in (plan_reader.NAME, "xla"):
+        trainer = trainer_of("hrbp-dynamic", execution="packed", implementation=implementation)
+        state, losses[implementation], changes = trainer.init(), [], 0
+        for step, images, labels in batches(5):
+            changes += trainer.changes_masks(step)
+            state, metrics = trainer.step(state, step, images, labels)
+            losses[implementation].append(float(metrics.loss))
+        nodes = jax.tree.leaves(state.layouts, is_leaf=bsj.is_layout)
+        assert not any(getattr(node, "plan", None) for node in nodes), "states hold no plans"
+    np.testing.assert_allclose(losses[plan_reader.NAME], losses["xla"], rtol=1e-4)
+    forms = [trainer.form(step) for step in range(6)]
+    moves = sum(
+        trainer.changes_masks(step) or before != after
+        for step, (before, after) in enumerate(itertools.pairwise(forms[:5]))
+    )
+    assert changes > 0
+    assert len(made) == 1 + moves, "none for 'xla', one for each change otherwise"

@@ -1,10 +1,12 @@
 """The Triton kernels' numbers, in Triton's interpreter: no GPU needed."""
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 from requirements import needs
 
 from experiments.bench import shapes
-from pallas_kernels.block_sparse_conv import ConvSpec, triton
+from pallas_kernels.block_sparse_conv import ConvSpec, Index, make_plan, triton
 from pallas_kernels.block_sparse_conv import reference as dense
 from pallas_kernels.block_sparse_conv.triton import calls, products
 from pallas_kernels.block_sparse_conv.triton.fitting import Tile
@@ -118,6 +120,12 @@ def assert_close(result, reference, tolerance):
     np.testing.assert_allclose(result, reference, rtol=0, atol=tolerance * np.abs(reference).max())
 
 
+def plan_of(spec, index):
+    return make_plan(
+        Index(*index), kernel_shape=spec.kernel_shape, channel_block=spec.channel_block
+    )
+
+
 def check(spec, seed=0, tolerance=1e-5, **tile):
     """All three passes, and the input gradient by every method, against XLA's dense convolution of
     the masked kernel.
@@ -137,7 +145,7 @@ def check(spec, seed=0, tolerance=1e-5, **tile):
     )(x, dy, *index)
     assert_close(dvalues, weights(exact, *single[:2], *index), tolerance)
     dx = backward(exact, *single[1:], *index).astype(x.dtype)
-    for method in (None,) if "input_gradient" in tile else products.methods(spec):
+    for method in (None,) if "input_gradient" in tile else products.METHODS:
         chosen = {"method": method} if method else {"tile": tile["input_gradient"]}
         assert_close(
             jax.jit(lambda *a, chosen=chosen: TRITON.input_gradient(spec, *a, **chosen))(
@@ -146,6 +154,62 @@ def check(spec, seed=0, tolerance=1e-5, **tile):
             dx,
             tolerance,
         )
+
+
+PLANNED = {
+    "3x3": dataclasses.replace(BLOCKS, cin=80, cout=48, group_size=24, height=3, width=3),
+    "1x1, strides": dataclasses.replace(POINT, cin=70, strides=(2, 1), batch=1),
+    "strides of 2, dilation of 3": dataclasses.replace(
+        BLOCKS,
+        strides=(2, 2),
+        dilation=(3, 1),
+        padding=((3, 2), (1, 0)),
+        kept_taps=5,
+        height=5,
+    ),
+    "strides of 2, dilation of 2": dataclasses.replace(
+        BASE, strides=(2, 2), dilation=(2, 1), padding=((2, 2), (1, 0)), kept_taps=9
+    ),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("case", PLANNED)
+def test_with_a_plan_the_passes_give_the_same_and_make_no_lists(case):
+    spec = PLANNED[case]
+    x, dy, values, *index = operands(spec)
+    plan = jax.jit(lambda *index: plan_of(spec, index))(*index)
+
+    def passes(implementation, plan, x, dy, values, *index):
+        options = {"plan": plan, "channel_block": spec.channel_block}
+        y, pullback = jax.vjp(
+            lambda x, v: shapes.convolve(spec, implementation, x, v, *index, **options), x, values
+        )
+        return y, *pullback(dy)
+
+    tables = dataclasses.replace(
+        TRITON, input_gradient=functools.partial(TRITON.input_gradient, method="transposed")
+    )
+    step = jax.jit(functools.partial(passes, tables))
+    for result, expected in zip(
+        step(plan, x, dy, values, *index), passes("dense", None, x, dy, values, *index), strict=True
+    ):
+        assert_close(result, expected, 1e-5)
+    lists = re.compile(r"stablehlo\.(sort|scatter|gather|concatenate)")
+    assert lists.search(step.lower(None, x, dy, values, *index).as_text())
+    assert not lists.search(step.lower(plan, x, dy, values, *index).as_text())
+
+
+@needs_triton
+def test_vmap_over_plans():
+    spec = dataclasses.replace(BLOCKS, height=2, width=2, batch=1)
+    many = [operands(spec, seed) for seed in range(2)]
+    dy, values, *index = (jnp.stack(a) for a in list(zip(*many))[1:])
+    plans = jax.vmap(lambda *index: plan_of(spec, index))(*index)
+    gradient = functools.partial(TRITON.input_gradient, spec, method="transposed")
+    every = jax.jit(jax.vmap(lambda plan, *a: gradient(*a, plan=plan)))(plans, dy, values, *index)
+    for i, (_, dy, values, *index) in enumerate(many):
+        assert_close(every[i], dense.IMPLEMENTATION.input_gradient(spec, dy, values, *index), 1e-5)
 
 
 CASES = {

@@ -435,10 +435,15 @@ def test_the_input_gradient_goes_the_cheapest_way_that_serves():
     }
     assert methods[32] == "transposed"
     assert methods[1] in ("scatter", "dense")
-    with pytest.raises(
-        ValueError, match="expected one of scatter, dense for channel_block=1, got 'transposed'"
-    ):
-        launches(layer_spec(shapes.VGG19[4]), "input_gradient", method="transposed")
+    few = layer_spec(shapes.VGG19[4], group_size=16)
+    (launch, _), *_ = launches(few, "input_gradient", method="transposed")
+    assert dict(launch.constants)["run"] == 1, "the table takes single channels too"
+    tile = Tile(64, 64, 64, method="transpose")
+    with pytest.raises(ValueError, match="expected one of transposed, scatter, dense, got 'transp"):
+        launches(few, "input_gradient", tile=tile)
+    for tile in (Tile(128, 64, 16), Tile(64, 64, 32)):
+        with pytest.raises(ValueError, match=r"blocks of 64 channels .* stages of 16 filters, got"):
+            launches(few, "input_gradient", tile=dataclasses.replace(tile, method="transposed"))
 
 
 def test_what_cannot_be_served_says_why():

@@ -15,6 +15,7 @@ ORDER = [
     {"data_scores"},
     {"counts", "dead_inputs"},
     {"layout"},
+    {"plans"},
     {"grouping.search", "grouping.column_blocks"},
     {"grouping.channel_order"},
     {"grouping.channel_spaces"},
@@ -65,7 +66,7 @@ ORDER = [
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 FLAX_ONLY_IN = {"linen", "nnx", "_layer_forward", "serialization"}  # packages and modules
-KERNELS_ONLY_IN = {"layout", "kernel_gradient", "conv", "_layer_forward", "export"}
+KERNELS_ONLY_IN = {"layout", "plans", "kernel_gradient", "conv", "_layer_forward", "export"}
 
 
 def imports(path: Path) -> set[str]:
@@ -111,8 +112,10 @@ def test_a_module_imports_only_from_those_above_it(name):
         )
     if name == "layout":
         kernels = {u for u in used if u.split(".")[0] == "pallas_kernels"}
-        index = "pallas_kernels.block_sparse_conv.index"
-        assert kernels == {index, f"{index}.Index"}, "layout imports the index helper alone"
+        index, plan = (f"pallas_kernels.block_sparse_conv.{name}" for name in ("index", "plan"))
+        assert kernels == {index, f"{index}.Index", plan, f"{plan}.Plan"}, (
+            "layout imports the index helper and the type of plans alone"
+        )
 
 
 def test_kernels_know_no_pruning():

@@ -214,6 +214,26 @@ def mask_to_layout():
 
 
 @check
+def with_plans():
+    planned = bsj.with_plans({"kernel": layout(), "bias": bsj.Dense()})
+    assert planned["bias"] == bsj.Dense()
+    np.testing.assert_array_equal(
+        planned["kernel"].plan.rows[:, :16], planned["kernel"].filters, strict=True
+    )
+
+
+@check
+def Plan():
+    plan = bsj.with_plans(layout()).plan
+    assert isinstance(plan, bsj.Plan)
+    assert int((plan.forward >= 0).sum()) == 2 * 4 * 3
+    assert_convolves(bsj.conv(images(), kernel(), layout(), plan=plan), kernel())
+    other = dataclasses.replace(plan, rows=plan.rows[1:])
+    with pytest.raises(ValueError, match=r"plan\.rows: expected int32"):
+        bsj.conv(images(), kernel(), layout(), plan=other)
+
+
+@check
 def validate():
     assert bsj.validate(layout()) is layout()
     with pytest.raises(ValueError, match="strictly ascending"):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import plan_reader
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -29,6 +30,7 @@ CASES = {
     "CHWN": {"data_format": "CHWN", "strides": 2},
     "dense rows": {"formulation": "rows", "data_format": "CHWN"},
     "dense taps": {"formulation": "taps"},
+    "plan": {"implementation": plan_reader.NAME},
     "epilogue": {"activation": "relu", "data_format": "CHWN"},
 }
 
@@ -69,7 +71,7 @@ def operands(case, images=16):
         arrays["scale"] = jax.random.normal(keys[2], (24,))
         arrays["bias"] = jax.random.normal(keys[3], (24,))
         arrays["residual"] = jax.random.normal(keys[4], (24, 6, 6, images))
-    return arrays, bsj.random_groups(keys[5], SHAPE, **LAYOUT_COUNTS)
+    return arrays, bsj.with_plans(bsj.random_groups(keys[5], SHAPE, **LAYOUT_COUNTS))
 
 
 def loss(arrays, layout, case):
@@ -232,6 +234,7 @@ def check_training_step(mesh):
 
 
 if __name__ == "__main__":
+    plan_reader.register()
     devices, few = int(sys.argv[1]), "--few" in sys.argv
     for kind in (AxisType.Auto, AxisType.Explicit):
         mesh = jax.make_mesh((devices,), ("data",), axis_types=(kind,))

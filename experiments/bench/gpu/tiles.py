@@ -116,7 +116,7 @@ def _triton() -> Tunable:
         return dataclasses.replace(record, **{pass_name: run})
 
     def rules(spec: ConvSpec, pass_name: str) -> list[Any]:
-        methods = products.methods(spec) if pass_name == "input_gradient" else ()
+        methods = products.METHODS if pass_name == "input_gradient" else ()
         return [default(spec, pass_name, method=method) for method in methods]
 
     return Tunable(

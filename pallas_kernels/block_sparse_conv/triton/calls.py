@@ -7,28 +7,37 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_conv.epilogue import Epilogue
+from pallas_kernels.block_sparse_conv.index import Index
+from pallas_kernels.block_sparse_conv.plan import (
+    LIST_MULTIPLE,
+    NOTHING,
+    Plan,
+    make_plan,
+    plan_sizes,
+)
 from pallas_kernels.block_sparse_conv.spec import ConvSpec
-from pallas_kernels.block_sparse_conv.triton import foreign, kernels
+from pallas_kernels.block_sparse_conv.triton import foreign
 from pallas_kernels.block_sparse_conv.triton.fitting import Tile
 from pallas_kernels.block_sparse_conv.triton.foreign import Launch
 from pallas_kernels.devices import DEFAULT
 from pallas_kernels.padding import pad_to, round_up
 
-NOTHING = -1
-"""Stands in a list for no row, and among the rows of a result for no place."""
 
-
-class Weights(NamedTuple):
-    """The weights of `gather_product`.
+class Lists(NamedTuple):
+    """What `gather_product` contracts over, group by group.
 
     Attributes:
-      array: the weights.
-      strides: of (group, k, m): where `[group, k, m]` lies in the flat array.
+      entries: int32 `[groups, length]`, the rows of each group.
+      rows: int32 `[groups, length]`, where each group's results go.
+      weights: the weights.
+      strides: of (group, k, m): where the weight `[group, k, m]` lies in the flat array.
       depth: k, the length of each group's contraction.
       members: m, the rows of each group's result.
     """
 
-    array: jax.Array
+    entries: jax.Array
+    rows: jax.Array
+    weights: jax.Array
     strides: tuple[int, int, int]
     depth: int
     members: int
@@ -60,42 +69,46 @@ def run(launch: Launch, *operands: jax.Array) -> jax.Array:
     return foreign.call(launch, capability(), *operands)
 
 
-def pad_last(array: jax.Array, size: int) -> jax.Array:
-    """Appends `NOTHING` along the last axis.
+def pad_list(array: jax.Array) -> jax.Array:
+    """Appends `NOTHING` along the last axis, to a multiple of every tile.
 
     Args:
       array: a list of entries or rows.
-      size: of the last axis of the result.
 
     Returns:
       The padded array.
     """
+    size = round_up(array.shape[-1], LIST_MULTIPLE)
     return pad_to(array, (*array.shape[:-1], size), NOTHING)
 
 
-def entries(
-    spec: ConvSpec, channels: jax.Array, taps: jax.Array, *, taps_first: bool, depth: int
-) -> jax.Array:
-    """The kernels' lists of the rows (channel, tap) that each group contracts over.
+def plan_of(spec: ConvSpec, index: Index) -> Plan:
+    """The plan of a convolution that was given none, made in the step.
 
     Args:
       spec: the static sizes.
-      channels: int32 `[groups, n]`, channels of what is gathered.
-      taps: int32 `[groups, kept_taps]`.
-      taps_first: whether the taps vary slowest.
-      depth: length of each list.
+      index: filters, channels and taps.
 
     Returns:
-      int32 `[groups, depth]`, filled up with `NOTHING`.
+      The plan; under jit what a pass does not read is not computed.
     """
-    bits = kernels.TAP_BITS
-    channel_bits = channels << 2 * bits
-    tap_bits = taps // spec.kernel[1] << bits | taps % spec.kernel[1]
-    if taps_first:
-        rows = channel_bits[:, None, :] | tap_bits[:, :, None]
-    else:
-        rows = channel_bits[:, :, None] | tap_bits[:, None, :]
-    return pad_last(rows.reshape(rows.shape[0], -1), depth)
+    return make_plan(index, kernel_shape=spec.kernel_shape, channel_block=spec.channel_block)
+
+
+def has_phases(spec: ConvSpec) -> bool:
+    """Whether a table's programs may work on the pixels of one phase each.
+
+    A table is in the order of the taps' parities. They tell which taps reach a pixel where strides
+    are 2 and dilations odd; without strides every tap does.
+
+    Args:
+      spec: the static sizes.
+
+    Returns:
+      A bool; where it is False each program tests every tap.
+    """
+    is_odd = spec.dilation[0] % 2 == 1 and spec.dilation[1] % 2 == 1
+    return spec.strides == (1, 1) or (spec.strides == (2, 2) and is_odd)
 
 
 def geometry_constants(spec: ConvSpec, backward: bool) -> dict[str, Any]:
@@ -117,7 +130,7 @@ def geometry_constants(spec: ConvSpec, backward: bool) -> dict[str, Any]:
         size = out[1 + axis]
         reach = spec.reach[axis]
         if backward:
-            first, last = low[axis] - reach, size - 1 + low[axis]
+            first, last = low[axis] - reach, (size - 1 + low[axis]) // spec.strides[axis]
         else:
             first, last = -low[axis], (size - 1) * spec.strides[axis] + reach - low[axis]
         border |= first < 0 or last >= source[1 + axis]
@@ -138,13 +151,10 @@ def gather_product(
     spec: ConvSpec,
     tile: Tile,
     source: jax.Array,
-    lists: jax.Array,
-    weights: Weights,
-    rows: jax.Array,
+    lists: Lists,
     *,
     backward: bool,
     dtype: Any,
-    bounds: jax.Array | None = None,
     epilogue: Epilogue | None = None,
     relu: bool = False,
     scatter: bool = False,
@@ -155,12 +165,9 @@ def gather_product(
       spec: a normal spec.
       tile: the tile.
       source: activations that are gathered.
-      lists: their rows, as `entries` gives them.
-      weights: the weights of each group.
-      rows: int32 `[groups, members]`, where each group's results go.
+      lists: what each group contracts.
       backward: from dy to dx.
       dtype: of the result.
-      bounds: where each group's entries begin in a table; None: every group has a list of its own.
       epilogue: what is applied to the result.
       relu: whether negative results become 0.
       scatter: whether the results are added to float32 sums in memory.
@@ -168,26 +175,101 @@ def gather_product(
     Returns:
       Activations in the shape of dx or of y.
     """
-    epilogue = Epilogue() if epilogue is None else epilogue
-    groups = rows.shape[0]
-    row_tiles = -(-weights.members // tile.rows)
-    shape = spec.in_shape if backward else spec.out_shape
-    position_tiles = -(-math.prod(shape[1:]) // tile.positions)
-    rows = pad_last(rows, row_tiles * tile.rows)
-    constants = geometry_constants(spec, backward) | {
+    groups = lists.rows.shape[0]
+    out = jax.ShapeDtypeStruct(spec.in_shape if backward else spec.out_shape, dtype)
+    constants = {
         "groups": groups,
-        "depth": weights.depth,
-        "depth_padded": round_up(weights.depth, tile.depth),
-        "members": weights.members,
-        "weight_strides": weights.strides,
-        "backward": backward,
-        "ragged": weights.depth % tile.depth != 0,
-        "table": bounds is not None,
+        "depth": lists.depth,
+        "list_length": lists.entries.shape[1],
+        "members": lists.members,
+        "row_length": lists.rows.shape[1],
+        "weight_strides": lists.strides,
+        "ragged": lists.depth % tile.depth != 0,
+        "table": False,
+        "by_phase": False,
+        "stage_depth": tile.depth,
+        "parts": 1,
+        "run": 1,
         "scatter": scatter,
-        "with_scale": epilogue.scale is not None,
-        "with_bias": epilogue.bias is not None,
-        "with_residual": epilogue.residual is not None,
         "relu": relu,
+    }
+    epilogue = Epilogue() if epilogue is None else epilogue
+    operands = (source, lists.entries, lists.weights, None, None, lists.rows, *epilogue)
+    positions = math.prod(out.shape[1:])
+    return _run_product(spec, tile, operands, constants, out, positions, backward=backward)
+
+
+def table_product(
+    spec: ConvSpec, tile: Tile, dy: jax.Array, values: jax.Array, plan: Plan
+) -> jax.Array:
+    """Runs the kernel `gather_product` over a plan's table: the input gradient.
+
+    Args:
+      spec: a normal spec.
+      tile: the tile; its rows divide the plan's blocks, its depth the plan's stages.
+      dy: the gradient with respect to y.
+      values: packed weights, which are read where they lie.
+      plan: the lists.
+
+    Returns:
+      dx.
+
+    Raises:
+      ValueError: the tile does not divide the blocks and stages.
+    """
+    sizes = plan_sizes(spec.kernel_shape, spec.packed_shape, spec.channel_block)
+    if sizes.block % tile.rows or sizes.depth % tile.depth:
+        raise ValueError(
+            f"tile: its rows must divide the plan's blocks of {sizes.block} channels and its depth "
+            f"the stages of {sizes.depth} filters, got {tile.rows} and {tile.depth}"
+        )
+    by_phase = has_phases(spec)
+    phases = spec.strides if by_phase else (1, 1)
+    height, width = (-(-size // step) for size, step in zip(spec.in_size, phases))
+    constants = {
+        "groups": sizes.blocks,
+        "depth": spec.group_size,
+        "list_length": 0,
+        "members": sizes.block,
+        "row_length": 0,
+        "weight_strides": (0, 1, spec.kept_taps * spec.group_size),
+        "ragged": spec.group_size % sizes.depth != 0,
+        "table": True,
+        "by_phase": by_phase,
+        "stage_depth": sizes.depth,
+        "parts": sizes.parts,
+        "run": sizes.run,
+        "scatter": False,
+        "relu": False,
+    }
+    operands = (dy, plan.entries, values, plan.bounds, plan.weights, None, *Epilogue())
+    out = jax.ShapeDtypeStruct(spec.in_shape, dy.dtype)
+    positions = height * width * spec.batch
+    return _run_product(
+        spec, tile, operands, constants, out, positions, backward=True, phases=math.prod(phases)
+    )
+
+
+def _run_product(
+    spec: ConvSpec,
+    tile: Tile,
+    operands: tuple[Any, ...],
+    constants: dict[str, Any],
+    out: jax.ShapeDtypeStruct,
+    positions: int,
+    *,
+    backward: bool,
+    phases: int = 1,
+) -> jax.Array:
+    """Launches `gather_product`: a program for each group, tile of rows, positions and phase."""
+    row_tiles = -(-constants["members"] // tile.rows)
+    scale, bias, residual = operands[-3:]
+    constants |= geometry_constants(spec, backward) | {
+        "channels": out.shape[0],
+        "backward": backward,
+        "with_scale": scale is not None,
+        "with_bias": bias is not None,
+        "with_residual": residual is not None,
         "block_rows": tile.rows,
         "block_positions": tile.positions,
         "block_depth": tile.depth,
@@ -195,24 +277,18 @@ def gather_product(
     }
     launch = Launch(
         "gather_product",
-        programs=groups * row_tiles * position_tiles,
+        programs=constants["groups"] * row_tiles * -(-positions // tile.positions) * phases,
         constants=tuple(constants.items()),
         tile=tile,
-        out=jax.ShapeDtypeStruct(shape, dtype),
-        zeroed=scatter,
+        out=out,
+        zeroed=constants["scatter"],
     )
-    unused = rows  # the kernel does not read an operand that is absent, but takes one
-    operands = (source, lists, weights.array, bounds, rows, *epilogue)
+    unused = operands[1]  # the kernel does not read an operand that is absent, but takes one
     return run(launch, *(unused if operand is None else operand for operand in operands))
 
 
 def weight_gradient(
-    spec: ConvSpec,
-    tile: Tile,
-    x: jax.Array,
-    dy: jax.Array,
-    lists: jax.Array,
-    filters: jax.Array,
+    spec: ConvSpec, tile: Tile, x: jax.Array, dy: jax.Array, plan: Plan
 ) -> jax.Array:
     """Runs the kernel `weight_gradient` over all groups.
 
@@ -220,20 +296,19 @@ def weight_gradient(
       spec: a normal spec.
       tile: the tile.
       x, dy: activations in the normal shapes.
-      lists: the gathered rows of x, as `entries` gives them.
-      filters: int32 `[groups, group_size]`, the rows of dy.
+      plan: the lists.
 
     Returns:
       float32 partial sums `[splits, groups, kept, kept_taps, group_size]`.
     """
     depth, members = spec.kept * spec.kept_taps, spec.group_size
-    padded_depth = round_up(depth, tile.depth)
-    row_tiles = -(-members // tile.rows)
+    row_tiles, depth_tiles = -(-members // tile.rows), -(-depth // tile.depth)
     constants = geometry_constants(spec, backward=False) | {
         "groups": spec.groups,
         "depth": depth,
-        "depth_padded": padded_depth,
+        "list_length": plan.forward.shape[1],
         "members": members,
+        "row_length": plan.rows.shape[1],
         "splits": tile.splits,
         "ragged": depth % tile.depth != 0,
         "block_rows": tile.rows,
@@ -242,10 +317,9 @@ def weight_gradient(
     }
     launch = Launch(
         "weight_gradient",
-        programs=spec.groups * row_tiles * (padded_depth // tile.depth) * tile.splits,
+        programs=spec.groups * row_tiles * depth_tiles * tile.splits,
         constants=tuple(constants.items()),
         tile=tile,
         out=jax.ShapeDtypeStruct((tile.splits, *spec.packed_shape), jnp.float32),
     )
-    rows = pad_last(filters, row_tiles * tile.rows)
-    return run(launch, x, lists, rows, dy)
+    return run(launch, x, plan.forward, plan.rows, dy)

@@ -6,11 +6,14 @@
 - A *row* is what one (channel, tap) contributes: the values of a channel at the positions shifted
   by the tap, N contiguous images at each.
 - A *list* names the rows to contract over. Its *entries* are one int32 each, `channel << 8 | tap_y
-  << 4 | tap_x`, or -1 for nothing. So the lists decide what is convolved, and one kernel runs in
-  both directions: forward gathers x by (kept channel, tap), the input gradient gathers dy by
-  (filter, tap).
-- A *member* is a row of a group's result: a filter in the forward pass, a channel in the input
-  gradient.
+  << 4 | tap_x`, or -1 for nothing (see `plan.py`). So the lists decide what is convolved, and one
+  kernel runs in both directions: forward gathers x by (kept channel, tap), the input gradient
+  gathers dy by (filter, tap).
+- A *table* is the list of all blocks of channels, stage after stage: the input gradient's.
+- A *member* is a row of a group's result: a filter in the forward pass, a channel of a group or of
+  a block in the input gradient.
+- A *phase* is the pixels (y, x) with one remainder by the strides. A table's program computes
+  pixels of one phase, and takes the stages whose taps reach it.
 
 All sizes are compile-time constants: only then does Triton know that a row's length is a multiple
 of 16 bytes, and copies 16 bytes at a time.
@@ -24,11 +27,6 @@ try:
 except ImportError:  # this module still imports; `launch.unavailable()` says what is missing
     triton = types.SimpleNamespace(jit=lambda kernel: kernel)
     tl = types.SimpleNamespace(constexpr=None)
-
-TAP_BITS = 4
-"""Bits of each coordinate of a tap in an entry; the kernels write 4, 8 and 15 for what follows."""
-MAX_KERNEL = 1 << TAP_BITS
-MAX_CHANNELS = 1 << (31 - 2 * TAP_BITS)
 
 
 @triton.jit
@@ -83,27 +81,33 @@ def _gather(
     image,
     inside,
     size: tl.constexpr,
+    shift_y,
+    shift_x,
     strides: tl.constexpr,
     dilation: tl.constexpr,
     backward: tl.constexpr,
+    by_phase: tl.constexpr,
     border: tl.constexpr,
     ragged: tl.constexpr,
     wide: tl.constexpr,
 ):
     """Values `[rows, positions]` of entries `[rows, 1]` at corners and images `[1, positions]`.
 
-    The corner may be one number for all positions. `border`: a tap may fall outside the image.
-    `ragged`: an entry may be -1. `inside`: which positions exist; None: all.
+    The corner may be one number for all positions. `by_phase`: every tap reaches every position,
+    `(shift - tap * dilation) / strides` away. `border`: a tap may fall outside the image. `ragged`:
+    an entry may be -1. `inside`: which positions exist; None: all.
     """
     height: tl.constexpr = size[0]
     width: tl.constexpr = size[1]
     images: tl.constexpr = size[2]
     down, right, channel = ((entry >> 4) & 15) * dilation[0], (entry & 15) * dilation[1], entry >> 8
-    if backward:
+    if by_phase:
+        down, right = (shift_y - down) // strides[0], (shift_x - right) // strides[1]
+    elif backward:
         down, right = -down, -right
     if wide:
         channel = channel.to(tl.int64)
-    strided: tl.constexpr = backward and strides[0] * strides[1] > 1
+    strided: tl.constexpr = backward and not by_phase and strides[0] * strides[1] > 1
     if strided:
         y, x = top + down, left + right
         inside_image = (y >= 0) & (x >= 0) & (y % strides[0] == 0) & (x % strides[1] == 0)
@@ -133,6 +137,7 @@ def gather_product(
     entries,
     weights,
     bounds,
+    places,
     rows,
     scale,
     bias,
@@ -140,8 +145,10 @@ def gather_product(
     out,
     groups: tl.constexpr,
     depth: tl.constexpr,
-    depth_padded: tl.constexpr,
+    list_length: tl.constexpr,
     members: tl.constexpr,
+    channels: tl.constexpr,
+    row_length: tl.constexpr,
     size: tl.constexpr,
     out_size: tl.constexpr,
     strides: tl.constexpr,
@@ -153,6 +160,10 @@ def gather_product(
     ragged: tl.constexpr,
     wide: tl.constexpr,
     table: tl.constexpr,
+    by_phase: tl.constexpr,
+    stage_depth: tl.constexpr,
+    parts: tl.constexpr,
+    run: tl.constexpr,
     scatter: tl.constexpr,
     with_scale: tl.constexpr,
     with_bias: tl.constexpr,
@@ -170,57 +181,93 @@ def gather_product(
 
     Args:
       source: activations `[channels, *size]`, `size = (height, width, images)`.
-      entries: int32 rows to contract over, `[groups, depth_padded]`. With `table` those of all
-        groups one after the other, and `block_depth` more.
+      entries: int32 rows to contract over, `[groups, list_length]`, of which `depth` count. With
+        `table` `[stages * stage_depth]`, and `stage_depth` more; the groups are blocks.
       weights: element (group, k, m) is at `group * weight_strides[0] + k * weight_strides[1] + m *
+        weight_strides[2]`; of a stage, element (k, m) at `place + k * weight_strides[1] + m % run *
         weight_strides[2]`.
-      bounds: read with `table`: int32 `[groups + 1]`, where each group's entries (and weights)
-        begin, multiples of `block_depth`.
-      rows: int32 `[groups, tiles * block_rows]`, where each group's results go in `out`; -1:
-        nowhere.
+      bounds: read with `table`: int32 `[groups * 4 + 1]`, the first stage of each parity.
+      places: read with `table`: int32 `[stages, members / run]`, where a run of channels has its
+        weights: `(row * parts + part)`, of rows of `depth` weights and parts of `stage_depth`; -1:
+        it has none.
+      rows: int32 `[groups, row_length]`, where each group's results go in `out`; -1: nowhere. Not
+        read with `table`: the results of a block go to its channels.
       scale, bias: float32 by row of `out`; read with `with_scale` and `with_bias`.
       residual: in the shape of `out`; read with `with_residual`.
+      channels: rows of `out`.
       out: `[channels, *out_size]`; with `scatter` float32 zeros, to which the results are added.
+      by_phase: the programs of a table work on one phase each.
+      depth: with `table` the filters of a group, of which a stage holds `stage_depth`.
     """
     tiles: tl.constexpr = (members + block_rows - 1) // block_rows
+    phase_y: tl.constexpr = strides[0] if by_phase else 1
+    phase_x: tl.constexpr = strides[1] if by_phase else 1
+    height: tl.constexpr = (out_size[0] + phase_y - 1) // phase_y
+    width: tl.constexpr = (out_size[1] + phase_x - 1) // phase_x
     images: tl.constexpr = out_size[2]
-    positions: tl.constexpr = out_size[0] * out_size[1] * images
+    positions: tl.constexpr = height * width * images
+    position_tiles: tl.constexpr = (positions + block_positions - 1) // block_positions
+    all_positions: tl.constexpr = out_size[0] * out_size[1] * images
     program = tl.program_id(0)
     # Neighbouring programs work on the same positions: rows that several groups gather are then
     # still in the L2 cache.
     group, part = program % (groups * tiles) // tiles, program % tiles
-    tile = program // (groups * tiles)
+    tile = program // (groups * tiles) % position_tiles
+    phase = program // (groups * tiles * position_tiles)
+    shift_y, shift_x = phase // phase_x + padding[0], phase % phase_x + padding[1]
     place = tile * block_positions
     member = part * block_rows + tl.arange(0, block_rows)
-    row = tl.load(rows + group * (tiles * block_rows) + member)
     lane = tl.arange(0, block_positions)
     k = tl.arange(0, block_depth)
 
     inside = None
-    top, left, image = _positions(
-        tile, lane, images, out_size[1], strides, padding, backward, block_positions
-    )
+    if by_phase:  # the corner is the pixel's place within its phase
+        top, left, image = _positions(
+            tile, lane, images, width, (1, 1), (0, 0), False, block_positions
+        )
+    else:
+        top, left, image = _positions(
+            tile, lane, images, width, strides, padding, backward, block_positions
+        )
     if positions % block_positions != 0:
         inside = (place + lane < positions)[None, :]
+    pixel_offset = (place + lane)[None, :]
+    if phase_y * phase_x > 1:
+        y, x = top * phase_y + phase // phase_x, left * phase_x + phase % phase_x
+        pixel_offset = (y * out_size[1] + x) * images + image
+        if out_size[0] % phase_y != 0 or out_size[1] % phase_x != 0:
+            exists = (y < out_size[0]) & (x < out_size[1]) & (image < images)
+            inside = exists if inside is None else inside & exists
 
-    if table:
-        start, stop = tl.load(bounds + group), tl.load(bounds + group + 1)
-        entries += start
-        steps = (stop - start) // block_depth
-        weights += start * weight_strides[1]
-    else:
-        entries += group * depth_padded
-        steps = depth_padded // block_depth
-        weights += group * weight_strides[0]
     # The weights are loaded in the orientation of the product: Triton copies a transposed operand
     # in small pieces on Ampere.
     k_of_weight = k[:, None] if positions_first else k[None, :]
     member_of_weight = member[None, :] if positions_first else member[:, None]
-    weights += k_of_weight * weight_strides[1] + member_of_weight * weight_strides[2]
+    steps_of_stage: tl.constexpr = stage_depth // block_depth
+    runs: tl.constexpr = members // run
     weight_mask = None
-    if members % block_rows != 0:
+    if not table and members % block_rows != 0:
         weight_mask = member_of_weight < members
-
+    if table:
+        row = group * members + member
+        row = tl.where(row < channels, row, -1)
+        segment, segments = group * 4, 4
+        if phase_y * phase_x > 1:
+            segment, segments = segment + shift_y % 2 * 2 + shift_x % 2, 1
+        start, stop = tl.load(bounds + segment), tl.load(bounds + segment + segments)
+        entries += start * stage_depth
+        steps = (stop - start) * steps_of_stage
+        places += start * runs
+        if runs > 1:
+            places += member_of_weight // run
+        place_of_run = tl.load(places)
+        member_of_weight %= run
+    else:
+        row = tl.load(rows + group * row_length + member)
+        entries += group * list_length
+        steps = (depth + block_depth - 1) // block_depth
+        weights += group * weight_strides[0]
+    weights += k_of_weight * weight_strides[1] + member_of_weight * weight_strides[2]
     total = tl.zeros(
         (block_positions, block_rows) if positions_first else (block_rows, block_positions),
         tl.float32,
@@ -236,24 +283,37 @@ def gather_product(
             image,
             inside,
             size,
+            shift_y,
+            shift_x,
             strides,
             dilation,
             backward,
+            by_phase,
             border,
             ragged,
             wide,
         )
         mask = weight_mask
-        if not table and depth % block_depth != 0:
-            inside_depth = step * block_depth + k_of_weight < depth
+        if table:
+            first_k = step % steps_of_stage * block_depth + place_of_run % parts * stage_depth
+            # Written as products: Triton must see that a row begins at a multiple of 16 bytes.
+            weight_block = weights + (place_of_run // parts * depth + first_k)
+            if runs > 1:
+                mask = place_of_run >= 0
+        else:
+            first_k = step * block_depth
+            weight_block = weights + step * (block_depth * weight_strides[1])
+        if ragged:
+            inside_depth = first_k + k_of_weight < depth
             mask = inside_depth if mask is None else mask & inside_depth
-        weight_block = weights + step * (block_depth * weight_strides[1])
         if mask is None:
             weight = tl.load(weight_block)
         else:
             weight = tl.load(weight_block, mask=mask, other=0.0)
         next_step = step + 1 if table else tl.minimum(step + 1, steps - 1)
         entry = tl.load(entries + next_step * block_depth + k)
+        if table:
+            place_of_run = tl.load(places + next_step // steps_of_stage * runs)
         if positions_first:
             total = tl.dot(tl.trans(gathered), weight, total, input_precision=precision)
         else:
@@ -261,8 +321,8 @@ def gather_product(
     if positions_first:
         total = tl.trans(total)
 
-    row_offset = row.to(tl.int64) * positions if wide else row * positions
-    offset = row_offset[:, None] + (place + lane)[None, :]
+    row_offset = row.to(tl.int64) * all_positions if wide else row * all_positions
+    offset = row_offset[:, None] + pixel_offset
     mask = (row >= 0)[:, None]
     if inside is not None:
         mask = mask & inside
@@ -289,8 +349,9 @@ def weight_gradient(
     out,
     groups: tl.constexpr,
     depth: tl.constexpr,
-    depth_padded: tl.constexpr,
+    list_length: tl.constexpr,
     members: tl.constexpr,
+    row_length: tl.constexpr,
     splits: tl.constexpr,
     size: tl.constexpr,
     out_size: tl.constexpr,
@@ -311,14 +372,13 @@ def weight_gradient(
 
     Args:
       source: activations `[channels, *size]`.
-      entries: int32 rows `[groups, depth_padded]`; -1: nothing.
-      rows: int32 `[groups, tiles * block_rows]`, each group's channels of the gradient; -1:
-        nothing.
+      entries: int32 rows `[groups, list_length]`, of which `depth` count; -1: nothing.
+      rows: int32 `[groups, row_length]`, each group's channels of the gradient; -1: nothing.
       gradient: `[channels, *out_size]`.
       out: float32 `[splits, groups, depth, members]`.
     """
     tiles: tl.constexpr = (members + block_rows - 1) // block_rows
-    depth_tiles: tl.constexpr = depth_padded // block_depth
+    depth_tiles: tl.constexpr = (depth + block_depth - 1) // block_depth
     images: tl.constexpr = out_size[2]
     positions: tl.constexpr = out_size[0] * out_size[1] * images
     steps: tl.constexpr = (positions + block_positions - 1) // block_positions
@@ -330,8 +390,8 @@ def weight_gradient(
     k = depth_tile * block_depth + tl.arange(0, block_depth)
     member = part * block_rows + tl.arange(0, block_rows)
     lane = tl.arange(0, block_positions)
-    entry = tl.load(entries + group * depth_padded + k)[:, None]
-    row = tl.load(rows + group * (tiles * block_rows) + member)[:, None]
+    entry = tl.load(entries + group * list_length + k)[:, None]
+    row = tl.load(rows + group * row_length + member)[:, None]
     row_offset = row.to(tl.int64) * positions if wide else row * positions
 
     total = tl.zeros((block_depth, block_rows), tl.float32)
@@ -351,8 +411,11 @@ def weight_gradient(
             image,
             inside,
             size,
+            0,
+            0,
             strides,
             dilation,
+            False,
             False,
             border,
             ragged,

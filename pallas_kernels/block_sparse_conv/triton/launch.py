@@ -6,13 +6,13 @@ import jax
 
 from pallas_kernels.block_sparse_conv.epilogue import Epilogue
 from pallas_kernels.block_sparse_conv.index import Index
+from pallas_kernels.block_sparse_conv.plan import Plan, why_no_plan
 from pallas_kernels.block_sparse_conv.spec import ConvSpec, Implementation
-from pallas_kernels.block_sparse_conv.triton import calls, kernels
+from pallas_kernels.block_sparse_conv.triton import calls
 from pallas_kernels.block_sparse_conv.triton.fitting import Tile
 from pallas_kernels.block_sparse_conv.triton.input_gradient import input_gradient
 from pallas_kernels.block_sparse_conv.triton.normal_form import fit, normal, restore
 from pallas_kernels.block_sparse_conv.triton.tiles import choose_tile
-from pallas_kernels.padding import round_up
 from pallas_kernels.sequential import one_at_a_time
 
 OLDEST_CAPABILITY = 80
@@ -60,14 +60,8 @@ def limits(spec: ConvSpec) -> str | None:
     """
     if not spec.has_known_batch:
         return f"its tiles depend on the number of images, got batch={spec.batch}; use 'xla'"
-    if max(spec.kernel) > kernels.MAX_KERNEL:
-        return (
-            f"takes kernels up to {kernels.MAX_KERNEL} pixels on a side, got {spec.kernel}; use "
-            f"'xla'"
-        )
-    channels = max(spec.cin, spec.cout)
-    if channels > kernels.MAX_CHANNELS:
-        return f"takes up to {kernels.MAX_CHANNELS} channels, got {channels}; use 'xla'"
+    if reason := why_no_plan(spec.kernel_shape):
+        return f"{reason}; use 'xla'"
     if spec.dtype not in DTYPES:
         return (
             f"computes in float32, bfloat16 and float16, not in {spec.dtype}; cast x, or use 'xla'"
@@ -95,6 +89,7 @@ def _forward(
     scale: jax.Array | None = None,
     bias: jax.Array | None = None,
     residual: jax.Array | None = None,
+    plan: Plan | None = None,
     tile: Tile | None = None,
 ) -> jax.Array:
     plain = normal(spec)
@@ -102,34 +97,26 @@ def _forward(
     depth, members = spec.kept * spec.kept_taps, spec.group_size
 
     def forward(
-        x: jax.Array,
-        values: jax.Array,
-        filters: jax.Array,
-        channels: jax.Array,
-        taps: jax.Array,
-        scale: jax.Array | None,
-        bias: jax.Array | None,
-        residual: jax.Array | None,
+        x: jax.Array, values: jax.Array, index: Index, epilogue: Epilogue, plan: Plan | None
     ) -> jax.Array:
-        lists = calls.entries(
-            plain, channels, taps, taps_first=False, depth=round_up(depth, run_tile.depth)
-        )
-        residual = None if residual is None else fit(residual, plain.out_shape)
+        plan = plan or calls.plan_of(plain, index)
+        strides = (depth * members, members, 1)
+        if epilogue.residual is not None:
+            epilogue = epilogue._replace(residual=fit(epilogue.residual, plain.out_shape))
         y = calls.gather_product(
             plain,
             run_tile,
             fit(x, plain.in_shape),
-            lists,
-            calls.Weights(values, (depth * members, members, 1), depth=depth, members=members),
-            filters,
+            calls.Lists(plan.forward, plan.rows, values, strides, depth=depth, members=members),
             backward=False,
             dtype=x.dtype,
-            epilogue=Epilogue(scale, bias, residual),
+            epilogue=epilogue,
             relu=spec.relu,
         )
         return restore(y, spec.out_shape)
 
-    return one_at_a_time(forward, (x, values, filters, channels, taps, scale, bias, residual))
+    index, epilogue = Index(filters, channels, taps), Epilogue(scale, bias, residual)
+    return one_at_a_time(forward, (x, values, index, epilogue, plan))
 
 
 def _input_gradient(
@@ -139,13 +126,14 @@ def _input_gradient(
     filters: jax.Array,
     channels: jax.Array,
     taps: jax.Array,
+    plan: Plan | None = None,
     tile: Tile | None = None,
     method: str = "",
 ) -> jax.Array:
-    def backward(dy: jax.Array, values: jax.Array, *index: jax.Array) -> jax.Array:
-        return input_gradient(spec, dy, values, Index(*index), tile=tile, method=method)
+    def backward(dy: jax.Array, values: jax.Array, index: Index, plan: Plan | None) -> jax.Array:
+        return input_gradient(spec, dy, values, index, plan, tile=tile, method=method)
 
-    return one_at_a_time(backward, (dy, values, filters, channels, taps))
+    return one_at_a_time(backward, (dy, values, Index(filters, channels, taps), plan))
 
 
 def _weight_gradient(
@@ -155,22 +143,20 @@ def _weight_gradient(
     filters: jax.Array,
     channels: jax.Array,
     taps: jax.Array,
+    plan: Plan | None = None,
     tile: Tile | None = None,
 ) -> jax.Array:
     plain = normal(spec)
     run_tile = tile or choose_tile(spec, "weight_gradient", calls.capability())
-    depth = round_up(spec.kept * spec.kept_taps, run_tile.depth)
 
-    def backward(
-        x: jax.Array, dy: jax.Array, filters: jax.Array, channels: jax.Array, taps: jax.Array
-    ) -> jax.Array:
-        lists = calls.entries(plain, channels, taps, taps_first=False, depth=depth)
+    def backward(x: jax.Array, dy: jax.Array, index: Index, plan: Plan | None) -> jax.Array:
+        plan = plan or calls.plan_of(plain, index)
         x, dy = fit(x, plain.in_shape), fit(dy, plain.out_shape)
-        return calls.weight_gradient(plain, run_tile, x, dy, lists, filters).sum(0)
+        return calls.weight_gradient(plain, run_tile, x, dy, plan).sum(0)
 
-    return one_at_a_time(backward, (x, dy, filters, channels, taps))
+    return one_at_a_time(backward, (x, dy, Index(filters, channels, taps), plan))
 
 
 IMPLEMENTATION = Implementation(
-    "triton", _supports, _forward, _input_gradient, _weight_gradient, fused=True
+    "triton", _supports, _forward, _input_gradient, _weight_gradient, fused=True, plans=True
 )

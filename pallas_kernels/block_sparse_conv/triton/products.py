@@ -3,18 +3,17 @@
 import dataclasses
 import math
 
+from pallas_kernels.block_sparse_conv.plan import plan_sizes
 from pallas_kernels.block_sparse_conv.spec import ConvSpec
 from pallas_kernels.block_sparse_conv.triton.fitting import itemsize
 from pallas_kernels.block_sparse_conv.triton.normal_form import normal
 from pallas_kernels.devices import this_device
 
 METHODS = ("transposed", "scatter", "dense")
-"""The ways of the input gradient: from a transposed table of the lists, by adding each group's
+"""The ways of the input gradient: from the plan's table, by adding each group's
 share to float32 sums in memory, and XLA's dense convolution."""
 REACHED = {"transposed": 0.6, "scatter": 0.6, "dense": 0.75}
 """The share of the device's rates that each way reaches; estimated."""
-LEAST_CHANNEL_RUN = 8
-"""The transposed table takes runs of channels of at least half a tile of 16 rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +23,8 @@ class Product:
     Attributes:
       groups: how many products there are.
       members: rows of each result.
-      depth: length of the contraction (from a table: on average).
+      depth: length of the contraction (from a table: expected, where each group keeps random runs
+        of channels, and a program works on one phase of the strides).
       positions: columns of each result.
     """
 
@@ -52,9 +52,12 @@ def product(spec: ConvSpec, pass_name: str, method: str = "") -> Product:
     positions = math.prod(spec.in_shape[1:])
     if method == "scatter":
         return Product(spec.groups, spec.kept, depth_of_group, positions)
-    runs = spec.cin // spec.channel_block
-    mean_depth = max(1, spec.groups * spec.kept * depth_of_group // spec.cin)
-    return Product(runs, spec.channel_block, mean_depth, positions)
+    sizes = plan_sizes(spec.kernel_shape, spec.packed_shape, spec.channel_block)
+    is_kept = 1 - (1 - spec.kept / spec.cin) ** (sizes.block // sizes.run)
+    depth_of_group = spec.kept_taps * sizes.parts * sizes.depth
+    phases = min(4, math.prod(spec.kernel)) if spec.strides == (2, 2) else 1
+    depth = round(spec.groups * is_kept * depth_of_group / phases)
+    return Product(sizes.blocks, sizes.block, max(1, depth), positions)
 
 
 def tile_rows(members: int, arithmetic: str) -> int:
@@ -75,18 +78,6 @@ def tile_rows(members: int, arithmetic: str) -> int:
     most = {"half": 128, "ieee": 64, "tf32": 32}[arithmetic]
     allowed = [rows for rows in (16, 32, 64, 128) if rows <= most]
     return min(allowed, key=lambda rows: -(-members // rows) * (rows + 32))
-
-
-def methods(spec: ConvSpec) -> tuple[str, ...]:
-    """The ways of the input gradient that can run a spec.
-
-    Args:
-      spec: the static sizes.
-
-    Returns:
-      Some of `METHODS`.
-    """
-    return METHODS if spec.channel_block >= LEAST_CHANNEL_RUN else METHODS[1:]
 
 
 def cost(spec: ConvSpec, method: str) -> float:

@@ -6,13 +6,14 @@ import itertools
 from collections.abc import Iterator
 
 from pallas_kernels.block_sparse_conv import tuned_tables
+from pallas_kernels.block_sparse_conv.plan import plan_sizes
 from pallas_kernels.block_sparse_conv.spec import ConvSpec
 from pallas_kernels.block_sparse_conv.triton.fitting import Tile, fits, multiplies_wide, smaller
 from pallas_kernels.block_sparse_conv.triton.normal_form import computed_spec, normal
 from pallas_kernels.block_sparse_conv.triton.products import (
+    METHODS,
     Product,
     cost,
-    methods,
     product,
     tile_rows,
 )
@@ -46,7 +47,7 @@ def choose_tile(spec: ConvSpec, pass_name: str, capability: int = 90, method: st
         return Tile(**fields)
     spec = computed_spec(spec, pass_name)
     if pass_name == "input_gradient" and not method:
-        method = min(methods(spec), key=functools.partial(cost, spec))
+        method = min(METHODS, key=functools.partial(cost, spec))
     if method == "dense":
         return _dense_tile()
     return _rule_tile(normal(spec), pass_name, method, capability)
@@ -84,7 +85,7 @@ def candidate_tiles(spec: ConvSpec, pass_name: str, capability: int = 90) -> lis
     """
     plain = normal(computed_spec(spec, pass_name))
     tiles = []
-    for method in methods(spec) if pass_name == "input_gradient" else ("",):
+    for method in METHODS if pass_name == "input_gradient" else ("",):
         if method == "dense":
             tiles.append(_dense_tile())
             continue
@@ -108,10 +109,13 @@ def _tiles_around(rule: Tile, spec: ConvSpec, pass_name: str, capability: int) -
         positions: tuple[int, ...] = (32, 64) if is_half else (16, 32)
         if multiplies_wide(spec, capability):
             positions = (32, 64, 128)
-        depths = (64,) if spec.precision == "ieee" else (64, 128)
+        depths: tuple[int, ...] = (64,) if spec.precision == "ieee" else (64, 128)
     else:
         positions = (64, 128, 256)
         depths = (32, 64) if is_half else (16, 32)
+        if rule.method == "transposed":
+            deepest = _stage_depth(spec)
+            depths = tuple(dict.fromkeys(min(depth, deepest) for depth in depths))
     for size, depth in itertools.product(positions, depths):
         yield dataclasses.replace(rule, positions=size, depth=depth)
 
@@ -141,7 +145,9 @@ def _rule_tile(spec: ConvSpec, pass_name: str, method: str, capability: int) -> 
         tile = Tile(rows, 64 if is_half else 32, depth)
     else:
         depth = 64 if is_half else 32
-        if round_up(p.depth, depth) > 1.1 * round_up(p.depth, depth // 2):
+        if method == "transposed":
+            depth = min(depth, _stage_depth(spec))
+        elif round_up(p.depth, depth) > 1.1 * round_up(p.depth, depth // 2):
             depth //= 2
         positions = 128
         while positions > 64 and _programs(p, rows, positions) < this_device().multiprocessors:
@@ -167,6 +173,11 @@ def _rule_tile(spec: ConvSpec, pass_name: str, method: str, capability: int) -> 
 def _programs(p: Product, rows: int, positions: int) -> int:
     """How many programs compute the products."""
     return p.groups * -(-p.members // rows) * -(-p.positions // positions)
+
+
+def _stage_depth(spec: ConvSpec) -> int:
+    """The filters of a stage of the plan's table: tiles must divide it."""
+    return plan_sizes(spec.kernel_shape, spec.packed_shape, spec.channel_block).depth
 
 
 def _power_of_two(size: int, low: int, high: int) -> int:
