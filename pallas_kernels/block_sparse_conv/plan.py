@@ -255,7 +255,9 @@ def _table(
     of_group, of_block, of_tap = jnp.unravel_index(order, segment.shape)
     sorted_segment = segment.reshape(-1)[order]
     is_stage = sorted_segment < last
-    bounds = jnp.searchsorted(sorted_segment, jnp.arange(last + 1)) * sizes.parts
+    # Compared at once: a search would loop, and a loop in a step cannot go into its CUDA graph.
+    firsts = jnp.searchsorted(sorted_segment, jnp.arange(last + 1), method="compare_all")
+    bounds = firsts * sizes.parts
 
     filters = pad_to(index.filters, (groups, sizes.parts * sizes.depth), NOTHING)[of_group]
     entries = list_entries(filters, index.taps[of_group, of_tap][:, None], kernel_width)
