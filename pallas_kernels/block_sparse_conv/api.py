@@ -122,7 +122,7 @@ def block_sparse_conv(
         return apply_epilogue(zeros, *epilogue, relu=spec.relu)
     index = Index(*(jnp.asarray(array, jnp.int32) for array in index))
     x, values, epilogue = reverse_mode_only((x, values, epilogue))
-    reads_plans = implementations.forward.plans or implementations.training.plans
-    plan = plan if reads_plans else None
+    if not (implementations.forward.plans or implementations.training.plans):
+        plan = None
     operands = vary_alike(whole(Operands(x, values, index, epilogue, plan)))
     return convolve(spec, implementations, operands)

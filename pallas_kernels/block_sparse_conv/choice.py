@@ -62,7 +62,7 @@ def reads_plans(implementation: str | None) -> bool:
       >>> reads_plans("triton"), reads_plans("xla"), reads_plans(None)
       (True, False, False)
     """
-    return implementation is not None and IMPLEMENTATIONS[implementation].plans
+    return implementation is not None and bool(IMPLEMENTATIONS[implementation].plans)
 
 
 def why_dense() -> str | None:

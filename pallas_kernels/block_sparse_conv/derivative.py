@@ -177,15 +177,14 @@ def _run_pass(
 
     Native kernels and GPU kernels have no derivative; second derivatives use this one.
     """
-    if not implementation.plans:
+    if name not in implementation.plans:
         plan = None
     arrays, tree = jax.tree.flatten((operands, plan))
 
     def run(*arrays: jax.Array) -> jax.Array:
         every, plan = jax.tree.unflatten(tree, arrays)
         part = dataclasses.replace(spec, batch=arrays[0].shape[3])
-        options = {} if plan is None else {"plan": plan}
-        return getattr(implementation, name)(part, *every, **options)
+        return implementation.run(name, part, *every, plan=plan)
 
     return over_images(run, _axes(name, operands, plan), _RESULT[name])(*arrays)
 

@@ -158,8 +158,7 @@ class Implementation:
       fused: whether `forward` takes `scale`, `bias` (float32 `[cout]`) and `residual` (as y), each
         of which may be None, and honours `spec.relu`: `y = relu(scale * conv + bias + residual)` in
         one pass over memory. Where it is False, XLA's operations follow the forward pass.
-      plans: whether every pass takes `plan=`, a `Plan` that fits the spec, from callers that have
-        one.
+      plans: the passes that take `plan=`, a `Plan` that fits the spec, from callers that have one.
     """
 
     name: str
@@ -168,4 +167,27 @@ class Implementation:
     input_gradient: Pass
     weight_gradient: Pass
     fused: bool = False
-    plans: bool = False
+    plans: tuple[str, ...] = ()
+
+    def run(
+        self, pass_name: str, spec: ConvSpec, *operands: jax.Array | None, plan: Any = None
+    ) -> jax.Array:
+        """Runs a pass, with the plan where it reads one.
+
+        Args:
+          pass_name: one of `PASSES`.
+          spec: the static sizes.
+          *operands: of the pass.
+          plan: the lists of the layout, or None.
+
+        Returns:
+          The pass's result.
+
+        Example:
+          >>> passes = dict.fromkeys(PASSES, lambda spec, *operands, **options: len(options))
+          >>> reader = Implementation("a", lambda spec: None, plans=("forward",), **passes)
+          >>> [reader.run(name, None, plan="lists") for name in PASSES]
+          [1, 0, 0]
+        """
+        options = {"plan": plan} if plan is not None and pass_name in self.plans else {}
+        return getattr(self, pass_name)(spec, *operands, **options)

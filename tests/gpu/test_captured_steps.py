@@ -29,6 +29,7 @@ BEST = dataclasses.replace(
     name="best",
     supports=lambda spec: mosaic_gpu.limits(spec) or triton.limits(spec),
     input_gradient=mosaic_gpu.IMPLEMENTATION.input_gradient,
+    plans=("forward", "weight_gradient"),
 )
 OPTIONS = StepOptions("bfloat16", 64, 16, 1, False)
 QUICK_OPTIONS = StepOptions("bfloat16", 8, 1, 1, False)

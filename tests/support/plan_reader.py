@@ -3,7 +3,15 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, Index, Plan, choice, xla
+from pallas_kernels.block_sparse_conv import (
+    PASSES,
+    ConvSpec,
+    Implementation,
+    Index,
+    Plan,
+    choice,
+    xla,
+)
 from pallas_kernels.block_sparse_conv.plan import plan_sizes
 from pallas_kernels.dense_conv import dense_conv
 from pallas_kernels.varying import vary_alike
@@ -53,7 +61,7 @@ def _input_gradient(spec, dy, values, *_, plan):
 
 
 IMPLEMENTATION = Implementation(
-    NAME, lambda spec: None, _forward, _input_gradient, _weight_gradient, plans=True
+    NAME, lambda spec: None, _forward, _input_gradient, _weight_gradient, plans=PASSES
 )
 """Without a plan its passes are a TypeError."""
 

@@ -7,7 +7,14 @@ from collections.abc import Iterator
 
 import jax
 
-from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, apply_epilogue, choice
+from pallas_kernels.block_sparse_conv import (
+    PASSES,
+    ConvSpec,
+    Implementation,
+    Plan,
+    apply_epilogue,
+    choice,
+)
 
 
 class Fallback:
@@ -53,6 +60,7 @@ class Fallback:
             self._input_gradient,
             self._weight_gradient,
             fused=True,
+            plans=PASSES,
         )
         try:
             yield self.name
@@ -72,15 +80,21 @@ class Fallback:
             self.refused[layer] = f"{server.name}: {reasons[self._records[0].name]}"
         return server
 
-    def _forward(self, spec: ConvSpec, *operands: jax.Array | None) -> jax.Array:
+    def _forward(
+        self, spec: ConvSpec, *operands: jax.Array | None, plan: Plan | None = None
+    ) -> jax.Array:
         record = self._serve(spec)
         if record.fused:
-            return record.forward(spec, *operands)
-        scale, bias, residual = operands[5:]
-        return apply_epilogue(record.forward(spec, *operands[:5]), scale, bias, residual, spec.relu)
+            return record.run("forward", spec, *operands, plan=plan)
+        y = record.run("forward", spec, *operands[:5], plan=plan)
+        return apply_epilogue(y, *operands[5:], relu=spec.relu)
 
-    def _input_gradient(self, spec: ConvSpec, *operands: jax.Array) -> jax.Array:
-        return self._serve(spec).input_gradient(spec, *operands)
+    def _input_gradient(
+        self, spec: ConvSpec, *operands: jax.Array, plan: Plan | None = None
+    ) -> jax.Array:
+        return self._serve(spec).run("input_gradient", spec, *operands, plan=plan)
 
-    def _weight_gradient(self, spec: ConvSpec, *operands: jax.Array) -> jax.Array:
-        return self._serve(spec).weight_gradient(spec, *operands)
+    def _weight_gradient(
+        self, spec: ConvSpec, *operands: jax.Array, plan: Plan | None = None
+    ) -> jax.Array:
+        return self._serve(spec).run("weight_gradient", spec, *operands, plan=plan)

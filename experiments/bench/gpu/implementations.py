@@ -68,8 +68,8 @@ def _wide(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     def wide_constants(*arguments: Any, **options: Any) -> dict[str, Any]:
         return constants(*arguments, **options) | {WIDE: True}
 
-    def wide(*operands: Any) -> jax.Array:
+    def wide(*operands: Any, **options: Any) -> jax.Array:
         with mock.patch.object(calls, "geometry_constants", wide_constants):
-            return run(*operands)
+            return run(*operands, **options)
 
     return wide

@@ -7,7 +7,7 @@ import jax
 from pallas_kernels.block_sparse_conv.epilogue import Epilogue
 from pallas_kernels.block_sparse_conv.index import Index
 from pallas_kernels.block_sparse_conv.plan import Plan, why_no_plan
-from pallas_kernels.block_sparse_conv.spec import ConvSpec, Implementation
+from pallas_kernels.block_sparse_conv.spec import PASSES, ConvSpec, Implementation
 from pallas_kernels.block_sparse_conv.triton import calls
 from pallas_kernels.block_sparse_conv.triton.fitting import Tile
 from pallas_kernels.block_sparse_conv.triton.input_gradient import input_gradient
@@ -158,5 +158,5 @@ def _weight_gradient(
 
 
 IMPLEMENTATION = Implementation(
-    "triton", _supports, _forward, _input_gradient, _weight_gradient, fused=True, plans=True
+    "triton", _supports, _forward, _input_gradient, _weight_gradient, fused=True, plans=PASSES
 )
