@@ -7,7 +7,7 @@ Where images are of a few pixels, a matrix product for each tap skips the paddin
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,14 +19,14 @@ from pallas_kernels.block_sparse_conv import cpu, cpu_times
 from pallas_kernels.block_sparse_conv.api import block_sparse_conv
 from pallas_kernels.block_sparse_conv.cpu.launch import DTYPES
 from pallas_kernels.block_sparse_conv.epilogue import apply_epilogue
-from pallas_kernels.block_sparse_conv.spec import PASSES, ConvSpec, Implementation
+from pallas_kernels.block_sparse_conv.spec import ConvSpec, Implementation
 
 LARGEST_GROUP = 64
 """The most filters of a block: among 16 to 512, groups of 64 took the least time, measured on 2
 cores of a CPU with AVX-512 at the sizes of VGG-19 and ResNet-32, batch 128."""
 SMALLEST = 8
 """The fewest input channels, and filters of a block. Stems run as one matrix product."""
-DENSE = {"xla": dense_conv.xla_conv, "taps": dense_conv.tap_conv}
+DENSE: dict[str, Callable[..., Array]] = {"xla": dense_conv.xla_conv, "taps": dense_conv.tap_conv}
 """The formulations beside the native kernels."""
 
 
@@ -166,10 +166,9 @@ def by_formulation(formulation: str | None) -> Implementation:
         gradient = jax.linear_transpose(lambda kernel: _dense(spec, name, x, kernel), kernel)(dy)
         return _packed(gradient[0], spec.groups).astype(jnp.float32)
 
-    passes = dict(zip(PASSES, (forward, input_gradient, weight_gradient), strict=True))
-    return Implementation(
-        formulation or "fastest", supports=cpu.IMPLEMENTATION.supports, fused=True, **passes
-    )
+    name = formulation or "fastest"
+    supports = cpu.IMPLEMENTATION.supports
+    return Implementation(name, supports, forward, input_gradient, weight_gradient, fused=True)
 
 
 def _dense(spec: ConvSpec, name: str, x: Array, kernel: Array) -> Array:

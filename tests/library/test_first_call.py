@@ -59,7 +59,7 @@ def test_an_update_selects_in_one_loop_for_all_layers_of_a_shape(name):
 
 @pytest.mark.parametrize("name", ["rigl", "gradual"])
 def test_single_weights_select_in_one_loop_for_all_layers_of_a_size(name):
-    """Layers of 4096 weights in four shapes, one of them stacked kernels, which stay as they are."""
+    """Layers of 4096 weights in four shapes, one of them stacked, which stay as they are."""
     shapes = {
         "a": (1, 1, 64, 64),
         "b": (1, 1, 32, 128),
