@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float
 
@@ -160,28 +159,21 @@ def subp(
         rho = schedules.progress(curve, first, era.start, era.end, era.every)
         update_key = jax.random.fold_in(random_key, first)
 
-        def score(leaf: Leaf, _: None) -> Float[Array, "groups cin"]:
+        def prune(layer: tuple[Leaf, Array], _: None) -> Kept:
+            leaf, noise = layer
             kernel = jnp.where(leaf.mask, leaf.weights, 0) if version == 2 else leaf.weights
             size = pattern.size(leaf.mask.shape[-1])
-            return block_scores(kernel, size, criterion, alpha, leaf.mask)
+            scores = block_scores(kernel, size, criterion, alpha, leaf.mask)
+            blocks = _regrow(noise.reshape(scores.shape), scores, sparsity, rho, tau)
+            return Kept(pattern.mask(blocks, leaf.mask.shape), leaf.layout)
 
-        scores = map_alike(score, leaves, dict.fromkeys(leaves))
-        noise = _noise(update_key, {name: layer.size for name, layer in scores.items()})
-        # Groups do not see each other: those of all layers with as many channels go together.
-        names_by_cin: dict[int, list[str]] = {}
-        for name, layer in scores.items():
-            names_by_cin.setdefault(layer.shape[1], []).append(name)
-        blocks: dict[str, Array] = {}
-        for names in names_by_cin.values():
-            rows = [scores[name] for name in names]
-            noise_rows = [noise[name].reshape(scores[name].shape) for name in names]
-            kept = _regrow(jnp.concatenate(noise_rows), jnp.concatenate(rows), sparsity, rho, tau)
-            ends = np.cumsum([len(layer) for layer in rows])[:-1]
-            blocks.update(zip(names, jnp.split(kept, ends), strict=True))
-        return {
-            name: Kept(pattern.mask(blocks[name], leaf.mask.shape), leaf.layout)
+        blocks = {
+            name: leaf.mask.size // pattern.units(leaf.mask.shape).weights
             for name, leaf in leaves.items()
         }
+        noise = _noise(update_key, blocks)
+        layers = {name: (leaf, noise[name]) for name, leaf in leaves.items()}
+        return map_alike(prune, layers, dict.fromkeys(layers))
 
     last_epoch = min(-(-era.end // era.every) * era.every, _checks.MAX_STEP)
     last = None if version == 1 else last_epoch
@@ -255,12 +247,13 @@ def soft_blocks(
 
 def _noise(key: Array, sizes: dict[str, int]) -> dict[str, Float[Array, " size"]]:
     """Gumbel noise for layers, by one program for all of a size; the key folds in their place."""
-    keys = {name: (key, jnp.int32(place)) for place, name in enumerate(sizes)}
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(sizes)))
 
-    def draw(layer: tuple[Array, Array], size: int) -> Array:
-        return jax.random.gumbel(jax.random.fold_in(*layer), (size,), jnp.float32)
+    def draw(place: Array, size: int) -> Array:
+        return jax.random.gumbel(keys[place], (size,), jnp.float32)
 
-    return map_alike(draw, keys, sizes)
+    places = {name: jnp.int32(place) for place, name in enumerate(sizes)}
+    return map_alike(draw, places, sizes)
 
 
 def _regrow(
