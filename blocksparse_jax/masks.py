@@ -165,8 +165,9 @@ def _draw(pattern: Pattern, scores: Float[Array, "..."], count: Any) -> Kept:
     return pattern.draw(scores, count)
 
 
-# XLA's fusion emitters take twice as long to compile these programs for a CPU, which run once.
-_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
+# XLA's fusion emitters take twice as long to compile these programs for a CPU, which run once. From
+# jax 0.11 on there are no others.
+_OPTIONS = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else None
 _traced_draw = jax.jit(_draw, static_argnums=(0, 2))
 _compiled_draw = jax.jit(_draw, static_argnums=(0, 2), compiler_options=_OPTIONS)
 """One program for all layers of one shape and count."""

@@ -49,6 +49,7 @@ class CompareConfig:
     Attributes:
       out: folder of the run folders; None is runs/compare-DATE-TIME.
       methods: names of the registry; all is every one of them.
+      dataset: digits, or a prepared one of `experiments.train`, with its usual network.
       sparsity: fraction removed (dense and sr-ste, which keeps 2 of 4, fix their own).
       epochs: of each training.
       repetitions: timed steps of each method and execution.
@@ -61,6 +62,7 @@ class CompareConfig:
 
     out: str | None = None
     methods: tuple[str, ...] = COMPARED
+    dataset: str = "digits"
     sparsity: float = 0.9
     epochs: int = 10
     repetitions: int = 20
@@ -92,7 +94,9 @@ def main(config: CompareConfig) -> dict[str, Any]:
     steady_memory()
     out = Path(config.out or time.strftime("runs/compare-%Y%m%d-%H%M%S"))
     width = 0.25 if config.smoke else 1
-    base = TrainConfig(width=width, epochs=config.epochs, seed=config.seed, log_every=10)
+    base = TrainConfig(
+        dataset=config.dataset, width=width, epochs=config.epochs, seed=config.seed, log_every=10
+    )
     runs = {
         name: Run(
             dataclasses.replace(base, method=name, out=str(out / name), **_options(config, name))

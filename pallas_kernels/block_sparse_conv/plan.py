@@ -53,7 +53,7 @@ class Plan:
 
     Example:
       >>> index = Index(jnp.array([[0, 2], [1, 3]]), jnp.array([[0], [2]]), jnp.array([[4], [0]]))
-      >>> plan = make_plan(index, kernel_shape=(3, 3, 4, 4))
+      >>> plan: Plan = make_plan(index, kernel_shape=(3, 3, 4, 4))
       >>> plan.forward[:, 0].tolist(), plan.rows[:, :3].tolist()
       ([17, 512], [[0, 2, -1], [1, 3, -1]])
     """

@@ -26,6 +26,9 @@ LARGEST_GROUP = 64
 cores of a CPU with AVX-512 at the sizes of VGG-19 and ResNet-32, batch 128."""
 SMALLEST = 8
 """The fewest input channels, and filters of a block. Stems run as one matrix product."""
+XLA_PIXELS = 16
+"""The smallest output, in pixels, for which XLA's convolution is chosen: it takes 40 times as long
+as the others at 2x2 pixels, and only a few images of these were measured."""
 DENSE: dict[str, Callable[..., Array]] = {"xla": dense_conv.xla_conv, "taps": dense_conv.tap_conv}
 """The formulations beside the native kernels."""
 
@@ -122,6 +125,8 @@ def fastest_formulation(spec: ConvSpec, pass_name: str) -> str:
     entries = cpu_times.read(cpu_times.WHOLE)["entries"]
     times = [entry["milliseconds"][pass_name] for entry in entries]
     loss = cpu_times.losses(times, cpu_times.weights(spec, cpu_times.WHOLE))
+    if math.prod(spec.out_size) < XLA_PIXELS:
+        del loss["xla"]
     return min(loss, key=loss.__getitem__)
 
 
@@ -148,7 +153,8 @@ def by_formulation(formulation: str | None) -> Implementation:
         if name == cpu_times.NATIVE:
             return cpu.IMPLEMENTATION.forward(spec, x, values, *index_and_epilogue)
         y = _dense(spec, name, x, _unpacked(values, spec))
-        return apply_epilogue(y, *index_and_epilogue[3:], relu=spec.relu)
+        scale, bias, residual = index_and_epilogue[3:]
+        return apply_epilogue(y, scale, bias, residual, spec.relu)
 
     def input_gradient(spec: ConvSpec, dy: Array, values: Array, *index: Array) -> Array:
         name = chosen(spec, "input_gradient")
