@@ -60,12 +60,12 @@ def comparison(runs: Mapping[str, Sequence[dict[str, Any]]], path: str | Path) -
       runs: label -> rows of metrics.jsonl.
       path: of the PNG.
     """
-    figure = _figure(12, 3.6, "")
+    figure = _figure(12, 3.6 + 0.2 * len(runs), "")  # the legend has a line for every run
     for ax, name in zip(figure.subplots(1, 3), ("loss", "test_accuracy", "density"), strict=True):
         for label, rows in runs.items():
             _curve(ax, [row for row in rows if row["kind"] == "epoch"], name, label)
         ax.set_ylabel(name.replace("_", " "))
-    figure.axes[0].legend()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", fontsize=7)
     _save(figure, path)
 
 
