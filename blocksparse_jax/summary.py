@@ -49,8 +49,8 @@ class Row:
 
     @property
     def density(self) -> float:
-        """Kept fraction of this layer."""
-        return self.kept / self.weights
+        """Kept fraction of this layer; 0 of one that has lost all its channels."""
+        return self.kept / max(1, self.weights)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,7 +93,7 @@ def norms(name, axis):
 )
 def test_the_smaller_network_computes_the_function_of_the_larger_one(name, silent):
     """With zero channels, in training mode (statistics and gradients too) and at inference."""
-    size = 32 if name == "vgg19" else 16  # its last norms need more than a few values
+    size = 32 if name in ("vgg19", "mobilenet_v1") else 16  # their last norms need more values
     images = jax.random.normal(jax.random.key(1), (4, size, size, 3))
     large = network(name, **NETWORKS[name])
     variables = random_variables(large, images)
@@ -216,7 +216,7 @@ def settings(tmp_path, method, options, **fields):
         slow_unless(
             False,
             "group-lasso",
-            {"depth": True, "strength": 0.1, "threshold": 0.03},
+            {"depth": True, "strength": 0.1, "threshold": 0.1},
             {"sparsity": 0.8, "execution": "packed", "model": "resnet20"},
         ),
         slow_unless(

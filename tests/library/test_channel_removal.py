@@ -176,3 +176,14 @@ def test_a_state_that_cannot_follow_is_refused():
     blocks = bsj.hrbp_prune(0.5, group_size=16).init(weights)
     with pytest.raises(ValueError, match="remove channels before"):
         bsj.remove_channels(spaces, kept, weights, blocks)
+
+
+def test_a_layer_that_lost_all_its_channels_is_summarized():
+    params = {"a": jnp.ones((3, 3, 8, 8)), "b": jnp.ones((3, 3, 8, 8)), "c": jnp.ones((1, 1, 8, 4))}
+    method = bsj.magnitude(0.5, where=lambda name, leaf: True)
+    state = bsj.sparse(method, optax.sgd(0.1)).init(params)
+    spaces, kept = {"inner": [("a", 3), ("b", 2)]}, {"inner": np.zeros(8, bool)}
+    smaller = bsj.remove_channels(spaces, kept, params, state, vanishing=["inner"])
+    summary = bsj.summarize(*smaller)
+    assert [(row.weights, row.density) for row in summary.rows] == [(0, 0), (0, 0), (32, 0.5)]
+    assert "3x3x8x0" in str(summary)
