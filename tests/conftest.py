@@ -5,6 +5,7 @@ fixture `params`.
 import gc
 import os
 import shutil
+import signal
 import tempfile
 import threading
 from pathlib import Path
@@ -23,6 +24,14 @@ _FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_spli
 if jax.__version_info__ < (0, 11):  # from 0.11 on there are no other emitters
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
+
+# A process in a shell's background ignores SIGINT, under nohup SIGHUP too; tests send both.
+for _number, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 # What one test or one xdist worker has compiled, the others need not compile again: reading even
 # the smallest program takes a quarter of the time.
