@@ -24,9 +24,9 @@ from experiments.bench.gpu.journal import Journal, TimeUp
 from experiments.bench.gpu.step_setup import STEP, set_up
 from experiments.bench.gpu.trace_events import gpu_kernels
 from experiments.bench.gpu.training_units import (
-    NETWORKS,
     StepOptions,
     Unit,
+    networks_named,
     training_waves,
     unit_key,
 )
@@ -80,11 +80,11 @@ def main(config: ProfileConfig) -> dict[str, Any]:
       The report; "complete" says whether everything is in it.
 
     Raises:
-      ValueError: the device is no GPU.
+      ValueError: the device is no GPU, or there is no such network.
     """
     clock.require_gpu(config.quick)
     options = StepOptions(config.precision, config.group_size, config.channel_block, 1, False)
-    networks = [network for network in NETWORKS if config.models in network.model]
+    networks = networks_named(config.models, quick=config.quick)
     waves = [] if config.quick else training_waves(config.implementations, networks)[:2]
     units = [unit for wave in waves for unit in wave if unit.execution in ("dense", "packed")]
     keys = {unit: f"profile {unit_key(options, unit)}" for unit in units}

@@ -34,10 +34,9 @@ from experiments.bench.gpu.journal import Journal, TimeUp
 from experiments.bench.gpu.step_times import measure_steps
 from experiments.bench.gpu.torch_steps import measure_torch_steps
 from experiments.bench.gpu.training_units import (
-    NETWORKS,
-    QUICK_NETWORKS,
     StepOptions,
     Unit,
+    networks_named,
     training_waves,
     unit_key,
 )
@@ -103,12 +102,7 @@ def main(config: GpuTrainingConfig) -> dict[str, Any]:
         config = dataclasses.replace(
             config, repetitions=2, group_size=8, channel_block=1, implementations=("xla",)
         )
-    networks = QUICK_NETWORKS if config.quick else NETWORKS
-    chosen = [network for network in networks if config.models in network.model]
-    if not chosen:
-        raise ValueError(
-            f"models: no network's name contains {config.models!r}; e.g. {networks[0].model!r}"
-        )
+    chosen = networks_named(config.models, quick=config.quick)
     options = StepOptions(
         config.precision, config.group_size, config.channel_block, config.repetitions, config.quick
     )

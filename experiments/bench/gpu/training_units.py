@@ -45,6 +45,27 @@ NETWORKS = (
 QUICK_NETWORKS = (Network("cnn", 4, (0.9,), image_size=8),)
 
 
+def networks_named(part: str, *, quick: bool = False) -> list[Network]:
+    """Returns the networks whose names contain a part.
+
+    Args:
+      part: of the name; empty for all.
+      quick: choose among the tiny ones.
+
+    Raises:
+      ValueError: there is none.
+
+    Example:
+      >>> [network.batch_size for network in networks_named("vgg")]
+      [128, 1024]
+    """
+    networks = QUICK_NETWORKS if quick else NETWORKS
+    named = [network for network in networks if part in network.model]
+    if not named:
+        raise ValueError(f"models: no network's name contains {part!r}; e.g. {networks[0].model!r}")
+    return named
+
+
 @dataclasses.dataclass(frozen=True)
 class Unit:
     """One timed step.
