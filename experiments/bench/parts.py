@@ -25,7 +25,8 @@ from experiments.measuring.environment import origin
 from experiments.measuring.memory import steady_memory
 from experiments.measuring.timing import call_and_time, time_in_turn, time_record, timed
 from experiments.models import create
-from experiments.models.layers import Parts, max_pool
+from experiments.models.layers import Parts
+from experiments.models.pools import max_pool
 from experiments.reporting import markdown, results
 from experiments.reporting.reports import parts as report_tables
 

@@ -6,7 +6,8 @@ Its layers are wide enough that blocks of 16 or 32 filters make them faster.
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from experiments.models.layers import Parts, max_pool, scaled
+from experiments.models.layers import Parts, scaled
+from experiments.models.pools import max_pool
 
 
 class CNN(nn.Module):

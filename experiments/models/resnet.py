@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from experiments.models.layers import Parts, max_pool, scaled
+from experiments.models.layers import Parts, scaled
+from experiments.models.pools import max_pool
 
 
 class Block(nn.Module):

@@ -3,7 +3,8 @@
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from experiments.models.layers import Parts, max_pool, scaled
+from experiments.models.layers import Parts, scaled
+from experiments.models.pools import max_pool
 
 STAGES = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))
 """`(channels, convolutions)` of each stage; a 2x2 max pool lies between stages."""

@@ -16,7 +16,8 @@ from jax import lax
 import blocksparse_jax as bsj
 from blocksparse_jax.tree import conv_kernels, path_name
 from experiments.models import create, names
-from experiments.models.layers import DepthwiseConv, Parts, max_pool
+from experiments.models.layers import DepthwiseConv, Parts
+from experiments.models.pools import max_pool
 
 # (name, classes, width, stem) -> number of parameters: torchvision's for 1000 classes; the CIFAR
 # ResNets as GraSP has them (a 1x1 convolution and a norm in the shortcuts)
@@ -170,6 +171,22 @@ def test_max_pool_equals_reduce_window(size, strides, padding, side):
     np.testing.assert_allclose(
         actual_vjp(cotangent)[0], expected_vjp(cotangent)[0], rtol=1e-6, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_equal_maxima_share_the_gradient_equally(size):
+    x = jax.random.randint(jax.random.key(0), (2, 6, 6, 3), 0, 3).astype(jnp.float32)
+    dy = jax.random.normal(jax.random.key(1), (2, 6 // size, 6 // size, 3))
+    tiled = x.reshape(2, 6 // size, size, 6 // size, size, 3)
+    is_maximum = tiled == tiled.max((2, 4), keepdims=True)
+    assert int(is_maximum.sum((2, 4)).max()) > 2
+    share = (dy / is_maximum.sum((2, 4)))[:, :, None, :, None]
+    _, vjp = jax.vjp(lambda x: max_pool(x, size, size), x)
+    expected = jnp.where(is_maximum, share, 0).reshape(x.shape)
+    np.testing.assert_allclose(vjp(dy)[0], expected, rtol=1e-6)
+    dx = jax.random.normal(jax.random.key(2), x.shape)
+    _, dy_forward = jax.jvp(lambda x: max_pool(x, size, size), (x,), (dx,))
+    np.testing.assert_allclose((dy_forward * dy).sum(), (dx * expected).sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("strides", [1, 2])
