@@ -364,6 +364,8 @@ class Trainer:
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (batch_stats, correct)), grads = grad_fn(state.params)
+        if state.form == "masked" and jax.default_backend() == "gpu":
+            grads = jax.tree.map(_in_order, grads)
         updates, opt_state = self._tx.update(grads, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, updates)
         new = dataclasses.replace(
@@ -443,6 +445,15 @@ def stepper(
         return box[0], metrics
 
     return call
+
+
+def _in_order(grad: Array) -> Array:
+    """A kernel's gradient in the kernel's order in memory, before the optimizer reads it.
+
+    cuDNN's gradients are transposed. An update that transposes them too reads and writes weights
+    and moments at a quarter of the memory's rate (an H200: 42 MB in 45 us), and not in place.
+    """
+    return jax.lax.optimization_barrier(grad.reshape(-1)).reshape(grad.shape)
 
 
 def _variables(params: Any, batch_stats: Any, layouts: Any) -> dict[str, Any]:
