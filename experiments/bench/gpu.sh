@@ -67,7 +67,7 @@ if [ -n "${FROM:-}" ]; then
     cp -n "$FROM"/*.json* "$OUT"/
     if [ -d "$FROM"/compiled ]; then cp -rn "$FROM"/compiled "$OUT"/; fi
 fi
-for table in "$OUT"/tuned_{mosaic_gpu,triton}_*.json; do
+for table in "$OUT"/tuned_*.json; do
     if [ -e "$table" ]; then cp "$table" "$tuned"/; fi
 done
 if [ -n "${WHEELS:-}" ]; then
@@ -119,7 +119,9 @@ stage() {
 }
 
 finish() {
-    if [ -z "$QUICK" ]; then cp "$tuned"/tuned_{mosaic_gpu,triton}_*.json "$OUT"/ 2>/dev/null; fi
+    for table in "$tuned"/tuned_*.json; do # those of CPUs stay where they are
+        if [ -z "$QUICK" ] && [[ "$table" != *_cpu.json ]]; then cp "$table" "$OUT"/; fi
+    done
     case $1 in
         0) echo "all done" ;;
         75) echo "time is up: call again" ;;

@@ -5,7 +5,15 @@ import types
 
 import jax
 
-from pallas_kernels.block_sparse_conv import cpu, cpu_times, mosaic_gpu, reference, triton, xla
+from pallas_kernels.block_sparse_conv import (
+    cpu,
+    cpu_times,
+    gpu_times,
+    mosaic_gpu,
+    reference,
+    triton,
+    xla,
+)
 from pallas_kernels.block_sparse_conv.cpu.tiles import native_gain
 from pallas_kernels.block_sparse_conv.spec import ConvSpec, Implementation
 from pallas_kernels.block_sparse_conv.xla.tiles import choose
@@ -14,7 +22,8 @@ BACKENDS: tuple[types.ModuleType, ...] = (xla, cpu, reference, triton, mosaic_gp
 IMPLEMENTATIONS: dict[str, Implementation] = {
     backend.IMPLEMENTATION.name: backend.IMPLEMENTATION for backend in BACKENDS
 }
-GPU_KERNELS = ("mosaic_gpu", "triton")
+GPU_KERNELS = ("triton", "mosaic_gpu")
+"""In the order in which untuned shapes prefer them: Triton takes any list, and reads plans."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +62,18 @@ def reads_plans(implementation: str | None) -> bool:
     """Whether an implementation reads plans, so that it pays to make them.
 
     Args:
-      implementation: a name, or None to choose: what None picks today reads none.
+      implementation: a name, or None to choose: on a GPU that may be one that reads plans.
 
     Returns:
       A bool.
 
     Example:
-      >>> reads_plans("triton"), reads_plans("xla"), reads_plans(None)
-      (True, False, False)
+      >>> reads_plans("triton"), reads_plans("xla")
+      (True, False)
     """
-    return implementation is not None and bool(IMPLEMENTATIONS[implementation].plans)
+    if implementation is None:
+        return any(backend.unavailable() is None for backend in (triton, mosaic_gpu))
+    return bool(IMPLEMENTATIONS[implementation].plans)
 
 
 def why_dense() -> str | None:
@@ -87,7 +98,9 @@ def why_dense() -> str | None:
 def choose_implementation(spec: ConvSpec) -> Choice:
     """What `implementation=None` picks for a convolution, and why.
 
-    There is one choice where no gradients follow, and one where they do.
+    There is one choice where no gradients follow, and one where they do. On a GPU that the kernels
+    can run on, it is what took least time by the GPU's table or, for other shapes, by a rule (see
+    `gpu_times`), "dense" where that is cuDNN.
 
     Args:
       spec: the static sizes, and whether the gradients follow.
@@ -107,12 +120,12 @@ def choose_implementation(spec: ConvSpec) -> Choice:
         mode: dataclasses.replace(spec, gradients=gradients)
         for mode, gradients in cpu_times.MODES.items()
     }
+    kernels = [name for name in GPU_KERNELS if IMPLEMENTATIONS[name].supports(spec) is None]
+    if kernels:
+        picks = {mode: gpu_times.pick(one, kernels) for mode, one in by_mode.items()}
+        name, reason = picks[cpu_times.mode(spec)]
+        return Choice(name, reason, {mode: picked for mode, (picked, _) in picks.items()})
     details = {mode: choose(one) for mode, one in by_mode.items()}
-    gpu_kernels = [name for name in GPU_KERNELS if IMPLEMENTATIONS[name].supports(spec) is None]
-    if gpu_kernels:
-        names = " or ".join(map(repr, gpu_kernels))
-        reason = f"the GPU kernels are not measured yet; they run by name: {names}"
-        return Choice("xla", reason, details)
     if absent := cpu.IMPLEMENTATION.supports(spec):
         reason = f"the one that does just the kept work here; 'cpu': {absent}"
         return Choice("xla", reason, details)

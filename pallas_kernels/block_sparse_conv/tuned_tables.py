@@ -1,8 +1,10 @@
-"""The tables of tuned tiles: one JSON file for each implementation and GPU.
+"""The measurements of each GPU, one JSON file for all implementations: tuned tiles, and layers.
 
-A table is `{"environment": ..., "milliseconds": {key: [tuned, default]}, "tiles": {key: {field:
-value}}}`; the fields are those of the implementation's `Tile`, and `key` names a pass of a
-convolution.
+A table is `{"environment": ..., "milliseconds": {implementation: {key: [tuned, default]}}, "tiles":
+{implementation: {key: {field: value}}}, "layers": {layer_key: {...}}}`. The fields of a tile are
+those of the implementation's `Tile`, and `key` names a pass of a convolution. A layer holds
+"milliseconds", `{pass: {implementation or "dense": median}}`, where "dense" is cuDNN, and the
+"commit", "device" and "versions" of its measurement.
 """
 
 import functools
@@ -16,13 +18,15 @@ from pallas_kernels.block_sparse_conv.spec import ConvSpec
 from pallas_kernels.devices import this_gpu
 
 FOLDER = Path(__file__).parent / "tuned"
+DENSE = "dense"
+"""cuDNN's name among the times of a layer."""
+_PREFIX = "tuned_"
 
 
-def path(implementation: str, gpu: str | None, folder: Path | None = None) -> Path:
+def path(gpu: str | None, folder: Path | None = None) -> Path:
     """The file of a table.
 
     Args:
-      implementation: its name.
       gpu: short name; None: where there is no GPU.
       folder: of the tables; None: `FOLDER`.
 
@@ -30,10 +34,24 @@ def path(implementation: str, gpu: str | None, folder: Path | None = None) -> Pa
       The path; the file need not exist.
 
     Example:
-      >>> path("triton", "h100").name
-      'tuned_triton_h100.json'
+      >>> path("h100").name
+      'tuned_h100.json'
     """
-    return (folder or FOLDER) / f"tuned_{implementation}_{gpu or 'none'}.json"
+    return (folder or FOLDER) / f"{_PREFIX}{gpu or 'none'}.json"
+
+
+def gpus() -> list[str]:
+    """The short names of the GPUs that have a table.
+
+    Returns:
+      The names in alphabetical order.
+
+    Example:
+      >>> "h200" in gpus()
+      True
+    """
+    names = (file.stem.removeprefix(_PREFIX) for file in FOLDER.glob(f"{_PREFIX}*.json"))
+    return sorted(name for name in names if not name.endswith("_cpu"))
 
 
 def key(spec: ConvSpec, pass_name: str) -> str:
@@ -52,10 +70,28 @@ def key(spec: ConvSpec, pass_name: str) -> str:
       >>> key(spec, "forward")
       'forward 8x5x5x2 3x3/1x1/1x1 0x0x0x0 2x4x3x4 block 1 ieee'
     """
+    return f"{pass_name} {layer_key(spec)}"
+
+
+def layer_key(spec: ConvSpec) -> str:
+    """What the tables call a convolution.
+
+    Args:
+      spec: the static sizes.
+
+    Returns:
+      One line; equal for convolutions that need the same kernels.
+
+    Example:
+      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2,
+      ...                 kept=4, kept_taps=3, group_size=4)
+      >>> layer_key(spec)
+      '8x5x5x2 3x3/1x1/1x1 0x0x0x0 2x4x3x4 block 1 ieee'
+    """
     kernel = "/".join(map(_by, (spec.kernel, spec.strides, spec.dilation)))
     padding = _by((*spec.padding[0], *spec.padding[1]))
     return (
-        f"{pass_name} {_by(spec.in_shape)} {kernel} {padding} {_by(spec.packed_shape)} "
+        f"{_by(spec.in_shape)} {kernel} {padding} {_by(spec.packed_shape)} "
         f"block {spec.channel_block} {arithmetic(spec)}"
     )
 
@@ -65,18 +101,21 @@ def _by(sizes: tuple[int, ...]) -> str:
 
 
 @functools.cache
-def read(implementation: str, gpu: str | None) -> dict[str, dict[str, Any]]:
-    """The tiles that were tuned on a GPU.
+def read(gpu: str | None) -> dict[str, Any]:
+    """The table of a GPU.
 
     Args:
-      implementation: its name.
       gpu: short name.
 
     Returns:
-      The fields of a tile, by key; empty where there is no table.
+      The table; its parts are empty where there is none.
     """
-    file = path(implementation, gpu)
-    return json.loads(file.read_text())["tiles"] if file.is_file() else {}
+    file = path(gpu)
+    return _empty() | (json.loads(file.read_text()) if file.is_file() else {})
+
+
+def _empty() -> dict[str, Any]:
+    return {"environment": {}, "milliseconds": {}, "tiles": {}, "layers": {}}
 
 
 def tuned_tile(implementation: str, name: str) -> dict[str, Any] | None:
@@ -93,11 +132,25 @@ def tuned_tile(implementation: str, name: str) -> dict[str, Any] | None:
       >>> tuned_tile("triton", "forward of no such convolution") is None
       True
     """
-    return read(implementation, this_gpu()).get(name)
+    return read(this_gpu())["tiles"].get(implementation, {}).get(name)
 
 
-def write(
+def layer_times(spec: ConvSpec) -> dict[str, dict[str, float]] | None:
+    """What a convolution was measured to take on this GPU.
+
+    Args:
+      spec: the static sizes.
+
+    Returns:
+      `{pass: {implementation or "dense": milliseconds}}`; None where the table has none.
+    """
+    layer = read(this_gpu())["layers"].get(layer_key(spec))
+    return layer and layer["milliseconds"]
+
+
+def write_tiles(
     file: Path,
+    implementation: str,
     tiles: Mapping[str, Mapping[str, Any]],
     milliseconds: Mapping[str, Sequence[float]],
     environment: Mapping[str, Any],
@@ -106,16 +159,44 @@ def write(
 
     Args:
       file: as `path` gives it; need not exist.
+      implementation: its name.
       tiles: the fields of the best tile, by key.
       milliseconds: the times of the tuned and of the default tile, by key.
       environment: where they were measured.
     """
-    before = json.loads(file.read_text()) if file.exists() else {}
-    head = {
-        "environment": dict(environment),
-        "milliseconds": before.get("milliseconds", {}) | dict(milliseconds),
-    }
-    rows = before.get("tiles", {}) | dict(tiles)
-    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(tile)}" for name, tile in rows.items())
+    table = _before(file) | {"environment": dict(environment)}
+    for part, added in (("tiles", tiles), ("milliseconds", milliseconds)):
+        of_all = table[part]
+        table[part] = of_all | {implementation: of_all.get(implementation, {}) | dict(added)}
+    _write(file, table)
+
+
+def write_layers(file: Path, layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Adds the times of layers to a table; the other layers stay.
+
+    Args:
+      file: as `path` gives it; need not exist.
+      layers: by `layer_key`, as the table holds them.
+    """
+    table = _before(file)
+    _write(file, table | {"layers": table["layers"] | dict(layers)})
+
+
+def _before(file: Path) -> dict[str, Any]:
+    return _empty() | (json.loads(file.read_text()) if file.exists() else {})
+
+
+def _write(file: Path, table: Mapping[str, Any]) -> None:
+    """Writes one line for each tile and layer, so that a diff shows which were measured again."""
+    parts = [f'"environment": {json.dumps(table["environment"])}']
+    for part in ("milliseconds", "tiles"):
+        of_each = (f"{json.dumps(name)}: {_lines(rows)}" for name, rows in table[part].items())
+        parts.append(f'"{part}": {{{", ".join(of_each)}}}')
+    parts.append(f'"layers": {_lines(table["layers"])}')
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f'{json.dumps(head)[:-1]},\n"tiles": {{\n{lines}\n}}}}\n')
+    file.write_text("{" + ",\n".join(parts) + "}\n")
+
+
+def _lines(rows: Mapping[str, Any]) -> str:
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+    return f"{{\n{lines}\n}}" if lines else "{}"

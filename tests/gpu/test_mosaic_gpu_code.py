@@ -130,10 +130,9 @@ def test_main_tiles_compile_fully_for_an_h200(case, record_property):
 def check_tables(record) -> int:
     """Compiles all that the tuned tables name; how many tiles that is."""
     count = 0
-    for path in tuned_tables.FOLDER.glob("tuned_mosaic_gpu_*.json"):
+    for gpu in tuned_tables.gpus():
         tuned_tables.read.cache_clear()
-        gpu = path.stem.removeprefix("tuned_mosaic_gpu_")
-        for key, fields in tuned_tables.read("mosaic_gpu", gpu).items():
+        for key, fields in tuned_tables.read(gpu)["tiles"].get("mosaic_gpu", {}).items():
             spec, name = spec_of(key)
             tile = Tile(**fields)
             assert tuned_tables.key(spec, name) == key
@@ -146,9 +145,9 @@ def check_tables(record) -> int:
 
 def write_table(folder, spec: ConvSpec, name: str, tile: Tile) -> None:
     fields = {tuned_tables.key(spec, name): dataclasses.asdict(tile)}
-    path = tuned_tables.path("mosaic_gpu", "h200", folder)
+    path = tuned_tables.path("h200", folder)
     path.unlink(missing_ok=True)
-    tuned_tables.write(path, fields, {}, {})
+    tuned_tables.write_tiles(path, "mosaic_gpu", fields, {}, {})
 
 
 @needs_plugin

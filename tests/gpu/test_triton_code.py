@@ -322,10 +322,9 @@ CAPABILITY = {"a100": 80}  # others in tables: 90
 def check_tables(record):
     """Compiles all that the tuned tables name; how many tiles that is."""
     count = 0
-    for path in tuned_tables.FOLDER.glob("tuned_triton_*.json"):
-        gpu = path.stem.removeprefix("tuned_triton_")
+    for gpu in tuned_tables.gpus():
         tuned_tables.read.cache_clear()
-        for key, fields in tuned_tables.read("triton", gpu).items():
+        for key, fields in tuned_tables.read(gpu)["tiles"].get("triton", {}).items():
             spec, name = spec_of(key)
             tile = Tile(**fields)
             assert tiles.tuned_key(spec, name) == key
@@ -339,9 +338,9 @@ def check_tables(record):
 
 def write_table(folder, spec, name, tile, gpu="h200"):
     fields = {tiles.tuned_key(spec, name): dataclasses.asdict(tile)}
-    path = tuned_tables.path("triton", gpu, folder)
+    path = tuned_tables.path(gpu, folder)
     path.unlink(missing_ok=True)
-    tuned_tables.write(path, fields, {}, {})
+    tuned_tables.write_tiles(path, "triton", fields, {}, {})
 
 
 @needs_triton

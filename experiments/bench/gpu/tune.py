@@ -8,6 +8,9 @@ A tile must give what the default tile gives (which the benchmark's check compar
 One that does not, or does not compile, is named in the journal and left out. The first run of each
 tile is a unit of its own: one that hangs or loses the device is left out when the pass is tuned
 again.
+
+With `--rows FILE`, a report of the kernels' benchmark, it times nothing and needs no GPU: the times
+of the report's layers go into the table, by which `implementation=None` chooses.
 """
 
 import dataclasses
@@ -24,6 +27,7 @@ from experiments.bench import command
 from experiments.bench.gpu import clock, shapes
 from experiments.bench.gpu.fingerprint import backend_fingerprint
 from experiments.bench.gpu.journal import Journal, TimeUp
+from experiments.bench.gpu.layer_table import write_layers
 from experiments.bench.gpu.tile_times import measure_pass
 from experiments.bench.gpu.tiles import Tunable, tunable
 from experiments.measuring.environment import tuned_on
@@ -51,6 +55,7 @@ class Config:
       repetitions: of each tile.
       journal: JSON-lines file that is continued.
       folder: of the tables; None is the one that the kernels read.
+      rows: report of the kernels' benchmark whose layers go into the table; None times tiles.
       quick: a dry run on any device, with two tiny layers and XLA's formulations for tiles; writes
         tables only if `folder` is given.
     """
@@ -67,6 +72,7 @@ class Config:
     repetitions: int = 5
     journal: Path = Path("runs/gpu/tune.jsonl")
     folder: Path | None = None
+    rows: Path | None = None
     quick: bool = False
 
 
@@ -101,6 +107,9 @@ def main(config: Config) -> bool:
     Raises:
       ValueError: the device is no GPU, or an unknown layer or implementation.
     """
+    if config.rows:
+        print(f"wrote {write_layers(config.rows, config.folder)}")
+        return True
     clock.require_gpu(config.quick)
     if config.quick:
         config = dataclasses.replace(
@@ -172,7 +181,7 @@ def _tune(config: Config, journal: Journal, unit: Unit, title: str) -> None:
 
 
 def write_table(which: Tunable, measured: list[dict[str, Any]], config: Config) -> Path | None:
-    """Writes `tuned_IMPLEMENTATION_GPU.json`; entries that were not measured here stay.
+    """Writes tiles into `tuned_GPU.json`; entries that were not measured here stay.
 
     Args:
       which: the implementation.
@@ -184,13 +193,13 @@ def write_table(which: Tunable, measured: list[dict[str, Any]], config: Config) 
     """
     if not measured or (config.quick and config.folder is None):
         return None
-    path = tuned_tables.path(which.name, this_gpu(), config.folder)
+    path = tuned_tables.path(this_gpu(), config.folder)
     best = {result["key"]: result["best"] for result in measured}
     milliseconds = {
         result["key"]: [result["milliseconds"], result["default_milliseconds"]]
         for result in measured
     }
-    tuned_tables.write(path, best, milliseconds, tuned_on())
+    tuned_tables.write_tiles(path, which.name, best, milliseconds, tuned_on())
     return path
 
 
