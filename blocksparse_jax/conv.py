@@ -29,8 +29,8 @@ from pallas_kernels.block_sparse_conv import (
     available_implementations,
     block_sparse_conv,
     check_epilogue,
-    runs_whole_kernels,
     whole_kernel_conv,
+    whole_kernel_implementation,
     why_dense,
 )
 from pallas_kernels.block_sparse_conv import choose_implementation as _choose
@@ -92,7 +92,8 @@ def conv(
     alone (`jax.jvp` of `conv`) takes `implementation="dense"`.
 
     On a CPU a kernel without a layout (`Dense()`) runs in the native kernels too, in CHWN, where
-    they are faster in all passes than XLA's dense convolution.
+    they are faster in all passes than XLA's dense convolution. On a GPU a stem (fewer than 8 input
+    channels) in 16 bits does so in the Triton kernels, where `implementation` is None or Triton's.
 
     Args:
       x: activations `[n, h, w, cin]`, or `[cin, h, w, n]` with `data_format="CHWN"`; float32,
@@ -179,12 +180,15 @@ def conv(
     if isinstance(layout, Dense) or runs_dense:
         if isinstance(layout, BlockLayout):
             kernel = _masked_kernel(kernel, layout, is_packed, kernel_gradient)
-        elif (
-            implementation is None and data_format == "CHWN" and runs_whole_kernels(x, kernel_shape)
+        elif data_format == "CHWN" and (
+            whole := whole_kernel_implementation(
+                x, kernel_shape, implementation, **geometry._asdict()
+            )
         ):
             return whole_kernel_conv(
                 x,
                 kernel,
+                implementation=whole,
                 **geometry._asdict(),
                 scale=scale,
                 bias=bias,
@@ -222,13 +226,6 @@ def conv(
             relu=_is_relu(activation),
         )
     return jnp.transpose(y, _TRANSPOSED) if data_format == "NHWC" else y
-
-
-def _runs_native(
-    x: Array, kernel_shape: Sequence[int], data_format: str, implementation: str | None
-) -> bool:
-    """Whether a kernel without a layout runs in the native kernels."""
-    return implementation is None and data_format == "CHWN" and runs_whole_kernels(x, kernel_shape)
 
 
 def choose_implementation(

@@ -48,7 +48,7 @@ class BlockSparseConv(nn.Module):
       bias_init: initializer of the bias.
       data_format: `"NHWC"` or `"CHWN"` (native: no transposes around a sparse layer), of the input
         and the output.
-      implementation: as in `blocksparse_jax.conv`; dense leaves do not use it.
+      implementation: as in `blocksparse_jax.conv`; dense leaves do not use it, but for stems.
       kernel_gradient: `"masked"` or `"dense"`, as in `blocksparse_jax.conv`; dynamic HRBP and RigL
         need `"dense"` at their update steps.
 

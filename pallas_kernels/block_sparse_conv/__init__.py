@@ -13,7 +13,11 @@ from pallas_kernels.block_sparse_conv.epilogue import apply_epilogue, check_epil
 from pallas_kernels.block_sparse_conv.index import Index
 from pallas_kernels.block_sparse_conv.plan import Plan, make_plan, why_no_plan
 from pallas_kernels.block_sparse_conv.spec import PASSES, ConvSpec, Implementation
-from pallas_kernels.block_sparse_conv.whole_kernel import runs_whole_kernels, whole_kernel_conv
+from pallas_kernels.block_sparse_conv.whole_kernel import (
+    runs_whole_kernels,
+    whole_kernel_conv,
+    whole_kernel_implementation,
+)
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -32,6 +36,7 @@ __all__ = [
     "reads_plans",
     "runs_whole_kernels",
     "whole_kernel_conv",
+    "whole_kernel_implementation",
     "why_dense",
     "why_no_plan",
 ]

@@ -1,8 +1,12 @@
-"""The dense convolution in CHWN on a CPU, each pass by what is fastest there.
+"""The dense convolution in CHWN, by kernels for which everything is kept.
 
 XLA's dense convolution on a CPU (jax 0.10) takes up to three times as long in its gradients as the
 native kernels take with everything kept, and works in NHWC alone: it transposes CHWN activations.
 Where images are of a few pixels, a matrix product for each tap skips the padding and is faster yet.
+
+On a GPU cuDNN transposes them too, in float32 where the layer is a stem: a few input channels. In a
+ResNet-50 step on an H200 the stem took a tenth of the time. The Triton kernels gather its rows, and
+its lists are constants of the program.
 """
 
 import functools
@@ -17,15 +21,22 @@ from jaxtyping import Array, Float
 from pallas_kernels import dense_conv
 from pallas_kernels.block_sparse_conv import cpu, cpu_times
 from pallas_kernels.block_sparse_conv.api import block_sparse_conv
+from pallas_kernels.block_sparse_conv.arithmetic import HALF_DTYPES
+from pallas_kernels.block_sparse_conv.choice import IMPLEMENTATIONS, reads_plans
 from pallas_kernels.block_sparse_conv.cpu.launch import DTYPES
 from pallas_kernels.block_sparse_conv.epilogue import apply_epilogue
+from pallas_kernels.block_sparse_conv.index import Index
+from pallas_kernels.block_sparse_conv.plan import Plan, make_plan
 from pallas_kernels.block_sparse_conv.spec import ConvSpec, Implementation
 
 LARGEST_GROUP = 64
 """The most filters of a block: among 16 to 512, groups of 64 took the least time, measured on 2
 cores of a CPU with AVX-512 at the sizes of VGG-19 and ResNet-32, batch 128."""
 SMALLEST = 8
-"""The fewest input channels, and filters of a block. Stems run as one matrix product."""
+"""The fewest input channels, and filters of a block, on a CPU, where stems run as one matrix
+product."""
+STEM = "triton"
+"""What runs stems on a GPU."""
 XLA_PIXELS = 16
 """The smallest output, in pixels, for which XLA's convolution is chosen: it takes 40 times as long
 as the others at 2x2 pixels, and only a few images of these were measured."""
@@ -33,10 +44,57 @@ DENSE: dict[str, Callable[..., Array]] = {"xla": dense_conv.xla_conv, "taps": de
 """The formulations beside the native kernels."""
 
 
-def runs_whole_kernels(x: Any, kernel_shape: Sequence[int]) -> bool:
-    """Whether `whole_kernel_conv` runs a dense convolution in CHWN.
+def whole_kernel_implementation(
+    x: Any, kernel_shape: Sequence[int], implementation: str | None, **geometry: Any
+) -> Implementation | None:
+    """What runs a dense convolution in CHWN, if it is not XLA.
 
-    It does on a CPU that has the native kernels, for kernels larger than 1x1 (which are one matrix
+    - On a CPU the native kernels (see `runs_whole_kernels`), where no implementation is named.
+    - On a GPU the Triton kernels, for stems in 16 bits, where the block-sparse layers are theirs
+      too: kernels larger than 1x1 of fewer than 8 input channels and a multiple of 16 filters.
+
+    Args:
+      x: the activations `[cin, h, w, n]`, or anything with their shape and dtype.
+      kernel_shape: `(kh, kw, cin, cout)`.
+      implementation: what the caller names for the block-sparse layers, or None.
+      **geometry: strides, padding and dilation, as in `block_sparse_conv`.
+
+    Returns:
+      The implementation for `whole_kernel_conv`, or None.
+
+    Example:
+      >>> import jax
+      >>> x = jax.ShapeDtypeStruct((3, 8, 8, 2), jnp.bfloat16)
+      >>> whole_kernel_implementation(x, (3, 3, 3, 16), "xla") is None
+      True
+    """
+    if implementation is None and runs_whole_kernels(x, kernel_shape):
+        return _FASTEST
+    kh, kw, cin, cout = kernel_shape
+    is_stem = kh * kw > 1 and cin < SMALLEST and cout % (2 * SMALLEST) == 0
+    is_half = jnp.dtype(x.dtype).name in HALF_DTYPES
+    if not (is_stem and is_half and _has_values(x) and reads_plans(implementation)):
+        return None
+    groups, group_size = _blocks(cout)
+    spec = ConvSpec(
+        *x.shape,
+        kernel=(kh, kw),
+        cout=cout,
+        groups=groups,
+        kept=cin,
+        kept_taps=kh * kw,
+        group_size=group_size,
+        dtype=jnp.dtype(x.dtype).name,
+        **geometry,
+    )
+    record = IMPLEMENTATIONS[STEM]
+    return record if record.supports(spec) is None else None
+
+
+def runs_whole_kernels(x: Any, kernel_shape: Sequence[int]) -> bool:
+    """Whether the native kernels run a dense convolution in CHWN.
+
+    They do on a CPU that has the native kernels, for kernels larger than 1x1 (which are one matrix
     product) of at least 8 input channels and a multiple of 8 filters.
 
     Args:
@@ -57,7 +115,7 @@ def runs_whole_kernels(x: Any, kernel_shape: Sequence[int]) -> bool:
         and cin >= SMALLEST
         and cout % SMALLEST == 0
         and jnp.dtype(x.dtype).name in DTYPES
-        and all(isinstance(size, int) and size > 0 for size in x.shape)
+        and _has_values(x)
         and cpu.unavailable() is None
     )
 
@@ -74,8 +132,8 @@ def whole_kernel_conv(
     Args:
       x: activations.
       kernel: the whole kernel.
-      implementation: None: each pass runs as `fastest_formulation` says; else one of
-        `by_formulation`.
+      implementation: what `whole_kernel_implementation` returned, or one of `by_formulation`;
+        None: each pass runs as `fastest_formulation` says.
       **options: strides, padding, dilation, the epilogue and precision, as in `block_sparse_conv`.
 
     Returns:
@@ -87,16 +145,20 @@ def whole_kernel_conv(
       72.0
     """
     kh, kw, cin, cout = kernel.shape
-    group_size = next(size for size in range(min(LARGEST_GROUP, cout), 0, -1) if not cout % size)
-    groups = cout // group_size
-    return block_sparse_conv(
-        x,
-        _packed(kernel, groups),
+    groups, group_size = _blocks(cout)
+    index = Index(
         filters=jnp.arange(cout).reshape(groups, group_size),
         channels=_every(groups, cin),
         taps=_every(groups, math.prod((kh, kw))),
-        kernel_shape=(kh, kw, cin, cout),
-        implementation=_FASTEST if implementation is None else implementation,
+    )
+    implementation = _FASTEST if implementation is None else implementation
+    return block_sparse_conv(
+        x,
+        _packed(kernel, groups),
+        *index,
+        kernel_shape=kernel.shape,
+        implementation=implementation,
+        plan=_constant_plan(kernel.shape, groups) if implementation.plans else None,
         **options,
     )
 
@@ -191,6 +253,26 @@ def _packed(kernel: Array, groups: int) -> Array:
 def _unpacked(values: Array, spec: ConvSpec) -> Array:
     """The inverse of `_packed`."""
     return values.transpose(2, 1, 0, 3).reshape(spec.kernel_shape)
+
+
+def _has_values(x: Any) -> bool:
+    """Whether all sizes are known, and none is 0."""
+    return all(isinstance(size, int) and size > 0 for size in x.shape)
+
+
+def _blocks(cout: int) -> tuple[int, int]:
+    """The groups that the filters fall into, and the filters of each."""
+    group_size = next(size for size in range(min(LARGEST_GROUP, cout), 0, -1) if not cout % size)
+    return cout // group_size, group_size
+
+
+def _constant_plan(kernel_shape: tuple[int, int, int, int], groups: int) -> Plan:
+    """The plan of a whole kernel, made while the program is traced: lists that are constants."""
+    kh, kw, cin, cout = kernel_shape
+    with jax.ensure_compile_time_eval():
+        filters = jnp.arange(cout).reshape(groups, -1)
+        index = Index(filters, _every(groups, cin), _every(groups, kh * kw))
+        return jax.jit(make_plan, static_argnames="kernel_shape")(index, kernel_shape=kernel_shape)
 
 
 def _every(groups: int, count: int) -> jax.Array:

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from requirements import needs
 
+import blocksparse_jax as bsj
 from experiments.bench import shapes
-from pallas_kernels.block_sparse_conv import ConvSpec, Index, make_plan, triton
+from pallas_kernels.block_sparse_conv import ConvSpec, Index, choice, make_plan, triton
 from pallas_kernels.block_sparse_conv import reference as dense
 from pallas_kernels.block_sparse_conv.triton import calls, products
 from pallas_kernels.block_sparse_conv.triton.fitting import Tile
@@ -96,6 +97,55 @@ BASE = ConvSpec(
 SAME = dataclasses.replace(BASE, padding=((1, 1), (1, 1)))
 BLOCKS = dataclasses.replace(SAME, cin=64, kept=32, channel_block=16)
 POINT = dataclasses.replace(BASE, kernel=(1, 1), kept_taps=1)
+
+
+STEMS = [  # (image, batch, filters, kernel, strides, padding)
+    pytest.param((6, 5), 4, 16, 3, 1, 1, id="3x3"),
+    pytest.param((9, 9), 2, 80, 7, 2, 3, id="7x7, stride 2, two groups"),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize(("image", "batch", "filters", "side", "stride", "pad"), STEMS)
+def test_a_stem_runs_in_the_kernels(image, batch, filters, side, stride, pad, monkeypatch):
+    """Its forward pass and its weight gradient, and no input gradient."""
+    launched = []
+
+    def record(launch, *arrays):
+        launched.append(launch.kernel)
+        return interpret(launch, *arrays)
+
+    monkeypatch.setattr(calls, "run", record)
+    monkeypatch.setitem(choice.IMPLEMENTATIONS, "triton", TRITON)
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (3, *image, batch), jnp.bfloat16)
+    kernel = jax.random.normal(keys[1], (side, side, 3, filters), jnp.bfloat16)
+
+    def run(kernel, x, implementation):
+        return bsj.conv(
+            x,
+            kernel,
+            bsj.Dense(),
+            strides=stride,
+            padding=pad,
+            data_format="CHWN",
+            implementation=implementation,
+        )
+
+    def both(implementation):
+        y, vjp = jax.vjp(lambda kernel: run(kernel, x, implementation), kernel)
+        dy = jax.random.normal(keys[2], y.shape, y.dtype)
+        return y, vjp(dy)[0]
+
+    results = jax.jit(both, static_argnums=0)("triton")
+    assert set(launched) == {"gather_product", "weight_gradient"}
+    launched.clear()
+    for actual, expected in zip(results, both("dense"), strict=True):
+        scale = float(jnp.abs(expected.astype(jnp.float32)).max())
+        np.testing.assert_allclose(
+            np.float32(actual), np.float32(expected), rtol=2e-2, atol=1e-2 * scale
+        )
+    assert launched == [], "named otherwise, it is XLA's"
 
 
 def operands(spec, seed=0):
