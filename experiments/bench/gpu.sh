@@ -9,8 +9,9 @@
 #            float64, and times them: VGG-19, ResNet-32 and ResNet-50, dense in XLA and in PyTorch,
 #            masked and packed; the first row comes from a dense step, before our kernels compile
 #   profile  lists the kernels of these steps by category
-#   tune     times tiles and writes the tables of tuned tiles
-#   layers   compares the kernels with float64, and times single layers: those of the goals first
+#   tune     times tiles and writes the table of tuned tiles
+#   layers   compares the kernels with float64, and times single layers: those of the goals first;
+#            the table by which implementation=None chooses takes their times
 #   check    runs all checks and measures what the device can do at most
 #   two      times the 2:4 products
 #
@@ -153,7 +154,13 @@ for name in $STAGES; do
                     --channel-block "$BLOCK" ${QUICK:+--folder "$OUT"}
             fi
             ;;
-        layers) kernels gate headline layers ;;
+        layers)
+            kernels gate headline layers
+            if [ -z "$QUICK" ] && [ -e "$OUT/bench_kernels_gpu.json" ]; then
+                "$PYTHON" -m experiments.bench.tune --device gpu \
+                    --rows "$OUT/bench_kernels_gpu.json" || status=1
+            fi
+            ;;
         check) kernels gate check ceilings ;;
         two)
             "$PYTHON" -m pallas_kernels.two_of_four.build || true

@@ -77,7 +77,10 @@ def whole_kernel_implementation(
         return None
     groups, group_size = _blocks(cout)
     spec = ConvSpec(
-        *x.shape,
+        cin=cin,
+        height=x.shape[1],
+        width=x.shape[2],
+        batch=x.shape[3],
         kernel=(kh, kw),
         cout=cout,
         groups=groups,
@@ -156,9 +159,9 @@ def whole_kernel_conv(
         x,
         _packed(kernel, groups),
         *index,
-        kernel_shape=kernel.shape,
+        kernel_shape=(kh, kw, cin, cout),
         implementation=implementation,
-        plan=_constant_plan(kernel.shape, groups) if implementation.plans else None,
+        plan=_constant_plan((kh, kw, cin, cout), groups) if implementation.plans else None,
         **options,
     )
 

@@ -345,18 +345,19 @@ def test_tuning_stops_continues_and_writes_the_best_tile(tmp_path):
     )
     assert not tune.main(dataclasses.replace(config, minutes=0.0))
     assert not list(tmp_path.glob("tuned_*"))
-    (tmp_path / "tuned_xla_none.json").write_text('{"tiles": {"of another day": {"name": "rows"}}}')
+    path = tmp_path / "tuned_none.json"
+    path.write_text('{"tiles": {"xla": {"of another day": {"name": "rows"}}}}')
     assert tune.main(config)
-    table = json.loads((tmp_path / "tuned_xla_none.json").read_text())
-    assert "of another day" in table["tiles"]
-    assert len(table["tiles"]) == 4
+    tiles_of_xla = json.loads(path.read_text())["tiles"]["xla"]
+    assert "of another day" in tiles_of_xla
+    assert len(tiles_of_xla) == 4
     results = [
         json.loads(line)["result"]
         for line in config.journal.read_text().splitlines()
         if '"done"' in line and '"tune ' in line
     ]
     for result in results:
-        assert table["tiles"][result["key"]] == result["best"]
+        assert tiles_of_xla[result["key"]] == result["best"]
         median_ms = {t["tile"]["name"]: t["median"] for t in result["tiles"]}
         assert result["milliseconds"] == median_ms[result["best"]["name"]]
         assert result["milliseconds"] <= result["default_milliseconds"]

@@ -1,4 +1,4 @@
-"""Puts the times of the kernels' benchmark into the table by which `implementation=None` chooses."""
+"""Puts the times of the kernels' benchmark into the table that `implementation=None` reads."""
 
 import json
 from pathlib import Path
