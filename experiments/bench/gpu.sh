@@ -69,7 +69,7 @@ if [ -n "${FROM:-}" ]; then
     if [ -d "$FROM"/compiled ]; then cp -rn "$FROM"/compiled "$OUT"/; fi
 fi
 for table in "$OUT"/tuned_*.json; do
-    if [ -e "$table" ]; then cp "$table" "$tuned"/; fi
+    if [ -z "$QUICK" ] && [ -e "$table" ]; then cp "$table" "$tuned"/; fi
 done
 if [ -n "${WHEELS:-}" ]; then
     site=$(mktemp -d)
