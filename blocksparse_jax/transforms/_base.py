@@ -5,6 +5,7 @@ the steps of its schedule (`redraw`), and on the proposed weights `params + upda
 optimizer (`on_proposed`, which `keep_zeros` runs). Everywhere it sees its sparse leaves by name.
 """
 
+import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -65,6 +66,9 @@ Remember = Callable[[Step, Leaf], Array]
 Penalty = Callable[[str, Leaf], Array]
 OnProposed = Callable[[Step, Leaves], Leaves]
 
+INSIDE_KEEP_ZEROS = contextvars.ContextVar("INSIDE_KEEP_ZEROS", default=False)
+"""Whether `keep_zeros` is running an update, and will call `on_proposed` after it."""
+
 
 def sparse_transformation(
     spec: Callable[[dict[str, Array]], Spec] | Spec,
@@ -80,8 +84,7 @@ def sparse_transformation(
 
     Args:
       spec: what is fixed about the method, or a function of the chosen leaves. Its `schedule` says
-        when masks are redrawn; its `on_proposed` is run by `keep_zeros`. Where it is `ahead`, the
-        update that redraws masks still masks and penalises its gradient by those before.
+        when masks are redrawn; its `on_proposed` is run by `keep_zeros`.
       where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.
       draw: chosen weights by name -> `Kept(mask, layout)` by name, at init.
       redraw: (step, leaves by name) -> `Kept` by name, at the steps of the schedule; arrays keep
@@ -96,7 +99,7 @@ def sparse_transformation(
 
     Raises:
       ValueError: at init, what `where` and `draw` refuse; at update, params of another tree or
-        shape, or None.
+        shape, or None, and no `keep_zeros` around a method that has an `on_proposed`.
 
     Example:
       >>> from blocksparse_jax.schedules import every
@@ -144,11 +147,12 @@ def sparse_transformation(
         _check_layouts_stay_whole(state, params)
         step = Step(state.count, extra_args)
         leaves = sparse_leaves(state, params, updates)
+        if leaves:
+            _check_inside_keep_zeros(state.spec)
         if remember is not None:
             leaves = {
                 name: leaf._replace(memory=remember(step, leaf)) for name, leaf in leaves.items()
             }
-        present = leaves
         due = jnp.asarray(False)
         stalled, nonfinite = state.stalled_updates, state.nonfinite_updates
         if redraw is not None and leaves:
@@ -165,8 +169,7 @@ def sparse_transformation(
             nonfinite_updates=nonfinite,
         )
         passed_on = {
-            name: _gradient(state.spec, name, leaf, penalty)
-            for name, leaf in (present if state.spec.ahead else leaves).items()
+            name: _gradient(state.spec, name, leaf, penalty) for name, leaf in leaves.items()
         }
         grads = jax.tree.unflatten(
             jax.tree.structure(params), tree.match("updates", updates, params)
@@ -218,6 +221,16 @@ def _check_layouts_stay_whole(state: SparseState, params: PyTree) -> None:
         raise ValueError(
             "state: flax.nnx.Optimizer would take its layouts apart, use bsj.nnx.Optimizer (in a "
             "loop of your own, give tx.update params and state of variables, or params as a dict)"
+        )
+
+
+def _check_inside_keep_zeros(spec: Spec) -> None:
+    """ValueError where nothing would call the method's `on_proposed`."""
+    if spec.on_proposed is not None and not INSIDE_KEEP_ZEROS.get():
+        raise ValueError(
+            f"method: {spec.method} sets its masks from the weights after the update, which only "
+            f"keep_zeros can give it; expected sparse({spec.method}(...), optimizer) or "
+            f"keep_zeros(optax.chain({spec.method}(...), optimizer)), got no keep_zeros around it"
         )
 
 

@@ -15,7 +15,7 @@ from blocksparse_jax.state import (
     sparse_states,
     stands_for_params,
 )
-from blocksparse_jax.transforms._base import has_moved, propose
+from blocksparse_jax.transforms._base import INSIDE_KEEP_ZEROS, has_moved, propose
 from blocksparse_jax.transforms.nesting import accumulates_for_method, check_nesting
 
 
@@ -125,7 +125,11 @@ def keep_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformat
                 "params: keep_zeros projects the weights, expected tx.update(grads, state, "
                 "params), got None"
             )
-        new_updates, new_state = inner.update(updates, state, params, **extra_args)
+        token = INSIDE_KEEP_ZEROS.set(True)
+        try:
+            new_updates, new_state = inner.update(updates, state, params, **extra_args)
+        finally:
+            INSIDE_KEEP_ZEROS.reset(token)
         new_updates, new_state = _run_proposals(
             new_updates, new_state, updates, state, params, extra_args
         )
@@ -159,8 +163,13 @@ def _run_proposals(
     for place, node in enumerate(nodes):
         if is_sparse_state(node):
             weights, nodes[place] = propose(node, before[place].count, weights, grads, extra)
-    moved = jax.tree.map(lambda u, new, old: u + (new - old), updates, weights, proposed)
-    return moved, jax.tree.unflatten(structure, nodes)
+
+    def moved(update: Array, new: Array, old: Array) -> Array:
+        # an infinite weight minus itself is NaN
+        return update if new is old else jnp.where(new == old, update, update + (new - old))
+
+    updates = jax.tree.map(moved, updates, weights, proposed)
+    return updates, jax.tree.unflatten(structure, nodes)
 
 
 def _project(
