@@ -8,6 +8,7 @@ optimizer (`on_proposed`, which `keep_zeros` runs). Everywhere it sees its spars
 import contextvars
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -99,7 +100,7 @@ def sparse_transformation(
 
     Raises:
       ValueError: at init, what `where` and `draw` refuse; at update, params of another tree or
-        shape, or None, and no `keep_zeros` around a method that has an `on_proposed`.
+        shape, or None, and an `on_proposed` outside of `keep_zeros`, unless it is `ahead`.
 
     Example:
       >>> from blocksparse_jax.schedules import every
@@ -147,8 +148,7 @@ def sparse_transformation(
         _check_layouts_stay_whole(state, params)
         step = Step(state.count, extra_args)
         leaves = sparse_leaves(state, params, updates)
-        if leaves:
-            _check_inside_keep_zeros(state.spec)
+        proposes = bool(leaves) and _lacks_keep_zeros(state.spec)
         if remember is not None:
             leaves = {
                 name: leaf._replace(memory=remember(step, leaf)) for name, leaf in leaves.items()
@@ -177,6 +177,8 @@ def sparse_transformation(
         grads = tree.replace(grads, passed_on, is_leaf=is_layout)
         if redraw is not None and state.spec.skips_gradient:
             grads = jax.tree.map(lambda g: jnp.where(skip, jnp.zeros_like(g), g), grads)
+        if proposes:
+            _, new_state = propose(new_state, state.count, params, updates, extra_args)
         return grads, new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -224,14 +226,26 @@ def _check_layouts_stay_whole(state: SparseState, params: PyTree) -> None:
         )
 
 
-def _check_inside_keep_zeros(spec: Spec) -> None:
-    """ValueError where nothing would call the method's `on_proposed`."""
-    if spec.on_proposed is not None and not INSIDE_KEEP_ZEROS.get():
+def _lacks_keep_zeros(spec: Spec) -> bool:
+    """Whether a method that acts on the proposed weights is called outside of `keep_zeros`.
+
+    A warning where masks alone follow from them, which present weights can stand in for; else a
+    ValueError.
+    """
+    if spec.on_proposed is None or INSIDE_KEEP_ZEROS.get():
+        return False
+    advice = "use sparse(method, optimizer) or keep_zeros(optax.chain(method, optimizer))"
+    if not spec.ahead:
         raise ValueError(
-            f"method: {spec.method} sets its masks from the weights after the update, which only "
-            f"keep_zeros can give it; expected sparse({spec.method}(...), optimizer) or "
-            f"keep_zeros(optax.chain({spec.method}(...), optimizer)), got no keep_zeros around it"
+            f"method: {spec.method} acts on the weights after an update, and only keep_zeros knows "
+            f"them; {advice}"
         )
+    warnings.warn(
+        f"method: {spec.method} sets masks from the weights after an update, and only keep_zeros "
+        f"knows them: outside of it those before the update decide; {advice}",
+        stacklevel=3,
+    )
+    return True
 
 
 def decay_of_pruned(decay: float) -> Penalty | None:

@@ -78,8 +78,9 @@ def subp(
     zero (the authors' hard class leaves them as they are, decays them and may bring them back).
 
     The masks of an epoch are set before its first forward pass, from the weights with which it
-    begins. So it is the last update of the epoch before that sets them, from `params + updates`:
-    put the method inside `keep_zeros` (`sparse(method, optimizer)` does), which calls it there.
+    begins. So it is the last update of the epoch before that sets them, from `params + updates`,
+    which `keep_zeros` knows (`sparse(method, optimizer)` holds it). Without `keep_zeros` the weights
+    before that update decide, with a warning.
 
     After an epoch's last update the state holds the masks of the next epoch (`Spec.ahead`), while
     batch normalisation's running averages belong to those of the epoch that ends: a network with
@@ -118,8 +119,8 @@ def subp(
       refuses.
 
     Raises:
-      ValueError: a bad argument, no schedule, a deprecated argument beside it; at init a chosen
-        leaf that holds no kernels; at update, outside of `keep_zeros`.
+      ValueError: a bad argument, no schedule, a deprecated argument beside it, or at init a chosen
+        leaf that holds no kernels.
 
     Example:
       >>> import blocksparse_jax as bsj
