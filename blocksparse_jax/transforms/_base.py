@@ -287,7 +287,7 @@ def propose(
     )
     weights = {name: leaf.weights for name, leaf in leaves.items()}
     new_state = with_leaves(state, leaves)._replace(
-        nonfinite_updates=state.nonfinite_updates + (due & ~change)
+        nonfinite_updates=state.nonfinite_updates + (due & ~change).astype(jnp.int32)
     )
     return tree.replace(params, weights, is_leaf=is_layout), new_state
 

@@ -193,7 +193,7 @@ def subp(
         where=where,
         draw=draw,
         penalty=decay_of_pruned(decay) if soft else None,
-        memory=lambda leaf: jax.random.bits(random_key),
+        memory=lambda leaf: jax.random.bits(random_key, dtype=jnp.uint32),
     )
 
 

@@ -280,7 +280,7 @@ def test_gradients_soft_and_hard(soft):
 
 def gumbel(key, step, size):
     """The noise of the masks that step `step` begins with, of a network of one layer."""
-    seed = jax.random.bits(key)
+    seed = jax.random.bits(key, dtype=jnp.uint32)
     layer = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), 0)
     return np.asarray(jax.random.gumbel(layer, (size,)), np.float64)
 
