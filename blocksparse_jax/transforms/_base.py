@@ -148,7 +148,7 @@ def sparse_transformation(
         _check_layouts_stay_whole(state, params)
         step = Step(state.count, extra_args)
         leaves = sparse_leaves(state, params, updates)
-        proposes = bool(leaves) and _lacks_keep_zeros(state.spec)
+        lacks_keep_zeros = bool(leaves) and _lacks_keep_zeros(state.spec)
         if remember is not None:
             leaves = {
                 name: leaf._replace(memory=remember(step, leaf)) for name, leaf in leaves.items()
@@ -177,7 +177,7 @@ def sparse_transformation(
         grads = tree.replace(grads, passed_on, is_leaf=is_layout)
         if redraw is not None and state.spec.skips_gradient:
             grads = jax.tree.map(lambda g: jnp.where(skip, jnp.zeros_like(g), g), grads)
-        if proposes:
+        if lacks_keep_zeros:
             _, new_state = propose(new_state, state.count, params, updates, extra_args)
         return grads, new_state
 
@@ -265,7 +265,8 @@ def propose(
     Args:
       state: of the method, after the update.
       count: int32, updates before it.
-      params: the proposed weights `params + updates`.
+      params: the proposed weights `params + updates`, or `params` where the step applies no
+        gradient.
       grads: the gradients that came to the chain.
       extra: the extra arguments of the update.
 
