@@ -173,7 +173,8 @@ def test_several_methods_publish_together(params):
 
 
 def test_a_spec_is_static_equal_and_can_be_pickled(params):
-    for method in (bsj.rigl(0.9, until=9), bsj.sr_ste(), bsj.hrbp_prune(0.9)):
+    subp = bsj.subp(0.5, schedule=bsj.between(0, 9))
+    for method in (bsj.rigl(0.9, until=9), bsj.sr_ste(), bsj.hrbp_prune(0.9), subp):
         spec = bsj.get_spec(method.init(params))
         assert pickle.loads(pickle.dumps(spec)) == spec
         assert hash(spec) == hash(dataclasses.replace(spec))
