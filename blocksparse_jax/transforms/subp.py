@@ -78,8 +78,8 @@ def subp(
     zero (the authors' hard class leaves them as they are, decays them and may bring them back).
 
     The masks of an epoch are set before its first forward pass, from the weights with which it
-    begins: by the last update of the epoch before, from `params + updates`, which `keep_zeros` gives
-    (`sparse(method, optimizer)` includes it). Without `keep_zeros` the weights before that update
+    begins: by the last update of the epoch before, from `params + updates`. `keep_zeros` gives
+    these (`sparse(method, optimizer)` includes it); without it the weights before that update
     decide, with a warning.
 
     After an epoch's last update the state holds the masks of the next epoch (`Spec.ahead`), while
