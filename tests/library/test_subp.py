@@ -334,7 +334,7 @@ def authors_run(weights, target, curvature, *, epochs, key, options, optimizer):
     ],
 )
 def test_training_equals_the_authors(soft, version, criterion, curve):
-    """A dense epoch, two soft ones and two of the final pattern, by SGD with momentum and weight
+    """Two dense epochs, two soft ones and two of the final pattern, by SGD with momentum and weight
     decay: masks are the same and weights agree to 1e-5 at every step. Both draw by one noise.
     """
     shape, every, key = (3, 3, 10, 8), 4, jax.random.key(3)
