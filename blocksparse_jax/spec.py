@@ -41,7 +41,8 @@ class Spec:
       has_layout: masks fit a `BlockLayout`, so that the block-sparse convolution runs them.
       variables: the state was made for Flax nnx variables, as by an `nnx.Optimizer`.
       on_proposed: what `keep_zeros` calls with the proposed weights; None where the method acts on
-        gradients only.
+        gradients only. Outside of `keep_zeros` a method that is `ahead` is called with the present
+        weights, with a warning, and another refuses.
 
     Example:
       >>> from blocksparse_jax.schedules import every

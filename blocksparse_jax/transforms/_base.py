@@ -5,8 +5,10 @@ the steps of its schedule (`redraw`), and on the proposed weights `params + upda
 optimizer (`on_proposed`, which `keep_zeros` runs). Everywhere it sees its sparse leaves by name.
 """
 
+import contextvars
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -65,6 +67,9 @@ Remember = Callable[[Step, Leaf], Array]
 Penalty = Callable[[str, Leaf], Array]
 OnProposed = Callable[[Step, Leaves], Leaves]
 
+INSIDE_KEEP_ZEROS = contextvars.ContextVar("INSIDE_KEEP_ZEROS", default=False)
+"""Whether `keep_zeros` is running an update, and will call `on_proposed` after it."""
+
 
 def sparse_transformation(
     spec: Callable[[dict[str, Array]], Spec] | Spec,
@@ -80,8 +85,7 @@ def sparse_transformation(
 
     Args:
       spec: what is fixed about the method, or a function of the chosen leaves. Its `schedule` says
-        when masks are redrawn; its `on_proposed` is run by `keep_zeros`. Where it is `ahead`, the
-        update that redraws masks still masks and penalises its gradient by those before.
+        when masks are redrawn; its `on_proposed` is run by `keep_zeros`.
       where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem.
       draw: chosen weights by name -> `Kept(mask, layout)` by name, at init.
       redraw: (step, leaves by name) -> `Kept` by name, at the steps of the schedule; arrays keep
@@ -96,7 +100,7 @@ def sparse_transformation(
 
     Raises:
       ValueError: at init, what `where` and `draw` refuse; at update, params of another tree or
-        shape, or None.
+        shape, or None, and an `on_proposed` outside of `keep_zeros`, unless it is `ahead`.
 
     Example:
       >>> from blocksparse_jax.schedules import every
@@ -144,11 +148,11 @@ def sparse_transformation(
         _check_layouts_stay_whole(state, params)
         step = Step(state.count, extra_args)
         leaves = sparse_leaves(state, params, updates)
+        lacks_keep_zeros = bool(leaves) and _lacks_keep_zeros(state.spec)
         if remember is not None:
             leaves = {
                 name: leaf._replace(memory=remember(step, leaf)) for name, leaf in leaves.items()
             }
-        present = leaves
         due = jnp.asarray(False)
         stalled, nonfinite = state.stalled_updates, state.nonfinite_updates
         if redraw is not None and leaves:
@@ -165,8 +169,7 @@ def sparse_transformation(
             nonfinite_updates=nonfinite,
         )
         passed_on = {
-            name: _gradient(state.spec, name, leaf, penalty)
-            for name, leaf in (present if state.spec.ahead else leaves).items()
+            name: _gradient(state.spec, name, leaf, penalty) for name, leaf in leaves.items()
         }
         grads = jax.tree.unflatten(
             jax.tree.structure(params), tree.match("updates", updates, params)
@@ -174,6 +177,8 @@ def sparse_transformation(
         grads = tree.replace(grads, passed_on, is_leaf=is_layout)
         if redraw is not None and state.spec.skips_gradient:
             grads = jax.tree.map(lambda g: jnp.where(skip, jnp.zeros_like(g), g), grads)
+        if lacks_keep_zeros:
+            _, new_state = propose(new_state, state.count, params, updates, extra_args)
         return grads, new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -221,6 +226,28 @@ def _check_layouts_stay_whole(state: SparseState, params: PyTree) -> None:
         )
 
 
+def _lacks_keep_zeros(spec: Spec) -> bool:
+    """Whether a method that acts on the proposed weights is called outside of `keep_zeros`.
+
+    A warning where masks alone follow from them, which present weights can stand in for; else a
+    ValueError.
+    """
+    if spec.on_proposed is None or INSIDE_KEEP_ZEROS.get():
+        return False
+    advice = "use sparse(method, optimizer) or keep_zeros(optax.chain(method, optimizer))"
+    if not spec.ahead:
+        raise ValueError(
+            f"method: {spec.method} acts on the weights after an update, and only keep_zeros knows "
+            f"them; {advice}"
+        )
+    warnings.warn(
+        f"method: {spec.method} sets masks from the weights after an update, and only keep_zeros "
+        f"knows them: outside of it those before the update decide; {advice}",
+        stacklevel=3,
+    )
+    return True
+
+
 def decay_of_pruned(decay: float) -> Penalty | None:
     """The penalty `decay * (1 - mask) * w` of soft methods; None without decay."""
 
@@ -238,7 +265,8 @@ def propose(
     Args:
       state: of the method, after the update.
       count: int32, updates before it.
-      params: the proposed weights `params + updates`.
+      params: the proposed weights `params + updates`, or `params` where the step applies no
+        gradient.
       grads: the gradients that came to the chain.
       extra: the extra arguments of the update.
 
@@ -260,7 +288,7 @@ def propose(
     )
     weights = {name: leaf.weights for name, leaf in leaves.items()}
     new_state = with_leaves(state, leaves)._replace(
-        nonfinite_updates=state.nonfinite_updates + (due & ~change)
+        nonfinite_updates=state.nonfinite_updates + (due & ~change).astype(jnp.int32)
     )
     return tree.replace(params, weights, is_leaf=is_layout), new_state
 

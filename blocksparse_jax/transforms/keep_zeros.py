@@ -15,7 +15,7 @@ from blocksparse_jax.state import (
     sparse_states,
     stands_for_params,
 )
-from blocksparse_jax.transforms._base import has_moved, propose
+from blocksparse_jax.transforms._base import INSIDE_KEEP_ZEROS, has_moved, propose
 from blocksparse_jax.transforms.nesting import accumulates_for_method, check_nesting
 
 
@@ -125,11 +125,16 @@ def keep_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformat
                 "params: keep_zeros projects the weights, expected tx.update(grads, state, "
                 "params), got None"
             )
-        new_updates, new_state = inner.update(updates, state, params, **extra_args)
+        token = INSIDE_KEEP_ZEROS.set(True)
+        try:
+            new_updates, new_state = inner.update(updates, state, params, **extra_args)
+        finally:
+            INSIDE_KEEP_ZEROS.reset(token)
+        skip = _skips_gradient(new_state, state)
         new_updates, new_state = _run_proposals(
-            new_updates, new_state, updates, state, params, extra_args
+            new_updates, new_state, updates, state, params, skip, extra_args
         )
-        return _project(new_updates, new_state, state, params)
+        return _project(new_updates, new_state, state, params, skip)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -141,47 +146,58 @@ def _check_transformation(name: str, value: Any, example: str) -> None:
         )
 
 
+def _skips_gradient(new_state: PyTree, state: PyTree) -> Array | None:
+    """Whether this step changes masks and applies no gradient; None where no method does so."""
+    methods = sparse_states(new_state)
+    if not any(sparse.spec.skips_gradient for sparse in methods):
+        return None
+    # not where a wrapper inside (MultiSteps) has left the state of an earlier step
+    skips = [
+        new.skip_gradient & has_moved(new, old.count)
+        for new, old in zip(methods, sparse_states(state), strict=True)
+    ]
+    return jnp.any(jnp.stack(skips))
+
+
 def _run_proposals(
     updates: PyTree,
     new_state: PyTree,
     grads: PyTree,
     state: PyTree,
     params: PyTree,
+    skip: Array | None,
     extra: Mapping[str, Any],
 ) -> tuple[PyTree, PyTree]:
     """What methods make of the proposed weights, in the order of the chain."""
     if all(sparse.spec.on_proposed is None for sparse in sparse_states(new_state)):
         return updates, new_state
     proposed = optax.apply_updates(params, updates)
+    if skip is not None:
+        proposed = jax.tree.map(lambda old, new: jnp.where(skip, old, new), params, proposed)
     nodes, structure = jax.tree.flatten(new_state, is_leaf=is_sparse_state)
     before = jax.tree.leaves(state, is_leaf=is_sparse_state)
     weights = proposed
     for place, node in enumerate(nodes):
         if is_sparse_state(node):
             weights, nodes[place] = propose(node, before[place].count, weights, grads, extra)
-    moved = jax.tree.map(lambda u, new, old: u + (new - old), updates, weights, proposed)
-    return moved, jax.tree.unflatten(structure, nodes)
+
+    def moved(update: Array, new: Array, old: Array) -> Array:
+        # an infinite weight minus itself is NaN
+        return update if new is old else jnp.where(new == old, update, update + (new - old))
+
+    updates = jax.tree.map(moved, updates, weights, proposed)
+    return updates, jax.tree.unflatten(structure, nodes)
 
 
 def _project(
-    updates: PyTree, new_state: PyTree, state: PyTree, params: PyTree
+    updates: PyTree, new_state: PyTree, state: PyTree, params: PyTree, skip: Array | None
 ) -> tuple[PyTree, PyTree]:
     """Updates that end in zero where pruned, and a state without moments there."""
     before, after = hard_masks(state, params), hard_masks(new_state, params)
-    methods = sparse_states(new_state)
-    skips = any(sparse.spec.skips_gradient for sparse in methods)
-    # not where a wrapper inside (MultiSteps) has left the state of an earlier step
-    skip = jnp.any(
-        jnp.stack(
-            [
-                new.skip_gradient & has_moved(new, old.count)
-                for new, old in zip(methods, sparse_states(state), strict=True)
-            ]
-        )
-    )
 
     def project(update: Array, weight: Array, mask: Array) -> Array:
-        update = jnp.where(skip, jnp.zeros_like(update), update) if skips else update
+        if skip is not None:
+            update = jnp.where(skip, jnp.zeros_like(update), update)
         return jnp.where(mask, update, -weight) if jnp.ndim(mask) else update
 
     names = [tree.path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
@@ -195,7 +211,7 @@ def _project(
             return new
         if not jnp.issubdtype(jnp.result_type(new), jnp.inexact):
             return new
-        value = jnp.where(skip, old, new) if skips else new
+        value = new if skip is None else jnp.where(skip, old, new)
         if not jnp.ndim(is_kept[name]):
             return value
         return jnp.where(was_kept[name] & is_kept[name], value, jnp.zeros_like(value))

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 from blocksparse_jax import _checks, schedules, tree
 from blocksparse_jax.alike import map_alike
 from blocksparse_jax.patterns import Kept, one_by_n
+from blocksparse_jax.patterns.one_by_n import OneByN
 from blocksparse_jax.schedules import Between, between, check_between
 from blocksparse_jax.scores import CRITERIA, Criterion, block_scores
 from blocksparse_jax.selection import highest_in_rows
@@ -76,14 +77,16 @@ def subp(
     to all weights plus `decay * (1 - mask) * w`. Hard: gradients are masked, and pruned weights are
     zero (the authors' hard class leaves them as they are, decays them and may bring them back).
 
-    The masks with which an epoch begins are set by the last update of the one before it, from the
-    weights that this update started from.
+    The masks of an epoch are set before its first forward pass, from the weights with which it
+    begins: by the last update of the epoch before, from `params + updates`. `keep_zeros` gives
+    these (`sparse(method, optimizer)` includes it); without it the weights before that update
+    decide, with a warning.
 
     After an epoch's last update the state holds the masks of the next epoch (`Spec.ahead`), while
-    the weights and batch normalisation's running averages belong to those of the epoch that ends: a
-    network with the new masks may score less than chance until the averages follow. So test it by
-    the masks before: `masked(params, state)` with the weights after that update and the state
-    before it. The experiment scripts do.
+    batch normalisation's running averages belong to those of the epoch that ends: a network with
+    the new masks may score less than chance until the averages follow. So test it by the masks
+    before: `masked(params, state)` with the weights after that update and the state before it. The
+    experiment scripts do.
 
     Args:
       sparsity: P, the final fraction of blocks to remove, in [0, 1). A layer of C channels removes
@@ -104,7 +107,7 @@ def subp(
       where: predicate (name, leaf) of the sparse leaves, default conv kernels except the stem; conv
         kernels and dense kernels.
       key: JAX random key of the regrowth, each update and leaf folds in its number; None is
-        `jax.random.key(0)`, the same in every run.
+        `jax.random.key(0)`, the same in every run. The state holds a number drawn from it.
       start: deprecated, as are `end`, `update_every` and the name of a curve as `schedule`: they
         mean `schedule=between(start, end, every=update_every)`, with 1 where it is left out.
       end: deprecated, see `start`.
@@ -122,7 +125,7 @@ def subp(
     Example:
       >>> import blocksparse_jax as bsj
       >>> params = {"w": jnp.ones((3, 3, 8, 32))}
-      >>> tx = bsj.subp(0.5, schedule=bsj.between(0, 1))
+      >>> tx = bsj.sparse(bsj.subp(0.5, schedule=bsj.between(0, 1)), optax.sgd(0.1))
       >>> state = tx.init(params)
       >>> for _ in range(2):
       ...     _, state = tx.update(params, state, params)
@@ -154,26 +157,17 @@ def subp(
             for name, leaf in chosen.items()
         }
 
-    def redraw(step: Step, leaves: Leaves) -> dict[str, Kept]:
-        first = step.count + 1
-        rho = schedules.progress(curve, first, era.start, era.end, era.every)
-        update_key = jax.random.fold_in(random_key, first)
-
-        def prune(layer: tuple[Leaf, Array], _: None) -> Kept:
-            leaf, noise = layer
-            kernel = jnp.where(leaf.mask, leaf.weights, 0) if version == 2 else leaf.weights
-            size = pattern.size(leaf.mask.shape[-1])
-            scores = block_scores(kernel, size, criterion, alpha, leaf.mask)
-            blocks = _regrow(noise.reshape(scores.shape), scores, sparsity, rho, tau)
-            return Kept(pattern.mask(blocks, leaf.mask.shape), leaf.layout)
-
-        blocks = {
-            name: leaf.mask.size // pattern.units(leaf.mask.shape).weights
-            for name, leaf in leaves.items()
-        }
-        noise = _noise(update_key, blocks)
-        layers = {name: (leaf, noise[name]) for name, leaf in leaves.items()}
-        return map_alike(prune, layers, dict.fromkeys(layers))
+    next_masks = _NextMasks(
+        sparsity,
+        era,
+        curve,
+        pattern,
+        criterion,
+        version,
+        tau,
+        alpha,
+        jax.random.key_impl(random_key),
+    )
 
     last_epoch = min(-(-era.end // era.every) * era.every, _checks.MAX_STEP)
     last = None if version == 1 else last_epoch
@@ -191,10 +185,61 @@ def subp(
             resizes=True,
             ahead=True,
             has_layout=True,
+            on_proposed=next_masks,
         )
 
-    penalty = decay_of_pruned(decay) if soft else None
-    return sparse_transformation(spec, where=where, draw=draw, redraw=redraw, penalty=penalty)
+    return sparse_transformation(
+        spec,
+        where=where,
+        draw=draw,
+        penalty=decay_of_pruned(decay) if soft else None,
+        memory=lambda leaf: jax.random.bits(random_key, dtype=jnp.uint32),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _NextMasks:
+    """Sets the masks of the epoch that follows an update, from the weights as this leaves them.
+
+    It compares by value, so it can sit in a `Spec`; the seed of its noise is in the state, since a
+    random key may be traced.
+    """
+
+    sparsity: float
+    era: Between
+    curve: schedules.Curve
+    pattern: OneByN
+    criterion: Criterion
+    version: int
+    tau: float
+    alpha: float
+    key_impl: Any
+
+    def __call__(self, step: Step, leaves: Leaves) -> Leaves:
+        """The leaves with the masks of the step after this one."""
+        first, era = step.count + 1, self.era
+        rho = schedules.progress(self.curve, first, era.start, era.end, era.every)
+        seed = next(iter(leaves.values())).memory
+        key = jax.random.fold_in(jax.random.key(seed, impl=self.key_impl), first)
+        blocks = {
+            name: leaf.mask.size // self.pattern.units(leaf.mask.shape).weights
+            for name, leaf in leaves.items()
+        }
+        noise = _noise(key, blocks)
+
+        def prune(layer: tuple[Leaf, Array], _: None) -> Array:
+            leaf, noise = layer
+            kernel = leaf.weights
+            if self.version == 2:
+                kernel = jnp.where(leaf.mask, kernel, 0)
+            size = self.pattern.size(leaf.mask.shape[-1])
+            scores = block_scores(kernel, size, self.criterion, self.alpha, leaf.mask)
+            blocks = _regrow(noise.reshape(scores.shape), scores, self.sparsity, rho, self.tau)
+            return self.pattern.mask(blocks, leaf.mask.shape)
+
+        layers = {name: (leaf, noise[name]) for name, leaf in leaves.items()}
+        masks = map_alike(prune, layers, dict.fromkeys(layers))
+        return {name: leaf._replace(mask=masks[name]) for name, leaf in leaves.items()}
 
 
 def _era(schedule: Any, start: int | None, end: int | None, update_every: int | None) -> Between:

@@ -68,7 +68,7 @@ def test_a_divisor_of_at_least_half_passes_without_a_warning(filters):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda p: bsj.subp(0.9, schedule=bsj.between(0, 1)),
+        lambda p: bsj.keep_zeros(bsj.subp(0.9, schedule=bsj.between(0, 1))),
         lambda p: bsj.hrbp_prune(0.9),
         lambda p: bsj.rigl(0.9, until=9),
         lambda p: bsj.fixed_masks(

@@ -15,7 +15,7 @@ from blocksparse_jax.alike import map_alike
 METHODS = {
     "hrbp": lambda: bsj.hrbp_prune(0.75, group_size=16, block_density=1.0),
     "rigl": lambda: bsj.rigl(0.75, budget="uniform", update_every=2, until=9),
-    "subp": lambda: bsj.subp(0.75, block=16, start=0, end=9),
+    "subp": lambda: bsj.keep_zeros(bsj.subp(0.75, block=16, start=0, end=9)),
     "gradual": lambda: bsj.gradual_magnitude(0.75, start=0, end=9),
 }
 

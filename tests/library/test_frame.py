@@ -173,7 +173,8 @@ def test_several_methods_publish_together(params):
 
 
 def test_a_spec_is_static_equal_and_can_be_pickled(params):
-    for method in (bsj.rigl(0.9, until=9), bsj.sr_ste(), bsj.hrbp_prune(0.9)):
+    subp = bsj.subp(0.5, schedule=bsj.between(0, 9))
+    for method in (bsj.rigl(0.9, until=9), bsj.sr_ste(), bsj.hrbp_prune(0.9), subp):
         spec = bsj.get_spec(method.init(params))
         assert pickle.loads(pickle.dumps(spec)) == spec
         assert hash(spec) == hash(dataclasses.replace(spec))
@@ -240,11 +241,14 @@ def test_a_method_changes_the_proposed_weights(params):
         },
     )
     tx = bsj.sparse(method, optax.adam(0.05))
+    params["offsets"] = jnp.array([-jnp.inf, 0.0])  # of an attention mask, not trained
     state = tx.init(params)
-    updates, state = tx.update({"conv": kernel(7), "bias": jnp.ones(32)}, state, params)
+    grads = {"conv": kernel(7), "bias": jnp.ones(32), "offsets": jnp.zeros(2)}
+    updates, state = tx.update(grads, state, params)
     new = optax.apply_updates(params, updates)
     assert float(jnp.abs(new["conv"]).max()) == pytest.approx(0.2, abs=1e-6)
     assert float(new["bias"][0]) == pytest.approx(0.95, abs=1e-3), "dense leaves are not touched"
+    np.testing.assert_array_equal(new["offsets"], params["offsets"])
 
 
 def test_extra_arguments_reach_the_method_and_the_optimizer(params):
@@ -313,6 +317,30 @@ def test_a_chain_without_keep_zeros_is_not_silent(params):
         summary = bsj.summarize(weights, state)
         assert summary.nonzero_pruned == int(bsj.nonzero_pruned(weights, state)) == expected
         assert (f"{expected:,} pruned weights are not zero" in str(summary)) == bool(expected)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [bsj.campfire(0.5, era=(0, 3)), bsj.deep_r(0.5), bsj.dsr(0.5, schedule=bsj.every(1))],
+    ids=["campfire", "deep-r", "dsr"],
+)
+def test_a_method_that_acts_on_proposed_weights_refuses_a_chain_without_keep_zeros(method, params):
+    tx = optax.chain(method, optax.sgd(0.1))
+    state = tx.init(params)
+    with pytest.raises(ValueError, match="only keep_zeros knows them; use sparse"):
+        jax.jit(tx.update)(params, state, params)
+
+
+def test_masks_of_the_next_step_come_without_keep_zeros_from_the_present_weights(params):
+    """With a warning: SUBP prunes the channels that are smallest before the update."""
+    tx = optax.chain(bsj.subp(0.5, schedule=bsj.between(0, 1)), optax.sgd(1.0))
+    weights = {"conv": jnp.arange(1.0, 17.0)[:, None] * jnp.ones(SHAPE), "bias": jnp.ones(32)}
+    state, grads = tx.init(weights), jax.tree.map(lambda w: 2 * w, weights)
+    with pytest.warns(UserWarning, match="subp sets masks from .* outside of it those before"):
+        updates, state = tx.update(grads, state, weights)
+    np.testing.assert_array_equal(updates["conv"], -grads["conv"])
+    kept = np.asarray(bsj.get_masks(state)["conv"]).all((0, 1, 3))
+    assert kept.tolist() == [False] * 8 + [True] * 8
 
 
 def test_straight_through_methods_promise_no_zeros(params):
@@ -387,13 +415,14 @@ def test_old_spellings_mean_the_new_ones(params):
         ),
     ]
     for old, new in pairs:
+        old, new = bsj.keep_zeros(old), bsj.keep_zeros(new)
         old_state, new_state = old.init(params), new.init(params)
         update_old, update_new = jax.jit(old.update), jax.jit(new.update)
         for step in range(10):
             grads = {"conv": kernel(step), "bias": jnp.ones(32)}
             _, old_state = update_old(grads, old_state, params)
             _, new_state = update_new(grads, new_state, params)
-        assert old_state.spec == new_state.spec
+        assert bsj.get_spec(old_state) == bsj.get_spec(new_state)
         np.testing.assert_array_equal(old_state.masks["conv"], new_state.masks["conv"])
     with pytest.raises(ValueError, match="update: the deprecated name of `schedule`, got both"):
         bsj.hrbp_prune(0.9, schedule=bsj.every(3), update=bsj.every(3))

@@ -66,7 +66,7 @@ DRAWS = {
     ),
     "growth at random": regrown_at_random,
     "regrowth of SUBP": lambda key: masks_after(
-        bsj.subp(0.75, block=1, start=0, end=4, key=key), 2
+        bsj.keep_zeros(bsj.subp(0.75, block=1, start=0, end=4, key=key)), 2
     ),
 }
 

@@ -108,6 +108,6 @@ def test_steps_beyond_int32_are_refused_when_the_schedule_is_made(step):
     with pytest.raises(ValueError, match="every: expected fewer"):
         bsj.every(step)
     bsj.every(100, until=MAX - 1)
-    endless = bsj.subp(0.5, schedule=bsj.between(0, MAX - 1, every=1000))
+    endless = bsj.keep_zeros(bsj.subp(0.5, schedule=bsj.between(0, MAX - 1, every=1000)))
     params = small_tree()
     jax.jit(endless.update)(params, endless.init(params), params)

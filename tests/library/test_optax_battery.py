@@ -181,11 +181,12 @@ def test_multi_steps_outside(name, params):
     chex.assert_trees_all_equal(bsj.get_masks(state_multi), bsj.get_masks(state))
 
 
-def test_multi_steps_inside_keep_zeros(params):
+@pytest.mark.parametrize("name", ["rigl", "subp"])
+def test_multi_steps_inside_keep_zeros(name, params):
     """Gradients accumulated inside of keep_zeros grow and move the same weights as outside."""
-    rigl = chain("rigl", optax.sgd(0.1))
-    outside = optax.MultiSteps(bsj.keep_zeros(rigl), every_k_schedule=2)
-    inside = bsj.keep_zeros(optax.MultiSteps(rigl, every_k_schedule=2).gradient_transformation())
+    inner = chain(name, optax.sgd(0.1))
+    outside = optax.MultiSteps(bsj.keep_zeros(inner), every_k_schedule=2)
+    inside = bsj.keep_zeros(optax.MultiSteps(inner, every_k_schedule=2).gradient_transformation())
     (a, state_a), (b, state_b) = _train(outside, params, 12), _train(inside, params, 12)
     chex.assert_trees_all_equal(bsj.get_masks(state_a), bsj.get_masks(state_b))
     chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-5)

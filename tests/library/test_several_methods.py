@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import references as ref
 from sparse_methods import noise
 
 import blocksparse_jax as bsj
@@ -85,6 +86,17 @@ def test_a_leaf_of_each_method(params):
     layouts = bsj.get_layouts(state)
     assert layouts["a"] == bsj.Dense()
     assert layouts["b"].packed_shape == (2, 8, 9, 16)
+
+
+def test_masks_follow_from_weights_that_another_method_kept_from_moving(params):
+    """RigL applies no gradient at step 2, whose end sets SUBP's masks: momentum moves no weight."""
+    rigl = bsj.rigl(0.5, update_every=2, until=9, where=only("a"))
+    subp = bsj.subp(0.5, schedule=bsj.between(0, 3, every=3), where=only("b"))
+    trained, state = train(bsj.sparse(rigl, subp, optax.sgd(1.0, momentum=0.9)), params, 3)
+    assert bool(state[0].skip_gradient)
+    sizes = np.abs(trained["b"]).reshape(9, 16, 2, 16).sum((0, 3)).T
+    kept = ref.subp_channels(np.asarray(bsj.get_masks(state)["b"]), 16)
+    np.testing.assert_array_equal(kept, [ref.largest(row, 8) for row in sizes])
 
 
 def test_the_spec_of_several_methods_is_what_any_of_them_does(params):

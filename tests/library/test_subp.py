@@ -185,7 +185,8 @@ def test_the_last_step_of_an_epoch_sets_the_masks_of_the_next_whatever_the_start
     masks = list(run_subp([normal(t, (1, 1, 16, 6)) for t in range(18)], sparsity=0.5, **options))
     changed = [t for t in range(1, 19) if (masks[t] != masks[t - 1]).any()]
     assert changed == [6, 9, 12]
-    spec = bsj.get_spec(compiled(sparsity=0.5, **options)[0]({"conv": np.ones((1, 1, 16, 6))}))
+    init, _ = compiled(sparsity=0.5, **options)
+    spec = bsj.get_spec(init(jax.random.key(0), np.ones((1, 1, 16, 6))))
     assert [t for t in range(18) if spec.changes(t)] == [5, 8, 11]
     assert [t for t in range(18) if spec.dense_gradient(t)] == list(range(12))
 
@@ -217,20 +218,19 @@ def test_float32_does_not_lose_a_block_of_a_wide_layer(sparsity, cin, step, regr
 
 @pytest.mark.parametrize(("cout", "block", "used"), [(20, 16, 10), (7, 16, 7), (13, 4, 1)])
 def test_a_block_that_does_not_divide_falls_to_the_largest_divisor(cout, block, used):
-    params = {"conv": normal(0, (3, 3, 8, cout))}
+    kernel = normal(0, (3, 3, 8, cout))
     init, update = compiled(sparsity=0.5, block=block, start=0, end=1)
     collapses = pytest.warns(UserWarning, match="block: 'conv' has an axis of 13, .* up to 4 is 1")
     with collapses if used == 1 else contextlib.nullcontext():
-        state = init(params)
+        state = init(jax.random.key(0), kernel)
     for _ in range(3):
-        state = update(jax.random.key(0), params["conv"], state)
+        state = update(kernel, state)
     layout = bsj.get_layouts(state)["conv"]
     assert layout.filters.tolist() == np.arange(cout).reshape(-1, used).tolist()
     assert layout.packed_shape == (cout // used, 4, 9, used)
     np.testing.assert_array_equal(bsj.layout_to_mask(layout), bsj.get_masks(state)["conv"])
     expected = [
-        ref.largest(s, 4)
-        for s in ref.subp_scores(params["conv"], np.ones_like(params["conv"]), used, "l1")
+        ref.largest(s, 4) for s in ref.subp_scores(kernel, np.ones_like(kernel), used, "l1")
     ]
     np.testing.assert_array_equal(channels_of(state, used), expected)
 
@@ -238,10 +238,10 @@ def test_a_block_that_does_not_divide_falls_to_the_largest_divisor(cout, block, 
 def test_the_soft_phase_has_a_layout_of_the_regrown_size():
     kernel = normal(0, (3, 3, 8, 8))
     init, update = compiled(sparsity=0.75, block=4, schedule="linear", start=0, end=4)
-    state = init({"conv": kernel})
+    state = init(jax.random.key(0), kernel)
     assert bsj.get_layouts(state)["conv"].packed_shape == (2, 8, 9, 4)
     for kept in (6, 5, 3, 2, 2):  # 8 - 6 + floor(6 (1 - t / 4)) at step t = 1, 2, ...
-        state = update(jax.random.key(0), kernel, state)
+        state = update(kernel, state)
         layout = bsj.get_layouts(state)["conv"]
         assert layout.packed_shape == (2, kept, 9, 4)
         np.testing.assert_array_equal(bsj.layout_to_mask(layout), bsj.get_masks(state)["conv"])
@@ -257,14 +257,18 @@ def test_gradients_soft_and_hard(soft):
         {"conv": kernel, "bias": np.ones(3, np.float32)},
         {"conv": grad, "bias": np.full(3, 2, np.float32)},
     )
-    tx = bsj.subp(0.5, block=4, start=0, end=1, soft=soft, decay=0.3, where=conv_kernels)
+    tx = bsj.keep_zeros(
+        bsj.subp(0.5, block=4, start=0, end=1, soft=soft, decay=0.3, where=conv_kernels)
+    )
     state = tx.init(params)
     update = jax.jit(tx.update)
     for _ in range(3):
         updates, state = update(grads, state, params)
     mask = np.asarray(bsj.get_masks(state)["conv"])
     assert mask.mean() == 0.5
-    expected = ref.sr_ste_gradient(grad, kernel, mask, 0.3) if soft else grad * mask
+    expected = np.where(mask, grad, -kernel)  # keep_zeros takes pruned weights to zero
+    if soft:
+        expected = ref.sr_ste_gradient(grad, kernel, mask, 0.3)
     np.testing.assert_allclose(updates["conv"], expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(updates["bias"], grads["bias"])
     if soft:
@@ -273,32 +277,85 @@ def test_gradients_soft_and_hard(soft):
         np.testing.assert_array_equal(pullback(grads)[0]["conv"], grad)  # straight through
 
 
-@pytest.mark.parametrize(("soft", "version"), [(True, 1), (True, 2), (False, 2), (False, 1)])
-@pytest.mark.parametrize("criterion", ["l1", "bpar"])
-def test_trajectory_with_momentum_and_weight_decay(soft, version, criterion):
-    """28 steps on `0.5 sum(a (w~ - target)^2)`: NumPy follows, taking from the library only which
-    removed blocks were drawn. Each epoch begins with its own masks, set by the update before.
+def gumbel(key, step, size):
+    """The noise of the masks that step `step` begins with, of a network of one layer."""
+    seed = jax.random.bits(key, dtype=jnp.uint32)
+    layer = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), 0)
+    return np.asarray(jax.random.gumbel(layer, (size,)), np.float64)
+
+
+def authors_mask(weights, mask, options, first, key):
+    """The mask of the epoch that begins with step `first`, from the weights as they are then."""
+    block, cin = options["block"], weights.shape[2]
+    scores = ref.subp_scores(weights, mask, block, options["criterion"], options["version"])
+    rho = ref.subp_rho(first, options["start"], options["end"], options["every"], options["curve"])
+    removed, regrown = ref.subp_counts(options["sparsity"], cin, rho)
+    kept = np.ones(scores.shape, bool)
+    noise = gumbel(key, first, scores.size).reshape(scores.shape)
+    for row, keeps, draws in zip(scores, kept, noise):
+        gone = np.flatnonzero(~ref.largest(row, cin - removed))
+        chances = ref.subp_probabilities(row[gone], options["tau"])
+        keeps[gone] = ref.largest(np.log(chances) + draws[gone], regrown)
+    return np.broadcast_to(np.repeat(kept, block, axis=0).T, weights.shape)
+
+
+def authors_run(weights, target, curvature, *, epochs, key, options, optimizer):
+    """Trains as the authors do: an epoch sets its mask, then runs its steps of SGD. Yields the mask
+    of each step and the weights after it.
+
+    The loss is `0.5 sum(curvature (w * mask - target)^2)`. The hard form zeroes what it prunes.
     """
-    start, end, every, block, sparsity, shape = 4, 20, 4, 4, 0.6, (3, 3, 10, 8)
-    rate, momentum, weight_decay, decay = 0.1, 0.9, 1e-2, 0.2
+    soft, decay = options["soft"], options["decay"]
+    weights, mask, buffer = weights.astype(np.float64), np.ones(weights.shape, bool), 0
+    for epoch in range(epochs):
+        first = epoch * options["every"]
+        mask = authors_mask(weights, mask, options, first, key)
+        if not soft:
+            weights, buffer = weights * mask, buffer * mask
+        for _ in range(options["every"]):
+            grad = curvature * (weights * mask - target)
+            grad = ref.sr_ste_gradient(grad, weights, mask, decay) if soft else grad * mask
+            buffer = optimizer["momentum"] * buffer + grad + optimizer["weight_decay"] * weights
+            weights = weights - optimizer["rate"] * buffer
+            yield mask, weights
+
+
+@pytest.mark.parametrize(
+    ("soft", "version", "criterion", "curve"),
+    [
+        (True, 2, "l1", "cubic"),
+        (True, 2, "l2", "linear"),
+        (True, 2, "bpar", "cos"),
+        (True, 2, "l2", "exp"),
+        (True, 1, "bpar", "linear"),
+        (True, 1, "l1", "exp"),
+        (False, 2, "l1", "cubic"),
+        (False, 1, "bpar", "linear"),
+    ],
+)
+def test_training_equals_the_authors(soft, version, criterion, curve):
+    """Two dense epochs, two soft ones and two of the final pattern, by SGD with momentum and weight
+    decay: masks are the same and weights agree to 1e-5 at every step. Both draw by one noise.
+    """
+    shape, every, key = (3, 3, 10, 8), 4, jax.random.key(3)
     kernel, target, curvature = normal(0, shape), normal(1, shape), np.abs(normal(2, shape))
-    method = bsj.subp(
-        sparsity,
-        block=block,
-        criterion=criterion,
-        start=start,
-        end=end,
-        update_every=every,
-        soft=soft,
-        version=version,
-        decay=decay,
-        where=conv_kernels,
-        key=jax.random.key(3),
-    )
-    tx = bsj.keep_zeros(
-        optax.chain(
-            method, optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum=momentum)
-        )
+    era = {"start": every, "end": 4 * every, "every": every}
+    optimizer = {"rate": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
+    options = {
+        "sparsity": 0.6,
+        "block": 4,
+        "criterion": criterion,
+        "curve": curve,
+        "soft": soft,
+        "version": version,
+        "tau": 0.5,
+        "decay": 0.2,
+    }
+    method = bsj.subp(schedule=bsj.between(**era), where=conv_kernels, key=key, **options)
+    tx = bsj.sparse(
+        method,
+        optax.add_decayed_weights(optimizer["weight_decay"]),
+        optax.sgd(optimizer["rate"], momentum=optimizer["momentum"]),
     )
 
     def loss(params, state):
@@ -310,29 +367,23 @@ def test_trajectory_with_momentum_and_weight_decay(soft, version, criterion):
         return optax.apply_updates(params, updates), state
 
     params = {"conv": jnp.asarray(kernel)}
-    state, trace = tx.init(params), np.zeros(shape)
-    old = mask = np.ones(shape, bool)
-    for t in range(28):
-        params, state = step(params, state)
-        grad = curvature * (kernel * mask - target)
-        grad = ref.sr_ste_gradient(grad, kernel, mask, decay) if soft else grad * mask
-        if (t + 1) % every == 0:
-            removed, regrown = ref.subp_counts(
-                sparsity, 10, ref.subp_rho(t + 1, start, end, every, "cubic")
-            )
-            scores = ref.subp_scores(kernel, mask, block, criterion, version)
-            drawn = channels_of(state, block)
-            for group_scores, kept in zip(scores, drawn):
-                best = ref.largest(group_scores, 10 - removed)
-                assert kept[best].all()
-                assert kept.sum() == 10 - removed + regrown
-            mask = np.broadcast_to(np.repeat(drawn, block, axis=0).T, shape)
-        trace = momentum * trace + grad + weight_decay * kernel
-        kernel = kernel - rate * trace
-        if not soft:  # pruned weights are zero, grown ones begin without momentum
-            kernel, trace = kernel * mask, trace * (old & mask)
-        old = mask
+    state, densities = tx.init(params), []
+    expected = authors_run(
+        kernel,
+        target,
+        curvature,
+        epochs=6,
+        key=key,
+        options=options | era,
+        optimizer=optimizer,
+    )
+    for mask, weights in expected:
         np.testing.assert_array_equal(bsj.get_masks(state)["conv"], mask)
-        np.testing.assert_allclose(params["conv"], kernel, rtol=1e-4, atol=1e-5)
-        assert mask.all() or np.asarray(params["conv"])[~mask].any() == soft
-    assert mask.mean() == 0.4
+        params, state = step(params, state)
+        if not soft:  # the last update of an epoch has pruned for the next
+            weights = weights * np.asarray(bsj.get_masks(state)["conv"])
+        np.testing.assert_allclose(params["conv"], weights, rtol=0, atol=1e-5)
+        densities.append(mask.mean())
+    by_epoch = densities[::every]
+    assert by_epoch[:2] == [1, 1]
+    assert 1 > by_epoch[2] > by_epoch[3] >= by_epoch[4] == by_epoch[5] == 0.4

@@ -6,6 +6,7 @@ import itertools
 
 import jax
 import numpy as np
+import optax
 import pytest
 import references as ref
 from subp_runs import conv_kernels, run_subp
@@ -151,6 +152,7 @@ def test_inclusion_over_many_keys():
             where=conv_kernels,
             key=key,
         )
+        tx = bsj.sparse(tx, optax.set_to_zero())
         state = tx.init({"conv": kernel})
         for _ in range(2):
             _, state = tx.update({"conv": kernel}, state, {"conv": kernel})
@@ -186,9 +188,10 @@ def test_groups_layers_steps_and_keys_draw_independently():
     params = {"a": kernel, "b": kernel}
     # cubic over 20 steps: 2 blocks are regrown while floor(4 (1 - t^3)) = 2, which holds at steps
     # 13, 14 and 15
-    tx = bsj.subp(
+    method = bsj.subp(
         4 / 6, block=1, start=0, end=20, version=1, where=conv_kernels, key=jax.random.key(0)
     )
+    tx = bsj.sparse(method, optax.set_to_zero())
     state, update = tx.init(params), jax.jit(tx.update)
     masks = []
     for _ in range(15):

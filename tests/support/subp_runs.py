@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import references as ref
 
 import blocksparse_jax as bsj
@@ -21,27 +22,30 @@ def channels_of(state, block):
 
 @functools.cache
 def compiled(**options):
-    """Jitted `init(params)` and `update(key, kernel, state)`: neither another key nor another
-    hypothesis example compiles again.
+    """Jitted `init(key, kernel)` and `update(kernel, state)`, which takes the kernel as the weights
+    after the update: neither another key nor another hypothesis example compiles again.
     """
 
     def method(key):
-        return bsj.subp(where=conv_kernels, key=key, **options)
+        return bsj.sparse(bsj.subp(where=conv_kernels, key=key, **options), optax.set_to_zero())
 
-    def update(key, kernel, state):
-        return method(key).update({"conv": jnp.zeros_like(kernel)}, state, {"conv": kernel})[1]
+    def init(key, kernel):
+        return method(key).init({"conv": kernel})
 
-    return jax.jit(method(None).init), jax.jit(update)
+    def update(kernel, state):
+        return method(None).update({"conv": jnp.zeros_like(kernel)}, state, {"conv": kernel})[1]
+
+    return jax.jit(init), jax.jit(update)
 
 
 def run_subp(kernels, seed=0, **options):
-    """Kept blocks, `[groups, cin]`, before the first update and after each of the updates with
-    `kernels`.
+    """Kept blocks, `[groups, cin]`, before the first update and after each of the updates that end
+    in `kernels`.
     """
     block = ref.subp_block(kernels[0].shape[-1], options.get("block", 16))
     init, update = compiled(**options)
-    state = init({"conv": kernels[0]})
+    state = init(jax.random.key(seed), kernels[0])
     yield channels_of(state, block)
     for kernel in kernels:
-        state = update(jax.random.key(seed), kernel, state)
+        state = update(kernel, state)
         yield channels_of(state, block)
