@@ -1,6 +1,7 @@
 """One run's folder: config.json, metrics.jsonl, result.json and checkpoints.
 
-All are written so that a stop loses nothing, by one process at a time.
+All are written so that a stop loses nothing, by one process at a time. The rows of metrics.jsonl
+are there as TensorBoard events too.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from typing import Any
 from experiments.training import folder_lock, metrics_log
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.config import TrainConfig, flat, resolve
+from experiments.training.events import Events
 from experiments.training.files import read_json_map, write_json
 from experiments.training.folder_lock import FolderLock
 from experiments.training.registry import METHODS
@@ -35,6 +37,7 @@ class RunFolder:
         self.checkpoints = Checkpoints(self.path)
         self._lock = FolderLock(self.path)
         self._metrics = self.path / "metrics.jsonl"
+        self._events: Events | None = None  # from the first row of this process on
         self._begins = False
         self._made: list[Path] = []  # the folders that `open` has made, the outermost last
 
@@ -218,13 +221,17 @@ class RunFolder:
         return dataclasses.replace(config, mask_epochs=mask_epochs)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Adds one row to metrics.jsonl.
+        """Adds one row to metrics.jsonl and to the events of TensorBoard.
 
         Args:
           row: JSON values, with `kind` and `step`.
         """
         self._lock.check()
         metrics_log.append(self._metrics, row)
+        if self._events is None:
+            self._events = Events(self.path, self.metrics())
+        else:
+            self._events.append(row)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl.
