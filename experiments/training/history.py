@@ -11,6 +11,7 @@ import numpy as np
 import blocksparse_jax as bsj
 from blocksparse_jax import tree
 from experiments.models.flops import conv_positions
+from experiments.training import network_size
 from experiments.training.execution import State, dense_shapes, masks_of, to_form
 from experiments.training.loop import Trainer
 
@@ -56,6 +57,7 @@ class History:
         self.positions = conv_positions(trainer.model("masked"), variables, image_shape)
         sizes = _sizes(state)
         self.dense_flops = sum(sizes[name] * n for name, n in self.positions.items())
+        self._original = trainer.shapes
         self.restart(state, masks_of(state), flops=0, steps=0)
 
     def restart(self, state: State, ever: Any, *, flops: int, steps: int) -> None:
@@ -100,6 +102,22 @@ class History:
             "training_flops_fraction": self.flops / (3 * self.dense_flops * self.steps),
             "itop": float(bsj.metrics.itop(self.ever)),
         }
+
+    def density(self) -> float:
+        """The kept fraction of the sparse layers' weights, as of `fetch`, without the device.
+
+        `network_size.density` says the same of masks; removed channels are not kept.
+        """
+        spell = self._pending[0]
+        pruned = [jnp.ndim(mask) > 0 for mask in jax.tree.leaves(self.ever)]
+        kept = {
+            name: int(count) if masked else size
+            for (name, size), masked, count in zip(
+                spell.sizes.items(), pruned, spell.counts, strict=True
+            )
+        }
+        names = [name for name, masked in zip(kept, pruned, strict=True) if masked]
+        return network_size.kept_fraction(kept, self._original, names)
 
     def _kept_flops(self, counts: np.ndarray, sizes: dict[str, int]) -> int:
         masks = jax.tree.leaves(self.ever)

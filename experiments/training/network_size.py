@@ -4,7 +4,7 @@ The two differ where a method removes channels. Shapes are trees of `jax.ShapeDt
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -31,13 +31,24 @@ def density(masks: Any, shapes: Any, original: Any) -> float:
       Over the layers that the masks prune; where there are none, over those that methods prune by
       default.
     """
-    sparse = {tree.path_name(path) for path, m in jax.tree.leaves_with_path(masks) if jnp.ndim(m)}
-    sparse = sparse or set(tree.choose(None, original))
-    left, of = (
-        sum(math.prod(leaf.shape) for name, leaf in _named(one).items() if name in sparse)
-        for one in (shapes, original)
-    )
-    return float(bsj.metrics.density(masks)) * (left / of)
+    sparse = [tree.path_name(path) for path, m in jax.tree.leaves_with_path(masks) if jnp.ndim(m)]
+    left = {name: math.prod(leaf.shape) for name, leaf in _named(shapes).items()}
+    return float(bsj.metrics.density(masks)) * kept_fraction(left, original, sparse)
+
+
+def kept_fraction(kept: Mapping[str, int], original: Any, sparse: Collection[str]) -> float:
+    """The kept fraction of the sparse layers' weights, from counts.
+
+    Args:
+      kept: layer name -> weights that are left of it; none of a layer that is not there.
+      original: shapes of the parameters that training began with.
+      sparse: names of the layers that masks prune; where there are none, those that methods prune
+        by default count.
+    """
+    sparse = sparse or tree.choose(None, original)
+    sizes = _named(original)
+    of = sum(math.prod(sizes[name].shape) for name in sparse)
+    return sum(kept.get(name, 0) for name in sparse) / of
 
 
 def kept_flops(masks: Any, params: Any, original: Any, positions: Mapping[str, int]) -> float:

@@ -171,7 +171,7 @@ class Run:
         """The steps; False where they stopped before the end."""
         total, self._since = self.length.total, time.perf_counter()
         with (
-            Progress(self.config.method, total, self.step) as progress,
+            Progress(self.config.method, total, self.step, self.config.batch_size) as progress,
             StopRequest(progress.stopping) as request,
         ):
             while self.step < total:
@@ -196,10 +196,12 @@ class Run:
         for images, labels in _readable(batches):
             self._train_step(images, labels)
             if self.step % self.config.log_every == 0:
-                progress.step(self.step, self._log_window(epoch))
+                means = self._log_window(epoch)
+                density = self._history.density()
+                progress.step(self.step, means["loss"], means["train_accuracy"], density)
             ends = self.step % self.length.steps_per_epoch == 0
             if ends:
-                progress.epoch(self.step, self._log_epoch(epoch))
+                progress.epoch(self.step, *self._log_epoch(epoch))
             every, stops = self.config.checkpoint_every, self.step == stop_after
             due = (every and self.step % every == 0) or self.step == self.config.keep_checkpoint
             if stops or request.number or ends or due:
@@ -241,17 +243,17 @@ class Run:
                 f"({self.config.lr:g})"
             )
 
-    def _log_window(self, epoch: int) -> float:
-        """Writes the row of a logging window; its loss."""
+    def _log_window(self, epoch: int) -> dict[str, float]:
+        """Writes the row of a logging window; its mean loss and accuracy."""
         self._fetch()
         means = self._means(self._window)
         row = {"kind": "train", "step": self.step, "epoch": epoch} | means | {"lr": self._lr()}
         self.folder.append(row)
         self._window = Sums()
-        return means["loss"]
+        return means
 
-    def _log_epoch(self, epoch: int) -> str:
-        """Writes the row of an epoch; its line on the console."""
+    def _log_epoch(self, epoch: int) -> tuple[str, float]:
+        """Writes the row of an epoch; its line on the console, and the test accuracy."""
         self._fetch()
         tested = with_masks(self._masks_to_test, self.state)
         masks, shapes = masks_of(tested), dense_shapes(tested)
@@ -277,10 +279,11 @@ class Run:
         self._masks, self._epoch = masks, Sums()
         self.folder.append(row)
         warning = f", {n} pruned weights are not zero" if (n := row["nonzero_pruned"]) else ""
-        return (
+        line = (
             f"epoch {epoch + 1}/{self.config.epochs}: loss {row['loss']:.3f}, test "
             f"{row['test_accuracy']:.2%}{warning}"
         )
+        return line, row["test_accuracy"]
 
     def _nonzero_pruned(self) -> int:
         if self.trainer.spec is None:

@@ -72,6 +72,7 @@ def test_a_run_counts_every_step_with_its_masks(tmp_path, method, execution, nee
         expected(masks, needs_dense, steps), rel=1e-12
     )
     assert run.result["itop"] == pytest.approx(explored(masks), rel=1e-6)
+    assert run._history.density() == pytest.approx(run.result["density"], rel=1e-6)
     epochs = [row for row in run.folder.metrics() if row["kind"] == "epoch"]
     assert epochs[0]["training_flops_fraction"] == pytest.approx(
         expected(masks, needs_dense, PER_EPOCH), rel=1e-12

@@ -241,6 +241,7 @@ def test_a_run_shrinks_reports_it_and_resumes_to_the_same_bits(method, options, 
     assert result["parameters"] == left < original == result["original_parameters"]
     assert 0 < result["kept_flops_fraction"] < 1
     assert 0 < result["density"] < 1
+    assert whole._history.density() == pytest.approx(result["density"], rel=1e-6)
     assert result["step_ms_median"] > 0
     assert result["original_step_ms_median"] > 0
     if method == "slimming":
