@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -139,10 +140,9 @@ def block_structure(
             f"a pixel is a kernel slice: white keeps no tap, black keeps all{groups}", fontsize=8
         )
     for ax, (name, mask, node) in zip(axes, sparse):
-        kernels = mask.mean((0, 1)).T
         ax.set_axis_on()
+        kernels = kernel_slices(mask, node)
         if isinstance(node, bsj.BlockLayout):
-            kernels = kernels[np.asarray(node.filters).reshape(-1)]
             for group in range(1, node.filters.shape[0]):
                 ax.axhline(group * node.filters.shape[1] - 0.5, color="tab:red", linewidth=0.6)
         ax.imshow(kernels, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
@@ -155,6 +155,24 @@ def block_structure(
     if path is not None:
         _save(figure, path)
     return figure
+
+
+def kernel_slices(
+    mask: Bool[np.ndarray, "kh kw cin cout"], node: Any
+) -> Float[np.ndarray, "cout cin"]:
+    """How much of each kernel slice a mask keeps.
+
+    Args:
+      mask: of a conv kernel.
+      node: its layout; a `BlockLayout` puts the filters of a group side by side.
+
+    Returns:
+      Fractions of the taps: a row for each filter, a column for each input channel.
+    """
+    kernels = mask.mean((0, 1)).T
+    if isinstance(node, bsj.BlockLayout):
+        kernels = kernels[np.asarray(node.filters).reshape(-1)]
+    return kernels
 
 
 def _figure(width: float, height: float, title: str) -> Figure:

@@ -159,13 +159,31 @@ class RunFolder:
         Raises:
           ValueError: config.json is missing, garbled or of another version.
         """
+        config = self.stored("choose another --out")
+        try:
+            return resolve(config)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.path / 'config.json'}: {error}") from error
+
+    def stored(self, fix: str) -> TrainConfig:
+        """The run's config, whatever its values are and whether or not it can run here.
+
+        Args:
+          fix: what to do where it cannot be read.
+
+        Returns:
+          What config.json holds.
+
+        Raises:
+          ValueError: config.json is missing, garbled or has other fields than this version's.
+        """
         path = self.path / "config.json"
-        stored = read_json_map(path, "choose another --out")
+        stored = read_json_map(path, fix)
         options = stored.get("options")
         if stored.get("method") not in METHODS or not isinstance(options, dict):
             raise ValueError(
                 f"{path}: other fields than a run of this version has (method "
-                f"{stored.get('method')!r} with options {options!r}); choose another --out"
+                f"{stored.get('method')!r} with options {options!r}); {fix}"
             )
         options_type = type(METHODS[stored["method"]].options)
         for dataclass, values in ((TrainConfig, stored), (options_type, options)):
@@ -173,12 +191,9 @@ class RunFolder:
             if unmatched := sorted(fields.symmetric_difference(values)):
                 raise ValueError(
                     f"{path}: other fields than a run of this version has "
-                    f"({', '.join(unmatched)}); choose another --out"
+                    f"({', '.join(unmatched)}); {fix}"
                 )
-        try:
-            return resolve(TrainConfig(**stored | {"options": options_type(**options)}))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: {error}") from error
+        return TrainConfig(**stored | {"options": options_type(**options)})
 
     def continued(self, config: TrainConfig) -> TrainConfig:
         """Checks that a config is that of the run in the folder; only places may differ.
