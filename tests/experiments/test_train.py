@@ -11,7 +11,7 @@ import pytest
 from new_process import cache
 from tiny_runs import PER_EPOCH, assert_same_run, config, error_of, flags, output_of
 
-from experiments import evaluate
+from experiments import evaluate, report
 from experiments.train import cli
 from experiments.training import command_line, methods, plots, progress
 from experiments.training.config import TrainConfig, resolve
@@ -128,6 +128,31 @@ def test_learning_curves_say_where_the_masks_became_final(sads, final):
         assert [(line.get_label(), line.get_xdata()[0]) for line in marks] == (
             [(f"masks final in epoch {final}", final)] if final else []
         )
+
+
+def test_a_report_shows_the_run(finished, tmp_path):
+    """Every curve, layer and result, with the numbers of the run."""
+    _, run, result = finished
+    out = tmp_path / "report.html"
+    settings = report.ReportConfig(runs=(str(run.folder.path),), out=str(out))
+    assert report.main(settings) == []
+    text = out.read_text()
+    last = run.folder.metrics()[-1]
+    for title, value in (
+        ("Test accuracy", result["test_accuracy"]),
+        ("Density", result["density"]),
+        ("SAD", last["sad"]),
+        ("Exploration (ITOP)", result["itop"]),
+    ):
+        assert f'aria-label="{title} over the epochs: run ends at {value:.4g}"' in text
+    assert "No run has a value yet" not in text
+    for name in ("kept_flops_fraction", "training_flops_fraction"):
+        assert f"<td class='n'>{result[name]:.1%}</td>" in text
+    for name, mask in masks_of(run.state).items():
+        if "kernel" in mask and mask["kernel"].ndim:
+            kernel = mask["kernel"]
+            assert f"{kernel.sum():,} of {kernel.size:,}</td>" in text
+            assert f"Mask of {name}/kernel: {kernel.shape[3]} filters down" in text
 
 
 def test_evaluate_gives_the_accuracy_of_the_run(finished, capsys):

@@ -81,8 +81,8 @@ def chart(title: str, curves: Sequence[Curve]) -> str:
 
 
 def dashes(index: int) -> str:
-    """The line style of a run: runs of one color have different ones."""
-    return DASHES[index // COLORS % len(DASHES)]
+    """The line style of a run: that of one color changes, and neighbours have different ones."""
+    return DASHES[(index + index // COLORS) % len(DASHES)]
 
 
 def _sentinel(index: int) -> str:

@@ -59,7 +59,7 @@ class Network:
 
     Attributes:
       step: of the checkpoint.
-      layers: in the order of its parameters.
+      layers: in the order in which they run.
       trainer: of the run.
       state: at the checkpoint.
       image_shape: (height, width, channels).
@@ -106,9 +106,9 @@ def _layers(trainer: Trainer, state: State, image_shape: tuple[int, ...]) -> lis
     masks = {name: mask for name, mask in _named(masks_of(state)).items() if jnp.ndim(mask)}
     layouts = _named(layouts_of(state) or {}, is_leaf=bsj.is_layout)
     layers = []
-    for name, kernel in _named(dense.params).items():
-        if name not in positions:
-            continue
+    kernels = _named(dense.params)
+    for name, count in positions.items():  # in the order of the network
+        kernel = kernels[name]
         mask = np.asarray(masks[name]) if name in masks else None
         layout = layouts.get(name, bsj.Dense())
         layers.append(
@@ -116,7 +116,7 @@ def _layers(trainer: Trainer, state: State, image_shape: tuple[int, ...]) -> lis
                 name=name,
                 shape=kernel.shape,
                 kept=kernel.size if mask is None else int(mask.sum()),
-                positions=positions[name],
+                positions=count,
                 pattern=patterns.get(name, "dense"),
                 mask=mask,
                 layout=layout,

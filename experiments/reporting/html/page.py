@@ -17,8 +17,8 @@ CURVES = (
     ("Test accuracy", "epoch", "test_accuracy"),
     ("Training accuracy", "epoch", "train_accuracy"),
     ("Density", "epoch", "density"),
-    ("SAD: fraction of the mask that changed in an epoch", "epoch", "sad"),
-    ("Exploration: weights ever active (ITOP)", "epoch", "itop"),
+    ("SAD", "epoch", "sad"),
+    ("Exploration (ITOP)", "epoch", "itop"),
 )
 
 
@@ -90,7 +90,7 @@ def _results(runs: Sequence[ReportedRun]) -> str:
         "FLOPs: those of all steps, of a dense training's. Ever active: weights that some mask has "
         f"kept so far (ITOP). {_devices(runs)}</p>"
     )
-    results = table("Results", columns, rows, text_columns=4)
+    results = table("Where each run stands", columns, rows, text_columns=4)
     return f"<section id='results'><h2>Results</h2>{results}{note}</section>"
 
 
@@ -134,7 +134,9 @@ def _curves(runs: Sequence[ReportedRun]) -> str:
     legend = "".join(f"<li>{_swatch(i)} {escape(run.label)}</li>" for i, run in enumerate(runs))
     return (
         f"<section id='curves'><h2>Curves</h2><ul class='legend'>{legend}</ul>"
-        f"<div class='charts'>{''.join(figures)}</div></section>"
+        f"<div class='charts'>{''.join(figures)}</div><p>SAD (sparse architecture divergence): "
+        "the fraction of the masks' entries that changed within an epoch. Exploration: the "
+        "fraction of the weights that some mask has kept so far.</p></section>"
     )
 
 
@@ -154,16 +156,16 @@ def _layers(run: ReportedRun, measured: Measured | None) -> str:
     assert run.network is not None
     layers = run.network.layers
     times = {} if measured is None else measured.times
-    columns = ["layer", "shape", "pattern", "kept weights", "density", "kept of MFLOPs"]
-    columns += ["block fill, forward", "block fill, gradient", "time in theory", "time measured"]
+    columns = ["layer", "shape", "pattern", "kept weights", "density", "kept MFLOPs"]
+    columns += ["block fill", "time in theory", "time measured"]
     columns += ["dense, ms (IQR)", "sparse, ms (IQR)"] if times else []
     rows = []
     for layer in layers:
         time = times.get(layer.name)
-        fills = (None, None) if layer.fill is None else (f"{fill:.2f}" for fill in layer.fill)
+        fill = None if layer.fill is None else ", ".join(f"{part:.2f}" for part in layer.fill)
         row = [layer.name, "x".join(map(str, layer.shape)), layer.pattern]
         row += [f"{layer.kept:,} of {layer.weights:,}", f"{layer.density:.4f}"]
-        row += [_flops([layer]), *fills, None if layer.mask is None else f"{layer.density:.1%}"]
+        row += [_flops([layer]), fill, None if layer.mask is None else f"{layer.density:.1%}"]
         if layer.mask is None:
             row.append(None)
         else:
@@ -177,9 +179,9 @@ def _layers(run: ReportedRun, measured: Measured | None) -> str:
     how = "not measured; --measure times the layers here" if measured is None else measured.how
     note = (
         "<p>MFLOPs: millions of multiply-adds for one image. Block fill: kept weights of the "
-        "rectangles that the groups touch in the matrices of the forward pass and of the input "
-        "gradient. Times are fractions of the dense layer's: in theory as its FLOPs; measured: "
-        f"{escape(how)}.</p>"
+        "rectangles that the groups touch, in the matrix of the forward pass and in that of the "
+        "input gradient. Times are fractions of the dense layer's: in theory as its FLOPs; "
+        f"measured: {escape(how)}.</p>"
     )
     caption = f"Layers at step {run.network.step:,}"
     return table(caption, columns, rows, text_columns=3, total=total) + note
@@ -234,7 +236,7 @@ def _epochs(run: ReportedRun) -> str:
 
 def _swatch(index: int) -> str:
     """A short piece of a run's curve."""
-    dash = {"-": "", "--": "6 3", ":": "2 3", "-.": "6 3 2 3"}[charts.dashes(index)]
+    dash = {"-": "", "--": "7 3", ":": "3 3", "-.": "8 2 3 2"}[charts.dashes(index)]
     return (
         "<svg class='swatch' viewBox='0 0 24 8' aria-hidden='true'><path d='M1 4H23' "
         f"stroke='var(--c{index % charts.COLORS})' stroke-dasharray='{dash}'/></svg>"

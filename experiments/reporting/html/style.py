@@ -19,6 +19,8 @@ a { color: var(--link); }
 nav ul, .legend { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap;
   gap: .25rem 1.25rem; }
 li { overflow-wrap: anywhere; min-width: 0; }
+.legend { margin: .5rem 0 1.25rem; }
+details { margin-top: .75rem; }
 .swatch { width: 1.5rem; height: .5rem; vertical-align: middle; flex: none; }
 .swatch path { fill: none; stroke-width: 3; }
 .scroll { overflow-x: auto; margin: .75rem 0; }
@@ -26,8 +28,9 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 caption { text-align: left; font-weight: 600; padding: .25rem 0; }
 th, td { padding: .3rem .7rem; text-align: left; border-bottom: 1px solid var(--line);
   white-space: nowrap; vertical-align: top; }
-thead th { background: var(--band); vertical-align: bottom; }
+thead th { background: var(--band); vertical-align: bottom; white-space: normal; }
 tbody th, tfoot th { font-weight: 500; position: sticky; left: 0; background: var(--paper); }
+td:not(.n) { white-space: normal; min-width: 6rem; max-width: 22rem; }
 tfoot th, tfoot td { font-weight: 600; }
 .n { text-align: right; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
