@@ -333,7 +333,7 @@ def layer_of(mask, layout):
 
 
 def test_a_picture_shows_the_filters_of_a_group_side_by_side():
-    """Filters 0 and 2 keep channel 0 with one of two taps, filters 1 and 3 both taps of channel 1."""
+    """Filters 0 and 2 keep one of two taps of channel 0, filters 1 and 3 both of channel 1."""
     mask = np.zeros((1, 2, 2, 4), bool)
     mask[0, 0, 0, [0, 2]] = mask[0, :, 1, [1, 3]] = True
     arrays = [np.array(rows) for rows in ([[0, 2], [1, 3]], [[0], [1]], [[0], [0]])]
