@@ -176,12 +176,13 @@ def _layers(run: ReportedRun, measured: Measured | None) -> str:
     kept, of = sum(layer.kept for layer in layers), sum(layer.weights for layer in layers)
     total = ["all of these", "", "", f"{kept:,} of {of:,}", f"{kept / of:.4f}", _flops(layers)]
     total += [""] * (len(columns) - len(total))
-    how = "not measured; --measure times the layers here" if measured is None else measured.how
+    how = "not measured, <code>--measure</code> times the layers on the machine at hand"
+    how = how if measured is None else escape(measured.how)
     note = (
         "<p>MFLOPs: millions of multiply-adds for one image. Block fill: kept weights of the "
         "rectangles that the groups touch, in the matrix of the forward pass and in that of the "
         "input gradient. Times are fractions of the dense layer's: in theory as its FLOPs; "
-        f"measured: {escape(how)}.</p>"
+        f"measured: {how}.</p>"
     )
     caption = f"Layers at step {run.network.step:,}"
     return table(caption, columns, rows, text_columns=3, total=total) + note

@@ -29,7 +29,10 @@ caption { text-align: left; font-weight: 600; padding: .25rem 0; }
 th, td { padding: .3rem .7rem; text-align: left; border-bottom: 1px solid var(--line);
   white-space: nowrap; vertical-align: top; }
 thead th { background: var(--band); vertical-align: bottom; white-space: normal; }
-tbody th, tfoot th { font-weight: 500; position: sticky; left: 0; background: var(--paper); }
+tbody th, tfoot th { font-weight: 500; position: sticky; left: 0; background: var(--paper);
+  white-space: normal; min-width: 10rem; max-width: 18rem; overflow-wrap: anywhere; }
+@media (max-width: 40rem) { tbody th, tfoot th { min-width: 6rem; max-width: 9rem; }
+  th, td { padding: .3rem .4rem; } }
 td:not(.n) { white-space: normal; min-width: 6rem; max-width: 22rem; }
 tfoot th, tfoot td { font-weight: 600; }
 .n { text-align: right; }
@@ -43,6 +46,7 @@ figure { margin: 0; min-width: 0; }
 .masks img { width: 100%; aspect-ratio: 1; image-rendering: pixelated; background: #fff;
   border: 1px solid var(--line); }
 .masks figcaption { font-size: .8rem; overflow-wrap: anywhere; color: var(--soft); }
+code { white-space: nowrap; }
 summary { cursor: pointer; padding: .25rem 0; color: var(--link); }
 .missing { border-left: 3px solid var(--c1); padding-left: .75rem; }
 @media print { .scroll { overflow: visible; } }
