@@ -1,5 +1,6 @@
 """The rows of metrics.jsonl as TensorBoard events: `tensorboard --logdir runs` draws them."""
 
+import os
 import struct
 import time
 import warnings
@@ -24,8 +25,8 @@ except ModuleNotFoundError as error:
 class Events:
     """The events of one run, in one file in its folder.
 
-    metrics.jsonl is what counts: a file of events that is there is replaced, so that a run that was
-    stopped and resumed has each of its rows once, whichever were on the disk at the stop.
+    metrics.jsonl is what counts: its rows are written anew by each process, so that a run that was
+    stopped and resumed has each of them once, whichever events were on the disk at the stop.
 
     Args:
       folder: of the run.
@@ -41,9 +42,13 @@ class Events:
             )
             return
         for path in folder.glob("events.out.tfevents.*"):
-            path.unlink()
+            # A TensorBoard that reads a file goes on to the next where it ends, not where it is gone
+            if path.stat().st_size:
+                os.truncate(path, 0)
+            else:
+                path.unlink()
         self._path = folder / f"events.out.tfevents.{time.time_ns()}"
-        # A TensorBoard that has read the replaced file drops what it has from this step on.
+        # and drops what it has read from this step on.
         purge = Event(step=0, session_log=SessionLog(status=SessionLog.START))
         self._write(Event(file_version="brain.Event:2"), purge, *map(_event, rows))
 

@@ -13,8 +13,8 @@ from experiments.training.run_folder import RunFolder
 
 
 def events_of(folder):
-    """The events of the one file there, read as TFRecords."""
-    [path] = folder.glob("*tfevents*")
+    """The events of the one file there that is not empty, read as TFRecords."""
+    [path] = (path for path in folder.glob("*tfevents*") if path.stat().st_size)
     data, found = path.read_bytes(), []
     while data:
         (length,) = struct.unpack("<Q", data[:8])
@@ -79,6 +79,18 @@ def test_a_resumed_run_has_each_row_once(folder):
     assert version.file_version == "brain.Event:2"
     assert (purge.step, purge.session_log.status) == (0, SessionLog.START)
     again.close()
+
+
+def test_a_tensorboard_that_reads_the_old_file_finds_the_new_one(folder):
+    """It reads files in the order of their names, and the old one stays as long as it may read."""
+    for step in range(1, 5):
+        folder.append(row(step))
+        folder = resumed(folder, step)
+    folder.append(row(5))
+    old, new = sorted(folder.path.glob("*tfevents*"))
+    assert old.stat().st_size == 0 < new.stat().st_size
+    assert scalars(folder.path) == expected(1, 2, 3, 4, 5)
+    folder.close()
 
 
 def test_a_run_whose_events_were_lost_has_them_again(folder):
