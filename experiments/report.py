@@ -93,10 +93,11 @@ def _measured(run: ReportedRun) -> Measured:
     network, config = run.network, run.config
     assert network is not None
     times = run_layers.measure(network.trainer, network.state, network.image_shape)
+    named = network.trainer.config.implementation or "the kernels that are picked here"
     how = (
         f"medians of {run_layers.ROUNDS} and interquartile ranges on {device()}, forward pass and "
-        f"both gradients of {config.batch_size} images in {config.precision}; dense in the faster "
-        "format, NHWC or CHWN"
+        f"both gradients of {config.batch_size} images in {config.precision}; block-sparse in "
+        f"{named}, dense in the faster format, NHWC or CHWN"
     )
     return Measured(how, times)
 

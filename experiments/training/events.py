@@ -42,13 +42,13 @@ class Events:
             )
             return
         for path in folder.glob("events.out.tfevents.*"):
-            # A TensorBoard that reads a file goes on to the next where it ends, not where it is gone
+            # A TensorBoard that reads this file goes on to the next at its end, not if it is gone.
             if path.stat().st_size:
                 os.truncate(path, 0)
             else:
                 path.unlink()
         self._path = folder / f"events.out.tfevents.{time.time_ns()}"
-        # and drops what it has read from this step on.
+        # It then drops what it has read from this step on.
         purge = Event(step=0, session_log=SessionLog(status=SessionLog.START))
         self._write(Event(file_version="brain.Event:2"), purge, *map(_event, rows))
 

@@ -1,7 +1,7 @@
 """What a run says while it trains: a progress bar on a terminal, lines elsewhere."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
 from rich.console import Console, RenderableType
@@ -63,26 +63,27 @@ class Progress:
     ) -> None:
         self._bar.stop()
 
-    def step(self, step: int, loss: float, accuracy: float, density: float) -> None:
+    def step(self, step: int, loss: float, accuracy: float, density: Callable[[], float]) -> None:
         """A window of steps is over: moves the bar, or prints a line after a while of silence.
 
         Args:
           step: steps done.
           loss: the mean of the window.
           accuracy: on its training images.
-          density: kept fraction of the sparse layers' weights.
+          density: gives the kept fraction of the sparse layers' weights, for a terminal.
         """
         (before, since), now = self._counted, time.perf_counter()
         self._counted = step, now
-        speed = (step - before) * self._batch_size / (now - since)
-        self._show(
-            step,
-            loss=f"loss {loss:.3f}",
-            train=f"train {accuracy:.1%}",
-            density=f"density {density:.4f}",
-            speed=f"{speed:,.0f} images/s",
-        )
-        if now - self._last > _QUIET:
+        if self._console.is_terminal:
+            speed = (step - before) * self._batch_size / (now - since)
+            self._show(
+                step,
+                loss=f"loss {loss:.3f}",
+                train=f"train {accuracy:.1%}",
+                density=f"density {density():.4f}",
+                speed=f"{speed:,.0f} images/s",
+            )
+        elif now - self._last > _QUIET:
             self._print(f"{self._name} step {step}/{self._total}: loss {loss:.3f}")
 
     def epoch(self, step: int, line: str, accuracy: float) -> None:

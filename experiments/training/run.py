@@ -197,8 +197,8 @@ class Run:
             self._train_step(images, labels)
             if self.step % self.config.log_every == 0:
                 means = self._log_window(epoch)
-                density = self._history.density()
-                progress.step(self.step, means["loss"], means["train_accuracy"], density)
+                numbers = means["loss"], means["train_accuracy"], self._history.density
+                progress.step(self.step, *numbers)
             ends = self.step % self.length.steps_per_epoch == 0
             if ends:
                 progress.epoch(self.step, *self._log_epoch(epoch))

@@ -30,9 +30,9 @@ def lines(terminal):
 
 def test_a_terminal_shows_the_numbers_below_the_bar(terminal):
     with progress.Progress("hrbp", total=40, done=0, batch_size=128) as bar:
-        bar.step(10, 1.25, 0.5, 0.1)
+        bar.step(10, 1.25, 0.5, lambda: 0.1)
         bar.epoch(20, "epoch 1/2", 0.8125)
-        bar.step(30, 0.75, 0.625, 0.0996)
+        bar.step(30, 0.75, 0.625, lambda: 0.0996)
         bar._bar.refresh()
         first, second = lines(terminal)
     assert re.fullmatch(r"hrbp ━.* 30/40 .*:.* left", first)
@@ -44,7 +44,7 @@ def test_a_terminal_shows_the_numbers_below_the_bar(terminal):
 
 def test_a_terminal_says_that_the_run_stops(terminal):
     with progress.Progress("hrbp", total=40, done=0, batch_size=128) as bar:
-        bar.step(10, 1.25, 0.5, 0.1)
+        bar.step(10, 1.25, 0.5, lambda: 0.1)
         bar.stopping()
         bar._bar.refresh()
         assert lines(terminal)[-1] == "stops after this step; again to stop at once"

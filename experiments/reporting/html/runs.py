@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import blocksparse_jax as bsj
 from experiments.data.specs import SPECS
 from experiments.reporting.html.layers import Network, network_of
 from experiments.training.config import TrainConfig, flat, resolve
@@ -138,8 +139,10 @@ def read(folder: Path, label: str) -> ReportedRun:
     """
     files = RunFolder(folder)
     stored = files.stored("a report shows runs of this version only")
+    runs_here = bsj.available_implementations().get(stored.implementation, "unknown") is None
+    implementation = stored.implementation if runs_here else None
     try:
-        config = resolve(dataclasses.replace(stored, implementation=None))
+        config = resolve(dataclasses.replace(stored, implementation=implementation))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{files.path / 'config.json'}: {error}") from error
     rows, result = files.metrics(), files.result()
