@@ -486,5 +486,5 @@ def test_a_run_says_how_many_pruned_weights_are_not_zero(tmp_path, capsys):
     masks = masks_of(run.state)
     pruned = sum(int((~masks[name]["kernel"]).sum()) for name in ("conv1", "conv2"))
     assert run._nonzero_pruned() == pruned > 0
-    assert f"{pruned} pruned weights are not zero" in run._log_epoch(0)
+    assert f"{pruned} pruned weights are not zero" in run._log_epoch(0)[0]
     assert run.folder.metrics()[-1]["nonzero_pruned"] == pruned
