@@ -30,7 +30,7 @@ th, td { padding: .3rem .7rem; text-align: left; border-bottom: 1px solid var(--
   white-space: nowrap; vertical-align: top; }
 thead th { background: var(--band); vertical-align: bottom; white-space: normal; }
 tbody th, tfoot th { font-weight: 500; position: sticky; left: 0; background: var(--paper);
-  white-space: normal; min-width: 10rem; max-width: 18rem; overflow-wrap: anywhere; }
+  white-space: normal; min-width: 10rem; max-width: 18rem; overflow-wrap: break-word; }
 @media (max-width: 40rem) { tbody th, tfoot th { min-width: 6rem; max-width: 9rem; }
   th, td { padding: .3rem .4rem; } }
 td:not(.n) { white-space: normal; min-width: 6rem; max-width: 22rem; }
@@ -43,7 +43,7 @@ tfoot th, tfoot td { font-weight: 600; }
 figure { margin: 0; min-width: 0; }
 .charts figcaption { font-weight: 600; }
 .charts svg { width: 100%; height: auto; stroke-linejoin: round; }
-.masks img { width: 100%; aspect-ratio: 1; image-rendering: pixelated; background: #fff;
+.masks img { width: 100%; aspect-ratio: 1; background: #fff;
   border: 1px solid var(--line); }
 .masks figcaption { font-size: .8rem; overflow-wrap: anywhere; color: var(--soft); }
 code { white-space: nowrap; }
