@@ -371,6 +371,8 @@ def search(table: _Table, counts: Counts, sizes: Sizes) -> list[Array]:
 def _climb(table: _Table, start: _Climber, counts: Counts, sizes: Sizes) -> _Climber:
     """Alternates choice and exchange until nothing moves; the last round only chooses."""
     here = jnp.arange(len(table))
+    # Outside of the loop, which would else transpose in every round.
+    by_tap = table.transpose(1, 2, 0)
 
     def climb(state: _Climber) -> _Climber:
         is_last = state.round == _MAX_ROUNDS
@@ -378,49 +380,58 @@ def _climb(table: _Table, start: _Climber, counts: Counts, sizes: Sizes) -> _Cli
         runs, taps, values = _choose(
             sums, state.taps, counts, sizes, thorough=is_last | sizes.exact
         )
-        places = _exchange_filters(table, state.order, runs, taps, sizes.group_size)
+        places = jax.lax.cond(
+            is_last, lambda: here, lambda: _exchange_filters(by_tap, state.order, runs, taps)
+        )
         if sizes.exact:
             places = jax.lax.cond(
-                (places == here).all() & ~is_last,
-                lambda: _exchange_exact(table, state.order, taps, values, counts, sizes),
+                is_last | (places != here).any(),
                 lambda: places,
+                lambda: _exchange_exact(table, state.order, taps, values, counts, sizes),
             )
-        stays = is_last | (places == here).all()
-        order = jnp.where(stays, state.order, state.order[places])
+        stays = (places == here).all()
         ended = jnp.where(stays & ~is_last, _MAX_ROUNDS, state.round + 1)
-        return _Climber(order, taps, runs, values, ended)
+        return _Climber(state.order[places], taps, runs, values, ended)
 
     return jax.lax.while_loop(lambda state: state.round <= _MAX_ROUNDS, climb, start)
 
 
 def _exchange_filters(
-    table: _Table, order: Array, runs: Array, taps: Array, group_size: int
+    by_tap: Float[Array, "taps runs cout"], order: Array, runs: Array, taps: Array
 ) -> Int[Array, " cout"]:
     """The exchanges that gain with channels and taps fixed: a permutation of places in `order`."""
-    group, member = jnp.arange(len(taps)), jnp.arange(group_size)
+    groups = len(taps)
+    group, here = jnp.arange(groups), jnp.arange(len(order))
     score = jnp.einsum(
-        "gtr,ftr->gf", taps[:, :, None] * runs[:, None, :], table, precision="highest"
+        "gtr,trf->gf", taps[:, :, None] * runs[:, None, :], by_tap, precision="highest"
     )[:, order]
-    score = score.reshape(len(group), len(group), -1).swapaxes(0, 1)  # [from, to, member]
+    score = score.reshape(groups, groups, -1).swapaxes(0, 1)  # [from, to, member]
     now = score[group, group][:, None]
     loss = now + _GAIN * jnp.abs(now) - score
-    this, other = loss[..., :, None], loss[..., None, :]
-    comes_first = (member[None, :] < member[:, None])[None, None]
-    rank = ((other < this) | ((other == this) & comes_first)).sum(-1, dtype=jnp.int32)
-    back = rank.swapaxes(0, 1)
-    loss += jnp.where(
-        rank[..., :, None] == back[..., None, :], loss.swapaxes(0, 1)[..., None, :], 0
-    ).sum(-1)
-    best = jnp.argmin(loss, axis=1)  # [from, member]: the group to go to
-    match = (
-        jnp.take_along_axis(rank, best[:, None], axis=1)[:, 0, :, None]
-        == back[group[:, None], best]
-    )
-    here = jnp.arange(len(order))
+    loss = jnp.where(loss == 0, 0.0, loss)  # top_k puts 0.0 before -0.0
+    gain, member = jax.lax.top_k(-loss, loss.shape[-1])  # [from, to, rank]
+    both = gain + gain.swapaxes(0, 1)
+    rank = _inverse(member)
+    both = jnp.take_along_axis(both, rank, axis=-1)  # [from, to, member]
+    best = jnp.argmax(both, axis=1)  # [from, member]: the group to go to
+    rank = jnp.take_along_axis(rank, best[:, None], axis=1)[:, 0]
+    match = member[best, group[:, None], rank]
     partner = jnp.where(
-        loss.min(1) < 0, best * group_size + match.argmax(-1), here.reshape(best.shape)
+        both.max(1) > 0, best * loss.shape[-1] + match, here.reshape(best.shape)
     ).reshape(-1)
     return jnp.where(partner[partner] == here, partner, here)
+
+
+def _inverse(permutation: Int[Array, "*rows n"]) -> Int[Array, "*rows n"]:
+    """Of each row, the inverse permutation."""
+    rows = permutation.reshape(-1, permutation.shape[-1])
+    places = jnp.broadcast_to(jnp.arange(rows.shape[1], dtype=jnp.int32), rows.shape)
+    inverse = (
+        jnp.zeros_like(places)
+        .at[jnp.arange(len(rows))[:, None], rows]
+        .set(places, unique_indices=True)
+    )
+    return inverse.reshape(permutation.shape)
 
 
 def _exchange_exact(

@@ -7,7 +7,7 @@ counts as numbers, one program serves all layers of as many filters.
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,19 +58,28 @@ def group_together(
       >>> int(mask.sum()), layout.packed_shape
       (16, (2, 4, 1, 2))
     """
-    blocks = tuple(blocks)
-    searches = _searches(blocks)
-    tables = _tables(list(scores), blocks)
-    layers = {
-        place: (table, Counts(*(np.int32(count) for count in counts)))
-        for place, (table, (counts, _)) in enumerate(zip(tables, searches, strict=True))
-    }
-    sizes = {place: sizes for place, (_, sizes) in enumerate(searches)}
-    if any(isinstance(array, jax.core.Tracer) for array in (*tables, jnp.zeros(()))):
-        found = map_alike(_find, layers, sizes)
-    else:
-        found = {place: _compiled(layer, sizes[place]) for place, layer in layers.items()}
-    return _finish(list(found.values()), blocks)
+    blocks, arrays = tuple(blocks), list(scores)
+    if any(isinstance(array, jax.core.Tracer) for array in (*arrays, jnp.zeros(()))):
+        layers, sizes = _layers(_tables(arrays, blocks), blocks)
+        return _finish(list(map_alike(_find, layers, sizes).values()), blocks)
+    layers, sizes = _layers(_tables_soon(arrays, blocks), blocks)
+    found, on_cpu = [], jax.default_backend() == "cpu"
+    for place, layer in layers.items():
+        is_soon = on_cpu and len(layer[0]) < _MANY_FILTERS
+        find = _find_soon if is_soon else _find_fast
+        found.append(find(layer, sizes[place]))
+    return _finish_soon(found, blocks)
+
+
+def _layers(
+    tables: list[Array], blocks: Sequence[Blocks]
+) -> tuple[dict[str, tuple[Array, Counts]], dict[str, Sizes]]:
+    """What the search of every kernel reads, and its static sizes."""
+    layers, sizes = {}, {}
+    for place, (table, (counts, size)) in enumerate(zip(tables, _searches(blocks), strict=True)):
+        layers[str(place)] = table, Counts(*(np.int32(count) for count in counts))
+        sizes[str(place)] = size
+    return layers, sizes
 
 
 class _Key(NamedTuple):
@@ -112,7 +121,6 @@ def _key(leaf: Blocks) -> _Key:
     return _Key(cout, positions, leaf.group_size, sizes.exact)
 
 
-@functools.partial(jax.jit, static_argnums=1)
 def _tables(scores: list[Array], blocks: tuple[Blocks, ...]) -> list[Float[Array, "cout taps r"]]:
     """The table of every kernel, as wide as the widest that shares its search."""
     widths: dict[_Key, int] = {}
@@ -143,13 +151,6 @@ def _find(layer: tuple[Array, Counts], sizes: Sizes) -> _Found:
     )
 
 
-# XLA's fusion emitters take twice as long to compile these programs for a CPU, which run once. From
-# jax 0.11 on there are no others.
-_OPTIONS = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else None
-_compiled = jax.jit(_find, static_argnums=1, compiler_options=_OPTIONS)
-
-
-@functools.partial(jax.jit, static_argnums=1)
 def _finish(
     found: list[_Found], blocks: tuple[Blocks, ...]
 ) -> list[tuple[Bool[Array, "..."], BlockLayout]]:
@@ -181,3 +182,19 @@ def _kept(found: _Found, leaf: Blocks) -> tuple[Bool[Array, "kh kw cin cout"], B
     has_channel = jnp.repeat(found.has_run[: cin // run], run, axis=0)
     mask = jnp.broadcast_to(found.has_tap[:, None] & has_channel, (kh * kw, cin, cout))
     return mask, BlockLayout(found.filters, channels, taps, leaf.of.shape, run)
+
+
+# A program runs a few times, so its compilation counts. XLA's fusion emitters take twice as long
+# for a CPU; from jax 0.11 on there are no others. LLVM's optimization takes two thirds of the rest,
+# and pays where a layer has many filters.
+_OPTIONS = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
+_MANY_FILTERS = 512
+_find_fast = jax.jit(_find, static_argnums=1, compiler_options=_OPTIONS or None)
+_tables_soon, _find_soon, _finish_soon = (
+    jax.jit(
+        function,
+        static_argnums=1,
+        compiler_options=_OPTIONS | {"xla_backend_optimization_level": 0},
+    )
+    for function in (_tables, _find, _finish)
+)
