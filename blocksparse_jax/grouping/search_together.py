@@ -5,9 +5,8 @@ the number of channels by its shapes; with the channels padded to those of the w
 counts as numbers, one program serves all layers of as many filters.
 """
 
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,12 +62,13 @@ def group_together(
         layers, sizes = _layers(_tables(arrays, blocks), blocks)
         return _finish(list(map_alike(_find, layers, sizes).values()), blocks)
     layers, sizes = _layers(_tables_soon(arrays, blocks), blocks)
-    found, on_cpu = [], jax.default_backend() == "cpu"
-    for place, layer in layers.items():
-        is_soon = on_cpu and len(layer[0]) < _MANY_FILTERS
+    found, on_cpu = {}, jax.default_backend() == "cpu"
+    # The long searches first: they run while those that follow are compiled.
+    for place in sorted(layers, key=lambda place: -len(layers[place][0])):
+        is_soon = on_cpu and len(layers[place][0]) < _MANY_FILTERS
         find = _find_soon if is_soon else _find_fast
-        found.append(find(layer, sizes[place]))
-    return _finish_soon(found, blocks)
+        found[place] = find(layers[place], sizes[place])
+    return _finish_soon([found[place] for place in layers], blocks)
 
 
 def _layers(
