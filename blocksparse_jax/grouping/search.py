@@ -280,7 +280,7 @@ def score_table(scores: Array, kept_taps: int, channel_block: int) -> _Table:
 
 
 def search_sizes(
-    table_shape: tuple[int, int, int], group_size: int, runs: int, kept_taps: int
+    table_shape: Sequence[int], group_size: int, runs: int, kept_taps: int
 ) -> tuple[Sizes, Counts]:
     """The sizes and counts of a search in a table of that shape.
 

@@ -61,14 +61,17 @@ def group_together(
     if any(isinstance(array, jax.core.Tracer) for array in (*arrays, jnp.zeros(()))):
         layers, sizes = _layers(_tables(arrays, blocks), blocks)
         return _finish(list(map_alike(_find, layers, sizes).values()), blocks)
-    layers, sizes = _layers(_tables_soon(arrays, blocks), blocks)
-    found, on_cpu = {}, jax.default_backend() == "cpu"
+    on_cpu = jax.default_backend() == "cpu"
+    tables = (_tables_soon if on_cpu else _tables_fast)(arrays, blocks)
+    layers, sizes = _layers(tables, blocks)
+    found = {}
     # The long searches first: they run while those that follow are compiled.
     for place in sorted(layers, key=lambda place: -len(layers[place][0])):
         is_soon = on_cpu and len(layers[place][0]) < _MANY_FILTERS
         find = _find_soon if is_soon else _find_fast
         found[place] = find(layers[place], sizes[place])
-    return _finish_soon([found[place] for place in layers], blocks)
+    finish = _finish_soon if on_cpu else _finish_fast
+    return finish([found[place] for place in layers], blocks)
 
 
 def _layers(
@@ -101,11 +104,11 @@ def _searches(blocks: Sequence[Blocks]) -> list[tuple[Counts, Sizes]]:
         alone += [(leaf, sizes, counts)] * leaf.of.count
     shared: dict[_Key, Sizes] = {}
     for leaf, sizes, _ in alone:
-        key = _key(leaf)
-        shared[key] = Sizes(
-            leaf.group_size,
-            *(max(pair) for pair in zip(sizes[1:4], shared.get(key, sizes)[1:4], strict=True)),
-            sizes.exact,
+        other = shared.get(_key(leaf), sizes)
+        shared[_key(leaf)] = sizes._replace(
+            most_runs=max(sizes.most_runs, other.most_runs),
+            most_taps=max(sizes.most_taps, other.most_taps),
+            random_starts=max(sizes.random_starts, other.random_starts),
         )
     return [(counts, shared[_key(leaf)]) for leaf, _, counts in alone]
 
@@ -184,12 +187,15 @@ def _kept(found: _Found, leaf: Blocks) -> tuple[Bool[Array, "kh kw cin cout"], B
     return mask, BlockLayout(found.filters, channels, taps, leaf.of.shape, run)
 
 
-# A program runs a few times, so its compilation counts. XLA's fusion emitters take twice as long
-# for a CPU; from jax 0.11 on there are no others. LLVM's optimization takes two thirds of the rest,
-# and pays where a layer has many filters.
+# Each program runs a few times at most, so its compilation counts. For a CPU, XLA's fusion emitters
+# take twice as long (from jax 0.11 on there are no others), and LLVM's optimization two thirds of
+# the rest: it pays where a layer has many filters.
 _OPTIONS = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
 _MANY_FILTERS = 512
-_find_fast = jax.jit(_find, static_argnums=1, compiler_options=_OPTIONS or None)
+_tables_fast, _find_fast, _finish_fast = (
+    jax.jit(function, static_argnums=1, compiler_options=_OPTIONS or None)
+    for function in (_tables, _find, _finish)
+)
 _tables_soon, _find_soon, _finish_soon = (
     jax.jit(
         function,
