@@ -151,6 +151,9 @@ def draw(
         counts = pattern.counts(shapes, layer_densities(budget, shapes, sparsity))
     if any(isinstance(count, jax.core.Tracer) for count in jax.tree.leaves(counts)):
         return {name: pattern.draw(leaf, counts[name]) for name, leaf in scores.items()}
+    together = pattern.draw_together(scores, counts)
+    if together is not None:
+        return together
     if any(isinstance(leaf, jax.core.Tracer) for leaf in scores.values()):
         return map_alike(pattern.draw, scores, counts)
     # Only patterns that compare by their values can be looked up among compiled programs.

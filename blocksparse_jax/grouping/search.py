@@ -3,12 +3,12 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from blocksparse_jax import _checks
 from blocksparse_jax.layout import BlockLayout, block_index, channel_layout
@@ -208,134 +208,251 @@ def _hrbp_groups(
     channel_block: int,
 ) -> BlockLayout:
     kh, kw, cin, cout = scores.shape
-    # Corrupted scores still give a valid layout.
-    table = jnp.nan_to_num(scores.astype(jnp.float32), posinf=1e30, neginf=-1e30)
-    table = table.reshape(kh * kw, cin // channel_block, channel_block, cout).sum(2)
-    table = table.transpose(2, 0, 1)
-    if kept_taps == kh * kw:
-        table = table.sum(1, keepdims=True)  # no choice of taps: one score for a kernel slice
-    counts = _Counts(group_size, runs=kept // channel_block, taps=min(kept_taps, table.shape[1]))
+    table = score_table(scores, kept_taps, channel_block)
+    sizes, counts = search_sizes(table.shape, group_size, kept // channel_block, kept_taps)
     if filters is None:
-        filters, runs, taps = _search(table, counts)
+        filters, runs, taps = search(table, counts, sizes)
     else:
         runs, taps, _ = _choose(
-            table[filters].sum(1), _ones(len(filters), table.shape[1]), counts, thorough=True
+            table[filters].sum(1), _ones(len(filters), table.shape[1]), counts, sizes, True
         )
     if kept_taps == kh * kw:
         taps = _ones(len(taps), kept_taps)
     return _layout(filters, runs, taps, (kh, kw, cin, cout), kept, kept_taps)
 
 
-class _Counts(NamedTuple):
-    group_size: int
-    runs: int
-    taps: int
+class Sizes(NamedTuple):
+    """What is fixed when a search is compiled; layers with other counts may share it.
 
-
-def _search(table: _Table, counts: _Counts) -> list[Array]:
-    """The best groups from all starts, with their runs and taps."""
-    cout, positions, channels = table.shape
-    in_order, rng = np.arange(cout), np.random.default_rng(0)
-    random = [rng.permutation(cout) for _ in range(min(_RANDOM_WORK // (cout * table.size), 64))]
-    starts = jnp.concatenate(
-        [jnp.asarray(np.stack([in_order, *random])), _cosine_order(table, counts.group_size)[None]]
-    )
-    every_tap = _ones(len(starts), cout // counts.group_size, positions)
-    exact = cout * cout * channels <= _EXACT_WORK
-
-    def improve(start: tuple[Array, Array]) -> tuple[Array, Array]:
-        order, taps = start
-        return _climb(table, order, taps, counts, exact)
-
-    def choose(start: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        order, taps = start
-        return _choose(
-            table[order.reshape(-1, counts.group_size)].sum(1), taps, counts, thorough=True
-        )
-
-    orders, taps = (
-        jnp.concatenate([a[:1], b])
-        for a, b in zip((starts, every_tap), jax.lax.map(improve, (starts, every_tap)))
-    )
-    runs, taps, values = jax.lax.map(choose, (orders, taps))
-    total = values.sum(1)
-    best = jnp.argmax(total >= total.max() - _GAIN * jnp.abs(total.max()))  # the first of the best
-    return _ascending(orders[best].reshape(-1, counts.group_size), runs[best], taps[best])
-
-
-def _climb(
-    table: _Table, order: Array, taps: Array, counts: _Counts, exact: bool
-) -> tuple[Array, Array]:
-    """Alternates choice and exchange until nothing moves.
-
-    `order` lists the filters group by group.
+    Attributes:
+      group_size: filters in a group.
+      most_runs: the largest number of kept runs.
+      most_taps: the largest number of kept taps.
+      random_starts: the largest number of random starts.
+      exact: whether exchanges are valued with the channels chosen anew.
     """
-    here = jnp.arange(len(order))
 
-    def climb(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        order, taps, rounds = state
-        runs, taps, values = _choose(
-            table[order.reshape(-1, counts.group_size)].sum(1), taps, counts, thorough=exact
+    group_size: int
+    most_runs: int
+    most_taps: int
+    random_starts: int
+    exact: bool
+
+
+class Counts(NamedTuple):
+    """What a search reads as numbers.
+
+    Attributes:
+      channels: runs of channels that the layer has; the table may be wider.
+      runs: runs that a group keeps.
+      taps: taps that a group keeps.
+      random_starts: random starts.
+    """
+
+    channels: Any
+    runs: Any
+    taps: Any
+    random_starts: Any
+
+
+def score_table(scores: Array, kept_taps: int, channel_block: int) -> _Table:
+    """The scores as the search reads them; one tap where all are kept.
+
+    Args:
+      scores: `[kh, kw, cin, cout]`.
+      kept_taps: kernel positions that a group keeps.
+      channel_block: channels in a run.
+
+    Returns:
+      float32 `[cout, taps, runs]`, finite.
+
+    Example:
+      >>> score_table(jnp.ones((3, 3, 8, 16)), 9, 2).shape
+      (16, 1, 4)
+    """
+    kh, kw, cin, cout = scores.shape
+    # Corrupted scores still give a valid layout.
+    table = jnp.nan_to_num(scores.astype(jnp.float32), posinf=1e30, neginf=-1e30)
+    table = table.reshape(kh * kw, cin // channel_block, channel_block, cout).sum(2)
+    table = table.transpose(2, 0, 1)
+    # No choice of taps: one score for a kernel slice.
+    return table.sum(1, keepdims=True) if kept_taps == kh * kw else table
+
+
+def search_sizes(
+    table_shape: Sequence[int], group_size: int, runs: int, kept_taps: int
+) -> tuple[Sizes, Counts]:
+    """The sizes and counts of a search in a table of that shape.
+
+    Args:
+      table_shape: `(cout, taps, runs)`.
+      group_size: filters in a group.
+      runs: runs that a group keeps.
+      kept_taps: kernel positions that a group keeps.
+
+    Returns:
+      The sizes that fit this layer alone, and its counts.
+
+    Example:
+      >>> search_sizes((16, 1, 4), 8, 2, 9)[1]
+      Counts(channels=4, runs=2, taps=1, random_starts=64)
+    """
+    cout, positions, channels = table_shape
+    taps = min(kept_taps, positions)
+    random_starts = min(_RANDOM_WORK // (cout * cout * positions * channels), 64)
+    exact = cout * cout * channels <= _EXACT_WORK
+    return (
+        Sizes(group_size, runs, taps, random_starts, exact),
+        Counts(channels, runs, taps, random_starts),
+    )
+
+
+class _Climber(NamedTuple):
+    """Groups on their way up: `order` lists the filters group by group."""
+
+    order: Int[Array, " cout"]
+    taps: Float[Array, "groups taps"]
+    runs: Float[Array, "groups runs"]
+    values: Float[Array, " groups"]
+    round: Int[Array, ""]
+
+
+def search(table: _Table, counts: Counts, sizes: Sizes) -> list[Array]:
+    """The best groups from all starts, with their runs and taps.
+
+    Args:
+      table: float32 `[cout, taps, runs]`; runs from `counts.channels` on are padding, and zero.
+      counts: of the layer, ints or traced.
+      sizes: which `counts` does not exceed.
+
+    Returns:
+      `[filters, runs, taps]`: int `[groups, group_size]` and multi-hot float32.
+
+    Example:
+      >>> table = jnp.array([[9.0, 1.0], [1.0, 9.0], [9.0, 1.0], [1.0, 9.0]])[:, None]
+      >>> filters, runs, taps = search(table, Counts(2, 1, 1, 0), Sizes(2, 1, 1, 0, True))
+      >>> filters.tolist(), runs.tolist()
+      ([[0, 2], [1, 3]], [[1.0, 0.0], [0.0, 1.0]])
+    """
+    cout, positions, channels = table.shape
+    groups = cout // sizes.group_size
+    in_order, rng = np.arange(cout), np.random.default_rng(0)
+    random = [rng.permutation(cout) for _ in range(sizes.random_starts)]
+    starts = jnp.concatenate(
+        [
+            jnp.asarray(np.stack([in_order, in_order, *random])),
+            _cosine_order(table, sizes.group_size)[None],
+        ]
+    )
+    place = np.arange(len(starts))
+    is_left_out = (place >= 2 + counts.random_starts) & (place < len(starts) - 1)
+    # The first stays where it is, so that nothing falls below consecutive filters.
+    first_round = jnp.where(place == 0, _MAX_ROUNDS, jnp.where(is_left_out, _MAX_ROUNDS + 1, 0))
+
+    def improve(start: tuple[Array, Array]) -> _Climber:
+        order, first = start
+        climber = _Climber(
+            order,
+            _ones(groups, positions),
+            jnp.zeros((groups, channels), jnp.float32),
+            jnp.full(groups, -jnp.inf),
+            first,
         )
-        places = _exchange_filters(table, order, runs, taps, counts)
-        if exact:
-            places = jnp.where(
-                (places == here).all(), _exchange_exact(table, order, taps, values, counts), places
-            )
-        return order[places], taps, jnp.where((places == here).all(), _MAX_ROUNDS, rounds + 1)
+        return _climb(table, climber, counts, sizes)
 
-    return jax.lax.while_loop(
-        lambda state: state[2] < _MAX_ROUNDS, climb, (order, taps, jnp.int32(0))
-    )[:2]
+    ends = jax.lax.map(improve, (starts, first_round.astype(jnp.int32)))
+    total = ends.values.sum(1)
+    best = jnp.argmax(total >= total.max() - _GAIN * jnp.abs(total.max()))  # the first of the best
+    return _ascending(
+        ends.order[best].reshape(-1, sizes.group_size), ends.runs[best], ends.taps[best]
+    )
+
+
+def _climb(table: _Table, start: _Climber, counts: Counts, sizes: Sizes) -> _Climber:
+    """Alternates choice and exchange until nothing moves; the last round only chooses."""
+    here = jnp.arange(len(table))
+    # Outside of the loop, which would else transpose in every round.
+    by_tap = table.transpose(1, 2, 0)
+
+    def climb(state: _Climber) -> _Climber:
+        is_last = state.round == _MAX_ROUNDS
+        sums = table[state.order.reshape(-1, sizes.group_size)].sum(1)
+        runs, taps, values = _choose(
+            sums, state.taps, counts, sizes, thorough=is_last | sizes.exact
+        )
+        places = jax.lax.cond(
+            is_last, lambda: here, lambda: _exchange_filters(by_tap, state.order, runs, taps)
+        )
+        if sizes.exact:
+            places = jax.lax.cond(
+                is_last | (places != here).any(),
+                lambda: places,
+                lambda: _exchange_exact(table, state.order, taps, values, counts, sizes),
+            )
+        stays = (places == here).all()
+        ended = jnp.where(stays & ~is_last, _MAX_ROUNDS, state.round + 1)
+        return _Climber(state.order[places], taps, runs, values, ended)
+
+    return jax.lax.while_loop(lambda state: state.round <= _MAX_ROUNDS, climb, start)
 
 
 def _exchange_filters(
-    table: _Table, order: Array, runs: Array, taps: Array, counts: _Counts
+    by_tap: Float[Array, "taps runs cout"], order: Array, runs: Array, taps: Array
 ) -> Int[Array, " cout"]:
     """The exchanges that gain with channels and taps fixed: a permutation of places in `order`."""
-    group, member = jnp.arange(len(taps)), jnp.arange(counts.group_size)
+    groups = len(taps)
+    group, here = jnp.arange(groups), jnp.arange(len(order))
     score = jnp.einsum(
-        "gtr,ftr->gf", taps[:, :, None] * runs[:, None, :], table, precision="highest"
+        "gtr,trf->gf", taps[:, :, None] * runs[:, None, :], by_tap, precision="highest"
     )[:, order]
-    score = score.reshape(len(group), len(group), -1).swapaxes(0, 1)  # [from, to, member]
+    score = score.reshape(groups, groups, -1).swapaxes(0, 1)  # [from, to, member]
     now = score[group, group][:, None]
     loss = now + _GAIN * jnp.abs(now) - score
-    this, other = loss[..., :, None], loss[..., None, :]
-    comes_first = (member[None, :] < member[:, None])[None, None]
-    rank = ((other < this) | ((other == this) & comes_first)).sum(-1, dtype=jnp.int32)
-    back = rank.swapaxes(0, 1)
-    loss += jnp.where(
-        rank[..., :, None] == back[..., None, :], loss.swapaxes(0, 1)[..., None, :], 0
-    ).sum(-1)
-    best = jnp.argmin(loss, axis=1)  # [from, member]: the group to go to
-    match = (
-        jnp.take_along_axis(rank, best[:, None], axis=1)[:, 0, :, None]
-        == back[group[:, None], best]
-    )
-    here = jnp.arange(len(order))
+    loss = jnp.where(loss == 0, 0.0, loss)  # top_k puts 0.0 before -0.0
+    gain, member = jax.lax.top_k(-loss, loss.shape[-1])  # [from, to, rank]
+    both = gain + gain.swapaxes(0, 1)
+    rank = _inverse(member)
+    both = jnp.take_along_axis(both, rank, axis=-1)  # [from, to, member]
+    best = jnp.argmax(both, axis=1)  # [from, member]: the group to go to
+    rank = jnp.take_along_axis(rank, best[:, None], axis=1)[:, 0]
+    match = member[best, group[:, None], rank]
     partner = jnp.where(
-        loss.min(1) < 0, best * counts.group_size + match.argmax(-1), here.reshape(best.shape)
+        both.max(1) > 0, best * loss.shape[-1] + match, here.reshape(best.shape)
     ).reshape(-1)
     return jnp.where(partner[partner] == here, partner, here)
 
 
+def _inverse(permutation: Int[Array, "*rows n"]) -> Int[Array, "*rows n"]:
+    """Of each row, the inverse permutation."""
+    rows = permutation.reshape(-1, permutation.shape[-1])
+    places = jnp.broadcast_to(jnp.arange(rows.shape[1], dtype=jnp.int32), rows.shape)
+    inverse = (
+        jnp.zeros_like(places)
+        .at[jnp.arange(len(rows))[:, None], rows]
+        .set(places, unique_indices=True)
+    )
+    return inverse.reshape(permutation.shape)
+
+
 def _exchange_exact(
-    table: _Table, order: Array, taps: Array, values: Array, counts: _Counts
+    table: _Table, order: Array, taps: Array, values: Array, counts: Counts, sizes: Sizes
 ) -> Int[Array, " cout"]:
     """The best exchange of every two groups that pick each other, their channels chosen anew.
 
     Quadratic in the filters.
     """
     cout, here = len(order), jnp.arange(len(order))
-    group = here // counts.group_size
+    group = here // sizes.group_size
     # [group, place, run]
     added = jnp.einsum("ftr,gt->gfr", table[order], taps, precision="highest")
     apart = (
-        added.reshape(len(taps), len(taps), counts.group_size, -1).sum(2)[group, group]
+        added.reshape(len(taps), len(taps), sizes.group_size, -1).sum(2)[group, group]
         - added[group, here]
     )
     # [place, other]: what the group of place keeps with other in its stead
-    exchanged = jax.lax.top_k(apart[:, None] + added[group], counts.runs)[0].sum(-1)
+    by_run = jnp.where(_below(counts.channels, table), apart[:, None] + added[group], -jnp.inf)
+    largest = jax.lax.top_k(by_run, sizes.most_runs)[0]
+    exchanged = jnp.where(jnp.arange(sizes.most_runs) < counts.runs, largest, 0).sum(-1)
     gain = exchanged - (values + _GAIN * jnp.abs(values))[group][:, None]
     gain = jnp.where(group[:, None] == group[None, :], 0, gain + gain.T).reshape(len(taps), -1)
     best = gain.max(1, keepdims=True)
@@ -349,32 +466,52 @@ def _exchange_exact(
 
 
 def _choose(
-    sums: Float[Array, "groups taps runs"], taps: Array, counts: _Counts, thorough: bool
+    sums: Float[Array, "groups taps runs"],
+    taps: Array,
+    counts: Counts,
+    sizes: Sizes,
+    thorough: bool | Array,
 ) -> tuple[Array, Array, Array]:
     """Each group's runs and taps (multi-hot) and kept score.
 
     Alternates from `taps` and, thorough, from all taps and from each.
     """
-    groups, positions, _ = sums.shape
-    if positions == counts.taps:
-        runs = _multi_hot(sums.sum(1), counts.runs)
+    groups, positions, channels = sums.shape
+    is_run = _below(counts.channels, sums)
+
+    def best_runs(by_run: Float[Array, "groups runs"]) -> Float[Array, "groups runs"]:
+        by_run = jnp.where(is_run, by_run, -jnp.inf)
+        return _multi_hot(by_run, counts.runs, sizes.most_runs)
+
+    if positions == 1:
+        runs = best_runs(sums[:, 0])
         return runs, taps, jnp.einsum("gtr,gr->g", sums, runs, precision="highest")
 
     def alternate(_: Int[Array, ""], pair: tuple[Array, Array]) -> tuple[Array, Array]:
-        by_run = jnp.einsum("gtr,sgt->sgr", sums, pair[0], precision="highest")
-        runs = _multi_hot(by_run, counts.runs)
-        by_tap = jnp.einsum("gtr,sgr->sgt", sums, runs, precision="highest")
-        return _multi_hot(by_tap, counts.taps), runs
+        runs = best_runs(jnp.einsum("gtr,gt->gr", sums, pair[0], precision="highest"))
+        by_tap = jnp.einsum("gtr,gr->gt", sums, runs, precision="highest")
+        return _multi_hot(by_tap, counts.taps, sizes.most_taps), runs
 
-    seeds = taps[None]
-    if thorough:
-        each = jnp.eye(positions, dtype=jnp.float32)[:, None] * _ones(1, groups, 1)
-        seeds = jnp.concatenate([seeds, _ones(1, groups, positions), each])
-    runs = jnp.zeros((*seeds.shape[:2], sums.shape[2]), jnp.float32)
-    taps, runs = jax.lax.fori_loop(0, 4 if thorough else 2, alternate, (seeds, runs))
-    values = jnp.einsum("gtr,sgt,sgr->sg", sums, taps, runs, precision="highest")
-    best, group = jnp.argmax(values, axis=0), jnp.arange(groups)
-    return runs[best, group], taps[best, group], values[best, group]
+    def from_seed(seed: Int[Array, ""], best: tuple[Array, ...]) -> tuple[Array, ...]:
+        one = jnp.where(seed == 1, 1.0, jnp.arange(positions) == seed - 2)
+        start = jnp.where(seed == 0, taps, one), jnp.zeros_like(best[0])
+        new_taps, runs = jax.lax.fori_loop(0, jnp.where(thorough, 4, 2), alternate, start)
+        values = jnp.einsum("gtr,gt,gr->g", sums, new_taps, runs, precision="highest")
+        better = values > best[2]
+        return (
+            jnp.where(better[:, None], runs, best[0]),
+            jnp.where(better[:, None], new_taps, best[1]),
+            jnp.where(better, values, best[2]),
+        )
+
+    nothing = jnp.zeros((groups, channels), jnp.float32), taps, jnp.full(groups, -jnp.inf)
+    seeds = jnp.where(thorough, 2 + positions, 1)
+    return jax.lax.fori_loop(0, seeds, from_seed, nothing)
+
+
+def _below(count: Any, array: Array) -> Bool[Array, " n"]:
+    """Which places of the last axis come before a number."""
+    return jnp.arange(array.shape[-1]) < count
 
 
 def _cosine_order(table: _Table, group_size: int) -> Int[Array, " cout"]:
@@ -400,11 +537,19 @@ def _ones(*shape: int) -> Array:
     return jnp.ones(shape, jnp.float32)
 
 
-def _multi_hot(values: Float[Array, "*rows n"], count: int) -> Float[Array, "*rows n"]:
-    """1.0 at the largest `count` entries of the last axis; the lower index wins a tie."""
+def _multi_hot(
+    values: Float[Array, "*rows n"], count: Any, most: int | None = None
+) -> Float[Array, "*rows n"]:
+    """1.0 at the largest `count` entries of the last axis; the lower index wins a tie.
+
+    A traced count is at most `most`.
+    """
     if values.size < _BISECTED:
         values = jnp.where(values == 0, 0.0, values)  # top_k puts 0.0 before -0.0
-        top, index = (array[..., -1:] for array in jax.lax.top_k(values, count))
+        top, index = (
+            jax.lax.dynamic_index_in_dim(array, count - 1, axis=-1)
+            for array in jax.lax.top_k(values, count if most is None else most)
+        )
         place = jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
         return ((values > top) | ((values == top) & (place <= index))).astype(values.dtype)
     return bisect(values, count).astype(values.dtype)

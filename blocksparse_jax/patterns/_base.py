@@ -162,6 +162,13 @@ class Pattern(abc.ABC):
             draw = functools.partial(jax.lax.map, draw)  # one by one, for the memory of a search
         return _in_leaf(draw(of.as_conv(scores)), of, scores.shape)
 
+    def draw_together(
+        self, scores: Mapping[str, Float[Array, "..."]], counts: Mapping[str, Any]
+    ) -> dict[str, Kept] | None:
+        """What `draw` keeps of every layer, by static counts; None where one by one is as well."""
+        del scores, counts
+        return None
+
     def move(self, kept: Bool[Array, "rows sets"], mask: Array, layout: Layout) -> Kept:
         """What is kept after some sets were exchanged for others, as many in each row as before."""
         of = self._kernels(mask.shape)

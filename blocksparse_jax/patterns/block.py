@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from blocksparse_jax import _checks
 from blocksparse_jax.counts import BlockCount, Units, block_counts
 from blocksparse_jax.grouping.search import hrbp_groups
+from blocksparse_jax.grouping.search_together import Blocks, group_together
 from blocksparse_jax.layout import BlockLayout, FilterGroups, Layout, channel_layout, layout_to_mask
 from blocksparse_jax.patterns._base import Kept, Pattern, Shape, check_static
 from blocksparse_jax.patterns.unstructured import Unstructured
@@ -75,6 +76,23 @@ class Block(Pattern):
             channel_block=self._run(scores.shape[2]),
         )
         return Kept(layout_to_mask(layout), layout)
+
+    def draw_together(
+        self, scores: Mapping[str, Float[Array, "..."]], counts: Mapping[str, BlockCount]
+    ) -> dict[str, Kept]:
+        """As `draw`; layers of as many filters share a search."""
+        blocks = [
+            Blocks(
+                self._kernels(leaf.shape),
+                self._size(leaf.shape[-1]),
+                counts[name].kept,
+                counts[name].kept_taps,
+                self._run(leaf.shape[-2]),
+            )
+            for name, leaf in scores.items()
+        ]
+        found = group_together(list(scores.values()), blocks)
+        return {name: Kept(*kept) for name, kept in zip(scores, found, strict=True)}
 
     def _sets(self, scores: Float[Array, "kh kw cin cout"], layout: Layout) -> Float[Array, "g r"]:
         """The sum over each group's filters and kept taps, and over each run of channels."""

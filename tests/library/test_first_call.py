@@ -1,5 +1,7 @@
 """What the first call of a method compiles: one program, or one loop, for all layers of a shape."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import blocksparse_jax as bsj
 from blocksparse_jax import masks as masks_
 from blocksparse_jax import selection
 from blocksparse_jax.alike import map_alike
+from blocksparse_jax.grouping import search_together
 
 METHODS = {
     "hrbp": lambda: bsj.hrbp_prune(0.75, group_size=16, block_density=1.0),
@@ -31,15 +34,67 @@ def layers(number):
     }
 
 
-@pytest.mark.parametrize("name", ["hrbp", "rigl"])
-def test_init_compiles_one_program_for_all_layers_of_a_shape(name):
-    params = layers(3)
+def test_init_compiles_one_program_for_all_layers_of_a_shape():
     masks_._compiled_draw.clear_cache()
-    masks = bsj.get_masks(METHODS[name]().init(params))
+    METHODS["rigl"]().init(layers(3))
     assert masks_._compiled_draw._cache_size() == 2
-    alone = bsj.get_masks(METHODS["hrbp"]().init({"a1": params["a1"]}))
-    if name == "hrbp":
-        np.testing.assert_array_equal(masks["a1"], alone["a1"])
+
+
+SEARCHED = {  # two searches: of 32 filters with and without a choice of taps
+    "kernel": (1, 1, 24, 32),
+    "wide": (1, 1, 64, 32),
+    "dense": (40, 32),
+    "image": (3, 3, 16, 32),
+    "stack": (2, 3, 3, 8, 32),
+}
+
+
+def searched(seed):
+    """Scores of both signs, so that the padding of narrow layers would be among the best."""
+    return {
+        name: jax.random.normal(jax.random.fold_in(jax.random.key(seed), place), shape)
+        for place, (name, shape) in enumerate(SEARCHED.items())
+    }
+
+
+def test_hrbp_compiles_one_search_for_layers_of_as_many_filters():
+    search_together._find_soon.clear_cache()
+    pattern = bsj.patterns.block(group_size=8)
+    bsj.layouts_from_scores(searched(0), 0.8, pattern=pattern, where=lambda *_: True)
+    assert search_together._find_soon._cache_size() == 2
+
+
+@pytest.mark.parametrize("channel_block", [1, 4])
+def test_layers_searched_together_get_what_they_get_alone(channel_block):
+    pattern = bsj.patterns.block(group_size=8, channel_block=channel_block)
+    draw = functools.partial(
+        bsj.layouts_from_scores, sparsity=0.8, pattern=pattern, where=lambda *_: True
+    )
+    scores = searched(1)
+    together = draw(scores)
+    chex.assert_trees_all_equal(together, jax.jit(draw)(scores))
+    shapes = jax.eval_shape(draw, scores)
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, together)
+    for name, layout in together.items():
+        bsj.validate(layout)
+        conv = scores[name].reshape(-1, *layout.kernels.conv_shape)
+        for place, kernel in enumerate(conv):
+            kept, kept_taps = layout.packed_shape[-3:-1]
+            alone = bsj.hrbp_groups(
+                kernel,
+                group_size=8,
+                kept=kept,
+                kept_taps=kept_taps,
+                channel_block=channel_block,
+            )
+            for field in ("filters", "channels", "taps"):
+                found = getattr(layout, field)
+                found = found[place] if name == "stack" else found
+                np.testing.assert_array_equal(found, getattr(alone, field))
+    masks = bsj.masks_from_scores(scores, 0.8, pattern=pattern, where=lambda *_: True)
+    chex.assert_trees_all_equal(
+        masks, jax.tree.map(bsj.layout_to_mask, together, is_leaf=bsj.is_layout)
+    )
 
 
 @pytest.mark.parametrize("name", ["rigl", "subp", "gradual"])

@@ -17,7 +17,7 @@ ORDER = [
     {"layout"},
     {"plans"},
     {"grouping.search", "grouping.column_blocks"},
-    {"grouping.channel_order"},
+    {"grouping.channel_order", "grouping.search_together"},
     {"grouping.channel_spaces"},
     {"grouping.channel_removal", "grouping.channel_choice"},
     {"channel_pruning.spaces", "channel_pruning.inputs"},
