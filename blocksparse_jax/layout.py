@@ -6,6 +6,7 @@ dense block. Every array has a static shape: new masks never recompile.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, TypeGuard
 
@@ -297,6 +298,11 @@ def layout_to_mask(layout: BlockLayout) -> Bool[Array, "..."]:
       >>> layout_to_mask(layout)[0, 0].astype(int).tolist()
       [[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]
     """
+    return _mask(layout)
+
+
+@functools.partial(jax.jit, inline=True)  # outside of jit one program, not one an operation
+def _mask(layout: BlockLayout) -> Array:
     kh, kw, cin, cout = layout.kernels.conv_shape
 
     def mask_of(layout: BlockLayout) -> Array:

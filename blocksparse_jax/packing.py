@@ -1,11 +1,13 @@
 """Packing: dense arrays to packed values and back, for one kernel or a whole training state."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
@@ -51,16 +53,7 @@ def pack(
             f"kernel: expected shape {layout.full_shape} of the layout, got {jnp.shape(kernel)}; "
             f"was the layout made for another layer?"
         )
-    kh, kw, cin, cout = layout.kernels.conv_shape
-
-    def gather(kernel: Array, layout: BlockLayout) -> Array:
-        return (
-            kernel.reshape(kh * kw, cin, cout)
-            .at[block_index(layout)]
-            .get(mode="promise_in_bounds", unique_indices=True)
-        )
-
-    return layout.kernels.each(gather)(jnp.asarray(kernel), layout)
+    return _gathered(jnp.asarray(kernel), layout)
 
 
 def unpack(
@@ -90,6 +83,26 @@ def unpack(
             f"values: expected packed shape (groups, kept, kept_taps, group_size) = "
             f"{layout.full_packed_shape} of the layout, got {jnp.shape(values)}"
         )
+    return _scattered(jnp.asarray(values), layout)
+
+
+# One program each outside of jit, rather than one for every operation.
+@functools.partial(jax.jit, inline=True)
+def _gathered(kernel: Array, layout: BlockLayout) -> Array:
+    kh, kw, cin, cout = layout.kernels.conv_shape
+
+    def gather(kernel: Array, layout: BlockLayout) -> Array:
+        return (
+            kernel.reshape(kh * kw, cin, cout)
+            .at[block_index(layout)]
+            .get(mode="promise_in_bounds", unique_indices=True)
+        )
+
+    return layout.kernels.each(gather)(kernel, layout)
+
+
+@functools.partial(jax.jit, inline=True)
+def _scattered(values: Array, layout: BlockLayout) -> Array:
     kh, kw, cin, cout = layout.kernels.conv_shape
 
     def scatter(values: Array, layout: BlockLayout) -> Array:
@@ -97,7 +110,7 @@ def unpack(
         index = block_index(layout)
         return flat.at[index].set(values, mode="promise_in_bounds", unique_indices=True)
 
-    return layout.kernels.each(scatter)(jnp.asarray(values), layout).reshape(layout.full_shape)
+    return layout.kernels.each(scatter)(values, layout).reshape(layout.full_shape)
 
 
 def pack_tree(
@@ -225,9 +238,15 @@ def _keeps(layout: BlockLayout, mask: Array) -> Array:
 def _is_same(one: BlockLayout, other: BlockLayout) -> bool:
     """Whether two layouts are equal, as far as their arrays are known."""
     pairs = list(zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
-    return one.shape == other.shape and all(
-        jnp.shape(a) == jnp.shape(b) and _true(jnp.array_equal(a, b)) for a, b in pairs
-    )
+    return one.shape == other.shape and all(_equal(a, b) for a, b in pairs)
+
+
+def _equal(a: Array, b: Array) -> bool:
+    """Whether two arrays are equal, compared on the host; True where their values are traced."""
+    if jnp.shape(a) != jnp.shape(b):
+        return False
+    is_traced = any(isinstance(array, jax.core.Tracer) for array in (a, b))
+    return is_traced or np.array_equal(a, b)
 
 
 def _true(flag: Array) -> bool:

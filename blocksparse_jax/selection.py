@@ -1,5 +1,6 @@
 """Selection: the highest scores of an array or of each row, with exact counts."""
 
+import functools
 from typing import Any
 
 import jax
@@ -25,6 +26,12 @@ def ranks(scores: Float[Array, "... n"]) -> Int[Array, "... n"]:
       >>> ranks(jnp.array([1.0, 3.0, 3.0])).tolist()
       [2, 0, 1]
     """
+    return _ranks(scores)
+
+
+# Outside of jit one program, not one for every operation; inside nothing changes.
+@functools.partial(jax.jit, inline=True)
+def _ranks(scores: Array) -> Array:
     if scores.dtype in _AS_FLOAT32:
         order = jnp.argsort(~_key(scores), axis=-1, stable=True)
     else:
@@ -119,6 +126,11 @@ def bisect(scores: Float[Array, "... n"], count: Any) -> Bool[Array, "... n"]:
       >>> bisect(jnp.array([1.0, 3.0, 3.0]), 1).tolist()
       [False, True, False]
     """
+    return _bisect(scores, count)
+
+
+@functools.partial(jax.jit, inline=True)
+def _bisect(scores: Array, count: Any) -> Array:
     key = _key(scores)
     place = jax.lax.broadcasted_iota(jnp.int32, key.shape, key.ndim - 1)
     place_bits = (key.shape[-1] - 1).bit_length()

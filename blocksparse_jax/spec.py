@@ -40,6 +40,8 @@ class Spec:
         belongs to the masks before it: test it with these.
       has_layout: masks fit a `BlockLayout`, so that the block-sparse convolution runs them.
       variables: the state was made for Flax nnx variables, as by an `nnx.Optimizer`.
+      own_parameters: names of the parameters that the method keeps beside a kernel, in its shape:
+        they train with the network and are no weights of it.
       on_proposed: what `keep_zeros` calls with the proposed weights; None where the method acts on
         gradients only. Outside of `keep_zeros` a method that is `ahead` is called with the present
         weights, with a warning, and another refuses.
@@ -64,6 +66,7 @@ class Spec:
     ahead: bool = False
     has_layout: bool = False
     variables: bool = False
+    own_parameters: tuple[str, ...] = ()
     on_proposed: Callable[..., Any] | None = None
 
     def changes(self, step: int) -> bool:
@@ -94,4 +97,5 @@ def merge_specs(specs: Sequence[Spec]) -> Spec:
         ahead=any(spec.ahead for spec in specs),
         has_layout=any(spec.has_layout for spec in specs),
         variables=any(spec.variables for spec in specs),
+        own_parameters=tuple(name for spec in specs for name in spec.own_parameters),
     )

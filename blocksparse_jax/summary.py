@@ -63,7 +63,7 @@ class Summary:
       target_densities: what each method asked for over its sparse leaves; 1, shown as "-", where
         the method itself finds what to keep.
       density: of the masks, over the sparse leaves.
-      total_density: of the masks, over all parameters.
+      total_density: of the masks, over all parameters but the method's own.
       stalled_updates: updates of the masks that could grow no weight, since the gradient of the
         pruned ones was missing (`SparseState`).
       weight_density: of the weights, over the sparse leaves: above `density` where pruned weights
@@ -79,6 +79,8 @@ class Summary:
       averaging: a remark on weights inside the optimizer state that are not zero where pruned.
       executions: what each layer with a layout ran, by the name of its kernel; None where that was
         not given.
+      own_parameters: rows that are no weights of the network but a method's own parameters
+        (`Spec.own_parameters`).
     """
 
     rows: tuple[Row, ...]
@@ -96,6 +98,7 @@ class Summary:
     straight_through: bool = False
     averaging: str = ""
     executions: Mapping[str, str] | None = None
+    own_parameters: frozenset[str] = frozenset()
 
     @property
     def target_density(self) -> float:
@@ -105,7 +108,8 @@ class Summary:
     @property
     def dense_convs(self) -> tuple[Row, ...]:
         """The rows that are dense though they look like conv kernels: `where` passed them over."""
-        return tuple(row for row in self.rows if row.pattern == "dense" and len(row.shape) >= 4)
+        dense = (row for row in self.rows if row.pattern == "dense" and len(row.shape) >= 4)
+        return tuple(row for row in dense if row.name not in self.own_parameters)
 
     def __str__(self) -> str:
         lines = _aligned([_HEADINGS, *map(_cells, self.rows)])
@@ -281,12 +285,14 @@ def summarize(
     revived = _some(_count_revived(params, state))
     nonfinite_weights, nonfinite_state = _count_nonfinite(params, state)
     reached = sum(row.kept for row in sparse_rows) / max(1, weights)
+    own = _own_parameters(rows, states)
+    of_network = [row for row in rows if row.name not in own]
     return Summary(
         rows=tuple(rows),
         method=" + ".join(sparse.spec.method for sparse in states),
         target_densities=tuple(sparse.spec.density for sparse in states),
         density=reached,
-        total_density=sum(row.kept for row in rows) / sum(row.weights for row in rows),
+        total_density=sum(row.kept for row in of_network) / sum(row.weights for row in of_network),
         stalled_updates=sum(
             int(count) for sparse in states for count in jax.tree.leaves(sparse.stalled_updates)
         ),
@@ -301,7 +307,21 @@ def summarize(
         straight_through=any(sparse.spec.straight_through for sparse in states),
         averaging=_schedule_free_outside(state),
         executions=None if executions is None else dict(executions),
+        own_parameters=own,
     )
+
+
+def _own_parameters(rows: list[Row], states: list[SparseState]) -> frozenset[str]:
+    """The rows that a method's spec names as its own, beside a kernel of the same shape."""
+    named = {name for sparse in states for name in sparse.spec.own_parameters}
+    shapes = {row.name: row.shape for row in rows}
+
+    def is_own(row: Row) -> bool:
+        module, _, name = row.name.rpartition("/")
+        kernel = f"{module}/kernel" if module else "kernel"
+        return name in named and shapes.get(kernel) == row.shape
+
+    return frozenset(row.name for row in rows if is_own(row))
 
 
 def _some(counts: Mapping[str, Array]) -> dict[str, int]:

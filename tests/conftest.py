@@ -18,6 +18,9 @@ from described_gpu import pytest_terminal_summary  # noqa: F401
 from jax._src.interpreters import mlir
 from sparse_methods import KINDS, METHODS, small_tree
 
+# Nothing of what is imported while tests are collected is garbage.
+gc.disable()
+
 # Most of the suite's time is XLA's, so its code generator optimizes nothing here and works in one
 # piece (its graph passes run as always). CI's other Python runs it in full.
 _FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
@@ -40,6 +43,7 @@ _CACHE = Path(tempfile.gettempdir()) / f"blocksparse_jax-tests-{_RUN}"
 _MAPS = Path("/proc/self/maps")
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_traceback_in_locations_limit", 0)  # which nobody reads here
 # Which masks the methods draw, the battery of all methods, training on 8 devices, and the GPU
 # kernels in interpreters and dry runs: `long`.
 _LONG = [
@@ -112,6 +116,7 @@ def pytest_collection_finish(session):
     """Spares the garbage collector what was imported: it stays anyway."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_runtest_teardown(item, nextitem):

@@ -127,15 +127,29 @@ def random_groups(
     Reference: the random mask initialization of Ma et al., "HRBP", CPAL 2024.
     """
     kh, kw, cin, cout = _sizes(shape, group_size, kept, kept_taps, channel_block)
+    key = _checks.random_key("key", key)
+    return _random_groups(key, (kh, kw, cin, cout), group_size, kept, kept_taps, channel_block)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5), inline=True)
+def _random_groups(
+    key: Array,
+    shape: tuple[int, int, int, int],
+    group_size: int,
+    kept: int,
+    kept_taps: int,
+    channel_block: int,
+) -> BlockLayout:
+    kh, kw, cin, cout = shape
     groups = cout // group_size
-    keys = jax.random.split(_checks.random_key("key", key), 3)
+    keys = jax.random.split(key, 3)
     (filters,) = _ascending(jax.random.permutation(keys[0], cout).reshape(groups, group_size))
     runs = _multi_hot(
         jax.random.uniform(keys[1], (groups, cin // channel_block), jnp.float32),
         kept // channel_block,
     )
     taps = _multi_hot(jax.random.uniform(keys[2], (groups, kh * kw), jnp.float32), kept_taps)
-    return _layout(filters, runs, taps, (kh, kw, cin, cout), kept, kept_taps)
+    return _layout(filters, runs, taps, shape, kept, kept_taps)
 
 
 def kept_score(scores: Float[Array, "..."], layout: BlockLayout) -> Float[Array, ""]:

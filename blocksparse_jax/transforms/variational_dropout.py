@@ -1,10 +1,17 @@
 """Sparse variational dropout: the masks of a network whose weights are noisy."""
 
+import functools
+
 import optax
 from jaxtyping import Array
 
 from blocksparse_jax import _checks, tree
-from blocksparse_jax.transforms.external import external_masks
+from blocksparse_jax.patterns import unstructured
+from blocksparse_jax.spec import Spec
+from blocksparse_jax.transforms._base import sparse_transformation
+from blocksparse_jax.transforms.first_masks import keep_all
+
+_VARIANCES = "log_sigma2"
 
 
 def variational_dropout(
@@ -45,6 +52,16 @@ def variational_dropout(
     choice = tree.conv_kernels if where is None else where
 
     def noisy(name: str, leaf: Array) -> bool:
-        return name.rpartition("/")[2] != "log_sigma2" and choice(name, leaf)
+        return name.rpartition("/")[2] != _VARIANCES and choice(name, leaf)
 
-    return external_masks(sparsity, where=noisy, name="variational-dropout", straight_through=True)
+    spec = Spec(
+        "variational-dropout",
+        1 - sparsity,
+        pattern=unstructured(),
+        straight_through=True,
+        resizes=True,
+        own_parameters=(_VARIANCES,),
+    )
+    return sparse_transformation(
+        spec, where=noisy, draw=functools.partial(keep_all, unstructured())
+    )

@@ -232,16 +232,18 @@ def random_operands(
     def subsets(count: int, total: int) -> jax.Array:
         """For each group, `count` of the numbers below `total`, sorted."""
         shuffled = rng.permuted(np.tile(np.arange(total), (spec.groups, 1)), axis=1)
-        return jnp.asarray(np.sort(shuffled[:, :count], axis=1), jnp.int32)
+        return jnp.asarray(np.sort(shuffled[:, :count], axis=1).astype(np.int32))
 
+    # NumPy casts them: JAX would compile a program for each shape.
     x, dy, values = (
-        jnp.asarray(rng.standard_normal(shape), spec.dtype)
+        jnp.asarray(rng.standard_normal(shape).astype(jnp.dtype(spec.dtype)))
         for shape in (spec.in_shape, spec.out_shape, spec.packed_shape)
     )
     filters = np.sort(rng.permutation(spec.cout).reshape(spec.groups, -1), axis=1)
+    filters = filters.astype(np.int32)
     channels = subsets(spec.kept, spec.cin)
     taps = subsets(spec.kept_taps, spec.kernel[0] * spec.kernel[1])
-    return x, dy, values, jnp.asarray(filters, jnp.int32), channels, taps
+    return x, dy, values, jnp.asarray(filters), channels, taps
 
 
 def convolve(

@@ -207,7 +207,7 @@ def settings(tmp_path, method, options, **fields):
     ("method", "options", "fields"),
     [
         slow_unless(False, "slimming", {}, {"sparsity": 0.8}),
-        ("prune-train", {"every": 1, "threshold": 0.3}, {}),
+        slow_unless(False, "prune-train", {"every": 1, "threshold": 0.3}, {}),
         slow_unless(
             False, "sss", {"every": 1, "penalty": 2.0, "momentum": 0.0}, {"sparsity": None}
         ),

@@ -290,7 +290,7 @@ def test_the_product_kernel_in_the_interpreter_with_everything_at_the_end(interp
     tile = Tile(64, 128, 64, depth=64, stages=2)
     inputs = product_operands(gather, tile, 2, 3, 16, [2, 1])
     rng = np.random.default_rng(1)
-    scale, bias = (jnp.asarray(rng.standard_normal((2, 64)), jnp.float32) for _ in range(2))
+    scale, bias = (jnp.asarray(rng.standard_normal((2, 64)).astype(np.float32)) for _ in range(2))
     residual = jnp.asarray(rng.standard_normal((6, 2 * 3 * 64)), jnp.bfloat16)
     end = {"scale": scale, "bias": bias, "residual": residual, "relu": True}
     run = jax.jit(

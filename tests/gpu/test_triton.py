@@ -370,7 +370,7 @@ def test_the_epilogue_is_fused(spec, dtype):
     spec = dataclasses.replace(spec, dtype=dtype, relu=True)
     x, residual, values, *index = operands(spec)
     scale, bias = (
-        jnp.asarray(np.random.default_rng(i).standard_normal(spec.cout), jnp.float32)
+        jnp.asarray(np.random.default_rng(i).standard_normal(spec.cout).astype(np.float32))
         for i in range(2)
     )
     single = (a.astype(jnp.float32) for a in (x, values))

@@ -33,7 +33,8 @@ PARTS = {"scale": (SPEC.cout,), "bias": (SPEC.cout,), "residual": SPEC.out_shape
 def random_parts(dtype="float32"):
     rng = np.random.default_rng(7)
     parts = {
-        name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in PARTS.items()
+        name: jnp.asarray(rng.standard_normal(shape).astype(np.float32))
+        for name, shape in PARTS.items()
     }
     return parts | {"residual": parts["residual"].astype(dtype)}
 
@@ -124,7 +125,7 @@ LAYOUT = bsj.random_groups(jax.random.key(0), (3, 3, 16, 32), group_size=8, kept
 def test_every_door_of_conv(door, data_format):
     rng = np.random.default_rng(0)
     kernel, x, residual = (
-        jnp.asarray(rng.standard_normal(s), jnp.float32)
+        jnp.asarray(rng.standard_normal(s).astype(np.float32))
         for s in ((3, 3, 16, 32), (2, 6, 5, 16), (2, 6, 5, 32))
     )
     scale, bias = jnp.linspace(-1, 2, 32), jnp.linspace(1, -1, 32)

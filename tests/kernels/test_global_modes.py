@@ -31,7 +31,12 @@ MODES = {
     "no jit": {"jax_disable_jit": True},
 }
 # Without jit every operation is compiled by itself: slow, but for the default choice.
-every_mode = pytest.mark.parametrize("mode", [slow_unless(m != "no jit", m) for m in MODES])
+WITH_JIT, NO_JIT = ("x64", "all that raise"), ("no jit",)
+every_mode = pytest.mark.parametrize(
+    "modes",
+    [slow_unless(modes == WITH_JIT, modes) for modes in (WITH_JIT, NO_JIT)],
+    ids=", ".join,
+)
 
 
 @contextlib.contextmanager
@@ -46,14 +51,15 @@ def switched_on(mode):
             jax.config.update(name, value)
 
 
-def check(mode, run, *operands, tolerance=1e-5):
-    """A function of arrays has the same dtypes and numbers in a mode as outside of it."""
+def check(modes, run, *operands, tolerance=1e-5):
+    """A function of arrays has the same dtypes and numbers in each mode as outside of it."""
     expected = jax.tree.leaves(jax.jit(lambda *operands: run(*operands))(*operands))
-    with switched_on(mode):
-        actual = jax.tree.leaves(jax.jit(lambda *operands: run(*operands))(*operands))
-    assert [a.dtype for a in actual] == [a.dtype for a in expected]
-    assert_close(actual, expected, tolerance)
     assert all(np.asarray(a, np.float32).any() for a in expected)
+    for mode in modes:
+        with switched_on(mode):
+            actual = jax.tree.leaves(jax.jit(lambda *operands: run(*operands))(*operands))
+        assert [a.dtype for a in actual] == [a.dtype for a in expected], mode
+        assert_close(actual, expected, tolerance)
 
 
 def with_gradients(f, *operands):
@@ -76,28 +82,28 @@ def convolution(case, name, dtype="float32", relu=True):
 
 
 @pytest.mark.parametrize(
-    ("mode", "name"),
+    ("modes", "name"),
     [
-        slow_unless(mode != "no jit" or name is None, mode, name)
+        slow_unless(modes == WITH_JIT or name is None, modes, name, id=f"{', '.join(modes)}-{name}")
         for name in [None, *IMPLEMENTATIONS]
-        for mode in MODES
+        for modes in (WITH_JIT, NO_JIT)
     ],
 )
-def test_all_passes_of_every_implementation(mode, name):
+def test_all_passes_of_every_implementation(modes, name):
     f, operands = convolution("stride", name)
-    check(mode, functools.partial(with_gradients, f), *operands)
+    check(modes, functools.partial(with_gradients, f), *operands)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @every_mode
-def test_half_precision(mode, name):
+def test_half_precision(modes, name):
     f, operands = convolution("same", name, "bfloat16", relu=False)  # rounding would flip its steps
-    check(mode, functools.partial(with_gradients, f), *operands, tolerance=1e-2)
+    check(modes, functools.partial(with_gradients, f), *operands, tolerance=1e-2)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @every_mode
-def test_second_derivatives(mode, name):
+def test_second_derivatives(modes, name):
     f, operands = convolution("1x1, stride, batch 1", name)
 
     def gradient(*operands):
@@ -107,16 +113,16 @@ def test_second_derivatives(mode, name):
     def reverse(*operands):
         return jax.grad(lambda *o: sum(jnp.sum(g * g) for g in gradient(*o)), (0, 1))(*operands)
 
-    check(mode, reverse, *operands, tolerance=1e-4)
-    check(mode, lambda *o: jax.jvp(gradient, o, o)[1], *operands, tolerance=1e-4)
+    check(modes, reverse, *operands, tolerance=1e-4)
+    check(modes, lambda *o: jax.jvp(gradient, o, o)[1], *operands, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @every_mode
-def test_a_batch_of_calls(mode, name):
+def test_a_batch_of_calls(modes, name):
     f, operands = convolution("same", name)
     many = [jnp.stack([a, -a]) for a in operands]
-    check(mode, jax.vmap(functools.partial(with_gradients, f)), *many)
+    check(modes, jax.vmap(functools.partial(with_gradients, f)), *many)
 
 
 KERNEL = jax.random.normal(jax.random.key(0), (3, 3, 16, 8))
@@ -136,7 +142,7 @@ DOORS = {
 
 @pytest.mark.parametrize("door", DOORS)
 @every_mode
-def test_every_door_of_conv(mode, door):
+def test_every_door_of_conv(modes, door):
     options = DOORS[door]
     x = jax.random.normal(jax.random.key(2), (3, 6, 5, 16))
     if "data_format" in options:
@@ -147,7 +153,7 @@ def test_every_door_of_conv(mode, door):
         kernel = bsj.pack(kernel, LAYOUT) if "packed" in options else kernel
         return bsj.conv(x, kernel, LAYOUT, bias=bias, activation="relu", **options)
 
-    check(mode, functools.partial(with_gradients, f), x, KERNEL, bias)
+    check(modes, functools.partial(with_gradients, f), x, KERNEL, bias)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +161,7 @@ def test_every_door_of_conv(mode, door):
     [(None, "NHWC"), ("xla", "NHWC"), ("taps", "NHWC"), ("taps", "CHWN"), ("rows", "CHWN")],
 )
 @every_mode
-def test_every_dense_formulation(mode, formulation, data_format):
+def test_every_dense_formulation(modes, formulation, data_format):
     x = jax.random.normal(jax.random.key(0), (4, 4, 4, 4))
     f = functools.partial(
         dense_conv,
@@ -164,14 +170,14 @@ def test_every_dense_formulation(mode, formulation, data_format):
         data_format=data_format,
         formulation=formulation,
     )
-    check(mode, functools.partial(with_gradients, f), x, KERNEL[:, :, :4])
+    check(modes, functools.partial(with_gradients, f), x, KERNEL[:, :, :4])
 
 
 @every_mode
-def test_the_two_of_four_product(mode):
+def test_the_two_of_four_product(modes):
     weights, x = KERNEL.reshape(-1, 8)[:32], jax.random.normal(jax.random.key(0), (32, 6))
     f = functools.partial(two_of_four_matmul, channel_major=True)
-    check(mode, functools.partial(with_gradients, f), weights, x)
+    check(modes, functools.partial(with_gradients, f), weights, x)
 
 
 @pytest.mark.parametrize("name", NAMES)

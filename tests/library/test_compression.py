@@ -100,7 +100,7 @@ def test_centroids_train_as_parameters_of_their_own(optimizer):
     """The same optimizer on the centroids, whose gradient is the chain rule's: `w = c[numbers]`."""
     numbers = np.array([[0, 1, 2, 1, -1], [2, 2, 0, -1, 1]])
     centroids = jnp.array([-1.0, 0.5, 2.0])
-    pull = jnp.asarray(np.random.default_rng(0).normal(size=numbers.shape), jnp.float32)
+    pull = jnp.asarray(np.random.default_rng(0).normal(size=numbers.shape).astype(np.float32))
 
     def weights(centroids):
         return jnp.where(numbers < 0, 0.0, centroids[numbers])

@@ -271,7 +271,7 @@ def test_packing_refuses_to_lose_a_memory_of_pruned_weights():
 
 def test_both_ways_to_rank_agree():
     """By sorting and by comparing all pairs: the same order with ties."""
-    rows = jnp.asarray(np.random.default_rng(0).integers(0, 4, (50, 16)), jnp.float32)
+    rows = jnp.asarray(np.random.default_rng(0).integers(0, 4, (50, 16)).astype(np.float32))
     np.testing.assert_array_equal(ranks(rows), ranks_of_stored(rows))
     assert ranks(jnp.array([[1.0, jnp.nan, 2.0]])).tolist() == [[1, 2, 0]]
 

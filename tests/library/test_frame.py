@@ -19,7 +19,7 @@ SHAPE = (3, 3, 16, 32)
 
 
 def kernel(seed, shape=SHAPE):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ PATTERNS = [
 
 
 def kernel(seed):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=SHAPE), jnp.float32)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=SHAPE).astype(np.float32))
 
 
 def trained(method, steps=15):

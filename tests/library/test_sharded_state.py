@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from new_process import host_devices, run_python
-from sparse_methods import KINDS, METHODS, chain, slow_unless, small_tree
+from sparse_methods import METHODS, chain, slow_unless, small_tree
 
 import blocksparse_jax as bsj
 
@@ -23,7 +23,8 @@ STEPS = 7
 # The search for groups takes long to compile for 8 devices: at init of all HRBP, and in the update
 # of "hrbp-gradient".
 SEARCH_AT_INIT = ["hrbp", "hrbp-dynamic", "hrbp-gradient"]
-FAST = [*KINDS, "hrbp-dynamic"]
+# Masks exchanged at some steps, in blocks too, masks that follow the weights, resized layouts.
+FAST = ["rigl", "hrbp-dynamic", "sr-ste", "subp"]
 OTHERS = [name for name in METHODS if name not in (*FAST, "hrbp-gradient")]
 SEARCH = ["hrbp", "hrbp-gradient", "--search"]
 

@@ -31,6 +31,16 @@ OPTIONS: list[dict[str, Any]] = [
 X = jax.random.normal(jax.random.key(0), (2, 9, 8, 16))
 
 
+def initial(model):
+    """The params of a linen model."""
+    return jax.jit(model.init)(jax.random.key(1), X)["params"]
+
+
+def applied(model, params, **options):
+    """What a linen model makes of `X`, compiled as a whole."""
+    return jax.jit(lambda params: model.apply({"params": params}, X, **options))(params)
+
+
 def conv(options, **others):
     return {"features": 32, "kernel_size": (3, 3)} | options | others
 
@@ -55,7 +65,8 @@ def test_nnx_conv_equals_masked_dense(options):
     def outputs(model, params):
         nnx.update(model, params)
         loss = lambda model, x: (model(x).astype(jnp.float32) ** 2).mean()  # noqa: E731
-        return model(X), *nnx.grad(loss, argnums=(0, 1))(model, X)
+        run = nnx.jit(lambda model: (model(X), *nnx.grad(loss, argnums=(0, 1))(model, X)))
+        return run(model)
 
     model = nnx.Conv(in_features=16, out_features=32, rngs=nnx.Rngs(0), **nnx_options(options))
     params = nnx.state(model, nnx.Param)
@@ -121,9 +132,9 @@ def test_linen_network_runs_its_plain_convolutions_sparse_and_all_else_as_writte
 
 
 def test_summarize_lists_which_layers_ran_block_sparse():
-    params, state, layouts = pruned(Network().init(jax.random.key(1), X)["params"])
+    params, state, layouts = pruned(initial(Network()))
     with bsj.linen.use_layouts(layouts) as executions:
-        Network().apply({"params": params}, X)
+        applied(Network(), params)
     summary = str(bsj.summarize(params, state, executions=executions))
     ran = [line for line in summary.splitlines() if line.startswith("ran block-sparse: ")]
     assert ran == [
@@ -141,10 +152,10 @@ def test_summarize_lists_which_layers_ran_block_sparse():
 
 def test_linen_other_methods_and_bound_modules_run_sparse():
     model = Network()
-    params, _, layouts = pruned(model.init(jax.random.key(1), X)["params"])
-    expected = model.apply({"params": params}, X, method="features")
+    params, _, layouts = pruned(initial(model))
+    expected = applied(model, params, method="features")
     with bsj.linen.use_layouts(layouts) as executions:
-        actual = model.apply({"params": params}, X, method="features")
+        actual = applied(model, params, method="features")
         bound = model.bind({"params": params}).first(X)
     assert executions == {"first/kernel": "block-sparse"}
     np.testing.assert_allclose(actual, expected, atol=1e-5)
@@ -153,24 +164,24 @@ def test_linen_other_methods_and_bound_modules_run_sparse():
 
 def test_linen_packed_values_need_no_dense_kernel():
     model = Block()
-    params, state, layouts = pruned(model.init(jax.random.key(1), X)["params"])
+    params, state, layouts = pruned(initial(model))
     values, _ = bsj.pack_tree(params, state, layouts)
     assert values["shared"]["kernel"].shape == layouts["shared"]["kernel"].packed_shape
     with bsj.linen.use_layouts(layouts):
-        packed = model.apply({"params": values}, X)
-    np.testing.assert_allclose(packed, model.apply({"params": params}, X), atol=1e-5)
+        packed = applied(model, values)
+    np.testing.assert_allclose(packed, applied(model, params), atol=1e-5)
 
 
 def test_linen_keywords_reach_the_convolution():
     model = Block()
-    params, _, layouts = pruned(model.init(jax.random.key(1), X)["params"])
+    params, _, layouts = pruned(initial(model))
 
     def gradient(**keywords):
         def loss(params):
             with bsj.linen.use_layouts(layouts, **keywords):
                 return model.apply({"params": params}, X).sum()
 
-        return jax.grad(loss)(params)["shared"]["kernel"]
+        return jax.jit(jax.grad(loss))(params)["shared"]["kernel"]
 
     mask = bsj.layout_to_mask(layouts["shared"]["kernel"])
     assert not jnp.any(jnp.where(mask, 0, gradient()))
@@ -184,9 +195,9 @@ def test_linen_keywords_reach_the_convolution():
 
 def test_linen_initialization_runs_as_written():
     model = Block()
-    params, _, layouts = pruned(model.init(jax.random.key(1), X)["params"])
+    params, _, layouts = pruned(initial(model))
     with bsj.linen.use_layouts(layouts) as executions:
-        again = model.init(jax.random.key(1), X)["params"]
+        again = initial(model)
     assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, params)
     assert executions == {}
 
@@ -194,7 +205,7 @@ def test_linen_initialization_runs_as_written():
 def test_linen_jitted_functions_never_run_with_the_layouts_of_another_block():
     """Entered outside of jit, where the compiled program would keep the first layouts for ever."""
     model = Block()
-    params = model.init(jax.random.key(1), X)["params"]
+    params = initial(model)
     apply = jax.jit(lambda params: model.apply({"params": params}, X))
     for scores in (params, jax.tree.map(jnp.negative, jax.tree.map(jnp.flip, params))):
         state = bsj.hrbp_prune(0.75, group_size=8, block_density=1).init(scores)
@@ -210,7 +221,7 @@ def test_linen_jitted_functions_never_run_with_the_layouts_of_another_block():
 
 def test_linen_new_layouts_do_not_recompile_a_function_of_the_layouts():
     model, traces = Block(), []
-    params = model.init(jax.random.key(1), X)["params"]
+    params = initial(model)
 
     @jax.jit
     def apply(params, layouts):
@@ -284,7 +295,7 @@ def test_linen_block_sparse_conv_takes_its_layout_from_the_block_too():
 )
 def test_linen_layer_that_cannot_run_says_so_by_name(options, message):
     model = nn.Conv(**conv(options))
-    params = model.init(jax.random.key(1), X)["params"]
+    params = initial(model)
     _, _, layouts = pruned(params, where=lambda name, leaf: leaf.ndim == 4)
     with pytest.raises(ValueError, match=re.escape(message)), bsj.linen.use_layouts(layouts):
         model.apply({"params": params}, X)
@@ -292,7 +303,7 @@ def test_linen_layer_that_cannot_run_says_so_by_name(options, message):
 
 def test_linen_packed_values_of_a_layer_that_runs_as_written_are_refused_by_name():
     model = nn.ConvTranspose(32, (3, 3))
-    params, state, layouts = pruned(model.init(jax.random.key(1), X)["params"])
+    params, state, layouts = pruned(initial(model))
     values, _ = bsj.pack_tree(params, state, layouts)
     with (
         pytest.raises(ValueError, match="kernel: ConvTranspose runs as it is written and needs"),
@@ -310,7 +321,7 @@ def test_linen_packed_values_of_a_layer_that_runs_as_written_are_refused_by_name
 )
 def test_linen_layouts_of_another_tree_are_refused(wrap, message):
     model = Block()
-    params, _, layouts = pruned(model.init(jax.random.key(1), X)["params"])
+    params, _, layouts = pruned(initial(model))
     with pytest.raises(ValueError, match=message), bsj.linen.use_layouts(wrap(layouts)):
         model.apply({"params": params}, X)
 
@@ -418,14 +429,14 @@ def test_linen_dense_layers_equal_masked_dense(layer):
 
 def test_linen_linear_layer_takes_the_collection_and_packed_values():
     model, plain = Mlp(bsj.linen.BlockSparseLinear), Mlp()
-    params = model.init(jax.random.key(1), X)["params"]
-    expected = plain.init(jax.random.key(1), X)["params"]
+    params = initial(model)
+    expected = initial(plain)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     params, state, layouts = pruned(params, where=dense_kernels)
     values, _ = bsj.pack_tree(params, state, layouts)
-    expected = plain.apply({"params": params}, X)
+    expected = applied(plain, params)
     for weights in (params, values):
-        y = model.apply({"params": weights, "layouts": layouts}, X)
+        y = jax.jit(model.apply)({"params": weights, "layouts": layouts}, X)
         np.testing.assert_allclose(y, expected, atol=1e-5)
     with pytest.raises(ValueError, match="hidden/kernel: expected shape"):
         model.apply({"params": values, "layouts": {}}, X)
@@ -443,7 +454,7 @@ def test_nnx_linear_layers_equal_masked_dense():
     bsj.nnx.set_layouts(model, layouts)
     for each in (model, dense):
         nnx.update(each, params)
-    value_and_grad = nnx.value_and_grad(lambda model: (model(X) ** 2).mean())
+    value_and_grad = nnx.jit(nnx.value_and_grad(lambda model: (model(X) ** 2).mean()))
     (actual, grads), (expected, full) = value_and_grad(model), value_and_grad(dense)
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
     for layout, gradient, whole in zip(
@@ -479,7 +490,7 @@ class ScannedNetwork(nn.Module):
 
 def test_linen_scanned_layers_are_refused_with_what_works():
     model = ScannedNetwork()
-    params, _, layouts = pruned(model.init(jax.random.key(1), X)["params"])
+    params, _, layouts = pruned(initial(model))
     expected = model.apply({"params": params}, X)
     with (
         pytest.raises(ValueError, match="layers/kernel: its layout is that of 3 stacked layers"),

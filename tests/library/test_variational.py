@@ -57,8 +57,8 @@ def test_masks_keep_what_is_certain():
     rng = np.random.default_rng(0)
     params = {
         name: {
-            "kernel": jnp.asarray(rng.normal(size=shape), jnp.float32),
-            "log_sigma2": jnp.asarray(rng.normal(2, 3, size=shape), jnp.float32),
+            "kernel": jnp.asarray(rng.normal(size=shape).astype(np.float32)),
+            "log_sigma2": jnp.asarray(rng.normal(2, 3, size=shape).astype(np.float32)),
         }
         for name, shape in (("a", (3, 3, 8, 8)), ("b", (1, 1, 8, 16)))
     } | {"bias": jnp.ones(3)}
@@ -286,3 +286,22 @@ def test_an_nnx_network_trains_and_prunes():
     masks = bsj.variational_masks(nnx.state(model, nnx.Param))
     np.testing.assert_array_equal(masks["kernel"].get_value(), rates <= 3)
     assert not masks["kernel"].get_value().all()
+
+
+def test_a_summary_knows_the_variances_from_the_conv_kernels():
+    """They are no layers that `where` passed over, and no weights of the network."""
+    params = {
+        "conv": {"kernel": jnp.ones((3, 3, 8, 8))},
+        "depthwise": {"kernel": jnp.ones((3, 3, 1, 8))},
+        "other": {"log_sigma2": jnp.ones((3, 3, 8, 4))},  # of another meaning: it has no kernel
+    }
+    noisy = bsj.with_log_variances(params)
+    state = bsj.variational_dropout(0.5).init(noisy)
+    masks = bsj.variational_masks({"conv": noisy["conv"]}, sparsity=0.5)
+    state = bsj.replace_masks(state, bsj.get_masks(state) | masks)
+    summary = bsj.summarize(noisy, state)
+    assert summary.own_parameters == {"conv/log_sigma2"}
+    assert [row.name for row in summary.dense_convs] == ["depthwise/kernel", "other/log_sigma2"]
+    sizes = {row.name: row.weights for row in summary.rows}
+    of_network = sum(sizes.values()) - sizes["conv/log_sigma2"]
+    assert summary.total_density == 1 - 0.5 * sizes["conv/kernel"] / of_network

@@ -91,7 +91,7 @@ def random_epilogue(rng: np.random.Generator, spec: ConvSpec) -> dict[str, Any]:
     """Each part of the epilogue, or not."""
     shapes = {"scale": (spec.cout,), "bias": (spec.cout,), "residual": spec.out_shape}
     parts: dict[str, Any] = {
-        name: jnp.asarray(rng.standard_normal(s), jnp.float32)
+        name: jnp.asarray(rng.standard_normal(s).astype(np.float32))
         for name, s in shapes.items()
         if rng.random() < 0.5
     }
