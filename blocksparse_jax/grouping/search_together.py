@@ -62,15 +62,15 @@ def group_together(
         layers, sizes = _layers(_tables(arrays, blocks), blocks)
         return _finish(list(map_alike(_find, layers, sizes).values()), blocks)
     on_cpu = jax.default_backend() == "cpu"
-    tables = (_tables_soon if on_cpu else _tables_fast)(arrays, blocks)
+    tables = (_tables_unoptimized if on_cpu else _tables_optimized)(arrays, blocks)
     layers, sizes = _layers(tables, blocks)
     found = {}
     # The long searches first: they run while those that follow are compiled.
     for place in sorted(layers, key=lambda place: -len(layers[place][0])):
-        is_soon = on_cpu and len(layers[place][0]) < _MANY_FILTERS
-        find = _find_soon if is_soon else _find_fast
+        is_small = on_cpu and len(layers[place][0]) < _MANY_FILTERS
+        find = _find_unoptimized if is_small else _find_optimized
         found[place] = find(layers[place], sizes[place])
-    finish = _finish_soon if on_cpu else _finish_fast
+    finish = _finish_unoptimized if on_cpu else _finish_optimized
     return finish([found[place] for place in layers], blocks)
 
 
@@ -192,11 +192,11 @@ def _kept(found: _Found, leaf: Blocks) -> tuple[Bool[Array, "kh kw cin cout"], B
 # the rest: it pays where a layer has many filters.
 _OPTIONS = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
 _MANY_FILTERS = 512
-_tables_fast, _find_fast, _finish_fast = (
+_tables_optimized, _find_optimized, _finish_optimized = (
     jax.jit(function, static_argnums=1, compiler_options=_OPTIONS or None)
     for function in (_tables, _find, _finish)
 )
-_tables_soon, _find_soon, _finish_soon = (
+_tables_unoptimized, _find_unoptimized, _finish_unoptimized = (
     jax.jit(
         function,
         static_argnums=1,
