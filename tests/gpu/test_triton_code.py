@@ -45,7 +45,7 @@ def launches(spec, name, capability=90, fused=False, **private):
 
     def record(launch, *operands):
         recorded.append((launch, [a.dtype.name for a in operands]))
-        return jnp.zeros(launch.out.shape, launch.out.dtype)
+        return jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), launch.out)
 
     lists = (
         (spec.groups, spec.group_size),
@@ -77,7 +77,7 @@ def machine_code(launch, dtypes, capability):
     from triton.compiler import ASTSource
 
     kernel = getattr(kernels, launch.kernel)
-    types = [TYPES[name] for name in (*dtypes, launch.out.dtype.name)]
+    types = [TYPES[name] for name in (*dtypes, *(out.dtype.name for out in launch.outs))]
     names = kernel.arg_names
     source = ASTSource(
         fn=kernel,
