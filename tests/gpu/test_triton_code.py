@@ -39,6 +39,10 @@ SHAPES = [(layer, 256) for layer in shapes.OTHERS if "resnet50" in layer.name]
 SHAPES += [(layer, batch) for batch in (128, 1024) for layer in shapes.VGG19 + shapes.RESNET32]
 
 
+PLAIN = {"forward_with_sums": "forward", "norm_input_gradient": "input_gradient"}
+"""The passes whose tiles those between batch norms have."""
+
+
 def launches(spec, name, capability=90, fused=False, **private):
     """The kernel calls of a pass on such a GPU, with the operands' dtypes."""
     recorded = []
@@ -58,9 +62,15 @@ def launches(spec, name, capability=90, fused=False, **private):
         for shape in (spec.in_shape, spec.out_shape, spec.packed_shape)
     )
     inputs = {"forward": (x, values), "input_gradient": (dy, values), "weight_gradient": (x, dy)}
-    if fused:
+    inputs |= {norm_pass: inputs[name] for norm_pass, name in PLAIN.items()}
+    if name == "norm_input_gradient":  # fused: of a stream, which a shortcut joins
+        vector = jax.ShapeDtypeStruct((spec.cin,), jnp.float32)
+        index = [*index, x, vector, vector, *([x, x] if fused else [])]
+    elif fused:
         vector = jax.ShapeDtypeStruct((spec.cout,), jnp.float32)
-        spec, index = dataclasses.replace(spec, relu=True), [*index, vector, vector, dy]
+        index = [*index, vector, vector, dy]
+    if fused or name == "norm_input_gradient":
+        spec = dataclasses.replace(spec, relu=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calls, "run", record)
         patch.setattr(calls, "capability", lambda: capability)
@@ -134,10 +144,12 @@ def check_code(record, spec, name, capability=90, fused=False, around_loops=Fals
     kernel_calls = launches(spec, name, capability, fused, **private)
     is_dense = "dense" in (private.get("method"), getattr(private.get("tile"), "method", ""))
     assert len(kernel_calls) == (0 if is_dense else 1)
+    what_runs, name = name, PLAIN.get(name, name)
     for launch, dtypes in kernel_calls:
         measured, sass = machine_code(launch, dtypes, capability)
         tile, plain = launch.tile, normal(spec)
-        what = f"{tiles.tuned_key(spec, name)}{' fused' * fused}: {tile}: {measured}"
+        key = tiles.tuned_key(spec, name).replace(name, what_runs, 1)
+        what = f"{key}{' fused' * fused}: {tile}: {measured}"
         record("compiled", f"triton sm_{capability} {what}")
         assert measured["in loops" if around_loops else "spilled"] == 0
         assert measured["shared"] <= min(
