@@ -244,7 +244,7 @@ def _norm_conv(
     settings: NormSettings,
     with_input: bool,
     options: dict[str, Any],
-) -> tuple[Array, Array, Array]:
+) -> tuple[Any, Array, Array]:
     """Input, output and sums of a convolution between batch norms."""
     axis = _channel_axis(options.get("data_format", "NHWC"))
     settings = settings._replace(channel_axis=axis)

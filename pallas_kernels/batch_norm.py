@@ -118,7 +118,8 @@ def _with_sums_fwd(channel_axis: int, z: jax.Array) -> tuple[Any, jax.Array]:
 
 
 def _with_sums_bwd(channel_axis: int, z: jax.Array, gradients: Any) -> tuple[jax.Array]:
-    return (add_gradient_of_sums(*gradients, z, channel_axis),)
+    dz, dsums = gradients
+    return (add_gradient_of_sums(dz, dsums, z, channel_axis),)
 
 
 with_sums.defvjp(_with_sums_fwd, _with_sums_bwd)

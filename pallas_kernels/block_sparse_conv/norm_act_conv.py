@@ -32,12 +32,12 @@ class NormConv(NamedTuple):
     """What a convolution between batch norms gives.
 
     Attributes:
-      x: the activations that it read, `relu(norm(z) + shortcut)`.
+      x: the activations that it read, `relu(norm(z) + shortcut)`; None where nobody else does.
       y: its raw output.
       sums: `[2, cout]`, the sums of y and of its squares over each channel.
     """
 
-    x: jax.Array
+    x: jax.Array | None
     y: jax.Array
     sums: jax.Array
 
@@ -64,7 +64,7 @@ class _Operands(NamedTuple):
       norm: of the input, or None.
       shortcut: added to the normalised input, or None.
       values: packed weights.
-      index: which weights they are.
+      places: which weights they are.
       plan: the lists of the layout, or None.
     """
 
@@ -72,14 +72,15 @@ class _Operands(NamedTuple):
     norm: Norm | None
     shortcut: Any
     values: Any
-    index: Index
+    places: Index
     plan: Plan | None
 
 
-_AXES = _Operands(
-    ("c h w n",), Norm("sums c", "c", "c"), ("c h w n",), ("g k t s",), INDEX_AXES, PLAN_AXES
+_AXES: tuple[tuple[str, ...], ...] = (
+    *(("c h w n",), ("sums c", "c", "c"), ("c h w n",), ("g k t s",)),
+    *(INDEX_AXES, PLAN_AXES),
 )
-"""The axes of the arrays."""
+"""The axes of the arrays of each operand."""
 
 
 def norm_act_conv(
@@ -110,8 +111,7 @@ def norm_act_conv(
         `plan` of `block_sparse_conv`.
 
     Returns:
-      Input, output and sums; x is z where there is no norm, and has no gradient unless
-      `with_input`.
+      The output and its sums; and the input, where it is wanted.
 
     Raises:
       ValueError: an argument does not fit the others; the message names it.
@@ -128,7 +128,7 @@ def norm_act_conv(
     z, norm, shortcut, values = reverse_mode_only((z, norm, shortcut, values))
     operands = vary_alike(_whole(_Operands(z, norm, shortcut, values, index, plan)))
     x, y, sums = _norm_act_conv(_Call(spec, record, settings), with_input, operands)
-    return NormConv(operands.z if norm is None else x, y, sums)
+    return NormConv(x, y, sums)
 
 
 def _whole(operands: _Operands) -> _Operands:
@@ -161,7 +161,7 @@ def _forward(call: _Call, with_input: bool, operands: _Operands) -> tuple[Any, A
         operands.plan,
         x,
         operands.values.astype(x.dtype),
-        *operands.index,
+        *operands.places,
     )
     joined = None if operands.shortcut is None else x
     saved = operands._replace(shortcut=None), x, y, joined
@@ -183,8 +183,8 @@ def _norm_act_conv_bwd(
     (operands, x, y, joined), (more, dy, dsums) = saved, gradients
     spec, implementation, plan = call.spec, call.implementation, operands.plan
     dy = batch_norm.add_gradient_of_sums(dy, dsums, y)
-    dvalues = run_pass("weight_gradient", spec, implementation, plan, x, dy, *operands.index)
-    backward = dy, operands.values.astype(x.dtype), *operands.index
+    dvalues = run_pass("weight_gradient", spec, implementation, plan, x, dy, *operands.places)
+    backward = dy, operands.values.astype(x.dtype), *operands.places
     dnorm, g = None, ()
     if operands.norm is None:
         dz = run_pass("input_gradient", spec, implementation, plan, *backward)

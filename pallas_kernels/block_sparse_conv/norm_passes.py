@@ -60,4 +60,4 @@ def norm_input_gradient(
     masked = batch_norm.masked_gradient(
         NormSettings(spec.relu), Affine(scale, shift), dx, z, joined
     )
-    return masked[:2] if masked.g is None else tuple(masked)
+    return masked[:2] if masked.g is None else (*masked[:2], masked.g)

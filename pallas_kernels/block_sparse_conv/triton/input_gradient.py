@@ -97,7 +97,8 @@ def norm_input_gradient(
         def plain_pass(spec: ConvSpec, dy: jax.Array, values: jax.Array, *index: Any) -> jax.Array:
             return input_gradient(spec, dy, values, Index(*index), plan, tile)
 
-        return norm_passes.norm_input_gradient(plain_pass, spec, dy, values, *index, *norm)
+        arrays: tuple[Any, ...] = (*index, *norm)
+        return norm_passes.norm_input_gradient(plain_pass, spec, dy, values, *arrays)
     plain = normal(spec)
 
     def fitted(activations: jax.Array | None) -> jax.Array | None:
