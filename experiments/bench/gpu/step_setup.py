@@ -59,7 +59,7 @@ def set_up(
 
 
 def _train_config(options: StepOptions, unit: Unit, implementation: str | None) -> Any:
-    dense = unit.sparsity == 0
+    dense = unit.execution == "dense"
     blocks = Hrbp(group_size=options.group_size, channel_block=options.channel_block)
     return resolve(
         TrainConfig(
