@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import batch_norm
@@ -154,6 +155,9 @@ def _forward(call: _Call, with_input: bool, operands: _Operands) -> tuple[Any, A
     if operands.norm is not None:
         scales = _affine(call, operands)
         x = batch_norm.apply(call.settings, scales, operands.z, operands.shortcut)
+        # The kernels read x from memory, and so should whoever else reads it: XLA would compute it
+        # again from z and the shortcut.
+        x = lax.optimization_barrier(x)
     y, sums = run_pass(
         "forward_with_sums",
         call.spec,

@@ -208,6 +208,15 @@ REPRESENTATIVE = {
         (MAIN, "input_gradient", 90, {"method": method}) for method in ("transposed", "scatter")
     ],
     "groups of 32, epilogue": [(layer_spec(shapes.VGG19[4]), "forward", 90, {"fused": True})],
+    "between batch norms": [
+        (MAIN, "forward_with_sums", 90, {}),
+        (MAIN, "norm_input_gradient", 90, {}),
+        (MAIN, "norm_input_gradient", 90, {"fused": True}),
+    ],
+    "between batch norms, Ampere": [
+        (MAIN, "forward_with_sums", 80, {}),
+        (MAIN, "norm_input_gradient", 80, {"fused": True}),
+    ],
     "groups of 8": [(layer_spec(shapes.VGG19[2], group_size=8, batch=24), "forward", 90, {})],
     "1x1": [
         (layer_spec(shapes.OTHERS[6], batch=256), name, 90, {})
@@ -250,6 +259,35 @@ def test_the_main_tiles_compile_without_spills_to_tensor_cores_and_16_byte_copie
 ):
     for spec, name, capability, private in REPRESENTATIVE[case]:
         check_code(record_property, spec, name, capability, **private)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [16, 64])
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("sparsity", [0.0, 0.8, 0.9, 0.95])
+def test_every_layer_compiles_between_batch_norms(sparsity, name, run, record_property):
+    for layer, batch in SHAPES:
+        if layer.cin % run:
+            continue
+        group_size = min(64, layer.cout)
+        taps = layer.kernel**2 if sparsity == 0 else None
+        spec = shapes.layer_spec(
+            layer,
+            sparsity=sparsity,
+            batch=batch,
+            group_size=group_size,
+            kept_taps=taps,
+            dtype="bfloat16",
+        )
+        kept = max(run, spec.kept // run * run)
+        spec = dataclasses.replace(spec, kept=kept, channel_block=run)
+        if name == "forward_with_sums" or not spec.pointwise():
+            tile = tiles.choose_tile(
+                spec, PLAIN[name], method="transposed" * (name != "forward_with_sums")
+            )
+            fused = name == "norm_input_gradient"
+            check_code(record_property, spec, name, fused=fused, tile=tile)
 
 
 @needs_triton

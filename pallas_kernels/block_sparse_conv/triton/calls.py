@@ -309,7 +309,7 @@ def _run_product(
     scale, bias, residual, normed, joined = operands[-5:]
     outs = [out]
     if with_sums:
-        outs.append(jax.ShapeDtypeStruct((tiles, 2, out.shape[0]), jnp.float32))
+        outs.append(jax.ShapeDtypeStruct((2, out.shape[0], tiles), jnp.float32))
     if joined is not None:
         outs.append(out)
     # The kernel does not read what is absent. It takes an array in its place among its operands,
@@ -342,7 +342,7 @@ def _run_product(
     if not with_sums:
         return results
     result, partial_sums, *gradient = results
-    return result, partial_sums.sum(0), *gradient
+    return result, partial_sums.sum(2), *gradient
 
 
 def weight_gradient(

@@ -206,7 +206,7 @@ def gather_product(
       joined: in the shape of `out`; read with `with_joined`: where it is positive the ReLU passes.
       channels: rows of `out`.
       out: `[channels, *out_size]`; with `scatter` float32 zeros, to which the results are added.
-      sums: written with `with_sums`: float32 `[tiles, 2, channels]`, over the positions of each
+      sums: written with `with_sums`: float32 `[2, channels, tiles]`, over the positions of each
         tile of each phase, of `out` and its squares, or with `with_norm` of g and `g * normed`.
       shortcut_gradient: written with `with_joined`: g.
       by_phase: the programs of a table work on one phase each.
@@ -221,6 +221,7 @@ def gather_product(
     positions: tl.constexpr = height * width * images
     position_tiles: tl.constexpr = (positions + block_positions - 1) // block_positions
     all_positions: tl.constexpr = out_size[0] * out_size[1] * images
+    all_tiles: tl.constexpr = position_tiles * phase_y * phase_x
     program = tl.program_id(0)
     # Neighbouring programs work on the same positions: rows that several groups gather are then
     # still in the L2 cache.
@@ -357,9 +358,9 @@ def gather_product(
         if with_joined:
             g = total.to(shortcut_gradient.dtype.element_ty)
             tl.store(shortcut_gradient + offset, g, mask=mask)
-        place_of_sums = sums + (phase * position_tiles + tile) * 2 * channels + row
+        place_of_sums = sums + row * all_tiles + phase * position_tiles + tile
         tl.store(place_of_sums, tl.sum(total, 1), mask=row >= 0)
-        tl.store(place_of_sums + channels, tl.sum(total * z, 1), mask=row >= 0)
+        tl.store(place_of_sums + channels * all_tiles, tl.sum(total * z, 1), mask=row >= 0)
     else:
         if with_scale:
             total *= tl.load(scale + row, mask=row >= 0, other=0.0)[:, None]
@@ -373,9 +374,11 @@ def gather_product(
         tl.store(out + offset, y, mask=mask)
         if with_sums:
             rounded = y.to(tl.float32)
-            place_of_sums = sums + (phase * position_tiles + tile) * 2 * channels + row
+            place_of_sums = sums + row * all_tiles + phase * position_tiles + tile
             tl.store(place_of_sums, tl.sum(rounded, 1), mask=row >= 0)
-            tl.store(place_of_sums + channels, tl.sum(rounded * rounded, 1), mask=row >= 0)
+            tl.store(
+                place_of_sums + channels * all_tiles, tl.sum(rounded * rounded, 1), mask=row >= 0
+            )
 
 
 @triton.jit
