@@ -283,10 +283,8 @@ def test_every_layer_compiles_between_batch_norms(sparsity, name, run, record_pr
         kept = max(run, spec.kept // run * run)
         spec = dataclasses.replace(spec, kept=kept, channel_block=run)
         if name == "forward_with_sums" or not spec.pointwise():
-            tile = tiles.choose_tile(
-                spec, PLAIN[name], method="transposed" * (name != "forward_with_sums")
-            )
             fused = name == "norm_input_gradient"
+            tile = tiles.choose_tile(spec, PLAIN[name], method="transposed" if fused else "")
             check_code(record_property, spec, name, fused=fused, tile=tile)
 
 

@@ -375,10 +375,9 @@ def gather_product(
         if with_sums:
             rounded = y.to(tl.float32)
             place_of_sums = sums + row * all_tiles + phase * position_tiles + tile
+            squares = rounded * rounded
             tl.store(place_of_sums, tl.sum(rounded, 1), mask=row >= 0)
-            tl.store(
-                place_of_sums + channels * all_tiles, tl.sum(rounded * rounded, 1), mask=row >= 0
-            )
+            tl.store(place_of_sums + channels * all_tiles, tl.sum(squares, 1), mask=row >= 0)
 
 
 @triton.jit
