@@ -25,6 +25,8 @@ FUSED = dataclasses.replace(
         xla.IMPLEMENTATION.input_gradient, *a
     ),
 )
+ORDINARY = [("fused", "CHWN"), ("cpu", "CHWN"), ("xla", "NHWC"), (None, "CHWN")]
+"""The implementations and data formats that are not slow; `None` runs native kernels too."""
 
 
 @pytest.fixture(autouse=True)
@@ -106,8 +108,12 @@ def worst(results, expected):
 
 
 def value_and_gradients(f, *operands):
-    outputs = f(*operands)
-    return outputs, jax.grad(lambda *a: loss(f(*a)), (0, 1, 2))(*operands)
+    """The outputs and the gradients of the loss, compiled."""
+
+    def both(*operands):
+        return f(*operands), jax.grad(lambda *a: loss(f(*a)), (0, 1, 2))(*operands)
+
+    return jax.jit(both)(*operands)
 
 
 def test_in_float64_values_and_gradients_are_those_of_flax():
@@ -123,8 +129,16 @@ def test_in_float64_values_and_gradients_are_those_of_flax():
         assert worst(results, expected) < 1e-12
 
 
-@pytest.mark.parametrize("data_format", ["CHWN", "NHWC"])
-@pytest.mark.parametrize("name", [*NAMES, "fused", None])
+@pytest.mark.parametrize(
+    ("name", "data_format"),
+    [
+        pytest.param(
+            name, data_format, marks=[] if (name, data_format) in ORDINARY else pytest.mark.slow
+        )
+        for name in [*NAMES, "fused", None]
+        for data_format in ("CHWN", "NHWC")
+    ],
+)
 def test_every_implementation_gives_the_values_and_gradients_of_flax(name, data_format):
     operands = arrays()
 
@@ -141,7 +155,7 @@ def test_every_implementation_gives_the_values_and_gradients_of_flax(name, data_
         }
         return flax_network(x, kernels, norms)
 
-    results = jax.jit(lambda *a: value_and_gradients(ours, *a))(*operands)
+    results = value_and_gradients(ours, *operands)
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda a: a.astype(jnp.float64), operands)
         expected = value_and_gradients(masked, *exact)
@@ -161,7 +175,7 @@ def test_packed_values_give_what_the_dense_kernel_gives(name):
 
     dense = kernels["second"], kernels["third"]
     values = bsj.pack(dense[0], SQUARE), bsj.pack(dense[1], LAYOUT)
-    gradients = jax.grad(lambda *a: loss(outputs(*a)), (0, 1))
+    gradients = jax.jit(jax.grad(lambda *a: loss(outputs(*a)), (0, 1)))
     for packed, layout, whole in zip(gradients(*values), (SQUARE, LAYOUT), gradients(*dense)):
         np.testing.assert_allclose(packed, bsj.pack(whole, layout), rtol=1e-5, atol=1e-5)
 
@@ -191,7 +205,7 @@ def test_the_gradient_of_the_sums_is_used(name, relu):
 
     sums = jnp.stack([z.sum((1, 2, 3)), (z * z).sum((1, 2, 3))])
     operands = z, sums, *norms["first"], kernels["second"]
-    results = jax.grad(ours, range(5))(*operands)
+    results = jax.jit(jax.grad(ours, range(5)))(*operands)
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda a: a.astype(jnp.float64), operands)
         assert worst(results, jax.grad(autodiff, range(5))(*exact)) < 1e-4

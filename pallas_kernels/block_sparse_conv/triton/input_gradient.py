@@ -16,7 +16,7 @@ from pallas_kernels.block_sparse_conv.triton import calls
 from pallas_kernels.block_sparse_conv.triton.fitting import Tile
 from pallas_kernels.block_sparse_conv.triton.normal_form import fit, normal, restore
 from pallas_kernels.block_sparse_conv.triton.products import METHODS
-from pallas_kernels.block_sparse_conv.triton.tiles import choose_tile
+from pallas_kernels.block_sparse_conv.triton.tiles import choose_norm_tile, choose_tile
 
 
 def input_gradient(
@@ -91,7 +91,7 @@ def norm_input_gradient(
     Returns:
       As `Implementation.norm_input_gradient`.
     """
-    tile = tile or choose_tile(spec, "input_gradient", calls.capability())
+    tile = tile or choose_norm_tile(spec, calls.capability())
     if spec.pointwise() or tile.method != "transposed":
 
         def plain_pass(spec: ConvSpec, dy: jax.Array, values: jax.Array, *index: Any) -> jax.Array:
