@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from experiments.models.pending import activations
 
+
 def max_pool(x: Any, size: int, strides: int, padding: int = 0) -> Float[Array, "a ho wo b"]:
     """Maximum over windows of the image axes 1 and 2, in NHWC and CHWN alike.
 

@@ -80,7 +80,8 @@ def fuses_norms(implementation: str | None) -> bool:
     """Whether an implementation has the passes between batch norms (`norm_act_conv`).
 
     Args:
-      implementation: a name, or None to choose: what None picks today has none.
+      implementation: a name, or None to choose: each convolution then runs in what is chosen for
+        it alone, without these passes.
 
     Returns:
       A bool.
