@@ -55,6 +55,13 @@ from blocksparse_jax.linear import linear
 from blocksparse_jax.lottery import lottery_sparsities, lottery_ticket
 from blocksparse_jax.masks import apply_masks, layouts_from_scores, masks_from_scores
 from blocksparse_jax.metrics import nonzero_pruned, sad
+from blocksparse_jax.norm_act_conv import (
+    conv_with_sums,
+    mean_and_variance,
+    norm_act_apply,
+    norm_act_conv,
+    norm_add_act_conv,
+)
 from blocksparse_jax.packing import pack, pack_tree, unpack, unpack_tree
 from blocksparse_jax.plans import Plan, with_plans
 from blocksparse_jax.schedules import between, every, periodic
@@ -135,6 +142,7 @@ __all__ = [
     "choose_implementation",
     "compress",
     "conv",
+    "conv_with_sums",
     "decompress",
     "deep_compression",
     "deep_r",
@@ -175,6 +183,7 @@ __all__ = [
     "mask_to_layout",
     "masked",
     "masks_from_scores",
+    "mean_and_variance",
     "mest",
     "metrics",
     "narang",
@@ -182,6 +191,9 @@ __all__ = [
     "nest",
     "nnx",
     "nonzero_pruned",
+    "norm_act_apply",
+    "norm_act_conv",
+    "norm_add_act_conv",
     "norm_scales",
     "one_shot",
     "pack",

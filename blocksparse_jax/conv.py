@@ -161,7 +161,7 @@ def conv(
     is_empty = x.shape[data_format.index("N")] == 0
     runs_dense = isinstance(layout, Dense) or implementation == "dense" or is_empty
     _check_activations(x, data_format, runs_dense)
-    is_packed = _is_packed(kernel, layout, packed)
+    is_packed = holds_packed(kernel, layout, packed)
     if is_packed and kernel_gradient == "dense":
         raise ValueError(
             "kernel_gradient: 'dense' needs the dense kernel, got packed values; unpack them first"
@@ -344,7 +344,7 @@ def _check_activations(x: Array, data_format: str, runs_dense: bool) -> None:
         raise ValueError(f"x: expected no empty axis ({data_format}), got shape {x.shape}")
 
 
-def _is_packed(kernel: Array, layout: BlockLayout | Dense, packed: bool | None) -> bool:
+def holds_packed(kernel: Array, layout: BlockLayout | Dense, packed: bool | None) -> bool:
     """Whether the kernel holds packed values; ValueError where it fits neither form, or both."""
     if isinstance(layout, Dense):
         if packed:

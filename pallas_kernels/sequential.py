@@ -8,13 +8,13 @@ import jax
 from pallas_kernels.varying import vary_over, varying_axes
 
 
-def one_at_a_time(call: Callable[..., jax.Array], operands: Sequence[Any]) -> jax.Array:
+def one_at_a_time(call: Callable[..., Any], operands: Sequence[Any]) -> Any:
     """Calls a function that `jax.vmap` runs once for each example.
 
     Inside `jax.shard_map` the result is marked as varying over the mesh axes of the operands.
 
     Args:
-      call: takes the operands and returns one array.
+      call: takes the operands and returns an array or a pytree of arrays.
       operands: pytrees of arrays; None for those that the caller does not have.
 
     Returns:
@@ -29,7 +29,9 @@ def one_at_a_time(call: Callable[..., jax.Array], operands: Sequence[Any]) -> ja
     leaves, tree = jax.tree.flatten(tuple(operands))
 
     @jax.custom_batching.sequential_vmap
-    def one_example(*arrays: jax.Array) -> jax.Array:
-        return vary_over(call(*jax.tree.unflatten(tree, arrays)), varying_axes(arrays))
+    def one_example(*arrays: jax.Array) -> Any:
+        axes = varying_axes(arrays)
+        results = call(*jax.tree.unflatten(tree, arrays))
+        return jax.tree.map(lambda result: vary_over(result, axes), results)
 
     return one_example(*leaves)

@@ -25,19 +25,21 @@ CONVOLUTION = {
     "CHWN": ("c h w n", "kh kw c o", "o p q n"),
 }
 """The axes of input, kernel and output of a convolution in a data format."""
-Function = Callable[..., jax.Array]
-"""Takes arrays whose batch is the whole or a device's part, and returns one array."""
+Function = Callable[..., Any]
+"""Takes arrays whose batch is the whole or a device's part, and returns one array, or a tuple."""
+Results = str | tuple[str, ...]
+"""The axes of one result, or of each."""
 
 
 def over_images(
-    function: Function, operands: Sequence[str], result: str, *, xla: bool = False
+    function: Function, operands: Sequence[str], result: Results, *, xla: bool = False
 ) -> Function:
     """A function that runs where its images are.
 
     Args:
       function: takes arrays; the first one has images.
       operands: the axes of each array; `n` are the images, all others lie whole on every device.
-      result: the axes of the result; without `n` it is a sum over the images.
+      result: the axes of the result, or of each; one without `n` is a sum over the images.
       xla: whether the function is made of XLA's operations, which the partitioner knows.
 
     Returns:
@@ -50,7 +52,7 @@ def over_images(
       [10.0, 10.0, 10.0]
     """
 
-    def call(*arrays: jax.Array) -> jax.Array:
+    def call(*arrays: jax.Array) -> Any:
         if jax.device_count() == 1 or varying_axes(arrays):  # the caller's own shard_map
             return function(*arrays)
         if mesh := _explicit_mesh(arrays):
@@ -134,32 +136,45 @@ def _is_free(mesh: Any, name: Any) -> bool:
     return True
 
 
-def _in_shard_map(function: Function, operands: Sequence[str], result: str, mesh: Any) -> Function:
-    """The function under Explicit axes."""
-    is_sum = IMAGES not in result.split()
+def _each(call: Callable[[str], Any], result: Results) -> Any:
+    """Calls a function for the axes of one result, or of each."""
+    return call(result) if isinstance(result, str) else tuple(map(call, result))
 
-    def call(*arrays: jax.Array) -> jax.Array:
+
+def _is_sum(axes: str) -> bool:
+    """Whether a result is a sum over the images."""
+    return IMAGES not in axes.split()
+
+
+def _in_shard_map(
+    function: Function, operands: Sequence[str], result: Results, mesh: Any
+) -> Function:
+    """The function under Explicit axes."""
+
+    def call(*arrays: jax.Array) -> Any:
         arrays = whole_but_images(operands, arrays)
         names = _mesh_axes(operands[0], jax.typeof(arrays[0]).sharding)
 
-        def on_device(*parts: jax.Array) -> jax.Array:
-            y = function(*vary_alike(parts))
+        def summed(y: jax.Array, is_sum: bool) -> jax.Array:
             return lax.psum(y, tuple(varying_axes([y]))) if is_sum else y
+
+        def on_device(*parts: jax.Array) -> Any:
+            return jax.tree.map(summed, function(*vary_alike(parts)), _each(_is_sum, result))
 
         return jax.shard_map(
             on_device,
             mesh=mesh,
             in_specs=tuple(_layout(axes, names or None) for axes in operands),
-            out_specs=_layout(result, names or None),
+            out_specs=_each(lambda axes: _layout(axes, names or None), result),
             axis_names=_explicit_axes(mesh),
         )(*arrays)
 
     return call
 
 
-def _partitioned(function: Function, operands: Sequence[str], result: str) -> Function:
+def _partitioned(function: Function, operands: Sequence[str], result: Results) -> Function:
     """The function under Auto axes."""
-    is_sum = IMAGES not in result.split()
+    results = (result,) if isinstance(result, str) else result
 
     def names_of(mesh: Any, image: Any) -> tuple[str, ...]:
         if not isinstance(image.sharding, NamedSharding):
@@ -168,40 +183,43 @@ def _partitioned(function: Function, operands: Sequence[str], result: str) -> Fu
         size = image.shape[operands[0].split().index(IMAGES)]
         return names if size % math.prod(mesh.shape[name] for name in names) == 0 else ()
 
+    def shardings(mesh: Any, names: Any, axes: Results) -> Any:
+        return _each(lambda one: NamedSharding(mesh, _layout(one, names or None)), axes)
+
     def partition(mesh: Any, arguments: Any, _: Any) -> Any:
         names = names_of(mesh, arguments[0])
-        of_result, *of_operands = (
-            NamedSharding(mesh, _layout(axes, names or None)) for axes in (result, *operands)
-        )
 
-        def on_device(*parts: jax.Array) -> jax.Array:
-            y = function(*parts)
+        def summed(y: jax.Array, is_sum: bool) -> jax.Array:
             return lax.psum(y, names) if is_sum and names else y
 
-        return mesh, on_device, of_result, tuple(of_operands)
+        def on_device(*parts: jax.Array) -> Any:
+            return jax.tree.map(summed, function(*parts), _each(_is_sum, result))
 
-    def infer(mesh: Any, arguments: Any, _: Any) -> NamedSharding:
-        return NamedSharding(mesh, _layout(result, names_of(mesh, arguments[0]) or None))
+        of_operands = shardings(mesh, names, tuple(operands))
+        return mesh, on_device, shardings(mesh, names, result), of_operands
 
-    whole = dict.fromkeys(" ".join((*operands, result)).split())  # in the order of the rule
+    def infer(mesh: Any, arguments: Any, _: Any) -> Any:
+        return shardings(mesh, names_of(mesh, arguments[0]), result)
+
+    whole = dict.fromkeys(" ".join((*operands, *results)).split())  # in the order of the rule
     del whole[IMAGES]
     partitioned = custom_partitioning(function)
     partitioned.def_partition(
         partition,
         infer_sharding_from_operands=infer,
-        sharding_rule=f"{', '.join(operands)} -> {result}",
+        sharding_rule=f"{', '.join(operands)} -> {', '.join(results)}",
         need_replication_factors=tuple(whole),
-        reduction_factors=(IMAGES,) if is_sum else (),
+        reduction_factors=(IMAGES,) if all(map(_is_sum, results)) else (),
     )
 
     @jax.custom_batching.custom_vmap
-    def call(*arrays: jax.Array) -> jax.Array:
+    def call(*arrays: jax.Array) -> Any:
         return partitioned(*arrays)
 
     @call.def_vmap
-    def _(size: int, batched: Sequence[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
+    def _(size: int, batched: Sequence[bool], *arrays: jax.Array) -> tuple[Any, Any]:
         """Custom partitioning has no batched form."""
         axes = [0 if is_batched else None for is_batched in batched]
-        return jax.vmap(function, axes, axis_size=size)(*arrays), True
+        return jax.vmap(function, axes, axis_size=size)(*arrays), _each(lambda _: True, result)
 
     return call

@@ -110,21 +110,36 @@ class BlockSparseConv(nn.Module):
           Activations in the same format with `features` channels.
         """
         shape = kernel_shape(self, x)
+        kernel, layout = self.kernel_and_layout(x)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+        name = "/".join(self.path) or type(self).__name__
+        arguments = CallArguments(scale, shift, residual, activation)
+        return convolve(self, name, x, kernel, bias, layout, shape, arguments)
+
+    def kernel_and_layout(self, x: Float[Array, "..."]) -> tuple[jax.Array, BlockLayout | Dense]:
+        """The kernel, dense or packed, and its layout; for layers that convolve in another way.
+
+        Call it inside a `@nn.compact` method.
+
+        Args:
+          x: the input, for the kernel's shape.
+
+        Returns:
+          The param `kernel`, and `Dense()` where the collection `layouts` has none for it.
+        """
         if self.has_variable("params", "kernel"):
             # self.param would refuse packed values, which have another shape.
             kernel = nn.meta.unbox(self.get_variable("params", "kernel"))
         else:
+            shape = kernel_shape(self, x)
             kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
-        bias = None
-        if self.use_bias:
-            bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         layout: Any = self.get_variable("layouts", "kernel", None)
         if layout is None:
             check_layouts_name_params(self)
             layout = Dense()
-        name = "/".join(self.path) or type(self).__name__
-        arguments = CallArguments(scale, shift, residual, activation)
-        return convolve(self, name, x, kernel, bias, layout, shape, arguments)
+        return kernel, layout
 
 
 def kernel_shape(layer: BlockSparseConv, x: Float[Array, "..."]) -> tuple[int, int, int, int]:

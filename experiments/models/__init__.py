@@ -56,6 +56,7 @@ def create(
     implementation: str | None = None,
     kernel_gradient: str = "masked",
     widths: Mapping[str, int] | None = None,
+    fused: bool = False,
 ) -> nn.Module:
     """Creates a network by name.
 
@@ -71,6 +72,8 @@ def create(
       kernel_gradient: `"masked"` or `"dense"`, as in `blocksparse_jax.conv`.
       widths: path of a convolution -> its output channels, as `widths_of(params)` reads them, where
         `blocksparse_jax.remove_channels` made a network smaller; None is the published network.
+      fused: whether training runs in convolutions between batch norms
+        (`blocksparse_jax.norm_act_conv`), with the same parameters and results.
 
     Returns:
       A linen module. Call `model.init(key, images)`, then `model.apply(variables, images,
@@ -93,7 +96,9 @@ def create(
             f"stem: {name!r} has only the 'cifar' stem, got 'imagenet'; use resnet18/34/50, "
             f"resnet50_v1_5 or mobilenet_v1"
         )
-    parts = Parts(data_format, dtype, implementation, kernel_gradient, FrozenDict(widths or {}))
+    parts = Parts(
+        data_format, dtype, implementation, kernel_gradient, FrozenDict(widths or {}), fused
+    )
     if name == "cnn":
         return CNN(num_classes, width, parts)
     if name == "vgg19":

@@ -15,6 +15,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from blocksparse_jax.linen import BlockSparseConv
+from experiments.models import pending
+from experiments.models.pending import activations
 from experiments.models.pools import pad_image, windows
 
 HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -34,6 +36,7 @@ class Parts:
       implementation: of the block-sparse convs, as in `blocksparse_jax.conv`.
       kernel_gradient: `"masked"` or `"dense"`, as in `blocksparse_jax.conv`.
       widths: path of a conv -> its output channels, where channels were removed from it.
+      fused: whether in training the outputs of convs travel raw, with their sums (`pending`).
 
     Example:
       >>> Parts().conv(64, 3, name="conv").padding
@@ -45,6 +48,7 @@ class Parts:
     implementation: str | None = None
     kernel_gradient: str = "masked"
     widths: Mapping[str, int] = FrozenDict()
+    fused: bool = False
 
     def inside(self, module: str) -> "Parts":
         """The settings of a module of the network, whose convs have the names of its own."""
@@ -61,12 +65,20 @@ class Parts:
         """The axis of the channels."""
         return 0 if self.data_format == "CHWN" else -1
 
-    def conv(self, features: int, size: int, strides: int = 1, *, name: str) -> BlockSparseConv:
+    def conv(
+        self,
+        features: int,
+        size: int,
+        strides: int = 1,
+        *,
+        name: str,
+        kind: type[BlockSparseConv] = BlockSparseConv,
+    ) -> Any:
         """A `size x size` conv without bias.
 
         It is padded by `size // 2` on each side, as in the published (PyTorch) networks.
         """
-        return BlockSparseConv(
+        return kind(
             features,
             (size, size),
             strides,
@@ -93,7 +105,7 @@ class Parts:
 
     def conv_norm(
         self,
-        x: Float[Array, "a h w b"],
+        x: Any,
         features: int,
         size: int,
         strides: int = 1,
@@ -101,15 +113,23 @@ class Parts:
         train: bool,
         name: str,
         norm_name: str | None = None,
-        residual: Float[Array, "a ho wo b"] | None = None,
+        residual: Any = None,
         factor: Float[Array, ""] | None = None,
         relu: bool = True,
-    ) -> Float[Array, "a ho wo b"]:
+    ) -> Any:
         """Conv, batch norm, a factor if given, shortcut and ReLU.
 
         At inference they are arguments of the conv, which a sparse kernel applies in one pass over
-        memory. `features` is of the published network; `widths` may say fewer.
+        memory. `features` is of the published network; `widths` may say fewer. In the training of a
+        `fused` network the result, like x and the shortcut, may be pending.
         """
+        if train and self.fused:
+            return self._pending(
+                *(x, features, size, strides, name, norm_name),
+                residual=residual,
+                factor=factor,
+                relu=relu,
+            )[0]
         features = self.widths.get(name, features)
         conv = self.conv(features, size, strides, name=name)
         norm = self.norm(train, name=norm_name or f"{name}_norm")
@@ -126,9 +146,40 @@ class Parts:
             y += residual
         return nn.relu(y) if relu else y
 
-    def classifier(self, x: Float[Array, "a h w b"], num_classes: int) -> Float[Array, "n classes"]:
+    def first_conv_norm(
+        self,
+        x: Any,
+        features: int,
+        size: int,
+        strides: int = 1,
+        *,
+        train: bool,
+        name: str,
+        norm_name: str,
+    ) -> tuple[Any, Float[Array, "a h w b"]]:
+        """`conv_norm` of what others read too; also returns the activations of x."""
+        if train and self.fused:
+            return self._pending(x, features, size, strides, name, norm_name, with_input=True)
+        y = self.conv_norm(x, features, size, strides, train=train, name=name, norm_name=norm_name)
+        return y, x
+
+    def _pending(
+        self,
+        x: Any,
+        features: int,
+        size: int,
+        strides: int,
+        name: str,
+        norm_name: str | None,
+        **rest: Any,
+    ) -> tuple[Any, Any]:
+        features = self.widths.get(name, features)
+        names = {"name": name, "norm_name": norm_name or f"{name}_norm"}
+        return pending.conv_norm(self, x, features, size, strides, **names, **rest)
+
+    def classifier(self, x: Any, num_classes: int) -> Float[Array, "n classes"]:
         """Mean over the image, then the dense layer `classifier`: float32 logits."""
-        x = x.mean((1, 2))
+        x = activations(x).mean((1, 2))
         x = x.T if self.data_format == "CHWN" else x
         return nn.Dense(num_classes, dtype=self.dtype, name="classifier")(x).astype(jnp.float32)
 
@@ -177,8 +228,9 @@ class DepthwiseConv(nn.Module):
     parts: Parts
 
     @nn.compact
-    def __call__(self, x: Float[Array, "a h w b"]) -> Float[Array, "a ho wo b"]:
-        """Convolves activations in the network's format."""
+    def __call__(self, x: Any) -> Float[Array, "a ho wo b"]:
+        """Convolves activations in the network's format, which may be pending."""
+        x = activations(x)
         size, axis = self.size, self.parts.channel_axis
         kernel = self.param("kernel", HE_DEPTHWISE, (size, size, 1, x.shape[axis]))
         per_channel = (-1, 1, 1, 1) if axis == 0 else (-1,)

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from experiments.models.pending import activations
 
-def max_pool(
-    x: Float[Array, "a h w b"], size: int, strides: int, padding: int = 0
-) -> Float[Array, "a ho wo b"]:
+
+def max_pool(x: Any, size: int, strides: int, padding: int = 0) -> Float[Array, "a ho wo b"]:
     """Maximum over windows of the image axes 1 and 2, in NHWC and CHWN alike.
 
     It compares shifted slices, along the rows first, then along the columns. On a CPU, forward and
@@ -19,7 +19,7 @@ def max_pool(
     the first of equal maxima takes the gradient, as in `reduce_window`; else they share it.
 
     Args:
-      x: activations, the image on axes 1 and 2.
+      x: activations, the image on axes 1 and 2; may be pending.
       size: of the window in pixels.
       strides: step in pixels.
       padding: pixels of minus infinity on each side.
@@ -31,6 +31,7 @@ def max_pool(
       >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1), 2, 2)[0, :, :, 0].tolist()
       [[5.0, 7.0], [13.0, 15.0]]
     """
+    x = activations(x)
     if size == strides and not padding:
         height, width = (pixels // size * size for pixels in x.shape[1:3])
         return _pool_of_tiles(x[:, :height, :width], size)

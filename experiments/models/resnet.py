@@ -6,11 +6,13 @@ score (SNIP, GraSP, SynFlow) of a residual branch would be 0 at initialisation.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from experiments.models.layers import Parts, scaled
+from experiments.models.pending import activations
 from experiments.models.pools import max_pool
 
 
@@ -41,10 +43,8 @@ class Block(nn.Module):
     downsample: bool = False
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "a h w b"], train: bool = False
-    ) -> Float[Array, "a ho wo b"]:
-        """Applies the block to activations in the network's format."""
+    def __call__(self, x: Any, train: bool = False) -> Any:
+        """Applies the block to activations in the network's format, which may be pending."""
         parts = self.parts
         if self.bottleneck:
             convs = [
@@ -56,9 +56,12 @@ class Block(nn.Module):
             convs = [(self.features, 3, self.strides), (self.features, 3, 1)]
         factor = self.get_variable("params", "factor", None)
         if 0 in (parts.widths.get(f"conv{i}") for i in range(1, len(convs))):
-            return nn.relu(self._shortcut(x, train))
-        y = x
-        for i, (features, size, strides) in enumerate(convs[:-1], 1):
+            return nn.relu(activations(self._shortcut(activations(x), train)))
+        (features, size, strides), *inner = convs[:-1]
+        y, x = parts.first_conv_norm(
+            x, features, size, strides, train=train, name="conv1", norm_name="norm1"
+        )
+        for i, (features, size, strides) in enumerate(inner, 2):
             y = parts.conv_norm(
                 y, features, size, strides, train=train, name=f"conv{i}", norm_name=f"norm{i}"
             )
@@ -76,7 +79,7 @@ class Block(nn.Module):
             factor=factor,
         )
 
-    def _shortcut(self, x: Float[Array, "a h w b"], train: bool) -> Float[Array, "a ho wo b"]:
+    def _shortcut(self, x: Float[Array, "a h w b"], train: bool) -> Any:
         if not self.downsample:
             return x
         features = 4 * self.features if self.bottleneck else self.features

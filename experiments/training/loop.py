@@ -27,7 +27,7 @@ from experiments.training.length import Length
 from experiments.training.methods import Setup, Weights
 from experiments.training.optimizer import learning_rate, mask_length, optimizer
 from experiments.training.registry import METHODS
-from pallas_kernels.block_sparse_conv import reads_plans
+from pallas_kernels.block_sparse_conv import fuses_norms, reads_plans
 
 
 class Metrics(NamedTuple):
@@ -62,6 +62,8 @@ class Trainer:
       data_format: of the dense convolutions of the masked form, NHWC or CHWN; None is where they
         are faster: CHWN on CPUs that have the native kernels, else NHWC. The other forms are CHWN.
       seed: masks of another run, to train under in place of the method's own.
+      fused: whether training runs in convolutions between batch norms; None: where the
+        implementation has passes for them, in its forms (sparse and packed).
 
     Attributes:
       config: as given.
@@ -81,8 +83,10 @@ class Trainer:
         length: Length,
         data_format: str | None = None,
         seed: Seed | None = None,
+        fused: bool | None = None,
     ):
         self.config = config
+        self._fused = fused
         self._image_shape = image_shape
         self.length = length
         self._model = functools.partial(
@@ -188,12 +192,19 @@ class Trainer:
         """
         if form == "masked":
             named = None if self.config.implementation == "cpu" else self.config.implementation
-            return self._model(data_format=self._masked_format, implementation=named, widths=widths)
+            return self._model(
+                data_format=self._masked_format,
+                implementation=named,
+                widths=widths,
+                fused=bool(self._fused),
+            )
+        fused = fuses_norms(self.config.implementation) if self._fused is None else self._fused
         return self._model(
             data_format="CHWN",
             implementation=self.config.implementation,
             kernel_gradient="dense" if dense_gradient else "masked",
             widths=widths,
+            fused=fused,
         )
 
     def form(self, step: int) -> str:

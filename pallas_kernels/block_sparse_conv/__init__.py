@@ -6,13 +6,20 @@ from pallas_kernels.block_sparse_conv.choice import (
     Choice,
     available_implementations,
     choose_implementation,
+    fuses_norms,
     reads_plans,
     why_dense,
 )
 from pallas_kernels.block_sparse_conv.epilogue import apply_epilogue, check_epilogue
 from pallas_kernels.block_sparse_conv.index import Index
+from pallas_kernels.block_sparse_conv.norm_act_conv import norm_act_conv
 from pallas_kernels.block_sparse_conv.plan import Plan, make_plan, why_no_plan
-from pallas_kernels.block_sparse_conv.spec import PASSES, ConvSpec, Implementation
+from pallas_kernels.block_sparse_conv.spec import (
+    NORM_PASSES,
+    PASSES,
+    ConvSpec,
+    Implementation,
+)
 from pallas_kernels.block_sparse_conv.whole_kernel import (
     runs_whole_kernels,
     whole_kernel_conv,
@@ -21,6 +28,7 @@ from pallas_kernels.block_sparse_conv.whole_kernel import (
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "NORM_PASSES",
     "PASSES",
     "Choice",
     "ConvSpec",
@@ -32,7 +40,9 @@ __all__ = [
     "block_sparse_conv",
     "check_epilogue",
     "choose_implementation",
+    "fuses_norms",
     "make_plan",
+    "norm_act_conv",
     "reads_plans",
     "runs_whole_kernels",
     "whole_kernel_conv",

@@ -76,6 +76,23 @@ def reads_plans(implementation: str | None) -> bool:
     return bool(IMPLEMENTATIONS[implementation].plans)
 
 
+def fuses_norms(implementation: str | None) -> bool:
+    """Whether an implementation has the passes between batch norms (`norm_act_conv`).
+
+    Args:
+      implementation: a name, or None to choose: each convolution then runs in what is chosen for
+        it alone, without these passes.
+
+    Returns:
+      A bool.
+
+    Example:
+      >>> fuses_norms("triton"), fuses_norms("cpu"), fuses_norms(None)
+      (True, False, False)
+    """
+    return implementation is not None and IMPLEMENTATIONS[implementation].fuses_norms
+
+
 def why_dense() -> str | None:
     """Why this platform runs every convolution dense where the caller names no implementation.
 

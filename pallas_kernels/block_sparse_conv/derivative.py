@@ -9,23 +9,40 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_sparse_conv import xla
+from pallas_kernels.block_sparse_conv import norm_passes, xla
 from pallas_kernels.block_sparse_conv.epilogue import Epilogue, apply_epilogue
 from pallas_kernels.block_sparse_conv.index import Index
 from pallas_kernels.block_sparse_conv.plan import Plan
 from pallas_kernels.block_sparse_conv.spec import ConvSpec, Implementation
-from pallas_kernels.sharding import over_images, whole_but_images
+from pallas_kernels.sharding import Results, over_images, whole_but_images
 
-_INDEX = ("g s", "g k", "g t")
+INDEX_AXES = ("g s", "g k", "g t")
+"""The axes of an index."""
 _OPERANDS = {
-    "forward": ("c h w n", "g k t s", *_INDEX, "o", "o", "o p q n"),
-    "input_gradient": ("o p q n", "g k t s", *_INDEX),
-    "weight_gradient": ("c h w n", "o p q n", *_INDEX),
+    "forward": ("c h w n", "g k t s", *INDEX_AXES, "o", "o", "o p q n"),
+    "input_gradient": ("o p q n", "g k t s", *INDEX_AXES),
+    "weight_gradient": ("c h w n", "o p q n", *INDEX_AXES),
+    "forward_with_sums": ("c h w n", "g k t s", *INDEX_AXES),
+    "norm_input_gradient": (
+        "o p q n",
+        "g k t s",
+        *INDEX_AXES,
+        "c h w n",
+        "c",
+        "c",
+        *["c h w n"] * 2,
+    ),
 }
-"""The axes of each pass's operands; the last three are scale, bias and residual."""
-_PLAN = ("g lf", "g lr", "le", "lw lu", "lb")
+"""The axes of each pass's operands; the last three of "forward" are scale, bias and residual."""
+PLAN_AXES = ("g lf", "g lr", "le", "lw lu", "lb")
 """The axes of a plan's arrays, which follow a pass's operands."""
-_RESULT = {"forward": "o p q n", "input_gradient": "c h w n", "weight_gradient": "g k t s"}
+_RESULT: dict[str, Results] = {
+    "forward": "o p q n",
+    "input_gradient": "c h w n",
+    "weight_gradient": "g k t s",
+    "forward_with_sums": ("o p q n", "sums o"),
+    "norm_input_gradient": ("c h w n", "sums c", "c h w n"),
+}
 
 
 class Operands(NamedTuple):
@@ -65,7 +82,7 @@ def _axes(name: str, operands: Sequence[Any], plan: Plan | None) -> tuple[str, .
     """The axes of what there is of a pass's operands, and of the plan behind them."""
     is_present = (operand is not None for operand in operands)
     axes = itertools.compress(_OPERANDS[name], is_present)
-    return (*axes, *(() if plan is None else _PLAN))
+    return (*axes, *(() if plan is None else PLAN_AXES))
 
 
 class Residuals(NamedTuple):
@@ -133,8 +150,8 @@ def _convolve_bwd(
         scale_of_group = scale[places.filters][:, None, None, :]
         scaled_values = values.astype(jnp.float32) * scale_of_group
     values_of_x = scaled_values.astype(x.dtype)
-    dx = _run_pass("input_gradient", spec, implementation, plan, d, values_of_x, *places)
-    dvalues = _run_pass("weight_gradient", spec, implementation, plan, x, d, *places)
+    dx = run_pass("input_gradient", spec, implementation, plan, d, values_of_x, *places)
+    dvalues = run_pass("weight_gradient", spec, implementation, plan, x, d, *places)
     dscale = dbias = None
     if scale is not None:
         rounded = values.astype(x.dtype).astype(jnp.float32)
@@ -160,22 +177,32 @@ def _forward(spec: ConvSpec, implementation: Implementation, operands: Operands)
     x, values, places, epilogue, plan = operands
     arrays = (x, values.astype(x.dtype), *places)
     if implementation.fused:
-        return _run_pass("forward", spec, implementation, plan, *arrays, *epilogue)
-    y = _run_pass("forward", spec, implementation, plan, *arrays)
+        return run_pass("forward", spec, implementation, plan, *arrays, *epilogue)
+    y = run_pass("forward", spec, implementation, plan, *arrays)
     return apply_epilogue(y, *epilogue, relu=spec.relu)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _run_pass(
+def run_pass(
     name: str,
     spec: ConvSpec,
     implementation: Implementation,
     plan: Plan | None,
     *operands: jax.Array | None,
-) -> jax.Array:
+) -> Any:
     """One pass, whose own derivative is that of XLA's formulation.
 
     Native kernels and GPU kernels have no derivative; second derivatives use this one.
+
+    Args:
+      name: one of `PASSES` or `NORM_PASSES`.
+      spec: the static sizes.
+      implementation: that has the pass.
+      plan: the lists of the layout, or None.
+      *operands: of the pass; None for what is absent.
+
+    Returns:
+      The pass's result, or results.
     """
     if name not in implementation.plans:
         plan = None
@@ -186,14 +213,22 @@ def _run_pass(
         part = dataclasses.replace(spec, batch=arrays[0].shape[3])
         return implementation.run(name, part, *every, plan=plan)
 
-    return over_images(run, _axes(name, operands, plan), _RESULT[name])(*arrays)
+    result = _RESULT[name]
+    if name == "norm_input_gradient" and operands[8] is None:  # not joined: no g
+        result = result[:2]
+    return over_images(run, _axes(name, operands, plan), result)(*arrays)
 
 
-@_run_pass.defjvp
+@run_pass.defjvp
 def _run_pass_jvp(
     name: str, spec: ConvSpec, implementation: Implementation, primals: Any, tangents: Any
-) -> tuple[jax.Array, jax.Array]:
-    def xla_pass(plan: Plan | None, *operands: Any) -> jax.Array:
+) -> tuple[Any, Any]:
+    def xla_pass(plan: Plan | None, *operands: Any) -> Any:
+        if name == "forward_with_sums":
+            return norm_passes.forward_with_sums(xla.IMPLEMENTATION.forward, spec, *operands)
+        if name == "norm_input_gradient":
+            plain = xla.IMPLEMENTATION.input_gradient
+            return norm_passes.norm_input_gradient(plain, spec, *operands)
         if name != "forward" or not implementation.fused:
             return getattr(xla.IMPLEMENTATION, name)(spec, *operands)
         arrays, epilogue = operands[:5], Epilogue(*operands[5:])
@@ -201,4 +236,4 @@ def _run_pass_jvp(
         return apply_epilogue(y, *epilogue, relu=spec.relu)
 
     _, tangent = jax.jvp(xla_pass, primals, tangents)
-    return _run_pass(name, spec, implementation, *primals), tangent
+    return run_pass(name, spec, implementation, *primals), tangent

@@ -12,6 +12,8 @@ Shape = tuple[int, int, int, int]
 
 PASSES = ("forward", "input_gradient", "weight_gradient")
 """The three passes of a convolution: the fields of an `Implementation` that run them."""
+NORM_PASSES = ("forward_with_sums", "norm_input_gradient")
+"""The passes between batch norms, fields of an `Implementation` that has them."""
 NO_PADDING = ((0, 0), (0, 0))
 
 
@@ -34,7 +36,8 @@ class ConvSpec:
       precision: as in `jax.lax.dot_general`.
       gradients: whether the gradients follow in the same program (the passes then share gathered
         rows).
-      relu: whether the forward pass ends in `max(y, 0)`.
+      relu: whether the forward pass ends in `max(y, 0)`; between batch norms, whether the norm of
+        the input does.
 
     Example:
       >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2,
@@ -142,6 +145,7 @@ class ConvSpec:
 
 
 Pass = Callable[..., jax.Array]
+NormPass = Callable[..., tuple[jax.Array, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +163,13 @@ class Implementation:
         of which may be None, and honours `spec.relu`: `y = relu(scale * conv + bias + residual)` in
         one pass over memory. Where it is False, XLA's operations follow the forward pass.
       plans: the passes that take `plan=`, a `Plan` that fits the spec, from callers that have one.
+      forward_with_sums: `(spec, x, values, filters, channels, taps) -> (y, sums)`, float32 sums
+        `[2, cout]` of y and of its squares over each channel. Where it and the next are None, the
+        passes between batch norms are made of the others and XLA's operations.
+      norm_input_gradient: `(spec, dy, values, filters, channels, taps, z, scale, shift, joined,
+        more) -> (dz, sums, g)` where `x = relu(scale * z + shift + shortcut)` is the convolution's
+        input: as `batch_norm.masked_gradient` of `input_gradient(...) + more`. `more` may be None;
+        so may `joined`, the stored x, where no shortcut was added, and then there is no g.
     """
 
     name: str
@@ -168,20 +179,27 @@ class Implementation:
     weight_gradient: Pass
     fused: bool = False
     plans: tuple[str, ...] = ()
+    forward_with_sums: NormPass | None = None
+    norm_input_gradient: NormPass | None = None
+
+    @property
+    def fuses_norms(self) -> bool:
+        """Whether it has the passes between batch norms."""
+        return self.forward_with_sums is not None and self.norm_input_gradient is not None
 
     def run(
         self, pass_name: str, spec: ConvSpec, *operands: jax.Array | None, plan: Any = None
-    ) -> jax.Array:
+    ) -> Any:
         """Runs a pass, with the plan where it reads one.
 
         Args:
-          pass_name: one of `PASSES`.
+          pass_name: one of `PASSES` or `NORM_PASSES`.
           spec: the static sizes.
           *operands: of the pass.
           plan: the lists of the layout, or None.
 
         Returns:
-          The pass's result.
+          The pass's result, or results.
 
         Example:
           >>> passes = dict.fromkeys(PASSES, lambda spec, *operands, **options: len(options))

@@ -30,6 +30,8 @@ BEST = dataclasses.replace(
     supports=lambda spec: mosaic_gpu.limits(spec) or triton.limits(spec),
     input_gradient=mosaic_gpu.IMPLEMENTATION.input_gradient,
     plans=("forward", "weight_gradient"),
+    forward_with_sums=None,
+    norm_input_gradient=None,
 )
 OPTIONS = StepOptions("bfloat16", 64, 16, 1, False)
 QUICK_OPTIONS = StepOptions("bfloat16", 8, 1, 1, False)

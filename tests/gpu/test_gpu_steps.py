@@ -1,6 +1,7 @@
 """The GPU training steps and gpu.sh without a GPU: checks, fallbacks, stops and crashes."""
 
 import dataclasses
+import functools
 import gzip
 import json
 import os
@@ -35,7 +36,7 @@ from experiments.measuring.kernel_names import by_category
 from experiments.measuring.row_names import TORCH as TORCH_EXECUTION
 from experiments.reporting.reports import gpu_profile, gpu_training
 from experiments.training.loop import stepper
-from pallas_kernels.block_sparse_conv import choice, xla
+from pallas_kernels.block_sparse_conv import choice, norm_passes, xla
 
 TORCH = os.environ.get("TORCH_PYTHON")  # a Python that has PyTorch, where there is one
 needs_torch = pytest.mark.skipif(
@@ -132,6 +133,7 @@ def test_what_the_goals_name_is_timed_first(monkeypatch):
             Unit(network, "masked", sparsity),
             Unit(network, "packed", sparsity, "triton"),
             Unit(network, "packed", sparsity, "mosaic_gpu"),
+            Unit(network, "packed", 0.0, "triton"),  # dense in the kernels that fuse batch norm
         ]
     assert {unit.execution for unit in rest} == {"masked", "packed", "sparse"}
 
@@ -222,6 +224,30 @@ def test_pytorch_has_a_column_beside_dense():
     assert table[2:] == [
         "| vgg19 | 128 | 90% | 4.00 | 3.20 (1.25x) | 5.00 (0.80x) | 2.00 (2.00x) |"
     ]
+    rows.append(row("packed", 2.5, implementation="triton"))
+    table = gpu_training.table({"rows": rows, "failed": {}}).splitlines()
+    assert "| PyTorch dense, ms | dense in the kernels of triton, ms | masked, ms |" in table[0]
+    assert "| 3.20 (1.25x) | 2.50 (1.60x) | 5.00 (0.80x) |" in table[2]
+
+
+@pytest.mark.parametrize("wrong", [None, "forward_with_sums", "norm_input_gradient"])
+def test_the_passes_between_batch_norms_are_checked_with_a_layer(wrong):
+    """With the first sum wrong, each pass is found."""
+    forward = functools.partial(norm_passes.forward_with_sums, xla.IMPLEMENTATION.forward)
+    backward = functools.partial(norm_passes.norm_input_gradient, xla.IMPLEMENTATION.input_gradient)
+    passes = {"forward_with_sums": forward, "norm_input_gradient": backward}
+
+    def broken(*operands):
+        first, sums, *rest = passes[wrong](*operands)
+        return first, sums.at[0, 0].mul(2), *rest
+
+    record = dataclasses.replace(xla.IMPLEMENTATION, **passes)
+    spec = dataclasses.replace(TINY, dtype="bfloat16")
+    if wrong is None:
+        assert check_layer(spec, record)
+        return
+    with pytest.raises(AssertionError, match=r"the sums .*differs from float64"):
+        check_layer(spec, dataclasses.replace(record, **{wrong: broken}))
 
 
 def test_a_profile_is_summed_by_kernel_and_category(tmp_path):

@@ -19,9 +19,10 @@ from requirements import needs
 
 import blocksparse_jax as bsj
 from experiments.bench import shapes
+from pallas_kernels import batch_norm
 from pallas_kernels.block_sparse_conv import ConvSpec, Index, choice, make_plan, triton
 from pallas_kernels.block_sparse_conv import reference as dense
-from pallas_kernels.block_sparse_conv.triton import calls, products
+from pallas_kernels.block_sparse_conv.triton import calls, products, tiles
 from pallas_kernels.block_sparse_conv.triton.fitting import Tile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,17 +56,16 @@ def interpret(launch: calls.Launch, *operands):
             launch.kernel,
             launch.programs,
             dict(launch.constants),
-            launch.out.shape,
-            launch.out.dtype,
+            [(out.shape, out.dtype) for out in launch.outs],
             launch.zeroed,
             arrays,
         )
         pickle.dump(message, _WORKER[0].stdin)
         _WORKER[0].stdin.flush()
-        out = pickle.load(_WORKER[0].stdout)
-        if isinstance(out, str):
-            raise AssertionError(out)
-        return out
+        outs = pickle.load(_WORKER[0].stdout)
+        if isinstance(outs, str):
+            raise AssertionError(outs)
+        return tuple(outs) if isinstance(launch.out, tuple) else outs[0]
 
     return jax.pure_callback(call, launch.out, *operands, vmap_method="sequential")
 
@@ -395,6 +395,83 @@ def test_the_epilogue_is_fused(spec, dtype):
         assert_close(y, jnp.maximum(expected, 0).astype(dtype), tolerance)
     y = TRITON.forward(spec, x, values, *index, None, None, residual.at[3, 2, 1, 0].set(jnp.nan))
     assert np.argwhere(np.isnan(np.asarray(y, np.float32))).tolist() == [[3, 2, 1, 0]]
+
+
+NORM_CASES = {
+    "padded lists, several tiles of positions": dataclasses.replace(BLOCKS, batch=13),
+    "phases, uneven": dataclasses.replace(
+        BLOCKS, strides=(2, 2), padding=((1, 1), (0, 1)), cout=48, group_size=24, height=5
+    ),
+    "strides without phases": dataclasses.replace(
+        BASE, strides=(2, 3), padding=((0, 1), (1, 0)), kept_taps=9
+    ),
+    "1x1": dataclasses.replace(POINT, cin=70),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("parts", ["", "more", "joined, more"])
+@pytest.mark.parametrize("case", NORM_CASES)
+def test_the_passes_between_batch_norms_are_those_of_the_formulas(case, parts):
+    spec = dataclasses.replace(NORM_CASES[case], relu=True)
+    tile = tiles.choose_tile(spec, "input_gradient", 90, "transposed")
+    check_norm_passes(spec, parts, tile)
+
+
+@needs_triton
+@pytest.mark.parametrize("method", ["scatter", "dense", "1x1 with strides"])
+def test_what_the_kernels_do_not_fuse_follows_in_xla(method):
+    spec = dataclasses.replace(BLOCKS, relu=True)
+    if method == "1x1 with strides":
+        spec, tile = dataclasses.replace(POINT, strides=(2, 1), relu=True), None
+    else:
+        tile = tiles.choose_tile(spec, "input_gradient", 90, method)
+    check_norm_passes(spec, "joined, more", tile)
+
+
+@needs_triton
+def test_a_norm_without_relu_and_in_half_precision():
+    for change, tolerance in (({"relu": False}, 1e-5), ({"relu": True, "dtype": "bfloat16"}, 1e-2)):
+        spec = dataclasses.replace(BLOCKS, **change)
+        tile = tiles.choose_tile(spec, "input_gradient", 90, "transposed")
+        check_norm_passes(spec, "joined, more", tile, tolerance)
+
+
+def check_norm_passes(spec, parts, tile, tolerance=1e-5):
+    """The forward pass with its sums, and the input gradient through the norm of the input."""
+    x, dy, values, *index = operands(spec)
+    rng = np.random.default_rng(3)
+    exact = dataclasses.replace(spec, precision="highest", dtype="float32")
+    single = [a.astype(jnp.float32) for a in (x, dy, values)]
+
+    y, sums = jax.jit(lambda *a: TRITON.forward_with_sums(spec, *a))(x, values, *index)
+    plain = dataclasses.replace(exact, relu=False)
+    expected = dense.IMPLEMENTATION.forward(plain, single[0], single[2], *index)
+    assert_close(y, expected.astype(x.dtype), tolerance)
+    assert_close(sums, batch_norm.channel_sums(y), 1e-5)
+
+    scale, shift = (jnp.asarray(rng.standard_normal(spec.cin), jnp.float32) for _ in range(2))
+    z, shortcut, more = (
+        jnp.asarray(rng.standard_normal(spec.in_shape), spec.dtype) for _ in range(3)
+    )
+    by = (slice(None), None, None, None)
+    joined = jnp.maximum(scale[by] * z + shift[by] + shortcut, 0).astype(z.dtype)
+    norm = (z, scale, shift, joined if "joined" in parts else None)
+    norm = (*norm, more if "more" in parts else None)
+    results = jax.jit(lambda *a: TRITON.norm_input_gradient(spec, *a, tile=tile))(
+        dy, values, *index, *norm
+    )
+    dx = dense.IMPLEMENTATION.input_gradient(plain, *single[1:], *index)
+    g = dx + more.astype(jnp.float32) if "more" in parts else dx
+    if spec.relu:
+        passes = joined > 0 if "joined" in parts else scale[by] * z.astype(jnp.float32) > -shift[by]
+        g = jnp.where(passes, g, 0)
+    wide = z.astype(jnp.float32)
+    sums = jnp.stack([g.sum((1, 2, 3)), (g * wide).sum((1, 2, 3))])
+    expected = [(scale[by] * g).astype(z.dtype), sums, g.astype(z.dtype)]
+    assert len(results) == (3 if "joined" in parts else 2)
+    for result, reference in zip(results, expected):
+        assert_close(result, reference, tolerance)
 
 
 @needs_triton

@@ -39,13 +39,17 @@ SHAPES = [(layer, 256) for layer in shapes.OTHERS if "resnet50" in layer.name]
 SHAPES += [(layer, batch) for batch in (128, 1024) for layer in shapes.VGG19 + shapes.RESNET32]
 
 
+PLAIN = {"forward_with_sums": "forward", "norm_input_gradient": "input_gradient"}
+"""The passes whose tiles those between batch norms have."""
+
+
 def launches(spec, name, capability=90, fused=False, **private):
     """The kernel calls of a pass on such a GPU, with the operands' dtypes."""
     recorded = []
 
     def record(launch, *operands):
         recorded.append((launch, [a.dtype.name for a in operands]))
-        return jnp.zeros(launch.out.shape, launch.out.dtype)
+        return jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), launch.out)
 
     lists = (
         (spec.groups, spec.group_size),
@@ -58,9 +62,15 @@ def launches(spec, name, capability=90, fused=False, **private):
         for shape in (spec.in_shape, spec.out_shape, spec.packed_shape)
     )
     inputs = {"forward": (x, values), "input_gradient": (dy, values), "weight_gradient": (x, dy)}
-    if fused:
+    inputs |= {norm_pass: inputs[name] for norm_pass, name in PLAIN.items()}
+    if name == "norm_input_gradient":  # fused: of a stream, which a shortcut joins
+        vector = jax.ShapeDtypeStruct((spec.cin,), jnp.float32)
+        index = [*index, x, vector, vector, *([x, x] if fused else [])]
+    elif fused:
         vector = jax.ShapeDtypeStruct((spec.cout,), jnp.float32)
-        spec, index = dataclasses.replace(spec, relu=True), [*index, vector, vector, dy]
+        index = [*index, vector, vector, dy]
+    if fused or name == "norm_input_gradient":
+        spec = dataclasses.replace(spec, relu=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calls, "run", record)
         patch.setattr(calls, "capability", lambda: capability)
@@ -77,7 +87,7 @@ def machine_code(launch, dtypes, capability):
     from triton.compiler import ASTSource
 
     kernel = getattr(kernels, launch.kernel)
-    types = [TYPES[name] for name in (*dtypes, launch.out.dtype.name)]
+    types = [TYPES[name] for name in (*dtypes, *(out.dtype.name for out in launch.outs))]
     names = kernel.arg_names
     source = ASTSource(
         fn=kernel,
@@ -134,10 +144,12 @@ def check_code(record, spec, name, capability=90, fused=False, around_loops=Fals
     kernel_calls = launches(spec, name, capability, fused, **private)
     is_dense = "dense" in (private.get("method"), getattr(private.get("tile"), "method", ""))
     assert len(kernel_calls) == (0 if is_dense else 1)
+    what_runs, name = name, PLAIN.get(name, name)
     for launch, dtypes in kernel_calls:
         measured, sass = machine_code(launch, dtypes, capability)
         tile, plain = launch.tile, normal(spec)
-        what = f"{tiles.tuned_key(spec, name)}{' fused' * fused}: {tile}: {measured}"
+        key = tiles.tuned_key(spec, name).replace(name, what_runs, 1)
+        what = f"{key}{' fused' * fused}: {tile}: {measured}"
         record("compiled", f"triton sm_{capability} {what}")
         assert measured["in loops" if around_loops else "spilled"] == 0
         assert measured["shared"] <= min(
@@ -196,6 +208,15 @@ REPRESENTATIVE = {
         (MAIN, "input_gradient", 90, {"method": method}) for method in ("transposed", "scatter")
     ],
     "groups of 32, epilogue": [(layer_spec(shapes.VGG19[4]), "forward", 90, {"fused": True})],
+    "between batch norms": [
+        (MAIN, "forward_with_sums", 90, {}),
+        (MAIN, "norm_input_gradient", 90, {}),
+        (MAIN, "norm_input_gradient", 90, {"fused": True}),
+    ],
+    "between batch norms, Ampere": [
+        (MAIN, "forward_with_sums", 80, {}),
+        (MAIN, "norm_input_gradient", 80, {"fused": True}),
+    ],
     "groups of 8": [(layer_spec(shapes.VGG19[2], group_size=8, batch=24), "forward", 90, {})],
     "1x1": [
         (layer_spec(shapes.OTHERS[6], batch=256), name, 90, {})
@@ -238,6 +259,33 @@ def test_the_main_tiles_compile_without_spills_to_tensor_cores_and_16_byte_copie
 ):
     for spec, name, capability, private in REPRESENTATIVE[case]:
         check_code(record_property, spec, name, capability, **private)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [16, 64])
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("sparsity", [0.0, 0.8, 0.9, 0.95])
+def test_every_layer_compiles_between_batch_norms(sparsity, name, run, record_property):
+    for layer, batch in SHAPES:
+        if layer.cin % run:
+            continue
+        group_size = min(64, layer.cout)
+        taps = layer.kernel**2 if sparsity == 0 else None
+        spec = shapes.layer_spec(
+            layer,
+            sparsity=sparsity,
+            batch=batch,
+            group_size=group_size,
+            kept_taps=taps,
+            dtype="bfloat16",
+        )
+        kept = max(run, spec.kept // run * run)
+        spec = dataclasses.replace(spec, kept=kept, channel_block=run)
+        if name == "forward_with_sums" or not spec.pointwise():
+            fused = name == "norm_input_gradient"
+            tile = tiles.choose_tile(spec, PLAIN[name], method="transposed" if fused else "")
+            check_code(record_property, spec, name, fused=fused, tile=tile)
 
 
 @needs_triton

@@ -52,6 +52,7 @@ ORDER = [
     | {"transforms.variational_dropout"},
     {"kernel_gradient"},
     {"conv"},
+    {"norm_act_conv"},
     {"linear"},
     {"_layer_forward"},
     {"linen.conv", "linen.variational"},
@@ -66,7 +67,8 @@ ORDER = [
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 FLAX_ONLY_IN = {"linen", "nnx", "_layer_forward", "serialization"}  # packages and modules
-KERNELS_ONLY_IN = {"layout", "plans", "kernel_gradient", "conv", "_layer_forward", "export"}
+KERNELS_ONLY_IN = {"layout", "plans", "kernel_gradient", "conv", "norm_act_conv"}
+KERNELS_ONLY_IN |= {"_layer_forward", "export"}
 
 
 def imports(path: Path) -> set[str]:

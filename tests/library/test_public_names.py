@@ -1131,6 +1131,56 @@ def conv():
     assert_convolves(bsj.conv(images(), kernel(), layout()), kernel())
 
 
+def sums_of(z):
+    return jnp.stack([z.sum((0, 1, 2)), (z * z).sum((0, 1, 2))])
+
+
+def normalised(z, shortcut=0.0):
+    """Batch norm with scale 2 and bias 1, a shortcut and a ReLU."""
+    z = (z - z.mean((0, 1, 2))) / jnp.sqrt(z.var((0, 1, 2)) + 1e-5)
+    return jnp.maximum(2 * z + 1 + shortcut, 0)
+
+
+NORM = (jnp.full(16, 2.0), jnp.ones(16))
+
+
+@check
+def conv_with_sums():
+    z, sums = bsj.conv_with_sums(images(), kernel(), layout())
+    assert_convolves(z, kernel())
+    np.testing.assert_allclose(sums, sums_of(z), rtol=1e-4, atol=1e-3)
+
+
+@check
+def norm_act_conv():
+    z, sums = bsj.norm_act_conv(images(), sums_of(images()), *NORM, kernel(), layout())
+    np.testing.assert_allclose(z, masked_dense(normalised(images()), kernel()), atol=1e-3)
+    np.testing.assert_allclose(sums, sums_of(z), rtol=1e-4, atol=1e-2)
+
+
+@check
+def norm_add_act_conv():
+    x, z, sums = bsj.norm_add_act_conv(
+        images(), sums_of(images()), *NORM, images(), kernel(), layout()
+    )
+    np.testing.assert_allclose(x, normalised(images(), images()), atol=1e-4)
+    np.testing.assert_allclose(z, masked_dense(x, kernel()), atol=1e-3)
+    np.testing.assert_allclose(sums, sums_of(z), rtol=1e-4, atol=1e-2)
+
+
+@check
+def norm_act_apply():
+    x = bsj.norm_act_apply(images(), sums_of(images()), *NORM)
+    np.testing.assert_allclose(x, normalised(images()), atol=1e-4)
+
+
+@check
+def mean_and_variance():
+    mean, variance = bsj.mean_and_variance(sums_of(images()), 2 * 6 * 6)
+    np.testing.assert_allclose(mean, images().mean((0, 1, 2)), atol=1e-5)
+    np.testing.assert_allclose(variance, images().var((0, 1, 2)), rtol=1e-4)
+
+
 @check
 def dense_kernel_gradient():
     """The gradient of the sum of one output channel is the sum of what each weight reads."""

@@ -1,8 +1,8 @@
 """Runs Triton kernels in Triton's interpreter, in a process of its own.
 
 Triton decides at import whether it interprets, so `test_triton.py` starts this file with
-TRITON_INTERPRET=1. It reads pickled kernel calls from standard input and writes the result of each,
-or the text of its error, to standard output.
+TRITON_INTERPRET=1. It reads pickled kernel calls from standard input and writes the results of
+each, or the text of its error, to standard output.
 
 Three things differ from a GPU: an address outside of the operands is an error, results begin as NaN
 unless they are zeroed, and NumPy arrays stand in for tensors.
@@ -107,16 +107,16 @@ def index_as_scalar() -> None:
     interpreter._patch_lang_tensor = patched
 
 
-def answer(call: tuple[Any, ...]) -> np.ndarray | str:
-    """The result of a kernel call, or the text of its error."""
-    kernel, programs, constants, shape, dtype, zeroed, arrays = call
-    out = np.full(shape, 0 if zeroed else np.nan, dtype)
-    OPERANDS[:] = [*arrays, out]
+def answer(call: tuple[Any, ...]) -> list[np.ndarray] | str:
+    """The results of a kernel call, or the text of its error."""
+    kernel, programs, constants, results, zeroed, arrays = call
+    outs = [np.full(shape, 0 if zeroed else np.nan, dtype) for shape, dtype in results]
+    OPERANDS[:] = [*arrays, *outs]
     try:
         getattr(kernels, kernel)[(programs,)](*map(Tensor, OPERANDS), **constants)
     except Exception as error:
         return repr(error)
-    return out
+    return outs
 
 
 def main() -> None:

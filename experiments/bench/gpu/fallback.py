@@ -8,12 +8,14 @@ from collections.abc import Iterator
 import jax
 
 from pallas_kernels.block_sparse_conv import (
+    NORM_PASSES,
     PASSES,
     ConvSpec,
     Implementation,
     Plan,
     apply_epilogue,
     choice,
+    norm_passes,
 )
 
 
@@ -53,6 +55,7 @@ class Fallback:
         Yields:
           The name under which `implementation=` takes it.
         """
+        fuses_norms = self._records[0].fuses_norms
         choice.IMPLEMENTATIONS[self.name] = Implementation(
             self.name,
             lambda spec: None,
@@ -60,7 +63,9 @@ class Fallback:
             self._input_gradient,
             self._weight_gradient,
             fused=True,
-            plans=PASSES,
+            plans=(*PASSES, *NORM_PASSES),
+            forward_with_sums=self._forward_with_sums if fuses_norms else None,
+            norm_input_gradient=self._norm_input_gradient if fuses_norms else None,
         )
         try:
             yield self.name
@@ -98,3 +103,19 @@ class Fallback:
         self, spec: ConvSpec, *operands: jax.Array, plan: Plan | None = None
     ) -> jax.Array:
         return self._serve(spec).run("weight_gradient", spec, *operands, plan=plan)
+
+    def _forward_with_sums(
+        self, spec: ConvSpec, *operands: jax.Array, plan: Plan | None = None
+    ) -> tuple[jax.Array, ...]:
+        record = self._serve(spec)
+        if record.fuses_norms:
+            return tuple(record.run("forward_with_sums", spec, *operands, plan=plan))
+        return norm_passes.forward_with_sums(record.forward, spec, *operands)
+
+    def _norm_input_gradient(
+        self, spec: ConvSpec, *operands: jax.Array, plan: Plan | None = None
+    ) -> tuple[jax.Array, ...]:
+        record = self._serve(spec)
+        if record.fuses_norms:
+            return tuple(record.run("norm_input_gradient", spec, *operands, plan=plan))
+        return norm_passes.norm_input_gradient(record.input_gradient, spec, *operands)

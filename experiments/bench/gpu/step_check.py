@@ -5,6 +5,7 @@ is compared with the masked one by the direction of its updates: in bfloat16 two
 differ much, since roundings flip ReLUs and all later layers follow.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench.gpu.check import check_slices
-from experiments.bench.gpu.float64 import kind_of
+from experiments.bench.gpu.float64 import as_float64, check_error, kind_of
 from experiments.bench.gpu.layers import sparse_operands, sparse_passes
-from pallas_kernels.block_sparse_conv import ConvSpec, Implementation
+from pallas_kernels.block_sparse_conv import ConvSpec, Implementation, norm_passes
 
 SKETCH_SIZE = 128  # numbers that stand for the update of a parameter
 # The least cosine between the update of a conv kernel and the masked execution's. That of unrelated
@@ -77,6 +78,8 @@ def _project(old: jax.Array, new: jax.Array, mask: jax.Array) -> jax.Array:
 def check_layer(spec: ConvSpec, implementation: Implementation) -> bool:
     """Compares the three passes of a convolution with float64, in parts of their results.
 
+    Those between batch norms are then compared with these and XLA's operations.
+
     Args:
       spec: the static sizes.
       implementation: the record.
@@ -91,7 +94,41 @@ def check_layer(spec: ConvSpec, implementation: Implementation) -> bool:
     passes = sparse_passes(spec, implementation)
     run_all = jax.jit(lambda *operands: {name: run(*operands) for name, run in passes.items()})
     check_slices(spec, kind_of(spec.dtype), operands, run_all(*operands))
+    if implementation.fuses_norms:
+        _check_norm_passes(spec, implementation, operands)
     return True
+
+
+def _check_norm_passes(
+    spec: ConvSpec, implementation: Implementation, operands: tuple[jax.Array, ...]
+) -> None:
+    """AssertionError unless the fused passes are the plain ones and the formulas of batch norm."""
+    x, dy, values, *index = operands
+    spec = dataclasses.replace(spec, relu=True)
+    keys = jax.random.split(jax.random.key(2), 4)
+    z, more = (jax.random.normal(key, spec.in_shape, spec.dtype) for key in keys[:2])
+    scale, shift = (jax.random.normal(key, (spec.cin,)) for key in keys[2:])
+    norm = (z, scale, shift, jnp.maximum(z + more, 0), more)
+
+    @jax.jit
+    def fused(*operands: jax.Array) -> tuple[jax.Array, ...]:
+        x, dy, values, *index = operands
+        forward = implementation.run("forward_with_sums", spec, x, values, *index)
+        return *forward, *implementation.run("norm_input_gradient", spec, dy, values, *index, *norm)
+
+    @jax.jit
+    def plain(*operands: jax.Array) -> tuple[jax.Array, ...]:
+        x, dy, values, *index = operands
+        forward = norm_passes.forward_with_sums(implementation.forward, spec, x, values, *index)
+        return *forward, *norm_passes.norm_input_gradient(
+            implementation.input_gradient, spec, dy, values, *index, *norm
+        )
+
+    arrays = (x, dy, values.astype(spec.dtype), *index)
+    names = ("forward", "sums", "input gradient", "sums of the input gradient", "shortcut gradient")
+    for name, result, expected in zip(names, fused(*arrays), plain(*arrays), strict=True):
+        exact = as_float64(expected)
+        check_error(name, as_float64(result), exact, kind_of(spec.dtype), spec)
 
 
 def check_updates(

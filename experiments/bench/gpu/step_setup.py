@@ -33,13 +33,16 @@ class StepSetup(NamedTuple):
     labels: jax.Array
 
 
-def set_up(options: StepOptions, unit: Unit, implementation: str | None) -> StepSetup:
+def set_up(
+    options: StepOptions, unit: Unit, implementation: str | None, fused: bool | None = None
+) -> StepSetup:
     """Prepares a step without running it.
 
     Args:
       options: of all steps.
       unit: the step.
       implementation: of the block-sparse conv; None for dense and masked.
+      fused: as in `Trainer`.
 
     Returns:
       The step's trainer, state and batch, the same at every call.
@@ -51,12 +54,12 @@ def set_up(options: StepOptions, unit: Unit, implementation: str | None) -> Step
     images = jnp.asarray(rng.normal(size=(network.batch_size, *image_shape)), jnp.float32)
     labels = jnp.asarray(rng.integers(0, classes, network.batch_size), jnp.int32)
     config = _train_config(options, unit, implementation)
-    trainer = Trainer(config, image_shape, classes, LENGTH, "NHWC")
+    trainer = Trainer(config, image_shape, classes, LENGTH, "NHWC", fused=fused)
     return StepSetup(trainer, trainer.init(), images, labels)
 
 
 def _train_config(options: StepOptions, unit: Unit, implementation: str | None) -> Any:
-    dense = unit.sparsity == 0
+    dense = unit.execution == "dense"
     blocks = Hrbp(group_size=options.group_size, channel_block=options.channel_block)
     return resolve(
         TrainConfig(

@@ -86,9 +86,8 @@ def _measure(
     step = stepper(trainer, state, STEP, images, labels)
     after, metrics = step()
     result: dict[str, Any] = {"loss": float(metrics.loss)}
-    if unit.execution != "dense":
-        before_params, after_params = (to_form("masked", one).params for one in (state, after))
-        result |= check(sketch(before_params, after_params, masks_of(state)))
+    before_params, after_params = (to_form("masked", one).params for one in (state, after))
+    result |= check(sketch(before_params, after_params, masks_of(state)))
     del state, after
     return result | _time(step, options)
 

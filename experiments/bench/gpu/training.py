@@ -142,7 +142,8 @@ def _run(
         dense = journal.result(keys[Unit(unit.network, "dense")])
         measure = functools.partial(measure_torch_steps, options, unit, config.torch, dense)
     else:
-        masked_key = keys.get(dataclasses.replace(unit, execution="masked", implementation=""))
+        execution = "masked" if unit.sparsity else "dense"
+        masked_key = keys.get(dataclasses.replace(unit, execution=execution, implementation=""))
         masked = journal.result(masked_key) if masked_key else None
         masked_updates = masked["sketch"] if masked else None
         measure = functools.partial(measure_steps, options, unit, masked_updates, journal)

@@ -11,6 +11,7 @@ from experiments.bench.gpu.fingerprint import fingerprint, implementation_key
 from experiments.bench.gpu.implementations import present_implementations
 from experiments.measuring.environment import ROOT
 from experiments.measuring.row_names import TORCH
+from pallas_kernels.block_sparse_conv import fuses_norms
 from pallas_kernels.devices import this_gpu
 
 
@@ -73,7 +74,7 @@ class Unit:
     Attributes:
       network: which is trained.
       execution: dense, `TORCH` (dense in PyTorch), masked, sparse or packed.
-      sparsity: of static HRBP; 0 for dense.
+      sparsity: of static HRBP; 0 for dense, and for packed weights of which none is left out.
       implementation: of the block-sparse conv; "" for dense and masked.
     """
 
@@ -109,7 +110,8 @@ def training_waves(
 
     First comes one dense step alone, which needs no kernel of ours. Then, for all networks at their
     first sparsity, the dense step, the masked one and the packed one in each implementation; last,
-    the rest.
+    the rest. Where an implementation also fuses batch norm (`norm_act_conv`), the dense step runs
+    in its kernels too: what fusion gives and what sparsity gives can then be told apart.
 
     Args:
       implementations: the most important first; those that cannot run here are left out.
@@ -130,6 +132,7 @@ def training_waves(
             wave.append(Unit(network, "masked", sparsity))
             wave += [Unit(network, "packed", sparsity, name) for name in names]
             rest += [Unit(network, "sparse", sparsity, name) for name in names]
+        first += [Unit(network, "packed", 0.0, name) for name in filter(fuses_norms, names)]
     return [first[:1], first[1:], rest]
 
 

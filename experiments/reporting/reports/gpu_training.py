@@ -22,6 +22,7 @@ def table(report: dict[str, Any]) -> str:
     rows: Rows = {tuple(row[key] for key in keys): row for row in report["rows"]}
     kinds = dict.fromkeys(key[3:] for key in rows if key[2])
     with_torch = any(key[3] == TORCH for key in rows)
+    dense_kinds = dict.fromkeys(key[3:] for key in rows if key[4] and not key[2])
     lines = []
     for model, batch, sparsity in dict.fromkeys(key[:3] for key in rows if key[2]):
         dense = rows.get((model, batch, 0.0, "dense", ""))
@@ -29,10 +30,12 @@ def table(report: dict[str, Any]) -> str:
         cells.append(f"{dense['step_ms_median']:.2f}" if dense else "-")
         if with_torch:
             cells.append(_step(rows.get((model, batch, 0.0, TORCH, "")), ""))
+        cells += [_step(rows.get((model, batch, 0.0, *kind)), kind[1]) for kind in dense_kinds]
         cells += [_step(rows.get((model, batch, sparsity, *kind)), kind[1]) for kind in kinds]
         lines.append(cells)
     columns = ["network", "batch", "sparsity", "dense NHWC, ms"]
     columns += [f"{TORCH}, ms"] if with_torch else []
+    columns += [f"dense in the kernels of {name}, ms" for _, name in dense_kinds]
     columns += [f"{' '.join(kind).strip()}, ms" for kind in kinds]
     text = markdown.table(columns, lines, text_columns=3)
     failed = failures(report)

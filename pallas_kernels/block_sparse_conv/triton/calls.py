@@ -56,7 +56,24 @@ def capability() -> int:
     return int(digits) if digits.isdigit() else 0
 
 
-def run(launch: Launch, *operands: jax.Array) -> jax.Array:
+class ThroughNorm(NamedTuple):
+    """The arrays of `norm_input_gradient`, in the shapes of a normal spec.
+
+    Attributes:
+      z: the activations that were normalised.
+      scale, shift: of each channel.
+      joined: the convolution's input, where a shortcut was added, else None.
+      more: another gradient with respect to the input, or None.
+    """
+
+    z: jax.Array
+    scale: jax.Array
+    shift: jax.Array
+    joined: jax.Array | None
+    more: jax.Array | None
+
+
+def run(launch: Launch, *operands: jax.Array) -> Any:
     """Calls a kernel; tests replace this function by an interpreter or a recorder.
 
     Args:
@@ -64,7 +81,7 @@ def run(launch: Launch, *operands: jax.Array) -> jax.Array:
       *operands: the kernel's arrays.
 
     Returns:
-      The result.
+      The result, or a tuple of the results.
     """
     return foreign.call(launch, capability(), *operands)
 
@@ -158,7 +175,8 @@ def gather_product(
     epilogue: Epilogue | None = None,
     relu: bool = False,
     scatter: bool = False,
-) -> jax.Array:
+    with_sums: bool = False,
+) -> Any:
     """Runs the kernel `gather_product` over all groups.
 
     Args:
@@ -171,9 +189,10 @@ def gather_product(
       epilogue: what is applied to the result.
       relu: whether negative results become 0.
       scatter: whether the results are added to float32 sums in memory.
+      with_sums: whether the result is summed over each channel.
 
     Returns:
-      Activations in the shape of dx or of y.
+      Activations in the shape of dx or of y; with `with_sums` also float32 `[2, channels]`.
     """
     groups = lists.rows.shape[0]
     out = jax.ShapeDtypeStruct(spec.in_shape if backward else spec.out_shape, dtype)
@@ -194,14 +213,23 @@ def gather_product(
         "relu": relu,
     }
     epilogue = Epilogue() if epilogue is None else epilogue
-    operands = (source, lists.entries, lists.weights, None, None, lists.rows, *epilogue)
+    lists_of_kernel = (lists.entries, lists.weights, None, None, lists.rows)
+    operands = (source, *lists_of_kernel, *epilogue, None, None)
     positions = math.prod(out.shape[1:])
-    return _run_product(spec, tile, operands, constants, out, positions, backward=backward)
+    return _run_product(
+        spec, tile, operands, constants, out, positions, backward=backward, with_sums=with_sums
+    )
 
 
 def table_product(
-    spec: ConvSpec, tile: Tile, dy: jax.Array, values: jax.Array, plan: Plan
-) -> jax.Array:
+    spec: ConvSpec,
+    tile: Tile,
+    dy: jax.Array,
+    values: jax.Array,
+    plan: Plan,
+    norm: ThroughNorm | None = None,
+    relu: bool = False,
+) -> Any:
     """Runs the kernel `gather_product` over a plan's table: the input gradient.
 
     Args:
@@ -210,9 +238,11 @@ def table_product(
       dy: the gradient with respect to y.
       values: packed weights, which are read where they lie.
       plan: the lists.
+      norm: of the convolution's input, to go on through it.
+      relu: whether the norm ends in a ReLU.
 
     Returns:
-      dx.
+      dx; with a norm dz, float32 sums `[2, cin]` and, where it is joined, g.
 
     Raises:
       ValueError: the tile does not divide the blocks and stages.
@@ -240,13 +270,24 @@ def table_product(
         "parts": sizes.parts,
         "run": sizes.run,
         "scatter": False,
-        "relu": False,
+        "relu": relu,
     }
-    operands = (dy, plan.entries, values, plan.bounds, plan.weights, None, *Epilogue())
+    epilogue: tuple[Any, ...] = (*Epilogue(), None, None)
+    if norm is not None:
+        epilogue = (norm.scale, norm.shift, norm.more, norm.z, norm.joined)
+    operands = (dy, plan.entries, values, plan.bounds, plan.weights, None, *epilogue)
     out = jax.ShapeDtypeStruct(spec.in_shape, dy.dtype)
     positions = height * width * spec.batch
     return _run_product(
-        spec, tile, operands, constants, out, positions, backward=True, phases=math.prod(phases)
+        spec,
+        tile,
+        operands,
+        constants,
+        out,
+        positions,
+        backward=True,
+        phases=math.prod(phases),
+        with_sums=norm is not None,
     )
 
 
@@ -260,16 +301,29 @@ def _run_product(
     *,
     backward: bool,
     phases: int = 1,
-) -> jax.Array:
+    with_sums: bool = False,
+) -> Any:
     """Launches `gather_product`: a program for each group, tile of rows, positions and phase."""
     row_tiles = -(-constants["members"] // tile.rows)
-    scale, bias, residual = operands[-3:]
+    tiles = -(-positions // tile.positions) * phases
+    scale, bias, residual, normed, joined = operands[-5:]
+    outs = [out]
+    if with_sums:
+        outs.append(jax.ShapeDtypeStruct((2, out.shape[0], tiles), jnp.float32))
+    if joined is not None:
+        outs.append(out)
+    # The kernel does not read what is absent. It takes an array in its place among its operands,
+    # and a number in its place among its results.
+    absent = dict.fromkeys(("sums", "shortcut_gradient")[len(outs) - 1 :], 0)
     constants |= geometry_constants(spec, backward) | {
         "channels": out.shape[0],
         "backward": backward,
         "with_scale": scale is not None,
         "with_bias": bias is not None,
         "with_residual": residual is not None,
+        "with_norm": normed is not None,
+        "with_joined": joined is not None,
+        "with_sums": with_sums,
         "block_rows": tile.rows,
         "block_positions": tile.positions,
         "block_depth": tile.depth,
@@ -277,14 +331,18 @@ def _run_product(
     }
     launch = Launch(
         "gather_product",
-        programs=constants["groups"] * row_tiles * -(-positions // tile.positions) * phases,
-        constants=tuple(constants.items()),
+        programs=constants["groups"] * row_tiles * tiles,
+        constants=tuple((constants | absent).items()),
         tile=tile,
-        out=out,
+        out=tuple(outs) if with_sums else out,
         zeroed=constants["scatter"],
     )
-    unused = operands[1]  # the kernel does not read an operand that is absent, but takes one
-    return run(launch, *(unused if operand is None else operand for operand in operands))
+    unused = operands[1]
+    results = run(launch, *(unused if operand is None else operand for operand in operands))
+    if not with_sums:
+        return results
+    result, partial_sums, *gradient = results
+    return result, partial_sums.sum(2), *gradient
 
 
 def weight_gradient(

@@ -37,19 +37,24 @@ class Launch:
       programs: how many run.
       constants: the kernel's compile-time arguments, `(name, value)`.
       tile: warps and stages.
-      out: shape and dtype of the result.
-      zeroed: whether the result starts as zeros.
+      out: shape and dtype of the result, or of each.
+      zeroed: whether the (first) result starts as zeros.
     """
 
     kernel: str
     programs: int
     constants: tuple[tuple[str, Any], ...]
     tile: Tile
-    out: jax.ShapeDtypeStruct
+    out: jax.ShapeDtypeStruct | tuple[jax.ShapeDtypeStruct, ...]
     zeroed: bool = False
 
+    @property
+    def outs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shape and dtype of each result."""
+        return self.out if isinstance(self.out, tuple) else (self.out,)
 
-def call(launch: Launch, capability: int, *operands: jax.Array) -> jax.Array:
+
+def call(launch: Launch, capability: int, *operands: jax.Array) -> Any:
     """Calls a kernel.
 
     Args:
@@ -58,7 +63,7 @@ def call(launch: Launch, capability: int, *operands: jax.Array) -> jax.Array:
       *operands: the kernel's arrays.
 
     Returns:
-      The result.
+      The result, or a tuple of the results.
     """
     import jax_triton
 
@@ -77,7 +82,8 @@ def call(launch: Launch, capability: int, *operands: jax.Array) -> jax.Array:
             **dict(launch.constants),
         )
     dtypes = tuple(operand.dtype.name for operand in operands)
-    result = result_type(operands[0], launch.out.shape, launch.out.dtype)
+    results = tuple(result_type(operands[0], out.shape, out.dtype) for out in launch.outs)
+    result = results if isinstance(launch.out, tuple) else results[0]
     return jax.ffi.ffi_call(TARGET, result)(
         *operands, name=launch.kernel, opaque=_compiled_call(launch, capability, dtypes)
     )
@@ -89,7 +95,7 @@ def _compiled_call(launch: Launch, capability: int, dtypes: tuple[str, ...]) -> 
     from jax._src.lib import gpu_triton
     from jax_triton import triton_lib
 
-    types = [POINTERS[name] for name in (*dtypes, launch.out.dtype.name)]
+    types = [POINTERS[name] for name in (*dtypes, *(out.dtype.name for out in launch.outs))]
     kernel, _ = triton_lib.get_or_create_triton_kernel(
         triton_lib.get_cuda_backend,
         "cuda",
@@ -104,8 +110,9 @@ def _compiled_call(launch: Launch, capability: int, dtypes: tuple[str, ...]) -> 
         metaparams=dict(sorted(launch.constants)),
         dump=False,
     )
-    zeroed_bytes = math.prod(launch.out.shape) * launch.out.dtype.itemsize if launch.zeroed else 0
-    arrays = [gpu_triton.create_array_parameter(0, ALIGNMENT) for _ in dtypes]
-    arrays.append(gpu_triton.create_array_parameter(zeroed_bytes, ALIGNMENT))
+    zeroed = launch.outs[0]
+    zeroed_bytes = math.prod(zeroed.shape) * zeroed.dtype.itemsize if launch.zeroed else 0
+    arrays = [gpu_triton.create_array_parameter(0, ALIGNMENT) for _ in types]
+    arrays[len(dtypes)] = gpu_triton.create_array_parameter(zeroed_bytes, ALIGNMENT)
     kernel_call = gpu_triton.TritonKernelCall(kernel, launch.programs, 1, 1, arrays)
     return zlib.compress(kernel_call.to_proto(launch.kernel, b""))

@@ -1,12 +1,13 @@
 """The input gradient in the Triton kernels, in each of its ways (`products.METHODS`)."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.block_sparse_conv import reference
+from pallas_kernels.block_sparse_conv import norm_passes, reference
 from pallas_kernels.block_sparse_conv.index import Index
 from pallas_kernels.block_sparse_conv.pixels import dilate_output
 from pallas_kernels.block_sparse_conv.plan import Plan, list_entries
@@ -15,7 +16,7 @@ from pallas_kernels.block_sparse_conv.triton import calls
 from pallas_kernels.block_sparse_conv.triton.fitting import Tile
 from pallas_kernels.block_sparse_conv.triton.normal_form import fit, normal, restore
 from pallas_kernels.block_sparse_conv.triton.products import METHODS
-from pallas_kernels.block_sparse_conv.triton.tiles import choose_tile
+from pallas_kernels.block_sparse_conv.triton.tiles import choose_norm_tile, choose_tile
 
 
 def input_gradient(
@@ -62,6 +63,54 @@ def input_gradient(
     else:
         dx = _scatter(plain, tile, dy, values, index)
     return restore(dx, spec.in_shape)
+
+
+def norm_input_gradient(
+    spec: ConvSpec,
+    dy: jax.Array,
+    values: jax.Array,
+    index: Index,
+    norm: calls.ThroughNorm,
+    plan: Plan | None = None,
+    tile: Tile | None = None,
+) -> tuple[jax.Array, ...]:
+    """The input gradient that goes on through the norm of the input.
+
+    From the plan's table it is one kernel; in the other ways, and for the pixels that a strided 1x1
+    convolution does not read, XLA's operations follow.
+
+    Args:
+      spec: the static sizes; `relu`: whether the norm ends in one.
+      dy: the gradient with respect to y.
+      values: packed weights.
+      index: filters, channels and taps.
+      norm: of the input.
+      plan: the lists of "transposed"; None: made here.
+      tile: the tile; None chooses.
+
+    Returns:
+      As `Implementation.norm_input_gradient`.
+    """
+    tile = tile or choose_norm_tile(spec, calls.capability())
+    if spec.pointwise() or tile.method != "transposed":
+
+        def plain_pass(spec: ConvSpec, dy: jax.Array, values: jax.Array, *index: Any) -> jax.Array:
+            return input_gradient(spec, dy, values, Index(*index), plan, tile)
+
+        arrays: tuple[Any, ...] = (*index, *norm)
+        return norm_passes.norm_input_gradient(plain_pass, spec, dy, values, *arrays)
+    plain = normal(spec)
+
+    def fitted(activations: jax.Array | None) -> jax.Array | None:
+        return None if activations is None else fit(activations, plain.in_shape)
+
+    norm = norm._replace(
+        z=fit(norm.z, plain.in_shape), joined=fitted(norm.joined), more=fitted(norm.more)
+    )
+    plan = plan or calls.plan_of(plain, index)
+    dy = fit(dy, plain.out_shape)
+    dz, sums, *g = calls.table_product(plain, tile, dy, values, plan, norm, spec.relu)
+    return restore(dz, spec.in_shape), sums, *(restore(one, spec.in_shape) for one in g)
 
 
 def _scatter(

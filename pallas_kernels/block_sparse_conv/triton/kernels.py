@@ -142,7 +142,11 @@ def gather_product(
     scale,
     bias,
     residual,
+    normed,
+    joined,
     out,
+    sums,
+    shortcut_gradient,
     groups: tl.constexpr,
     depth: tl.constexpr,
     list_length: tl.constexpr,
@@ -168,6 +172,9 @@ def gather_product(
     with_scale: tl.constexpr,
     with_bias: tl.constexpr,
     with_residual: tl.constexpr,
+    with_norm: tl.constexpr,
+    with_joined: tl.constexpr,
+    with_sums: tl.constexpr,
     relu: tl.constexpr,
     precision: tl.constexpr,
     block_rows: tl.constexpr,
@@ -194,8 +201,14 @@ def gather_product(
         read with `table`: the results of a block go to its channels.
       scale, bias: float32 by row of `out`; read with `with_scale` and `with_bias`.
       residual: in the shape of `out`; read with `with_residual`.
+      normed: in the shape of `out`; read with `with_norm`. The result is then the gradient g of
+        `relu(scale * normed + bias)`, masked where `relu`, and `out` is `scale * g`.
+      joined: in the shape of `out`; read with `with_joined`: where it is positive the ReLU passes.
       channels: rows of `out`.
       out: `[channels, *out_size]`; with `scatter` float32 zeros, to which the results are added.
+      sums: written with `with_sums`: float32 `[2, channels, tiles]`, over the positions of each
+        tile of each phase, of `out` and its squares, or with `with_norm` of g and `g * normed`.
+      shortcut_gradient: written with `with_joined`: g.
       by_phase: the programs of a table work on one phase each.
       depth: with `table` the filters of a group, of which a stage holds `stage_depth`.
     """
@@ -208,6 +221,7 @@ def gather_product(
     positions: tl.constexpr = height * width * images
     position_tiles: tl.constexpr = (positions + block_positions - 1) // block_positions
     all_positions: tl.constexpr = out_size[0] * out_size[1] * images
+    all_tiles: tl.constexpr = position_tiles * phase_y * phase_x
     program = tl.program_id(0)
     # Neighbouring programs work on the same positions: rows that several groups gather are then
     # still in the L2 cache.
@@ -328,6 +342,25 @@ def gather_product(
         mask = mask & inside
     if scatter:
         tl.atomic_add(out + offset, total, mask=mask, sem="relaxed")
+    elif with_norm:
+        if with_residual:
+            total += tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(normed + offset, mask=mask, other=0.0).to(tl.float32)
+        factor = tl.load(scale + row, mask=row >= 0, other=0.0)[:, None]
+        if relu:
+            if with_joined:
+                passes = tl.load(joined + offset, mask=mask, other=0.0) > 0
+            else:
+                shift = tl.load(bias + row, mask=row >= 0, other=0.0)[:, None]
+                passes = factor * z + shift > 0
+            total = tl.where(passes, total, 0.0)
+        tl.store(out + offset, (factor * total).to(out.dtype.element_ty), mask=mask)
+        if with_joined:
+            g = total.to(shortcut_gradient.dtype.element_ty)
+            tl.store(shortcut_gradient + offset, g, mask=mask)
+        place_of_sums = sums + row * all_tiles + phase * position_tiles + tile
+        tl.store(place_of_sums, tl.sum(total, 1), mask=row >= 0)
+        tl.store(place_of_sums + channels * all_tiles, tl.sum(total * z, 1), mask=row >= 0)
     else:
         if with_scale:
             total *= tl.load(scale + row, mask=row >= 0, other=0.0)[:, None]
@@ -337,7 +370,14 @@ def gather_product(
             total += tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
         if relu:
             total = tl.where(total < 0, 0.0, total)  # keeps NaN, which tl.maximum would not
-        tl.store(out + offset, total.to(out.dtype.element_ty), mask=mask)
+        y = total.to(out.dtype.element_ty)
+        tl.store(out + offset, y, mask=mask)
+        if with_sums:
+            rounded = y.to(tl.float32)
+            place_of_sums = sums + row * all_tiles + phase * position_tiles + tile
+            squares = rounded * rounded
+            tl.store(place_of_sums, tl.sum(rounded, 1), mask=row >= 0)
+            tl.store(place_of_sums + channels * all_tiles, tl.sum(squares, 1), mask=row >= 0)
 
 
 @triton.jit

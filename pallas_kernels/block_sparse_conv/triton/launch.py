@@ -1,16 +1,21 @@
 """The implementation "triton": NVIDIA GPUs from Ampere on, any channel list, through jax-triton."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 
 from pallas_kernels.block_sparse_conv.epilogue import Epilogue
 from pallas_kernels.block_sparse_conv.index import Index
 from pallas_kernels.block_sparse_conv.plan import Plan, why_no_plan
-from pallas_kernels.block_sparse_conv.spec import PASSES, ConvSpec, Implementation
+from pallas_kernels.block_sparse_conv.spec import NORM_PASSES, PASSES, ConvSpec, Implementation
 from pallas_kernels.block_sparse_conv.triton import calls
 from pallas_kernels.block_sparse_conv.triton.fitting import Tile
-from pallas_kernels.block_sparse_conv.triton.input_gradient import input_gradient
+from pallas_kernels.block_sparse_conv.triton.input_gradient import (
+    input_gradient,
+    norm_input_gradient,
+)
 from pallas_kernels.block_sparse_conv.triton.normal_form import fit, normal, restore
 from pallas_kernels.block_sparse_conv.triton.tiles import choose_tile
 from pallas_kernels.sequential import one_at_a_time
@@ -92,31 +97,75 @@ def _forward(
     plan: Plan | None = None,
     tile: Tile | None = None,
 ) -> jax.Array:
-    plain = normal(spec)
-    run_tile = tile or choose_tile(spec, "forward", calls.capability())
-    depth, members = spec.kept * spec.kept_taps, spec.group_size
-
     def forward(
         x: jax.Array, values: jax.Array, index: Index, epilogue: Epilogue, plan: Plan | None
     ) -> jax.Array:
-        plan = plan or calls.plan_of(plain, index)
-        strides = (depth * members, members, 1)
-        if epilogue.residual is not None:
-            epilogue = epilogue._replace(residual=fit(epilogue.residual, plain.out_shape))
-        y = calls.gather_product(
-            plain,
-            run_tile,
-            fit(x, plain.in_shape),
-            calls.Lists(plan.forward, plan.rows, values, strides, depth=depth, members=members),
-            backward=False,
-            dtype=x.dtype,
-            epilogue=epilogue,
-            relu=spec.relu,
-        )
-        return restore(y, spec.out_shape)
+        y: jax.Array = _product(spec, x, values, index, epilogue, plan, tile)
+        return y
 
     index, epilogue = Index(filters, channels, taps), Epilogue(scale, bias, residual)
     return one_at_a_time(forward, (x, values, index, epilogue, plan))
+
+
+def _forward_with_sums(
+    spec: ConvSpec,
+    x: jax.Array,
+    values: jax.Array,
+    filters: jax.Array,
+    channels: jax.Array,
+    taps: jax.Array,
+    plan: Plan | None = None,
+    tile: Tile | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    spec = dataclasses.replace(spec, relu=False)
+
+    def forward(
+        x: jax.Array, values: jax.Array, index: Index, plan: Plan | None
+    ) -> tuple[jax.Array, jax.Array]:
+        y, sums = _product(spec, x, values, index, Epilogue(), plan, tile, with_sums=True)
+        return y, sums
+
+    return one_at_a_time(forward, (x, values, Index(filters, channels, taps), plan))
+
+
+def _product(
+    spec: ConvSpec,
+    x: jax.Array,
+    values: jax.Array,
+    index: Index,
+    epilogue: Epilogue,
+    plan: Plan | None,
+    tile: Tile | None,
+    with_sums: bool = False,
+) -> Any:
+    """The forward pass with its epilogue, and the sums of its result where they are wanted."""
+    plain = normal(spec)
+    plan = plan or calls.plan_of(plain, index)
+    depth, members = spec.kept * spec.kept_taps, spec.group_size
+    if epilogue.residual is not None:
+        epilogue = epilogue._replace(residual=fit(epilogue.residual, plain.out_shape))
+    results = calls.gather_product(
+        plain,
+        tile or choose_tile(spec, "forward", calls.capability()),
+        fit(x, plain.in_shape),
+        calls.Lists(
+            plan.forward,
+            plan.rows,
+            values,
+            (depth * members, members, 1),
+            depth=depth,
+            members=members,
+        ),
+        backward=False,
+        dtype=x.dtype,
+        epilogue=epilogue,
+        relu=spec.relu,
+        with_sums=with_sums,
+    )
+    if not with_sums:
+        return restore(results, spec.out_shape)
+    y, sums = results
+    return restore(y, spec.out_shape), sums
 
 
 def _input_gradient(
@@ -134,6 +183,34 @@ def _input_gradient(
         return input_gradient(spec, dy, values, index, plan, tile=tile, method=method)
 
     return one_at_a_time(backward, (dy, values, Index(filters, channels, taps), plan))
+
+
+def _norm_input_gradient(
+    spec: ConvSpec,
+    dy: jax.Array,
+    values: jax.Array,
+    filters: jax.Array,
+    channels: jax.Array,
+    taps: jax.Array,
+    z: jax.Array,
+    scale: jax.Array,
+    shift: jax.Array,
+    joined: jax.Array | None = None,
+    more: jax.Array | None = None,
+    plan: Plan | None = None,
+    tile: Tile | None = None,
+) -> tuple[jax.Array, ...]:
+    def backward(
+        dy: jax.Array,
+        values: jax.Array,
+        index: Index,
+        norm: calls.ThroughNorm,
+        plan: Plan | None,
+    ) -> tuple[jax.Array, ...]:
+        return norm_input_gradient(spec, dy, values, index, norm, plan, tile)
+
+    index, norm = Index(filters, channels, taps), calls.ThroughNorm(z, scale, shift, joined, more)
+    return one_at_a_time(backward, (dy, values, index, norm, plan))
 
 
 def _weight_gradient(
@@ -158,5 +235,13 @@ def _weight_gradient(
 
 
 IMPLEMENTATION = Implementation(
-    "triton", _supports, _forward, _input_gradient, _weight_gradient, fused=True, plans=PASSES
+    "triton",
+    _supports,
+    _forward,
+    _input_gradient,
+    _weight_gradient,
+    fused=True,
+    plans=(*PASSES, *NORM_PASSES),
+    forward_with_sums=_forward_with_sums,
+    norm_input_gradient=_norm_input_gradient,
 )

@@ -3,12 +3,19 @@
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 
 from pallas_kernels.block_sparse_conv import tuned_tables
 from pallas_kernels.block_sparse_conv.plan import plan_sizes
 from pallas_kernels.block_sparse_conv.spec import ConvSpec
-from pallas_kernels.block_sparse_conv.triton.fitting import Tile, fits, multiplies_wide, smaller
+from pallas_kernels.block_sparse_conv.triton.fitting import (
+    Tile,
+    fits,
+    itemsize,
+    multiplies_wide,
+    smaller,
+)
 from pallas_kernels.block_sparse_conv.triton.normal_form import computed_spec, normal
 from pallas_kernels.block_sparse_conv.triton.products import (
     METHODS,
@@ -51,6 +58,35 @@ def choose_tile(spec: ConvSpec, pass_name: str, capability: int = 90, method: st
     if method == "dense":
         return _dense_tile()
     return _rule_tile(normal(spec), pass_name, method, capability)
+
+
+def choose_norm_tile(spec: ConvSpec, capability: int = 90) -> Tile:
+    """The tile of an input gradient that goes on through the norm of the input.
+
+    From the table this is one kernel. After every other method come XLA's operations, which read
+    the gradient and the input twice, for the sums and for the result, and write the result.
+
+    Args:
+      spec: the static sizes.
+      capability: of the GPU, times ten.
+
+    Returns:
+      The tile.
+
+    Example:
+      >>> spec = ConvSpec(cin=64, height=8, width=8, batch=256, kernel=(3, 3), cout=64, groups=1,
+      ...                 kept=16, kept_taps=3, group_size=64, dtype="bfloat16", channel_block=16)
+      >>> choose_norm_tile(spec).method
+      'transposed'
+    """
+    tile = choose_tile(spec, "input_gradient", capability)
+    if tile.method == "transposed":
+        return tile
+    table = choose_tile(spec, "input_gradient", capability, "transposed")
+    plain = normal(computed_spec(spec, "input_gradient"))
+    passes = 4 * itemsize(plain) * math.prod(plain.in_shape) / this_device().memory
+    saved = cost(spec, tile.method) + passes - cost(spec, table.method)
+    return table if saved >= 0 else tile
 
 
 def tuned_key(spec: ConvSpec, pass_name: str) -> str:
