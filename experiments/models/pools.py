@@ -15,7 +15,7 @@ def max_pool(x: Any, size: int, strides: int, padding: int = 0) -> Float[Array, 
     """Maximum over windows of the image axes 1 and 2, in NHWC and CHWN alike.
 
     It compares shifted slices, along the rows first, then along the columns. On a CPU, forward and
-    backward run 3-5 times faster than `reduce_window` and its scatter. Where windows tile the image,
+    backward run 3-5 times faster than `reduce_window` and its scatter. Where windows tile an image,
     the first of equal maxima takes the gradient, as in `reduce_window`; else they share it.
 
     Args:
