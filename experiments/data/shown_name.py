@@ -1,4 +1,4 @@
-"""What tables call a data set: its name, what happened to the copy at hand, and which part is used."""
+"""What tables call a data set: its name, what was done to it, and which part is used."""
 
 from pathlib import Path
 
@@ -20,4 +20,6 @@ def shown_name(name: str, data_dir: str | Path, examples: int | None = None) -> 
     """
     file = Path(data_dir, name, FILE)
     shown = file.read_text().strip() if file.exists() else SPECS[name].title or name
-    return shown if examples is None else f"{shown}, {examples:,} of {SPECS[name].sizes[0]:,} images"
+    return (
+        shown if examples is None else f"{shown}, {examples:,} of {SPECS[name].sizes[0]:,} images"
+    )

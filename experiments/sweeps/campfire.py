@@ -33,7 +33,9 @@ def tiny_imagenet() -> SweepTable:
     cells = [_cell(CAMPFIRE_TINY, 0, Campfire(), _TINY["window"][0])]
     for i, sparsity in reversed(list(enumerate((0.2, 0.4, 0.6, 0.8), 1))):
         cells += [
-            _cell(CAMPFIRE_TINY, sparsity, Campfire(kind), _TINY[kind][i] if kind in _TINY else None)
+            _cell(
+                CAMPFIRE_TINY, sparsity, Campfire(kind), _TINY[kind][i] if kind in _TINY else None
+            )
             for kind in ("window", "ck", "combined")
         ]
     note = (

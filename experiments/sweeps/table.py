@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable
+from typing import Any
 
 from experiments.training.config import TrainConfig
 
@@ -63,7 +64,7 @@ class SweepTable:
       note: what differs from the paper, or what the paper leaves open.
       columns: of the report beside the usual ones: attack, compression, convergence, sad.
       curves: whether the figure shows accuracy and SAD over the epochs.
-      report: the name of a benchmark's report that the table reads in place of runs.
+      measured: its rows, where they come from the benchmarks' reports and not from runs.
     """
 
     title: str
@@ -72,7 +73,7 @@ class SweepTable:
     note: str = ""
     columns: tuple[str, ...] = ()
     curves: bool = False
-    report: str | None = None
+    measured: Callable[[], list[dict[str, Any]]] | None = None
 
 
 Tables = dict[str, Callable[[], SweepTable]]

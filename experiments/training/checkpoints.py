@@ -75,7 +75,9 @@ class Checkpoints:
         """
         steps = self.steps()
         size, free = self.file(steps[-1]).stat().st_size, shutil.disk_usage(self.path).free
-        needed = size * (self.keep + 1 - min(len(steps), self.keep))  # a new one comes before the oldest goes
+        needed = size * (
+            self.keep + 1 - min(len(steps), self.keep)
+        )  # a new one comes before the oldest goes
         if self.kept is not None and self.kept not in steps:
             needed += size
         if free < needed:
