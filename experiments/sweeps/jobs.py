@@ -30,11 +30,13 @@ class Job(NamedTuple):
       name: what `--cells` selects.
       cell: of the table, at the scale.
       path: its run folder.
+      network: of the cell at the full scale, in words.
     """
 
     name: str
     cell: Cell
     path: Path
+    network: str = ""
 
     @property
     def config(self) -> TrainConfig:
@@ -64,18 +66,23 @@ def jobs(
       pattern: of the names, with wildcards; what lies around it does not matter.
 
     Returns:
-      Runs; cells that are one run at a scale share its folder.
+      Runs; cells that are one run at a scale share its folder. The smoke scale has the first cell
+      of each row.
     """
     found = []
+    cells = list(table.cells)
+    if scale == "smoke":
+        cells = list({cell.row: cell for cell in reversed(cells)}.values())[::-1]
     for seed in range(seeds):
-        for cell in table.cells:
+        for cell in cells:
             config = dataclasses.replace(
                 at_scale(cell.config, scale), seed=seed, data_dir=data_dir, log_every=_FEW_ROWS
             )
             config = resolve(config)
             path = folder.cell(config)
             config = dataclasses.replace(config, out=str(path))
-            job = Job(f"{cell.name}/seed{seed}", dataclasses.replace(cell, config=config), path)
+            at_this_scale = dataclasses.replace(cell, config=config)
+            job = Job(f"{cell.name}/seed{seed}", at_this_scale, path, cell.network)
             if fnmatch.fnmatch(job.name.lower(), f"*{pattern.lower()}*"):
                 found.append(job)
     return found

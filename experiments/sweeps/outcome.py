@@ -32,7 +32,7 @@ def report(
     """
     by_cell: dict[str, list[Job]] = {}
     for job in jobs:
-        by_cell.setdefault(job.cell.name, []).append(job)
+        by_cell.setdefault(job.name.rpartition("/")[0], []).append(job)
     rows = [_row(table, folder, of_cell) for of_cell in by_cell.values()]
     devices = sorted({device for row in rows for device in row.pop("devices")})
     commits = sorted({commit for row in rows for commit in row.pop("commits")})
@@ -64,7 +64,7 @@ def _row(table: SweepTable, folder: SweepFolder, jobs: list[Job]) -> dict[str, A
     results = [result for _, result in done]
     failed = [result["failed"] for _, result in ended if result and "failed" in result]
     row: dict[str, Any] = {
-        "name": cell.name,
+        "name": jobs[0].name.rpartition("/")[0],
         "row": cell.row,
         "network": cell.network,
         "data": results[0]["data"] if results else None,
@@ -76,6 +76,7 @@ def _row(table: SweepTable, folder: SweepFolder, jobs: list[Job]) -> dict[str, A
         "sparsity": cell.config.sparsity,
         "epochs": cell.config.epochs,
         "paper": cell.paper,
+        "paper_network": jobs[0].network,
         "seeds": len(done),
         "failed": failed,
         "devices": [result["device"] for result in results],

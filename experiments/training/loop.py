@@ -366,13 +366,14 @@ class Trainer:
         layouts: Any,
         images: Array,
         labels: Array,
-        key: Array,
-        dense_gradient: bool,
+        key: Array | None = None,
+        dense_gradient: bool = False,
     ) -> tuple[State, Metrics]:
-        options, setup, tx = self.config.options, self._setup._replace(key=key), self._tx
+        options, setup, tx = self.config.options, self._setup, self._tx
         assert options is not None
-        if options.draws_in_steps and self._seed is None:
-            tx = self._transform(setup)  # with this run's key, which is no constant of the program
+        if key is not None:  # an argument, so that the program serves every seed
+            setup = setup._replace(key=key)
+            tx = self._transform(setup) if options.draws_in_steps and self._seed is None else tx
         widths = widths_of(dataclasses.replace(state, layouts=layouts))
         model = self.model(state.form, dense_gradient, widths)
 

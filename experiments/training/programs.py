@@ -19,8 +19,9 @@ _UNSEEN: dict[str, Any] = {
 class Programs:
     """Lets trainers whose configs differ in the seed, or in where things are, share their programs.
 
-    Masks and random keys are arguments of a step, so new ones compile nothing. Runs under the masks
-    of another run share nothing.
+    Masks and random keys are arguments of a step, so new ones compile nothing. Campfire, Deep-R and
+    DSR are traced anew for each run, since what they do to the proposed weights is a part of their
+    state's structure. Runs under the masks of another run share nothing.
 
     Example:
       programs = Programs()

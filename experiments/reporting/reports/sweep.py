@@ -25,7 +25,9 @@ def table(report: dict[str, Any]) -> str:
     if "attack" in report["columns"]:
         text += "\n" + _attacks(rows)
     scale = (
-        "" if report["scale"] == "full" else f"Scale {report['scale']}, smaller than the paper's. "
+        ""
+    if report["scale"] != "full":
+        scale = f"Scale {report['scale']}: smaller networks, less data and fewer epochs than the paper's. "
     )
     return f"{text}\n{scale}{_below(report)}"
 
@@ -57,16 +59,17 @@ def _accuracies(report: dict[str, Any]) -> str:
     columns += ["to dense", "paper, to dense", "density", "kept FLOPs", "training FLOPs"]
     columns += ["epochs", "training, s", "seeds"]
     columns += [_EXTRA[name] for name in report["columns"] if name in _EXTRA]
-    dense = {row["network"]: row for row in report["rows"] if row["row"] == "dense"}
+    dense = {row["paper_network"]: row for row in report["rows"] if row["row"] == "dense"}
     lines = []
     for row in report["rows"]:
-        against = dense.get(row["network"], {})
+        against = dense.get(row["paper_network"], {})
         mean, std = row["test_accuracy_mean"], row["test_accuracy_std"]
         accuracy = "diverged" if row["failed"] else percent(mean)
         cells = [row["network"], row["data"] or "—"]
         cells += ["—" if row["row"] == "dense" else f"{row['sparsity']:.0%}", row["row"]]
         cells += [accuracy + (f" ± {percent(std)}" if std is not None else "")]
-        cells += ["—" if row["paper"] is None else f"{row['paper']:.2f}"]
+        other = "" if report["scale"] == "full" else f" ({row['paper_network']})"
+        cells += ["—" if row["paper"] is None else f"{row['paper']:.2f}{other}"]
         cells += [_gap(mean, against.get("test_accuracy_mean"), 100)]
         cells += [_gap(row["paper"], against.get("paper"), 1)]
         for name in ("density", "kept_flops_fraction", "training_flops_fraction"):
@@ -81,6 +84,15 @@ def _accuracies(report: dict[str, Any]) -> str:
         ]
         lines.append(cells)
     return markdown.table(columns, lines, text_columns=4)
+
+
+def all_sections(folder: Any = results.RESULTS) -> str:
+    """Returns the tables of all sweeps' reports in a folder, one after the other."""
+    reports = [(name, results.read(name, folder)) for name in names(folder)]
+    return "\n".join(
+        f"{section(report, name)}\n{report['device']}; commit {report['commit']}\n"
+        for name, report in reports
+    )
 
 
 def _attacks(rows: list[dict[str, Any]]) -> str:
