@@ -54,6 +54,7 @@ class SweepConfig:
       seeds: of each cell.
       scale: full has the papers' settings; cpu a narrower network, fewer epochs, MNIST and a part
         of CIFAR-10; smoke an epoch on digits, to see that all of it runs.
+      precision: float32 or bfloat16, of the activations.
       cells: a pattern of the cells' names, such as vgg19-90 or hrbp/seed0; the table has these.
       list: show the tables and end.
       dry_run: show the cells and end.
@@ -67,6 +68,7 @@ class SweepConfig:
     minutes: float | None = None
     seeds: int = 3
     scale: str = "full"
+    precision: str = "float32"
     cells: str = ""
     list: bool = False
     dry_run: bool = False
@@ -99,7 +101,15 @@ def main(config: SweepConfig) -> dict[str, Any] | None:
         _checks.number("minutes", config.minutes)
     deadline = math.inf if config.minutes is None else began + 60 * config.minutes
     with _folder(config.out) as folder:
-        found = jobs.jobs(table, folder, config.data_dir, config.scale, config.seeds, config.cells)
+        found = jobs.jobs(
+            table,
+            folder,
+            config.data_dir,
+            config.scale,
+            config.seeds,
+            config.cells,
+            config.precision,
+        )
         if table.cells and not found:
             names = ", ".join(dict.fromkeys(cell.name for cell in table.cells))
             raise ValueError(f"cells: no cell matches {config.cells!r}; there are {names}")
@@ -109,7 +119,9 @@ def main(config: SweepConfig) -> dict[str, Any] | None:
         folder.use_cache()
         steady_memory()
         _run_all(folder, found, deadline)
-        report = outcome.report(config.name, table, folder, found, config.scale, _command(config))
+        report = outcome.report(
+            config.name, table, folder, found, config.scale, _command(config, bool(table.measured))
+        )
         _write(config, folder, report)
     return report
 
@@ -151,9 +163,12 @@ def _run_all(folder: SweepFolder, found: list[jobs.Job], deadline: float) -> Non
             jax.clear_caches()
 
 
-def _command(config: SweepConfig) -> str:
+def _command(config: SweepConfig, measured: bool) -> str:
     """The command without the places, which differ from machine to machine."""
-    words = [str(config.name), "--scale", config.scale, "--seeds", str(config.seeds)]
+    words = [str(config.name)]
+    if not measured:
+        words += ["--scale", config.scale, "--seeds", str(config.seeds)]
+        words += ["--precision", config.precision] if config.precision != "float32" else []
     words += ["--cells", config.cells] if config.cells else []
     return f"python -m experiments.sweep {shlex.join(words)}"
 

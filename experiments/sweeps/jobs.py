@@ -19,7 +19,7 @@ from experiments.training.files import write_json
 from experiments.training.programs import Programs
 from experiments.training.run import Run
 
-CHECKPOINT_SECONDS = 25  # a step and a save later it is less than half a minute
+CHECKPOINT_SECONDS = 25  # with the step or evaluation under way about half a minute
 _FEW_ROWS = 10**9  # metrics.jsonl of a cell has rows of epochs only
 
 
@@ -53,7 +53,13 @@ class Job(NamedTuple):
 
 
 def jobs(
-    table: SweepTable, folder: SweepFolder, data_dir: str, scale: str, seeds: int, pattern: str
+    table: SweepTable,
+    folder: SweepFolder,
+    data_dir: str,
+    scale: str,
+    seeds: int,
+    pattern: str,
+    precision: str = "float32",
 ) -> list[Job]:
     """The runs of a table in order of what they tell: every cell once, then the next seed.
 
@@ -64,6 +70,7 @@ def jobs(
       scale: full, cpu or smoke.
       seeds: of each cell.
       pattern: of the names, with wildcards; what lies around it does not matter.
+      precision: float32 or bfloat16.
 
     Returns:
       Runs; cells that are one run at a scale share its folder. The smoke scale has the first cell
@@ -75,10 +82,15 @@ def jobs(
         cells = list({cell.row: cell for cell in reversed(cells)}.values())[::-1]
     for seed in range(seeds):
         for cell in cells:
-            config = dataclasses.replace(
-                at_scale(cell.config, scale), seed=seed, data_dir=data_dir, log_every=_FEW_ROWS
+            config = resolve(
+                dataclasses.replace(
+                    at_scale(cell.config, scale),
+                    seed=seed,
+                    data_dir=data_dir,
+                    precision=precision,
+                    log_every=_FEW_ROWS,
+                )
             )
-            config = resolve(config)
             path = folder.cell(config)
             config = dataclasses.replace(config, out=str(path))
             at_this_scale = dataclasses.replace(cell, config=config)

@@ -39,6 +39,7 @@ def report(
     if table.measured is not None:
         rows = table.measured()
         devices = sorted({row["device"] for row in rows})
+        commits = sorted({row.pop("commit") for row in rows})
     return (
         {
             "table": name,

@@ -95,7 +95,7 @@ _CPU_CIFAR: dict[str, Any] = {
     "model": "vgg19",
     "width": 0.25,
     "examples": 10_000,
-    "epochs": 4,
+    "epochs": 3,
 }
 _CPU_MNIST: dict[str, Any] = {
     "dataset": "mnist",

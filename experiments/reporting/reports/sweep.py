@@ -24,11 +24,9 @@ def table(report: dict[str, Any]) -> str:
     text = _speed(rows) if rows and "speed_up" in rows[0] else _accuracies(report)
     if "attack" in report["columns"]:
         text += "\n" + _attacks(rows)
-    scale = (
-        ""
+    scale = ""
     if report["scale"] != "full":
-        scale = f"Scale {report['scale']}: smaller networks, less data and fewer epochs than the paper's. "
-    )
+        scale = f"Scale {report['scale']}: smaller networks, less data, fewer epochs. "
     return f"{text}\n{scale}{_below(report)}"
 
 
