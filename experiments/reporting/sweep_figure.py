@@ -21,6 +21,8 @@ def draw(report: dict[str, Any]) -> str:
       The text of an SVG file; the same for the same report.
     """
     rows = report["rows"]
+    if report["scale"] != "full":  # the paper's numbers are of other networks, on other data
+        rows = [row | {"paper": None} for row in rows]
     with matplotlib.rc_context(STYLE):
         if rows and "speed_up" in rows[0]:
             figure = _panels([_device_and_network(row) for row in rows], rows, _speed_ups, 3.4)
@@ -68,7 +70,8 @@ def _accuracies(axes: Axes, name: str, rows: list[dict[str, Any]]) -> None:
             axes.plot(row["paper"], place, "o", color=color, fillstyle="none")
     for i, sparsity in enumerate(sparsities):
         axes.plot([], [], "o", color=f"C{i}", label=f"{sparsity:.0%}")
-    axes.plot([], [], "o", color="gray", fillstyle="none", label="paper")
+    if any(row["paper"] is not None for row in rows):
+        axes.plot([], [], "o", color="gray", fillstyle="none", label="paper")
     axes.legend(fontsize=8)
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
