@@ -22,7 +22,7 @@ from experiments.training.run_folder import RunFolder
 LIMIT = 48 << 20
 CACHE = 12 << 20  # of it
 _SPARE = 2 << 20  # what a cell may add to the cache and its metrics before the next look
-_NUMBERS = {"config.json", "metrics.jsonl", "result.json", "attack.json"}
+_NUMBERS = {"config.json", "metrics.jsonl", "result.json", "attack.json", "failed.json"}
 
 
 class SweepFolder:
@@ -77,6 +77,7 @@ class SweepFolder:
 
     def fail(self, cell: Path, error: FloatingPointError) -> None:
         """Notes that a cell's loss is not finite, so that it does not run again."""
+        cell.mkdir(exist_ok=True)
         write_json(cell / "failed.json", {"failed": str(error)})
 
     def spill(self, cell: Path) -> Spill:

@@ -212,6 +212,23 @@ def test_time_limits_stop_between_steps(tmp_path):
     assert not list((tmp_path / "sweeps/cells").iterdir())
 
 
+def test_a_cell_that_diverges_does_not_stop_the_others_and_does_not_run_again(
+    tmp_path, monkeypatch, capsys
+):
+    begun = []
+
+    def diverging(job, *_):
+        begun.append(job.name)
+        raise FloatingPointError("the loss is nan at step 3")
+
+    monkeypatch.setattr(jobs, "run", diverging)
+    for _ in range(2):
+        [row] = sweep.main(short(tmp_path, seeds=2))["rows"]
+    assert row["failed"] == ["the loss is nan at step 3"] * 2
+    assert begun == ["resnet32-90/rc/seed0", "resnet32-90/rc/seed1"]
+    assert "| diverged |" in capsys.readouterr().out
+
+
 def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys):
     file = tmp_path / "file"
     file.touch()
