@@ -18,10 +18,8 @@ if __name__ == "__main__":
     stopping.end_at_once()  # Ctrl-C: what is written comes at the end, so nothing is lost
 
 from blocksparse_jax import _checks
-from experiments.data.specs import SPECS
-from experiments.measuring.environment import commit, device, versions
 from experiments.training import plots
-from experiments.training.fgsm import attacked_accuracies
+from experiments.training.fgsm import attack
 from experiments.training.files import write_json
 from experiments.training.restored import restore
 
@@ -63,29 +61,11 @@ def main(config: AttackConfig) -> dict[str, Any]:
     for epsilon in config.epsilons:
         _checks.fraction("epsilons", epsilon, high_open=False)
     train, data, trainer, state, step = restore(config.run, config.step, config.data_dir)
-    spec, batch_size = SPECS[train.dataset], train.batch_size
-    assert batch_size is not None
-    clean = trainer.evaluate(state, data.test_batches(batch_size))
-    accuracies = attacked_accuracies(
-        trainer, state, data.test_batches(batch_size), config.epsilons, spec.mean, spec.std
-    )
-    rows = [
-        {"epsilon": epsilon, "accuracy": accuracy}
-        for epsilon, accuracy in zip(config.epsilons, accuracies, strict=True)
-    ]
-    names = ("method", "dataset", "model", "width", "seed", "sparsity")
-    report = {name: getattr(train, name) for name in names} | {
-        "step": step,
-        "attack": "fast gradient sign method",
-        "test_accuracy": clean,
-        "rows": rows,
-        "device": device(),
-        "versions": versions(),
-        "commit": commit(),
-    }
+    report = attack(trainer, state, data, step, config.epsilons)
+    clean, rows = report["test_accuracy"], report["rows"]
     folder = Path(config.run)
     write_json(folder / "attack.json", report)
-    drawn = sorted({0.0: clean, **dict(zip(config.epsilons, accuracies, strict=True))}.items())
+    drawn = sorted({0.0: clean, **{row["epsilon"]: row["accuracy"] for row in rows}}.items())
     title = f"{train.method}: {train.model} on {train.dataset}, fast gradient sign method"
     plots.attack(*zip(*drawn, strict=True), folder / "attack.png", title)
     print(f"{train.method} on {train.dataset}, step {step}: test accuracy {clean:.2%}")

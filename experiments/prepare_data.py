@@ -32,6 +32,8 @@ class Config:
     """the TFDS folder to write into; training takes the same --data-dir"""
     overwrite: bool = False
     """whether to replace an existing copy"""
+    name: str | None = None
+    """what tables call this copy, where it is not the official one: 'CIFAR-10 (q75)'"""
 
 
 def main(config: Config) -> Summary:
@@ -49,7 +51,11 @@ def main(config: Config) -> Summary:
       FileNotFoundError: the source, or a part of it, is missing.
     """
     summary = prepare(
-        config.dataset, config.data_dir, source=config.source, overwrite=config.overwrite
+        config.dataset,
+        config.data_dir,
+        source=config.source,
+        overwrite=config.overwrite,
+        shown=config.name,
     )
     _print_summary(config.dataset, summary)
     return summary

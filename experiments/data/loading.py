@@ -16,6 +16,7 @@ def load(
     name: str,
     data_dir: str | Path | None = None,
     *,
+    examples: int | None = None,
     download: bool = False,
     threads: int = 16,
     workers: int = 0,
@@ -26,6 +27,8 @@ def load(
       name: digits (inside scikit-learn, needs no files), mnist, cifar10, cifar100, tiny_imagenet
         or imagenet2012.
       data_dir: the TFDS folder that `python -m experiments.prepare_data` filled.
+      examples: training images, drawn in the same way each time; None is all. Not of imagenet2012,
+        which streams.
       download: whether to fetch and prepare a missing data set first; only for those whose
         official archive needs no registration.
       threads: number of threads that read and decode a streamed data set, in each process.
@@ -36,7 +39,7 @@ def load(
       of `Data`.
 
     Raises:
-      ValueError: the name is unknown, or the files are in another format.
+      ValueError: the name is unknown, there are fewer examples, or the files are in another format.
       FileNotFoundError: the data set is not prepared; the message gives the command that does it.
 
     Example:
@@ -48,7 +51,7 @@ def load(
     process = jax.process_index(), jax.process_count()
     if name == "digits":
         train, test = _digits()
-        return Dataset(name, train, test, process)
+        return Dataset(name, _part(train, examples), test, process)
     if data_dir is None:
         raise ValueError(
             f"data_dir: expected the folder that holds {name}; prepare one "
@@ -62,6 +65,8 @@ def load(
         prepare(name, Path(data_dir))
     splits = ("train", SPECS[name].test_split)
     if name == "imagenet2012":
+        if examples is not None:
+            raise ValueError(f"examples: imagenet2012 streams all its images, got {examples}")
         from experiments.data import streaming
 
         train_files, test_files = (
@@ -69,7 +74,17 @@ def load(
         )
         return streaming.ImageNet(train_files, test_files, process, threads, workers)
     train, test = (_on_device(*tfds_layout.read_arrays(name, data_dir, split)) for split in splits)
-    return Dataset(name, train, test, process)
+    return Dataset(name, _part(train, examples), test, process)
+
+
+def _part(split: Split, examples: int | None) -> Split:
+    """So many examples of a split, drawn with a fixed seed; all of them for None."""
+    if examples is None:
+        return split
+    if examples > len(split.x):
+        raise ValueError(f"examples: expected at most {len(split.x)}, got {examples}")
+    rows = np.random.default_rng(0).permutation(len(split.x))[:examples]
+    return Split(split.x[rows], split.y[rows])
 
 
 def _on_device(x: np.ndarray, y: np.ndarray) -> Split:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from blocksparse_jax._checks import choice
+from experiments.data import shown_name
 from experiments.data.sources import open_source
 from experiments.data.specs import SPECS
 from experiments.data.tfds_layout import prepared_versions, write
@@ -40,7 +41,12 @@ class Summary:
 
 
 def prepare(
-    name: str, data_dir: Path, *, source: Path | None = None, overwrite: bool = False
+    name: str,
+    data_dir: Path,
+    *,
+    source: Path | None = None,
+    overwrite: bool = False,
+    shown: str | None = None,
 ) -> Summary:
     """Converts a data set; downloads it first where no source is given.
 
@@ -49,6 +55,7 @@ def prepare(
       data_dir: the TFDS folder to write into.
       source: the original archive, folder or .npz of arrays; None downloads the official archive.
       overwrite: whether to replace an existing copy.
+      shown: what tables call this copy, where it is not the official one.
 
     Returns:
       The folder, the number of examples, the size and the duration.
@@ -72,6 +79,10 @@ def prepare(
         opened = stack.enter_context(open_source(name, source))
         examples = _progress(opened.examples, opened.total, name)
         folder, counts = write(name, data_dir, examples, opened.class_names, overwrite=overwrite)
+    shown_file = folder.parent / shown_name.FILE
+    shown_file.unlink(missing_ok=True)  # of the copy before
+    if shown:
+        shown_file.write_text(f"{shown}\n")
     megabytes = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     return Summary(folder, counts, megabytes, time.perf_counter() - start)
 

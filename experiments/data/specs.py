@@ -22,6 +22,7 @@ class Spec:
       test_split: name of the test split in the TFDS layout.
       source: the file or folder that `prepare_data --source` takes, in words, for messages.
       urls: official archives that need no registration.
+      title: what tables call it.
     """
 
     image_shape: tuple[int, int, int]
@@ -35,6 +36,7 @@ class Spec:
     test_split: str = "test"
     source: str = ""
     urls: tuple[str, ...] = ()
+    title: str = ""
 
 
 _MNIST = "https://storage.googleapis.com/cvdf-datasets/mnist/"
@@ -42,7 +44,7 @@ _CIFAR = "https://www.cs.toronto.edu/~kriz/"
 NPZ = "an .npz of uint8 arrays x_train, x_test [n,h,w,c] and integer y_train, y_test [n]"
 
 SPECS: dict[str, Spec] = {
-    "digits": Spec((8, 8, 1), 10, (0.3053,), (0.3760,), (1438, 359), pad=1),
+    "digits": Spec((8, 8, 1), 10, (0.3053,), (0.3760,), (1438, 359), pad=1, title="digits"),
     "mnist": Spec(
         (28, 28, 1),
         10,
@@ -56,6 +58,7 @@ SPECS: dict[str, Spec] = {
             for s in ("train", "t10k")
             for k in ("images-idx3", "labels-idx1")
         ),
+        title="MNIST",
     ),
     "cifar10": Spec(
         (32, 32, 3),
@@ -67,6 +70,7 @@ SPECS: dict[str, Spec] = {
         flip=True,
         source="cifar-10-python.tar.gz or its extracted folder, or " + NPZ,
         urls=(_CIFAR + "cifar-10-python.tar.gz",),
+        title="CIFAR-10",
     ),
     "cifar100": Spec(
         (32, 32, 3),
@@ -78,6 +82,7 @@ SPECS: dict[str, Spec] = {
         flip=True,
         source="cifar-100-python.tar.gz or its extracted folder, or " + NPZ,
         urls=(_CIFAR + "cifar-100-python.tar.gz",),
+        title="CIFAR-100",
     ),
     "tiny_imagenet": Spec(
         (64, 64, 3),
@@ -90,6 +95,7 @@ SPECS: dict[str, Spec] = {
         test_split="validation",
         source="tiny-imagenet-200.zip or its extracted folder, or " + NPZ,
         urls=("http://cs231n.stanford.edu/tiny-imagenet-200.zip",),
+        title="Tiny ImageNet",
     ),
     "imagenet2012": Spec(
         (224, 224, 3),
@@ -101,6 +107,7 @@ SPECS: dict[str, Spec] = {
         varying_sizes=True,
         test_split="validation",
         source="the folder that holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar",
+        title="ImageNet",
     ),
 }
 

@@ -7,6 +7,7 @@ it. Its background is white, so that it can be read on a dark page as well.
 import dataclasses
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -15,8 +16,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from experiments.measuring.row_names import TORCH
-from experiments.reporting import decision_figure
-from experiments.reporting.reports import training
+from experiments.reporting import decision_figure, results, sweep_figure
+from experiments.reporting.reports import sweep, training
 
 XLA_COLOR, TORCH_COLOR, PACKED_COLOR = "#5b6770", "#d1702a", "#1a6fb5"
 STYLE: Any = {
@@ -114,3 +115,9 @@ FIGURES = {
     "choosing_a_method": ReportFigure(None, decision_figure.draw),
     "training_step": ReportFigure("bench_training_cpu", training_step),
 }
+
+
+def of(folder: Path = results.RESULTS) -> dict[str, ReportFigure]:
+    """All figures: those of `FIGURES`, and one for each report of a sweep in a folder."""
+    sweeps = {name: ReportFigure(name, sweep_figure.draw) for name in sweep.names(folder)}
+    return FIGURES | sweeps

@@ -23,6 +23,7 @@ from experiments.reporting.reports import (
     kernels,
     methods,
     parts,
+    sweep,
     training,
     unchanged,
 )
@@ -43,11 +44,13 @@ TABLES: dict[str, Table] = {  # by the start of the report's name; the first tha
     "bench_unchanged": unchanged.table,
     "channel_blocks": channel_blocks.table,
     "compare": compare.table,
+    "sweep": sweep.table,
 }
 SUMMARIES: dict[str, tuple[str, Table]] = {  # name -> the report's name, and the table
     "training_summary": ("bench_training_cpu", training.summary),
 }
 GENERATED: dict[str, Callable[[], str]] = {"methods": methods.table}  # from the code, no report
+ALL_OF_A_KIND = {"sweeps": sweep.all_sections}  # folder of the reports -> all that there are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +81,7 @@ def main(config: TablesConfig) -> None:
     for page in (config.root / "README.md", *sorted((config.root / "docs").glob("*.md"))):
         if page.exists():
             stale += [f"{page.name}: {name}" for name in _fill(page, config)]
-    for name, figure in figures.FIGURES.items():
+    for name, figure in figures.of(config.results).items():
         if figure.report is None or (config.results / f"{figure.report}.json").exists():
             path = config.root / "docs" / "figures" / f"{name}.svg"
             svg = figure.draw(figure.report and read(figure.report, config.results))
@@ -118,12 +121,15 @@ def table(name: str, results: Path = RESULTS) -> str:
     """
     if name in GENERATED:
         return GENERATED[name]()
+    if name in ALL_OF_A_KIND:
+        return ALL_OF_A_KIND[name](results)
     report_name, make = SUMMARIES.get(name, (name, None))
     make = make or next((TABLES[start] for start in TABLES if name.startswith(start)), None)
     if make is None:
         raise ValueError(
             f"table: expected the name of a file in {results.name} that starts with "
-            f"{', '.join(TABLES)}, or one of {', '.join([*SUMMARIES, *GENERATED])}; got {name!r}; "
+            f"{', '.join(TABLES)}, or one of "
+            f"{', '.join([*SUMMARIES, *GENERATED, *ALL_OF_A_KIND])}; got {name!r}; "
             f"there: {', '.join(names(results)) or 'none'}"
         )
     report = read(report_name, results)

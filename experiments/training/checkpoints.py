@@ -1,7 +1,7 @@
 """The checkpoints of a run folder: one zip file each, written in one step, read with its checksums.
 
 `STEP.zip` holds the bytes of every array and `meta.json` with their shapes and dtypes. A zip file
-has a checksum of each entry.
+has a checksum of each entry. What is mostly zeros, as pruned weights and masks are, is compressed.
 """
 
 import json
@@ -9,7 +9,7 @@ import os
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +22,33 @@ _META = "meta.json"
 _PART = ".part"
 
 
+class Spill(NamedTuple):
+    """Where checkpoints above a size go.
+
+    Attributes:
+      path: of a folder on the same disk, which is made when it is needed.
+      above: bytes.
+    """
+
+    path: Path
+    above: int
+
+
 class Checkpoints:
-    """The checkpoints of one run; the last two are kept.
+    """The checkpoints of one run; the last ones are kept.
 
     Attributes:
       path: of their folder.
       kept: the step of one that stays for good; None without.
+      keep: how many of the others stay.
+      spill: a second folder, for those that are too large for the first; None without.
     """
 
     def __init__(self, run_folder: Path, kept: int | None = None):
         self.path = run_folder / "checkpoints"
         self.kept = kept
+        self.keep = KEEP
+        self.spill: Spill | None = None
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints, in order; [] when there is none yet."""
@@ -40,13 +56,14 @@ class Checkpoints:
 
     def file(self, step: int) -> Path:
         """The file of a checkpoint."""
-        return self.path / f"{step}.zip"
+        files = [folder / f"{step}.zip" for folder in self._folders()]
+        return next((file for file in files if file.exists()), files[0])
 
     def tidy(self) -> None:
         """Removes what an interrupted save has left, and old checkpoints: see `Checkpoints`."""
         for file in self._files(_PART):
             file.unlink()
-        for old in self.steps()[:-KEEP]:
+        for old in self.steps()[: -self.keep]:
             if old != self.kept:
                 self.file(old).unlink()
 
@@ -58,7 +75,9 @@ class Checkpoints:
         """
         steps = self.steps()
         size, free = self.file(steps[-1]).stat().st_size, shutil.disk_usage(self.path).free
-        needed = size * (KEEP + 1 - min(len(steps), KEEP))  # a new one comes before the oldest goes
+        needed = size * (
+            self.keep + 1 - min(len(steps), self.keep)
+        )  # a new one comes before the oldest goes
         if self.kept is not None and self.kept not in steps:
             needed += size
         if free < needed:
@@ -83,19 +102,22 @@ class Checkpoints:
         """
         arrays = [_to_host(leaf) for leaf in jax.tree.leaves(tree)]
         kinds = [[list(array.shape), array.dtype.name] for array in arrays]
-        file = self.file(step)
-        part = file.with_name(file.name + _PART)
-        self.path.mkdir(exist_ok=True)
+        file = self.path / f"{step}.zip"
+        part = self._folders()[-1] / (file.name + _PART)
+        for folder in self._folders():
+            folder.mkdir(parents=True, exist_ok=True)
         try:
             with naming(file), open(part, "wb") as stream:
-                with zipfile.ZipFile(stream, "w") as archive:
+                with zipfile.ZipFile(stream, "w", compresslevel=1) as archive:
                     archive.writestr(_META, json.dumps({"run": meta, "arrays": kinds}))
                     for number, array in enumerate(arrays):
+                        archive.compression = _compression(array)
                         with archive.open(str(number), "w", force_zip64=True) as entry:
                             entry.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
                 stream.flush()
                 os.fsync(stream.fileno())
-            part.replace(file)
+            large = self.spill is not None and part.stat().st_size > self.spill.above
+            part.replace(part.with_name(file.name) if large else file)
         finally:
             part.unlink(missing_ok=True)
         self.tidy()
@@ -138,8 +160,12 @@ class Checkpoints:
         return structure.unflatten([_to_device(a, leaf) for a, leaf in zip(stored, leaves)])
 
     def _files(self, ending: str) -> list[Path]:
-        files = self.path.iterdir() if self.path.exists() else ()
+        folders = [folder for folder in self._folders() if folder.exists()]
+        files = [file for folder in folders for file in folder.iterdir()]
         return [file for file in files if file.name.endswith(ending)]
+
+    def _folders(self) -> list[Path]:
+        return [self.path] if self.spill is None else [self.path, self.spill.path]
 
     def _read(self, step: int) -> tuple[dict[str, Any], list[np.ndarray]]:
         """The meta values and the arrays; ValueError where they are not what was saved."""
@@ -162,6 +188,11 @@ class Checkpoints:
                 "or from the start when there is none"
             ) from error
         return meta["run"], arrays
+
+
+def _compression(array: np.ndarray) -> int:
+    zeros = array.size - np.count_nonzero(array)
+    return zipfile.ZIP_DEFLATED if zeros > array.size // 2 else zipfile.ZIP_STORED
 
 
 def _to_host(leaf: Any) -> np.ndarray:

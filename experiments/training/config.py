@@ -20,7 +20,12 @@ from pallas_kernels.block_sparse_conv import why_dense
 EXECUTIONS = ("masked", "sparse", "packed")
 PRECISIONS = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "adam")
-LR_SCHEDULES = ("step", "cosine", "constant")
+LR_STEPS = {  # part of the run -> factor of the learning rate from there on
+    "step": {1 / 2: 0.1, 3 / 4: 0.1},
+    "last-quarter": {3 / 4: 0.1},
+    "fifths": {30_000 / 97_656: 0.2, 60_000 / 97_656: 0.2, 90_000 / 97_656: 0.2},
+}
+LR_SCHEDULES = (*LR_STEPS, "cosine", "constant")
 _LONGEST_NAME = 180  # characters of a default run folder's name; file systems end at 255
 
 
@@ -50,11 +55,16 @@ class TrainConfig:
       stem: cifar (images up to 64x64) or imagenet (strided).
       implementation: of the block-sparse conv: xla, cpu, triton, mosaic_gpu or dense; None picks.
       data_dir: where prepare_data wrote the data sets.
+      examples: training images, drawn from the data set in the same way each time; None is all.
       batch_size: images per step.
       optimizer: sgd or adam.
       lr: peak learning rate.
-      lr_schedule: step (a tenth after 1/2 and again after 3/4 of training), cosine or constant.
+      lr_schedule: step (a tenth after 1/2 and again after 3/4 of training), last-quarter (a tenth
+        after 3/4), fifths (a fifth at each of RigL's steps 30,000, 60,000 and 90,000 of 97,656),
+        cosine or constant.
+      warmup_epochs: in which the learning rate rises to its peak; the schedule has the rest.
       momentum: of sgd.
+      nesterov: of sgd's momentum.
       weight_decay: not applied to 1-D parameters.
       label_smoothing: mass spread over all classes.
       log_every: steps between two rows of metrics.jsonl.
@@ -85,11 +95,14 @@ class TrainConfig:
     stem: str | None = None
     implementation: str | None = None
     data_dir: str = "data"
+    examples: int | None = None
     batch_size: int | None = None
     optimizer: str = "sgd"
     lr: float | None = None
     lr_schedule: str | None = None
+    warmup_epochs: float = 0.0
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float | None = None
     label_smoothing: float | None = None
     log_every: int = 50
@@ -108,8 +121,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
       config: as a user wrote it.
 
     Returns:
-      The complete config; only `checkpoint_every`, `keep_checkpoint`, `masks`, `rewind` and
-      `mask_epochs` may stay None.
+      The complete config; only `examples`, `checkpoint_every`, `keep_checkpoint`, `masks`, `rewind`
+      and `mask_epochs` may stay None.
 
     Raises:
       ValueError: names the field, the value, what was expected and, for a typo, the nearest option.
@@ -155,12 +168,18 @@ def resolve(config: TrainConfig) -> TrainConfig:
         _checks.fraction(name, getattr(config, name))
     for name in ("lr", "width"):
         _checks.number(name, getattr(config, name), low_open=True)
-    _checks.number("weight_decay", config.weight_decay)
+    for name in ("weight_decay", "warmup_epochs"):
+        _checks.number(name, getattr(config, name))
     for name in ("epochs", "batch_size", "log_every"):
         _checks.positive_int(name, getattr(config, name))
-    for name in ("checkpoint_every", "keep_checkpoint", "mask_epochs"):
+    for name in ("examples", "checkpoint_every", "keep_checkpoint", "mask_epochs"):
         if getattr(config, name) is not None:
             _checks.positive_int(name, getattr(config, name))
+    if config.warmup_epochs >= config.epochs:
+        raise ValueError(
+            f"warmup_epochs: expected fewer than the run's {config.epochs} epochs, got "
+            f"{config.warmup_epochs:g}"
+        )
     if config.rewind is not None:
         _checks.step("rewind", config.rewind)
         if config.masks is None:

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from experiments.data.batches import Data
+from experiments.data.specs import SPECS
+from experiments.measuring.environment import origin
 from experiments.training.execution import State, to_form
 from experiments.training.loop import Trainer
 
@@ -102,3 +105,37 @@ def attacked_accuracies(
         totals.append(weight.sum())
     counts, totals = jax.device_get((counts, totals))
     return [float(number) / float(sum(totals)) for number in sum(counts)]
+
+
+def attack(
+    trainer: Trainer, state: State, data: Data, step: int, epsilons: Sequence[float]
+) -> dict[str, Any]:
+    """What attack.json holds: the accuracies of a network with and without the attack.
+
+    Args:
+      trainer: of the state.
+      state: in any form.
+      data: the run's.
+      step: training steps done.
+      epsilons: in units of the pixels before normalisation.
+
+    Returns:
+      The run, `test_accuracy`, `rows` of epsilon and accuracy, device, versions and commit.
+    """
+    config = trainer.config
+    spec, batch_size = SPECS[config.dataset], config.batch_size
+    assert batch_size is not None
+    accuracies = attacked_accuracies(
+        trainer, state, data.test_batches(batch_size), epsilons, spec.mean, spec.std
+    )
+    names = ("method", "dataset", "model", "width", "seed", "sparsity")
+    return {name: getattr(config, name) for name in names} | {
+        "step": step,
+        "attack": "fast gradient sign method",
+        "test_accuracy": trainer.evaluate(state, data.test_batches(batch_size)),
+        "rows": [
+            {"epsilon": epsilon, "accuracy": accuracy}
+            for epsilon, accuracy in zip(epsilons, accuracies, strict=True)
+        ],
+        **origin(),
+    }

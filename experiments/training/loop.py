@@ -67,6 +67,7 @@ class Trainer:
 
     Attributes:
       config: as given.
+      image_shape: as given.
       length: of the run.
       spec: what the method publishes, after `init`; None where no weights are masked.
       shapes: of the parameters that training begins with, after `init`.
@@ -87,7 +88,7 @@ class Trainer:
     ):
         self.config = config
         self._fused = fused
-        self._image_shape = image_shape
+        self.image_shape = image_shape
         self.length = length
         self._model = functools.partial(
             models.create,
@@ -138,19 +139,14 @@ class Trainer:
             batch_stats,
             dense,
             learning_rate(config, self.length),
-            self._image_shape,
+            self.image_shape,
             self.length.steps_per_epoch * config.batch_size,
             self.length.total,
         )
         self._setup, self._operations = setup, {}
         if self._seed is None:
             self._operations = config.options.operations(setup)
-            method = METHODS[config.method].build(config.options, setup)
-            tx = dense if method is None else config.options.combined(method, dense, setup)
-        else:
-            masks = bsj.fixed_masks(**self._seed.masks, sparsity=config.sparsity)
-            tx = bsj.sparse(masks, dense)
-        self._tx = optax.with_extra_args_support(tx)
+        self._tx = self._transform(setup)
         state = State(params, batch_stats, self._tx.init(params), {}, "masked")
         self.spec = None if is_dense(state) else bsj.get_spec(state.opt_state)
         self.shapes = jax.eval_shape(lambda: params)
@@ -162,6 +158,18 @@ class Trainer:
             state = self._operate(0, state)
         return to_form(self.form(0), state)
 
+    def _transform(self, setup: Setup) -> optax.GradientTransformationExtraArgs:
+        """The optimizer with the method."""
+        options, dense = self.config.options, setup.optimizer
+        assert options is not None
+        assert dense is not None
+        if self._seed is not None:
+            masks = bsj.fixed_masks(**self._seed.masks, sparsity=setup.sparsity)
+            return optax.with_extra_args_support(bsj.sparse(masks, dense))
+        method = METHODS[self.config.method].build(options, setup)
+        tx = dense if method is None else options.combined(method, dense, setup)
+        return optax.with_extra_args_support(tx)
+
     def initial(self) -> tuple[Any, Any]:
         """The parameters and statistics that training starts from, before any pruning."""
         config, seed = self.config, self._seed
@@ -172,7 +180,7 @@ class Trainer:
         key = jax.random.key(config.seed)
         if seed is not None:  # other weights than those the masks were found with
             key = jax.random.fold_in(key, 2)
-        variables = _init(self.model("masked"), key, self._image_shape)
+        variables = _init(self.model("masked"), key, self.image_shape)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         return config.options.prepare(params, batch_stats, config.sparsity)
 
@@ -266,6 +274,10 @@ class Trainer:
         other.config = dataclasses.replace(self.config, execution=execution)
         return other
 
+    def share(self, other: "Trainer") -> None:
+        """Takes the programs of another trainer, whose config differs in no more than the seed."""
+        self._step, self._correct = other._step, other._correct
+
     def step(
         self, state: State, step: int, images: Float[Array, "n h w c"], labels: Int[Array, " n"]
     ) -> tuple[State, Metrics]:
@@ -286,6 +298,7 @@ class Trainer:
             self.planned(layouts),
             images,
             labels,
+            self._setup.key,
             dense_gradient=self._needs_dense(state, step),
         )
         state = dataclasses.replace(state, layouts=layouts)
@@ -316,6 +329,7 @@ class Trainer:
             self.planned(layouts),
             images,
             labels,
+            self._setup.key,
             dense_gradient=self._needs_dense(state, step),
         )
 
@@ -358,8 +372,19 @@ class Trainer:
         return copied(self._operations[step](state, setup))
 
     def _train_step(
-        self, state: State, layouts: Any, images: Array, labels: Array, dense_gradient: bool
+        self,
+        state: State,
+        layouts: Any,
+        images: Array,
+        labels: Array,
+        key: Array | None = None,
+        dense_gradient: bool = False,
     ) -> tuple[State, Metrics]:
+        options, setup, tx = self.config.options, self._setup, self._tx
+        assert options is not None
+        if key is not None:  # an argument, so that the program serves every seed
+            setup = setup._replace(key=key)
+            tx = self._transform(setup) if options.draws_in_steps and self._seed is None else tx
         widths = widths_of(dataclasses.replace(state, layouts=layouts))
         model = self.model(state.form, dense_gradient, widths)
 
@@ -369,15 +394,14 @@ class Trainer:
 
         def loss_fn(params: Any) -> tuple[Array, Any]:
             masked = self._masked(dataclasses.replace(state, params=params))
-            assert self.config.options is not None
             weights = Weights(params, masked, state.opt_state)
-            return self.config.options.loss(network, weights, self._setup)
+            return options.loss(network, weights, setup)
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (batch_stats, correct)), grads = grad_fn(state.params)
         if state.form == "masked" and jax.default_backend() == "gpu":
             grads = jax.tree.map(_in_order, grads)
-        updates, opt_state = self._tx.update(grads, state.opt_state, state.params, value=loss)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, updates)
         new = dataclasses.replace(
             state, params=params, batch_stats=batch_stats, opt_state=opt_state

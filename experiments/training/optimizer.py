@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from experiments.training.config import TrainConfig
+from experiments.training.config import LR_STEPS, TrainConfig
 from experiments.training.length import Length, Passes
 from experiments.training.methods import Options
 
@@ -11,8 +11,8 @@ from experiments.training.methods import Options
 def learning_rate(config: TrainConfig, length: Length) -> optax.Schedule:
     """The learning rate of each step.
 
-    step falls to a tenth after 1/2 and again after 3/4 of the run; the others are cosine and
-    constant. Of a run that is rewound it is the schedule of one pass.
+    It falls in steps (`LR_STEPS`), as a cosine, or is constant, after a linear warm-up. Of a run
+    that is rewound it is the schedule of one pass.
 
     Args:
       config: a resolved config.
@@ -21,17 +21,24 @@ def learning_rate(config: TrainConfig, length: Length) -> optax.Schedule:
     Returns:
       An optax schedule, step -> learning rate.
 
-    Reference: the steps of Ma et al., "HRBP", CPAL 2024 (80 and 120 of 160 epochs).
+    Reference: `step` is of Ma et al., "HRBP", CPAL 2024 (80 and 120 of 160 epochs), `last-quarter`
+    of Gamboa et al., 2020 (30 of 40), `fifths` of Evci et al., "RigL", ICML 2020.
     """
     assert config.lr is not None
     extension = length.total - mask_length(config, length).total
-    total = passes(config, length).end + extension
-    if config.lr_schedule == "step":
-        steps = {total // 2: 0.1, total * 3 // 4: 0.1}
-        return optax.piecewise_constant_schedule(config.lr, steps)
-    if config.lr_schedule == "cosine":
-        return optax.cosine_decay_schedule(config.lr, total)
-    return optax.constant_schedule(config.lr)
+    warmup = round(config.warmup_epochs * length.steps_per_epoch)
+    total = passes(config, length).end + extension - warmup
+    if config.lr_schedule in LR_STEPS:
+        steps = {int(part * total): factor for part, factor in LR_STEPS[config.lr_schedule].items()}
+        schedule = optax.piecewise_constant_schedule(config.lr, steps)
+    elif config.lr_schedule == "cosine":
+        schedule = optax.cosine_decay_schedule(config.lr, total)
+    else:
+        schedule = optax.constant_schedule(config.lr)
+    if not warmup:
+        return schedule
+    rise = optax.linear_schedule(0.0, config.lr, warmup)
+    return optax.join_schedules([rise, schedule], [warmup])
 
 
 def passes(config: TrainConfig, length: Length) -> Passes:
@@ -70,7 +77,8 @@ def optimizer(config: TrainConfig, length: Length) -> optax.GradientTransformati
     """
     rate = learning_rate(config, length)
     momentum = config.momentum or None
-    base = optax.sgd(rate, momentum=momentum) if config.optimizer == "sgd" else optax.adam(rate)
+    sgd = config.optimizer == "sgd"
+    base = optax.sgd(rate, momentum, config.nesterov) if sgd else optax.adam(rate)
     decay = optax.add_decayed_weights(
         config.weight_decay, mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
     )

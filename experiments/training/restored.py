@@ -46,7 +46,7 @@ def restore(run: str, step: int | None = None, data_dir: str | None = None) -> R
     """
     folder = RunFolder(run)
     config = folder.config()
-    data = load(config.dataset, data_dir or config.data_dir)
+    data = load(config.dataset, data_dir or config.data_dir, examples=config.examples)
     step = folder.latest() if step is None else step
     trainer, state = restored(folder, config, data, step)
     assert step is not None

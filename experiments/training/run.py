@@ -10,9 +10,12 @@ import jax.numpy as jnp
 
 import blocksparse_jax as bsj
 from experiments.data import load
+from experiments.data.batches import Data
+from experiments.data.shown_name import shown_name
 from experiments.measuring.environment import commit, device, versions
 from experiments.measuring.timing import StepTimer, median_iqr
 from experiments.training import network_size, plots, stopping
+from experiments.training.checkpoints import Spill
 from experiments.training.config import TrainConfig, resolve
 from experiments.training.execution import (
     State,
@@ -27,6 +30,7 @@ from experiments.training.execution import (
 from experiments.training.history import History
 from experiments.training.loop import Metrics
 from experiments.training.optimizer import learning_rate, passes
+from experiments.training.programs import Programs
 from experiments.training.progress import Progress
 from experiments.training.run_folder import RunFolder
 from experiments.training.seeding import first_batch, trainer_for
@@ -50,6 +54,12 @@ class Run:
     Args:
       config: what to train; fields left at None take their preset.
       resume: go on with the run in the folder.
+      data: the data set of the config, where it is loaded already.
+      programs: of runs like this one, whose compiled steps serve here too.
+      checkpoint_seconds: time between two checkpoints, of which one is kept; None writes them as
+        the config says, and at each epoch's end.
+      spill: a folder outside of the run's, for checkpoints above a number of bytes.
+      pictures: whether to draw them at the end.
 
     Attributes:
       config: the resolved config.
@@ -67,9 +77,24 @@ class Run:
       OSError: the folder cannot be written, or its disk is full.
     """
 
-    def __init__(self, config: TrainConfig, resume: bool = False):
+    def __init__(
+        self,
+        config: TrainConfig,
+        resume: bool = False,
+        *,
+        data: Data | None = None,
+        programs: Programs | None = None,
+        checkpoint_seconds: float | None = None,
+        spill: Spill | None = None,
+        pictures: bool = True,
+    ):
         config = resolve(config)
         self.folder = RunFolder.open(config, resume)
+        self.folder.checkpoints.spill = spill
+        if checkpoint_seconds is not None:
+            self.folder.checkpoints.keep = 1
+        self._checkpoint_seconds, self._pictures = checkpoint_seconds, pictures
+        self._given_data, self._programs = data, programs or Programs()
         try:
             self._open(self.folder.continued(config) if resume else config, resume)
         except BaseException:
@@ -78,8 +103,11 @@ class Run:
 
     def _open(self, config: TrainConfig, resume: bool) -> None:
         self.config = config
-        self.data = load(config.dataset, config.data_dir)
+        self.data = self._given_data or load(
+            config.dataset, config.data_dir, examples=config.examples
+        )
         self.trainer = trainer_for(config, self.data)
+        self._programs.share(self.trainer)
         self.length = self.trainer.length
         if (config.keep_checkpoint or 0) > self.length.total:
             raise ValueError(
@@ -132,12 +160,15 @@ class Run:
         }
         self.folder.save(self.step, (self.state, self._masks, self._history.ever), meta)
 
-    def train(self, stop_after: int | None = None) -> dict[str, Any] | None:
+    def train(
+        self, stop_after: int | None = None, *, deadline: float = math.inf
+    ) -> dict[str, Any] | None:
         """Trains to the end, or for some steps.
 
         Args:
           stop_after: write a checkpoint and return after this many steps of the run; None trains to
             the end.
+          deadline: of `time.monotonic()`; after it too, write a checkpoint and return.
 
         Returns:
           The result, as in result.json; None when it stopped before the end.
@@ -155,6 +186,7 @@ class Run:
                     f"out: another process went on with the run in {self.folder.path}, beyond step "
                     f"{self.step}; make a new Run with resume=True"
                 )
+            self._deadline = deadline
             if self.result is None and not self._train(stop_after):
                 return None
             self.result = self.result or self._finish()
@@ -202,13 +234,21 @@ class Run:
             ends = self.step % self.length.steps_per_epoch == 0
             if ends:
                 progress.epoch(self.step, *self._log_epoch(epoch))
-            every, stops = self.config.checkpoint_every, self.step == stop_after
-            due = (every and self.step % every == 0) or self.step == self.config.keep_checkpoint
-            if stops or request.number or ends or due:
+            stops = self.step == stop_after or time.monotonic() >= self._deadline
+            if stops or request.number or self._checkpoint_is_due():
                 self._save()
                 stops = stops or request.number is not None
             if stops:
                 return
+
+    def _checkpoint_is_due(self) -> bool:
+        every = self.config.checkpoint_every
+        if (every and self.step % every == 0) or self.step == self.config.keep_checkpoint:
+            return True
+        if self._checkpoint_seconds is None:
+            return self.step % self.length.steps_per_epoch == 0
+        late = time.perf_counter() - self._since >= self._checkpoint_seconds
+        return late or self.step == self.length.total
 
     def _train_step(self, images: Any, labels: Any) -> None:
         step, state, trainer = self.step, self.state, self.trainer
@@ -321,7 +361,9 @@ class Run:
         median, iqr = median_iqr(self._timer.milliseconds((self.state.form, self._parameters)))
         original, before = self.trainer.shapes, self._original_step_ms(rows)
         names = ("method", "dataset", "model", "width", "seed", "sparsity")
-        result = {name: getattr(self.config, name) for name in names} | {
+        config = self.config
+        result = {name: getattr(config, name) for name in names} | {
+            "data": shown_name(config.dataset, config.data_dir, config.examples),
             "density": last["density"],
             "nonzero_pruned": last["nonzero_pruned"],
             "test_accuracy": last["test_accuracy"],
@@ -348,10 +390,11 @@ class Run:
         }
         result |= self.config.options.finish(dense, self.folder.path)
         title = f"{self.config.method}: {self.config.model} on {self.config.dataset}"
-        plots.learning_curves(rows, self.folder.path / "learning_curves.png", title)
-        plots.block_structure(
-            masks, layouts_of(self.state), self.folder.path / "block_structure.png", title
-        )
+        if self._pictures:
+            plots.learning_curves(rows, self.folder.path / "learning_curves.png", title)
+            plots.block_structure(
+                masks, layouts_of(self.state), self.folder.path / "block_structure.png", title
+            )
         self.folder.write_result(result)
         return result
 

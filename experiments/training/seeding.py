@@ -97,8 +97,9 @@ def _seed(config: TrainConfig, data: Any) -> Seed:
             f"masks: the run in {folder.path} has not ended; finish it first: "
             f"{folder.resume_command}"
         )
-    same_data = other.dataset == config.dataset
-    data = data if same_data else load(other.dataset, config.data_dir)
+    same_data = (other.dataset, other.examples) == (config.dataset, config.examples)
+    if not same_data:
+        data = load(other.dataset, config.data_dir, examples=other.examples)
     trainer, last = restored(folder, other, data)
     if is_dense(last):
         raise ValueError(f"masks: {folder.path} is a dense run, which has no masks")

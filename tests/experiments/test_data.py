@@ -17,6 +17,7 @@ import pytest
 from experiments import prepare_data
 from experiments.data import augment, load
 from experiments.data.resident import Dataset, Split
+from experiments.data.shown_name import shown_name
 from experiments.data.specs import SPECS
 from experiments.prepare_data import Config
 
@@ -69,6 +70,30 @@ def test_digits():
     )
     again = load("digits")
     np.testing.assert_array_equal(again.train.x, x)  # the split is fixed
+
+
+def test_a_part_of_the_training_set_is_the_same_each_time():
+    whole, part = load("digits"), load("digits", examples=100)
+    assert part.train.x.shape == (100, 8, 8, 1)
+    assert len(part.test.x) == len(whole.test.x)
+    np.testing.assert_array_equal(part.train.x, load("digits", examples=100).train.x)
+    pairs = {(x.tobytes(), int(y)) for x, y in zip(*map(np.asarray, whole.train), strict=True)}
+    assert all(
+        (x.tobytes(), int(y)) in pairs for x, y in zip(*map(np.asarray, part.train), strict=True)
+    )
+    assert len(np.unique(part.train.y)) == 10
+    with pytest.raises(ValueError, match="examples: expected at most 1438, got 1439"):
+        load("digits", examples=1439)
+
+
+def test_tables_call_a_copy_by_the_name_that_it_was_given(tmp_path):
+    assert shown_name("cifar10", tmp_path) == "CIFAR-10"
+    source = files.npz_source("cifar10", files.arrays_for("cifar10"), tmp_path)
+    for name in ("CIFAR-10 (q75)", None):
+        config = Config("cifar10", source, tmp_path / "d", overwrite=True, name=name)
+        prepare_data.main(config)
+        expected = f"{name or 'CIFAR-10'}, 10,000 of 50,000 images"
+        assert shown_name("cifar10", tmp_path / "d", 10_000) == expected
 
 
 def test_digits_need_neither_tfds_nor_opencv():

@@ -21,6 +21,8 @@ def dense_config(**fields):
     ("schedule", "fractions"),
     [
         ("step", {0: 1, 39: 1, 40: 0.1, 59: 0.1, 60: 0.01, 79: 0.01}),
+        ("last-quarter", {0: 1, 59: 1, 60: 0.1, 79: 0.1}),
+        ("fifths", {0: 1, 23: 1, 24: 0.2, 48: 0.2, 49: 0.04, 72: 0.04, 73: 0.008}),
         ("cosine", {0: 1, 20: 0.853553, 40: 0.5, 60: 0.146447, 80: 0}),
         ("constant", {0: 1, 40: 1, 79: 1}),
     ],
@@ -29,6 +31,28 @@ def test_the_learning_rate_follows_its_schedule(schedule, fractions):
     rate = learning_rate(dense_config(lr=2.0, lr_schedule=schedule), LENGTH)
     rates = [float(rate(step)) for step in fractions]
     np.testing.assert_allclose(rates, [2 * f for f in fractions.values()], rtol=1e-5, atol=1e-7)
+
+
+def test_the_learning_rate_rises_before_its_schedule_begins():
+    config = dense_config(lr=2.0, lr_schedule="cosine", warmup_epochs=2, epochs=10)
+    rate = learning_rate(config, LENGTH)
+    rates = [float(rate(step)) for step in (0, 4, 8, 16, 48, 80)]
+    np.testing.assert_allclose(rates, [0, 0.5, 1, 2, 1, 0], atol=1e-6)
+    with pytest.raises(ValueError, match="warmup_epochs: expected fewer than the run's 2 epochs"):
+        dense_config(warmup_epochs=2, epochs=2)
+
+
+def test_nesterov_momentum_looks_ahead():
+    """Of two steps with a gradient of 1, the second moves by 1 + 0.9 * 1.9, not by 1.9."""
+    gradient = {"w": jnp.ones((1, 1))}
+    for nesterov, moves in ((False, (1, 1.9)), (True, (1.9, 2.71))):
+        config = dense_config(lr=1.0, lr_schedule="constant", weight_decay=0.0, nesterov=nesterov)
+        tx = optimizer(config, LENGTH)
+        state, found = tx.init(gradient), []
+        for _ in moves:
+            update, state = tx.update(gradient, state, gradient)
+            found.append(-float(update["w"][0, 0]))
+        assert found == pytest.approx(moves)
 
 
 def test_weight_decay_leaves_one_dimensional_parameters_alone(params):

@@ -12,6 +12,7 @@ ORDER = [
     ("measuring", "data", "models"),
     ("training",),
     ("reporting",),
+    ("sweeps",),
     ("bench",),
     (COMMANDS,),
 ]

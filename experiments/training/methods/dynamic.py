@@ -1,7 +1,7 @@
 """Sets of weights that move: RigL, SET, SNFS, and any pattern."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from experiments.training.methods.options import (
     AnyPattern,
@@ -19,6 +19,7 @@ class Dynamic(AnyPattern):
       drop_fraction: of the kept weights, at the first update.
     """
 
+    draws_in_steps: ClassVar[bool] = True
     budget: str = "erk"
     update_every: int | None = None
     drop_fraction: float = 0.3
@@ -59,6 +60,7 @@ class DropAndGrow(AnyPattern):
       drop_fraction: of the kept sets, at the first update.
     """
 
+    draws_in_steps: ClassVar[bool] = True
     drop: str = "magnitude"
     grow: str = "gradient"
     update_every: int | None = None

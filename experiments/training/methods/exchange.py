@@ -1,7 +1,7 @@
 """Weights that make room for others, or for fewer of them."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import blocksparse_jax as bsj
 from blocksparse_jax import patterns
@@ -27,6 +27,7 @@ class DeepR(Options):
       budget: how the layers share the density: uniform, erk, er or global.
     """
 
+    draws_in_steps: ClassVar[bool] = True
     rate: float = 0.01
     temperature: float = 1e-5
     final_temperature: float = 1e-15
@@ -56,6 +57,7 @@ class Dsr(AnyPattern):
       update_every: steps between mask updates; None is 100, or an epoch if that is shorter.
     """
 
+    draws_in_steps: ClassVar[bool] = True
     threshold: float = 1e-3
     fraction: float = 0.1
     update_every: int | None = None
@@ -149,6 +151,7 @@ class Mest(AnyPattern):
       update_every: steps between mask updates; None is 100, or an epoch if that is shorter.
     """
 
+    draws_in_steps: ClassVar[bool] = True
     fraction: float = 0.2
     gradient_weight: float = 0.1
     soft: bool = False

@@ -55,7 +55,8 @@ class Lottery(AnyPattern):
         if not passes.ends:
             return arguments
         first, last = passes.ends[0] - 1, passes.ends[-1] - 1
-        schedule = bsj.between(first, last, every=passes.end - passes.early)
+        # of a single round the schedule has a second step, at which nothing happens
+        schedule = bsj.between(first, max(last, first + 1), every=passes.end - passes.early)
         return arguments | {"schedule": schedule}
 
     def operations(self, setup: Setup) -> dict[int, Operation]:

@@ -95,9 +95,16 @@ class Weights(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """No options, no pattern: dense training, and the base of all others."""
+    """No options, no pattern: dense training, and the base of all others.
+
+    Attributes:
+      default_sparsity: where the run asks for none.
+      draws_in_steps: whether the method's update draws from the run's key; it is then made anew
+        where a step is traced, so that the program serves every seed.
+    """
 
     default_sparsity: ClassVar[float] = 0.9
+    draws_in_steps: ClassVar[bool] = False
 
     def make_pattern(self) -> Pattern | None:
         """Makes the pattern that the options mean; None trains dense."""

@@ -1,7 +1,7 @@
 """SUBP."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import blocksparse_jax as bsj
 from blocksparse_jax import _checks, patterns
@@ -22,6 +22,7 @@ class Subp(Options):
       update_every: steps between mask updates; None is an epoch.
     """
 
+    draws_in_steps: ClassVar[bool] = True
     block: int = 16
     criterion: str = "l1"
     curve: str = "cubic"
