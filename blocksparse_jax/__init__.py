@@ -55,6 +55,7 @@ from blocksparse_jax.linear import linear
 from blocksparse_jax.lottery import lottery_sparsities, lottery_ticket
 from blocksparse_jax.masks import apply_masks, layouts_from_scores, masks_from_scores
 from blocksparse_jax.metrics import nonzero_pruned, sad
+from blocksparse_jax.norm_act import norm_act
 from blocksparse_jax.packing import pack, pack_tree, unpack, unpack_tree
 from blocksparse_jax.plans import Plan, with_plans
 from blocksparse_jax.schedules import between, every, periodic
@@ -182,6 +183,7 @@ __all__ = [
     "nest",
     "nnx",
     "nonzero_pruned",
+    "norm_act",
     "norm_scales",
     "one_shot",
     "pack",

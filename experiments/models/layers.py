@@ -14,7 +14,7 @@ from flax.core import FrozenDict
 from jax import lax
 from jaxtyping import Array, Float
 
-from blocksparse_jax.linen import BlockSparseConv
+from blocksparse_jax.linen import BatchNormAct, BlockSparseConv
 from experiments.models.pools import pad_image, windows
 
 HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -88,6 +88,7 @@ class Parts:
             epsilon=1e-5,
             axis=self.channel_axis,
             dtype=self.dtype,
+            implementation="xla" if self.implementation in ("dense", "xla") else None,
             name=name,
         )
 
@@ -108,23 +109,18 @@ class Parts:
         """Conv, batch norm, a factor if given, shortcut and ReLU.
 
         At inference they are arguments of the conv, which a sparse kernel applies in one pass over
-        memory. `features` is of the published network; `widths` may say fewer.
+        memory; in training all but the conv is one operation. `features` is of the published network; `widths` may say fewer.
         """
         features = self.widths.get(name, features)
         conv = self.conv(features, size, strides, name=name)
         norm = self.norm(train, name=norm_name or f"{name}_norm")
+        activation = "relu" if relu else None
         if not train:
             scale, shift = norm(None, channels=features)
             if factor is not None:
                 scale, shift = factor * scale, factor * shift
-            activation = "relu" if relu else None
             return conv(x, scale=scale, shift=shift, residual=residual, activation=activation)
-        y = norm(conv(x))
-        if factor is not None:
-            y *= factor.astype(y.dtype)
-        if residual is not None:
-            y += residual
-        return nn.relu(y) if relu else y
+        return norm(conv(x), residual=residual, factor=factor, activation=activation)
 
     def classifier(self, x: Float[Array, "a h w b"], num_classes: int) -> Float[Array, "n classes"]:
         """Mean over the image, then the dense layer `classifier`: float32 logits."""
@@ -138,17 +134,22 @@ class Parts:
         return images.transpose(3, 1, 2, 0) if self.data_format == "CHWN" else images
 
 
-class Norm(nn.BatchNorm):
-    """`nn.BatchNorm` that can also return what it is at inference: `scale * x + shift`.
+class Norm(BatchNormAct):
+    """`BatchNormAct` that can also return what it is at inference: `scale * x + shift`.
 
     Reference: Ioffe & Szegedy, "Batch normalization", ICML 2015, algorithm 2.
     """
 
     @nn.compact
-    def __call__(self, x: Float[Array, "a h w b"] | None, channels: int | None = None) -> Any:
-        """Normalises `x`; with only a number of channels, returns `(scale, shift)` in float32."""
+    def __call__(
+        self, x: Float[Array, "a h w b"] | None, channels: int | None = None, **rest: Any
+    ) -> Any:
+        """Normalises `x`; with only a number of channels, returns `(scale, shift)` in float32.
+
+        The rest of the arguments are those of `BatchNormAct`.
+        """
         if channels is None:
-            return super().__call__(x)
+            return super().__call__(x, **rest)
         mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32).value
         variance = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32).value
         gamma = self.param("scale", self.scale_init, (channels,), self.param_dtype)
