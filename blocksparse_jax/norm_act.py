@@ -10,6 +10,9 @@ from blocksparse_jax import _checks
 from pallas_kernels.norm_act import IMPLEMENTATIONS, NormSpec
 from pallas_kernels.norm_act import norm_act as _norm_act
 
+Activations = Float[Array, "..."] | tuple[Float[Array, "..."], Float[Array, "..."]]
+"""An array; or the same one twice, where it was asked for with `fork`."""
+
 
 def norm_act(
     x: Float[Array, "..."],
@@ -19,13 +22,14 @@ def norm_act(
     residual: Float[Array, "..."] | None = None,
     factor: Float[Array, ""] | float | None = None,
     activation: Literal["relu"] | None = "relu",
+    fork: bool = False,
     epsilon: float = 1e-5,
     channel_axis: int = 0,
     use_fast_variance: bool = True,
     axis_name: Any = None,
     axis_index_groups: Any = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "..."], Float[Array, " channels"], Float[Array, " channels"]]:
+) -> tuple[Activations, Float[Array, " channels"], Float[Array, " channels"]]:
     """Batch norm with the batch's own statistics, a residual and a ReLU, in one operation.
 
     `y = relu(factor * ((x - mean) / sqrt(variance + epsilon) * scale + bias) + residual)`, where
@@ -47,6 +51,9 @@ def norm_act(
       residual: added before the activation; in the shape of x, cast to its dtype.
       factor: a scalar on the normalised branch.
       activation: "relu" or None.
+      fork: whether y is returned twice, `(y, y)`, for the branch and the shortcut of a residual
+        block: the native kernels then add up the gradients of both while they read them, which
+        saves a pass over memory.
       epsilon: added to the variance.
       channel_axis: the axis of the channels.
       use_fast_variance: whether XLA computes the variance as `mean(x^2) - mean(x)^2`, in one pass
@@ -57,7 +64,7 @@ def norm_act(
       implementation: "cpu", the native kernels; "xla"; None: the native kernels where they can run.
 
     Returns:
-      `(y, mean, variance)`: y in the shape and dtype of x, the biased statistics in float32 at
+      `(y, mean, variance)`: y in the shape and dtype of x (a pair of it with `fork`), the biased statistics in float32 at
       least. Running averages are made of these.
 
     Raises:
@@ -93,15 +100,14 @@ def norm_act(
         factor = jnp.asarray(factor, wide)
         scale, bias = factor * scale, factor * bias
     if residual is not None and jnp.shape(residual) != x.shape:
-        raise ValueError(
-            f"residual: expected the shape of x, {x.shape}, got {jnp.shape(residual)}"
-        )
+        raise ValueError(f"residual: expected the shape of x, {x.shape}, got {jnp.shape(residual)}")
     if activation is not None:
         _checks.choice("activation", activation, ("relu",))
     if implementation is not None:
         _checks.choice("implementation", implementation, IMPLEMENTATIONS)
     spec = NormSpec(
         adds_residual=residual is not None,
+        outputs=2 if fork else 1,
         relu=activation is not None,
         epsilon=epsilon,
         channel_axis=channel_axis % x.ndim,
@@ -109,7 +115,10 @@ def norm_act(
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
     )
-    return _norm_act(x, scale, bias, residual, spec=spec, implementation=implementation)
+    ys, mean, variance = _norm_act(
+        x, scale, bias, residual, spec=spec, implementation=implementation
+    )
+    return ys if fork else ys[0], mean, variance
 
 
 def _row(name: str, array: Any, channels: int, dtype: Any) -> Array:
@@ -126,7 +135,8 @@ def finish_norm(
     factor: Float[Array, ""] | float | None,
     residual: Float[Array, "..."] | None,
     activation: str | None,
-) -> Float[Array, "..."]:
+    fork: bool,
+) -> Activations:
     """`activation(factor * y + residual)`, as in `norm_act`, of what is normalised already."""
     if activation is not None:
         _checks.choice("activation", activation, ("relu",))
@@ -134,4 +144,5 @@ def finish_norm(
         y = y * jnp.asarray(factor, y.dtype)
     if residual is not None:
         y = y + residual.astype(y.dtype)
-    return y if activation is None else jax.nn.relu(y)
+    y = y if activation is None else jax.nn.relu(y)
+    return (y, y) if fork else y

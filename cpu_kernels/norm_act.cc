@@ -15,6 +15,7 @@ namespace block_sparse {
 namespace {
 
 using Floats = ffi::Buffer<ffi::F32>;
+using Signs = ffi::Buffer<ffi::U8>;
 
 constexpr int64_t kElementsAtOnce = 1 << 14;   // of a task at least
 constexpr int64_t kFarBytes = 12 << 20;  // a larger array is written past the caches
@@ -45,7 +46,10 @@ ffi::Error check(const ffi::AnyBuffer& x, std::string_view variant, Call& call) 
 }
 
 // An operand without elements stands for one that the caller does not pass.
-bool is_absent(const ffi::AnyBuffer& array) { return array.element_count() == 0; }
+template <class Buffer>
+bool is_absent(const Buffer& array) {
+  return array.element_count() == 0;
+}
 
 ffi::Error check_like(const char* name, const ffi::AnyBuffer& array, const ffi::AnyBuffer& x) {
   const auto as = array.dimensions(), xs = x.dimensions();
@@ -65,6 +69,14 @@ ffi::Error check_rows(const char* name, const Buffer& array, const Call& call) {
   return ffi::Error::Success();
 }
 
+ffi::Error check_signs(const Signs& array, const Call& call) {
+  const auto dims = array.dimensions();
+  if (dims.size() != 2 || dims[0] != call.channels || dims[1] != sign_bytes(call.size))
+    return invalid("signs " + shape_of(dims) + " must be [" + std::to_string(call.channels) + ", " +
+                   std::to_string(sign_bytes(call.size)) + "]");
+  return ffi::Error::Success();
+}
+
 #define CHECK(check)                                  \
   if (auto error = (check); error.failure()) return error
 
@@ -80,8 +92,8 @@ ffi::Error run(ffi::ThreadPool& pool, const Call& call, Pass pass, const Problem
 
 ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer x, Floats scale, Floats bias,
                    ffi::AnyBuffer residual, ffi::Result<ffi::AnyBuffer> y,
-                   ffi::Result<Floats> mean, ffi::Result<Floats> variance, float epsilon,
-                   bool relu, std::string_view variant) {
+                   ffi::Result<Floats> mean, ffi::Result<Floats> variance,
+                   ffi::Result<Signs> signs, float epsilon, bool relu, std::string_view variant) {
   Call call;
   CHECK(check(x, variant, call));
   CHECK(check_like("y", *y, x));
@@ -90,16 +102,18 @@ ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer x, Floats scale, Floats 
   CHECK(check_rows("bias", bias, call));
   CHECK(check_rows("mean", *mean, call));
   CHECK(check_rows("variance", *variance, call));
+  if (!is_absent(*signs)) CHECK(check_signs(*signs, call));
   NormForward p = {};
   p.size = call.size, p.epsilon = epsilon, p.relu = relu, p.past_caches = call.past_caches;
   p.x = x.untyped_data(), p.residual = is_absent(residual) ? nullptr : residual.untyped_data();
   p.scale = scale.typed_data(), p.bias = bias.typed_data();
   p.y = y->untyped_data(), p.mean = mean->typed_data(), p.variance = variance->typed_data();
+  p.signs = is_absent(*signs) ? nullptr : signs->typed_data();
   return run(pool, call, call.passes->forward, p);
 }
 
-ffi::Error backward(ffi::ThreadPool pool, ffi::AnyBuffer dy, ffi::AnyBuffer x, ffi::AnyBuffer y,
-                    Floats scale, Floats bias, Floats mean, Floats variance, Floats dmean,
+ffi::Error backward(ffi::ThreadPool pool, ffi::AnyBuffer dy, ffi::AnyBuffer more, ffi::AnyBuffer x,
+                    Signs signs, Floats scale, Floats bias, Floats mean, Floats variance, Floats dmean,
                     Floats dvariance, ffi::Result<ffi::AnyBuffer> dx, ffi::Result<Floats> dscale,
                     ffi::Result<Floats> dbias, ffi::Result<ffi::AnyBuffer> dresidual,
                     float epsilon, bool relu, std::string_view variant) {
@@ -107,7 +121,8 @@ ffi::Error backward(ffi::ThreadPool pool, ffi::AnyBuffer dy, ffi::AnyBuffer x, f
   CHECK(check(x, variant, call));
   CHECK(check_like("dy", dy, x));
   CHECK(check_like("dx", *dx, x));
-  if (!is_absent(y)) CHECK(check_like("y", y, x));
+  if (!is_absent(more)) CHECK(check_like("more", more, x));
+  if (!is_absent(signs)) CHECK(check_signs(signs, call));
   if (!is_absent(*dresidual)) CHECK(check_like("dresidual", *dresidual, x));
   const char* names[] = {"scale", "bias", "mean", "variance", "dmean", "dvariance"};
   const Floats* rows[] = {&scale, &bias, &mean, &variance, &dmean, &dvariance};
@@ -117,7 +132,8 @@ ffi::Error backward(ffi::ThreadPool pool, ffi::AnyBuffer dy, ffi::AnyBuffer x, f
   NormBackward p = {};
   p.size = call.size, p.epsilon = epsilon, p.relu = relu, p.past_caches = call.past_caches;
   p.dy = dy.untyped_data(), p.x = x.untyped_data();
-  p.y = is_absent(y) ? nullptr : y.untyped_data();
+  p.more = is_absent(more) ? nullptr : more.untyped_data();
+  p.signs = is_absent(signs) ? nullptr : signs.typed_data();
   p.scale = scale.typed_data(), p.bias = bias.typed_data(), p.mean = mean.typed_data();
   p.variance = variance.typed_data(), p.dmean = dmean.typed_data();
   p.dvariance = dvariance.typed_data();
@@ -141,13 +157,15 @@ HANDLER(NormActForward, block_sparse::forward,
             .Arg<ffi::AnyBuffer>() FLOATS FLOATS.Arg<ffi::AnyBuffer>()
             .Ret<ffi::AnyBuffer>()
             .Ret<block_sparse::Floats>()
-            .Ret<block_sparse::Floats>() ATTRIBUTES);
+            .Ret<block_sparse::Floats>()
+            .Ret<block_sparse::Signs>() ATTRIBUTES);
 HANDLER(NormActBackward, block_sparse::backward,
         ffi::Ffi::Bind()
             .Ctx<ffi::ThreadPool>()
             .Arg<ffi::AnyBuffer>()
             .Arg<ffi::AnyBuffer>()
-            .Arg<ffi::AnyBuffer>() FLOATS FLOATS FLOATS FLOATS FLOATS FLOATS.Ret<ffi::AnyBuffer>()
+            .Arg<ffi::AnyBuffer>()
+            .Arg<block_sparse::Signs>() FLOATS FLOATS FLOATS FLOATS FLOATS FLOATS.Ret<ffi::AnyBuffer>()
             .Ret<block_sparse::Floats>()
             .Ret<block_sparse::Floats>()
             .Ret<ffi::AnyBuffer>() ATTRIBUTES);

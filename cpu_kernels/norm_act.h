@@ -35,12 +35,22 @@ inline void sweep_from_end(int64_t size, const Body& body) {
     sweep(block * kBlock, least((block + 1) * kBlock, size), body);
 }
 
-// The lanes whose bit is set; zero in the others.
-inline Vector only(Vector v, Bits bits) {
-  if (bits == kAll) return v;
-  for (int i = 0; i < kLanes; ++i)
-    if (!(bits >> i & 1)) v[i] = 0;
-  return v;
+// The signs of a channel: a bit for each element, set where y > 0. Vectors come in order.
+inline void put_signs(uint8_t* signs, int64_t i, Bits bits) {
+  if constexpr (kLanes == 16) {
+    __builtin_memcpy(signs + i / 8, &bits, 2);
+  } else {
+    const int shift = int(i % 8);
+    signs[i / 8] = uint8_t(shift ? signs[i / 8] | bits << shift : bits);
+  }
+}
+inline Bits get_signs(const uint8_t* signs, int64_t i) {
+  Bits bits;
+  if constexpr (kLanes == 16)
+    __builtin_memcpy(&bits, signs + i / 8, 2);
+  else
+    bits = Bits(signs[i / 8] >> i % 8 & kAll);
+  return bits;
 }
 
 inline double total(const Vector* sums) {
@@ -102,6 +112,7 @@ void norm_forward(const NormForward& p, Range channels) {
     const E* x = static_cast<const E*>(p.x) + c * p.size;
     const E* residual = p.residual ? static_cast<const E*>(p.residual) + c * p.size : nullptr;
     E* y = static_cast<E*>(p.y) + c * p.size;
+    uint8_t* signs = p.signs ? p.signs + c * sign_bytes(p.size) : nullptr;
     const Moments m = moments(x, p.size);
     p.mean[c] = float(m.mean), p.variance[c] = float(m.variance);
     const float slope = p.scale[c] * inverse_deviation(p.variance[c], p.epsilon);
@@ -109,6 +120,7 @@ void norm_forward(const NormForward& p, Range channels) {
     sweep_from_end(p.size, [&](int64_t i, Bits bits, int) {
       Vector v = normalised(load_some(x + i, bits));
       if (residual) v += load_some(residual + i, bits);
+      if (signs) put_signs(signs, i, above_zero(v));
       put(y + i, p.relu ? positive(v) : v, bits, p.past_caches);
     });
   }
@@ -117,19 +129,20 @@ void norm_forward(const NormForward& p, Range channels) {
 
 template <class E>
 void norm_backward(const NormBackward& p, Range channels) {
-  const Vector zero = {};
   for (int64_t c = channels.begin; c < channels.end; ++c) {
     const int64_t at = c * p.size;
     const E *dy = static_cast<const E*>(p.dy) + at, *x = static_cast<const E*>(p.x) + at;
-    const E* y = p.y ? static_cast<const E*>(p.y) + at : nullptr;
+    const E* more = p.more ? static_cast<const E*>(p.more) + at : nullptr;
+    const uint8_t* signs = p.signs ? p.signs + c * sign_bytes(p.size) : nullptr;
     E *dx = static_cast<E*>(p.dx) + at,
       *dresidual = p.dresidual ? static_cast<E*>(p.dresidual) + at : nullptr;
     const float inverse = inverse_deviation(p.variance[c], p.epsilon), slope = p.scale[c] * inverse;
     const Normalised normalised(p.mean[c], slope, p.bias[c]);
     const auto before_relu = [&](int64_t i, Vector x, Bits bits) {
-      const Vector g = load_some(dy + i, bits);
+      Vector g = load_some(dy + i, bits);
+      if (more) g += load_some(more + i, bits);
       if (!p.relu) return g;
-      return (y ? load_some(y + i, bits) : normalised(x)) > zero ? g : zero;
+      return only(g, signs ? get_signs(signs, i) : above_zero(normalised(x)));
     };
     double dbias = 0, products = 0;
     for (int64_t begin = 0; begin < p.size; begin += kBlock) {

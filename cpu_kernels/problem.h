@@ -87,7 +87,8 @@ struct Passes {
 };
 
 // A batch norm, a residual and a ReLU as one operation: norm_act.h. Each channel is one run of
-// `size` elements; null pointers are left out.
+// `size` elements; null pointers are left out. The signs of y are sign_bytes(size) for each channel.
+inline int64_t sign_bytes(int64_t size) { return (size + 15) / 16 * 2; }
 struct NormForward {
   int64_t size;
   float epsilon;
@@ -96,12 +97,14 @@ struct NormForward {
   const float *scale, *bias;  // [channels], and so are all float arrays
   void* y;
   float *mean, *variance;
+  uint8_t* signs;
 };
 struct NormBackward {
   int64_t size;
   float epsilon;
   bool relu, past_caches;
-  const void *dy, *x, *y;  // y is read where a residual was added before a ReLU
+  const void *dy, *more, *x;  // more: is added to dy
+  const uint8_t* signs;       // null: computed again, which takes a call without a residual
   const float *scale, *bias, *mean, *variance, *dmean, *dvariance;
   void *dx, *dresidual;
   float *dscale, *dbias;

@@ -8,7 +8,7 @@ from flax import linen as nn
 from flax.linen.dtypes import canonicalize_dtype
 from jaxtyping import Array, Float
 
-from blocksparse_jax.norm_act import finish_norm, norm_act
+from blocksparse_jax.norm_act import Activations, finish_norm, norm_act
 
 
 class BatchNormAct(nn.BatchNorm):
@@ -43,7 +43,8 @@ class BatchNormAct(nn.BatchNorm):
         residual: Float[Array, "..."] | None = None,
         factor: Float[Array, ""] | float | None = None,
         activation: Literal["relu"] | None = "relu",
-    ) -> Float[Array, "..."]:
+        fork: bool = False,
+    ) -> Activations:
         """Normalises.
 
         Args:
@@ -53,9 +54,10 @@ class BatchNormAct(nn.BatchNorm):
           residual: added before the activation; in the shape of x.
           factor: a scalar on the normalised branch.
           activation: "relu" or None.
+          fork: whether the result is returned twice, as in `blocksparse_jax.norm_act`.
 
         Returns:
-          Activations in the shape of x.
+          Activations in the shape of x; a pair of them with `fork`.
         """
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
@@ -63,7 +65,7 @@ class BatchNormAct(nn.BatchNorm):
         is_plain = mask is None and isinstance(self.axis, int) and self.force_float32_reductions
         if use_running_average or not is_plain:
             y = super().__call__(x, use_running_average, mask=mask)
-            return finish_norm(y, factor, residual, activation)
+            return finish_norm(y, factor, residual, activation, fork)
         channels = (x.shape[self.axis],)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
@@ -81,6 +83,7 @@ class BatchNormAct(nn.BatchNorm):
             residual=residual,
             factor=factor,
             activation=activation,
+            fork=fork,
             epsilon=self.epsilon,
             channel_axis=self.axis,
             use_fast_variance=self.use_fast_variance,
@@ -92,4 +95,4 @@ class BatchNormAct(nn.BatchNorm):
             old = self.momentum
             running_mean.value = old * running_mean.value + (1 - old) * mean
             running_var.value = old * running_var.value + (1 - old) * var
-        return y.astype(dtype)
+        return jax.tree.map(lambda y: y.astype(dtype), y)

@@ -8,15 +8,15 @@ from flax import nnx
 from flax.nnx.nn.dtypes import canonicalize_dtype
 from jaxtyping import Array, Float
 
-from blocksparse_jax.norm_act import finish_norm, norm_act
+from blocksparse_jax.norm_act import Activations, finish_norm, norm_act
 
 
 class BatchNormAct(nnx.BatchNorm):
     """`nnx.BatchNorm`, then a factor, a residual and a ReLU: in training one operation.
 
     It has `nnx.BatchNorm`'s arguments, defaults, params and statistics, under the same names. `y =
-    activation(factor * batch_norm(x) + residual)`, where `factor`, `residual` and `activation` are
-    arguments of the call. In training `norm_act` computes it, on CPUs in native kernels where the
+    activation(factor * batch_norm(x) + residual)`, where `factor`, `residual`, `activation`
+    and `fork` are arguments of the call. In training `norm_act` computes it, on CPUs in native kernels where the
     channels lie on axis 0 (`axis=0`).
 
     Args:
@@ -45,7 +45,8 @@ class BatchNormAct(nnx.BatchNorm):
         residual: Float[Array, "..."] | None = None,
         factor: Float[Array, ""] | float | None = None,
         activation: Literal["relu"] | None = "relu",
-    ) -> Float[Array, "..."]:
+        fork: bool = False,
+    ) -> Activations:
         """Normalises.
 
         Args:
@@ -55,9 +56,10 @@ class BatchNormAct(nnx.BatchNorm):
           residual: added before the activation; in the shape of x.
           factor: a scalar on the normalised branch.
           activation: "relu" or None.
+          fork: whether the result is returned twice, as in `blocksparse_jax.norm_act`.
 
         Returns:
-          Activations in the shape of x.
+          Activations in the shape of x; a pair of them with `fork`.
         """
         is_running = nnx.module.first_from(
             use_running_average,
@@ -67,7 +69,7 @@ class BatchNormAct(nnx.BatchNorm):
         is_own_promotion = self.promote_dtype is not nnx.nn.dtypes.promote_dtype
         if is_running or mask is not None or not isinstance(self.axis, int) or is_own_promotion:
             y = super().__call__(x, is_running, mask=mask)
-            return finish_norm(y, factor, residual, activation)
+            return finish_norm(y, factor, residual, activation, fork)
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         params = [array for array in (scale, bias) if array is not None]
@@ -79,6 +81,7 @@ class BatchNormAct(nnx.BatchNorm):
             residual=residual,
             factor=factor,
             activation=activation,
+            fork=fork,
             epsilon=self.epsilon,
             channel_axis=self.axis,
             use_fast_variance=self.use_fast_variance,

@@ -105,7 +105,8 @@ class Parts:
         residual: Float[Array, "a ho wo b"] | None = None,
         factor: Float[Array, ""] | None = None,
         relu: bool = True,
-    ) -> Float[Array, "a ho wo b"]:
+        fork: bool = False,
+    ) -> Any:
         """Conv, batch norm, a factor if given, shortcut and ReLU.
 
         At inference they are arguments of the conv, which a sparse kernel applies in one pass over
@@ -119,8 +120,9 @@ class Parts:
             scale, shift = norm(None, channels=features)
             if factor is not None:
                 scale, shift = factor * scale, factor * shift
-            return conv(x, scale=scale, shift=shift, residual=residual, activation=activation)
-        return norm(conv(x), residual=residual, factor=factor, activation=activation)
+            y = conv(x, scale=scale, shift=shift, residual=residual, activation=activation)
+            return (y, y) if fork else y
+        return norm(conv(x), residual=residual, factor=factor, activation=activation, fork=fork)
 
     def classifier(self, x: Float[Array, "a h w b"], num_classes: int) -> Float[Array, "n classes"]:
         """Mean over the image, then the dense layer `classifier`: float32 logits."""

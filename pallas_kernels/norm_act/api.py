@@ -25,13 +25,14 @@ def norm_act(
     *,
     spec: NormSpec,
     implementation: str | None = None,
-) -> tuple[Float[Array, "..."], Float[Array, " channels"], Float[Array, " channels"]]:
+) -> tuple[tuple[Array, ...], Float[Array, " channels"], Float[Array, " channels"]]:
     """Normalises every channel by the batch's own statistics, adds a residual, applies a ReLU.
 
     `y = relu((x - mean) * scale / sqrt(variance + epsilon) + bias + residual)`.
 
     The native kernels read a channel while it is in the cache, for the statistics and for the
-    output, and likewise for its gradients. Their own derivatives, to any order, are those of the
+    output, and likewise for its gradients; where y is returned twice, they also add up the gradients of
+    both. Their own derivatives, to any order, are those of the
     XLA formulation; forward mode (`jax.jvp`) on the operation itself is a TypeError there.
 
     Args:
@@ -42,14 +43,14 @@ def norm_act(
       implementation: "cpu", the native kernels; "xla"; None: the native kernels where they can run.
 
     Returns:
-      `(y, mean, variance)`: y as x, the statistics in float32 at least.
+      `(ys, mean, variance)`: y as x, once or twice; the statistics in float32 at least.
 
     Raises:
       NotImplementedError: the native kernels are asked for and cannot run; the message says why.
 
     Example:
       >>> x = jnp.array([[1.0, 3.0], [2.0, 2.0]])
-      >>> y, mean, variance = norm_act(x, jnp.ones(2), jnp.zeros(2), spec=NormSpec())
+      >>> (y,), mean, variance = norm_act(x, jnp.ones(2), jnp.zeros(2), spec=NormSpec())
       >>> mean.tolist(), variance.tolist()
       ([2.0, 2.0], [1.0, 0.0])
     """
@@ -61,7 +62,8 @@ def norm_act(
     residual = None if residual is None else residual.astype(x.dtype)
     operands = Operands(x, scale, bias, residual)
     if reason or implementation == "xla":
-        return xla.forward(spec, *operands)
+        y, mean, variance = xla.forward(spec, *operands)
+        return (y,) * spec.outputs, mean, variance
     return normalise(spec, vary_alike(reverse_mode_only(operands, NORM_ACT)))
 
 

@@ -10,6 +10,7 @@ class NormSpec:
 
     Attributes:
       adds_residual: whether a residual is added.
+      outputs: how many times y is returned, 1 or 2.
       relu: whether a ReLU ends the operation.
       epsilon: added to the variance.
       channel_axis: the axis of the channels, from 0.
@@ -19,6 +20,7 @@ class NormSpec:
     """
 
     adds_residual: bool = False
+    outputs: int = 1
     relu: bool = True
     epsilon: float = 1e-5
     channel_axis: int = 0

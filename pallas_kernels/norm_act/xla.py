@@ -67,6 +67,7 @@ def statistics(spec: NormSpec, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def backward(
     spec: NormSpec,
     dy: jax.Array,
+    more: jax.Array | None,
     x: jax.Array,
     y: jax.Array | None,
     scale: jax.Array,
@@ -85,6 +86,7 @@ def backward(
     Args:
       spec: the static arguments.
       dy: of the output.
+      more: is added to dy; may be None.
       x: activations.
       y: the output; None: its sign is computed again.
       scale, bias: one number for each channel.
@@ -99,10 +101,10 @@ def backward(
     inverse = lax.rsqrt(variance + spec.epsilon)
     slope = scale * inverse
     d = x.astype(mean.dtype) - _rows(spec, mean, x)
-    g = dy
+    g = dy if more is None else dy + more
     if spec.relu:
         is_positive = y > 0 if y is not None else _is_positive(spec, d, slope, bias)
-        g = jnp.where(is_positive, dy, 0)
+        g = jnp.where(is_positive, g, 0)
     wide = g.astype(mean.dtype)
     dbias, products = wide.sum(axes), (wide * d).sum(axes)
     through_mean = (dmean - slope * dbias) / count
