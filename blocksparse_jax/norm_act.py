@@ -10,7 +10,7 @@ from blocksparse_jax import _checks
 from pallas_kernels.norm_act import IMPLEMENTATIONS, NormSpec
 from pallas_kernels.norm_act import norm_act as _norm_act
 
-Activations = Float[Array, "..."] | tuple[Float[Array, "..."], Float[Array, "..."]]
+Activations = Float[Array, "..."] | tuple[Float[Array, "..."], ...]
 """An array; or the same one twice, where it was asked for with `fork`."""
 
 
@@ -64,8 +64,8 @@ def norm_act(
       implementation: "cpu", the native kernels; "xla"; None: the native kernels where they can run.
 
     Returns:
-      `(y, mean, variance)`: y in the shape and dtype of x (a pair of it with `fork`), the biased statistics in float32 at
-      least. Running averages are made of these.
+      `(y, mean, variance)`: y in the shape and dtype of x (a pair of it with `fork`), the biased
+      statistics in float32 at least. Running averages are made of these.
 
     Raises:
       ValueError: an argument is unknown or does not fit; the message names it.

@@ -1,5 +1,5 @@
-// The XLA FFI handlers of batch norm with a residual and a ReLU: they check every buffer, choose the
-// variant, and deal the channels out.
+// The XLA FFI handlers of batch norm with a residual and a ReLU: they check every buffer, choose
+// the variant, and deal the channels out.
 
 #include <algorithm>
 #include <string>
@@ -17,8 +17,8 @@ namespace {
 using Floats = ffi::Buffer<ffi::F32>;
 using Signs = ffi::Buffer<ffi::U8>;
 
-constexpr int64_t kElementsAtOnce = 1 << 14;   // of a task at least
-constexpr int64_t kFarBytes = 12 << 20;  // a larger array is written past the caches
+constexpr int64_t kElementsAtOnce = 1 << 14;  // of a task at least
+constexpr int64_t kFarBytes = 12 << 20;       // a larger array is written past the caches
 
 ffi::Error invalid(const std::string& message) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, "norm_act: " + message);
@@ -55,8 +55,8 @@ ffi::Error check_like(const char* name, const ffi::AnyBuffer& array, const ffi::
   const auto as = array.dimensions(), xs = x.dimensions();
   if (array.element_type() != x.element_type() ||
       !std::equal(as.begin(), as.end(), xs.begin(), xs.end()))
-    return invalid(std::string(name) + " " + shape_of(as) + " must have the shape and the type of x " +
-                   shape_of(xs));
+    return invalid(std::string(name) + " " + shape_of(as) +
+                   " must have the shape and the type of x " + shape_of(xs));
   return ffi::Error::Success();
 }
 
@@ -77,7 +77,7 @@ ffi::Error check_signs(const Signs& array, const Call& call) {
   return ffi::Error::Success();
 }
 
-#define CHECK(check)                                  \
+#define CHECK(check) \
   if (auto error = (check); error.failure()) return error
 
 template <class Pass, class Problem>
@@ -91,9 +91,9 @@ ffi::Error run(ffi::ThreadPool& pool, const Call& call, Pass pass, const Problem
 }
 
 ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer x, Floats scale, Floats bias,
-                   ffi::AnyBuffer residual, ffi::Result<ffi::AnyBuffer> y,
-                   ffi::Result<Floats> mean, ffi::Result<Floats> variance,
-                   ffi::Result<Signs> signs, float epsilon, bool relu, std::string_view variant) {
+                   ffi::AnyBuffer residual, ffi::Result<ffi::AnyBuffer> y, ffi::Result<Floats> mean,
+                   ffi::Result<Floats> variance, ffi::Result<Signs> signs, float epsilon, bool relu,
+                   std::string_view variant) {
   Call call;
   CHECK(check(x, variant, call));
   CHECK(check_like("y", *y, x));
@@ -113,10 +113,11 @@ ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer x, Floats scale, Floats 
 }
 
 ffi::Error backward(ffi::ThreadPool pool, ffi::AnyBuffer dy, ffi::AnyBuffer more, ffi::AnyBuffer x,
-                    Signs signs, Floats scale, Floats bias, Floats mean, Floats variance, Floats dmean,
-                    Floats dvariance, ffi::Result<ffi::AnyBuffer> dx, ffi::Result<Floats> dscale,
-                    ffi::Result<Floats> dbias, ffi::Result<ffi::AnyBuffer> dresidual,
-                    float epsilon, bool relu, std::string_view variant) {
+                    Signs signs, Floats scale, Floats bias, Floats mean, Floats variance,
+                    Floats dmean, Floats dvariance, ffi::Result<ffi::AnyBuffer> dx,
+                    ffi::Result<Floats> dscale, ffi::Result<Floats> dbias,
+                    ffi::Result<ffi::AnyBuffer> dresidual, float epsilon, bool relu,
+                    std::string_view variant) {
   Call call;
   CHECK(check(x, variant, call));
   CHECK(check_like("dy", dy, x));
@@ -145,7 +146,7 @@ ffi::Error backward(ffi::ThreadPool pool, ffi::AnyBuffer dy, ffi::AnyBuffer more
 }  // namespace
 }  // namespace block_sparse
 
-#define HANDLER(symbol, function, binding)                                                   \
+#define HANDLER(symbol, function, binding)                                                     \
   extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* symbol(XLA_FFI_CallFrame*); \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, function, binding)
 #define ATTRIBUTES .Attr<float>("epsilon").Attr<bool>("relu").Attr<std::string_view>("variant")
@@ -165,7 +166,8 @@ HANDLER(NormActBackward, block_sparse::backward,
             .Arg<ffi::AnyBuffer>()
             .Arg<ffi::AnyBuffer>()
             .Arg<ffi::AnyBuffer>()
-            .Arg<block_sparse::Signs>() FLOATS FLOATS FLOATS FLOATS FLOATS FLOATS.Ret<ffi::AnyBuffer>()
+            .Arg<block_sparse::Signs>()
+                FLOATS FLOATS FLOATS FLOATS FLOATS FLOATS.Ret<ffi::AnyBuffer>()
             .Ret<block_sparse::Floats>()
             .Ret<block_sparse::Floats>()
             .Ret<ffi::AnyBuffer>() ATTRIBUTES);

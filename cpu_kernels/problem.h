@@ -87,7 +87,8 @@ struct Passes {
 };
 
 // A batch norm, a residual and a ReLU as one operation: norm_act.h. Each channel is one run of
-// `size` elements; null pointers are left out. The signs of y are sign_bytes(size) for each channel.
+// `size` elements; null pointers are left out. The signs of y are sign_bytes(size) for each
+// channel.
 inline int64_t sign_bytes(int64_t size) { return (size + 15) / 16 * 2; }
 struct NormForward {
   int64_t size;
@@ -129,7 +130,7 @@ const Variant& avx512();
 const Variant& avx2();
 const Variant& portable();
 
-const std::vector<const Variant*>& variants();     // that this CPU can run, best first
+const std::vector<const Variant*>& variants();       // that this CPU can run, best first
 const Variant* find_variant(std::string_view name);  // empty: the best; null: none of that name
 
 }  // namespace block_sparse

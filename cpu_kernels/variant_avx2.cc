@@ -12,15 +12,14 @@ namespace variant_avx2 {
 
 const Variant& avx2() {
   using namespace variant_avx2;
-  static const Variant variant = {
-      "avx2",
-      kLanes,
-      kTile,
-      kRun,
-      passes<Float32>(),
-      passes<BFloat16Mode>(),
-      norm_passes<float>(),
-      norm_passes<BFloat16>()};
+  static const Variant variant = {"avx2",
+                                  kLanes,
+                                  kTile,
+                                  kRun,
+                                  passes<Float32>(),
+                                  passes<BFloat16Mode>(),
+                                  norm_passes<float>(),
+                                  norm_passes<BFloat16>()};
   return variant;
 }
 

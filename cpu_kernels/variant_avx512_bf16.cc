@@ -12,15 +12,14 @@ namespace variant_avx512_bf16 {
 
 const Variant& avx512_bf16() {
   using namespace variant_avx512_bf16;
-  static const Variant variant = {
-      "avx512_bf16",
-      kLanes,
-      kTile,
-      kRun,
-      passes<Float32>(),
-      passes<BFloat16Mode>(),
-      norm_passes<float>(),
-      norm_passes<BFloat16>()};
+  static const Variant variant = {"avx512_bf16",
+                                  kLanes,
+                                  kTile,
+                                  kRun,
+                                  passes<Float32>(),
+                                  passes<BFloat16Mode>(),
+                                  norm_passes<float>(),
+                                  norm_passes<BFloat16>()};
   return variant;
 }
 

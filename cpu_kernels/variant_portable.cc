@@ -11,15 +11,14 @@ namespace variant_portable {
 
 const Variant& portable() {
   using namespace variant_portable;
-  static const Variant variant = {
-      "portable",
-      kLanes,
-      kTile,
-      kRun,
-      passes<Float32>(),
-      passes<BFloat16Mode>(),
-      norm_passes<float>(),
-      norm_passes<BFloat16>()};
+  static const Variant variant = {"portable",
+                                  kLanes,
+                                  kTile,
+                                  kRun,
+                                  passes<Float32>(),
+                                  passes<BFloat16Mode>(),
+                                  norm_passes<float>(),
+                                  norm_passes<BFloat16>()};
   return variant;
 }
 

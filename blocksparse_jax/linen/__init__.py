@@ -1,4 +1,7 @@
-"""Flax linen: block-sparse layers, a fused batch norm, and any model of `nn.Conv` and `nn.Dense` unchanged."""
+"""Flax linen: block-sparse layers, and any model of `nn.Conv` and `nn.Dense` unchanged.
+
+And batch norm as one operation with what follows it.
+"""
 
 from blocksparse_jax.linen.batch_norm import BatchNormAct
 from blocksparse_jax.linen.conv import BlockSparseConv

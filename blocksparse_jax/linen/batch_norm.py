@@ -1,6 +1,6 @@
 """`BatchNormAct` for Flax linen: `nn.BatchNorm`, a residual and a ReLU as one operation."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ class BatchNormAct(nn.BatchNorm):
 
     It has `nn.BatchNorm`'s attributes, defaults, params and statistics, under the same names: their
     checkpoints are exchangeable. `y = activation(factor * batch_norm(x) + residual)`, where
-    `factor`, `residual` and `activation` are arguments of the call. In training `norm_act` computes
-    it, on CPUs in native kernels where the channels lie on axis 0 (`axis=0`).
+    `factor`, `residual`, `activation` and `fork` are arguments of the call. In training `norm_act`
+    computes it, on CPUs in native kernels where the channels lie on axis 0 (`axis=0`).
 
     Attributes:
       implementation: as in `blocksparse_jax.norm_act`.

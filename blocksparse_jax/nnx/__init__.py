@@ -1,4 +1,7 @@
-"""Flax nnx: block-sparse layers, a fused batch norm, what gives them their layouts, and an optimizer."""
+"""Flax nnx: block-sparse layers, what gives them their layouts, and an optimizer.
+
+And batch norm as one operation with what follows it.
+"""
 
 from blocksparse_jax.nnx.batch_norm import BatchNormAct
 from blocksparse_jax.nnx.conv import BlockSparseConv

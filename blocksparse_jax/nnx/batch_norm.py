@@ -3,7 +3,6 @@
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import canonicalize_dtype
 from jaxtyping import Array, Float
@@ -15,9 +14,9 @@ class BatchNormAct(nnx.BatchNorm):
     """`nnx.BatchNorm`, then a factor, a residual and a ReLU: in training one operation.
 
     It has `nnx.BatchNorm`'s arguments, defaults, params and statistics, under the same names. `y =
-    activation(factor * batch_norm(x) + residual)`, where `factor`, `residual`, `activation`
-    and `fork` are arguments of the call. In training `norm_act` computes it, on CPUs in native kernels where the
-    channels lie on axis 0 (`axis=0`).
+    activation(factor * batch_norm(x) + residual)`, where `factor`, `residual`, `activation` and
+    `fork` are arguments of the call. In training `norm_act` computes it, on CPUs in native kernels
+    where the channels lie on axis 0 (`axis=0`).
 
     Args:
       num_features: the number of channels.

@@ -110,7 +110,9 @@ class Parts:
         """Conv, batch norm, a factor if given, shortcut and ReLU.
 
         At inference they are arguments of the conv, which a sparse kernel applies in one pass over
-        memory; in training all but the conv is one operation. `features` is of the published network; `widths` may say fewer.
+        memory; in training all but the conv is one operation. `features` is of the published
+        network; `widths` may say fewer. With `fork` the result is returned twice, as in
+        `bsj.norm_act`.
         """
         features = self.widths.get(name, features)
         conv = self.conv(features, size, strides, name=name)

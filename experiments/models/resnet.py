@@ -47,7 +47,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Forked, train: bool = False) -> Float[Array, "a ho wo b"] | Forked:
-        """Applies the block to activations in the network's format: for the branch, the shortcut."""
+        """Applies the block to activations for the branch and for the shortcut."""
         x, shortcut = inputs
         parts = self.parts
         if self.bottleneck:

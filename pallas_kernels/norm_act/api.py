@@ -31,9 +31,9 @@ def norm_act(
     `y = relu((x - mean) * scale / sqrt(variance + epsilon) + bias + residual)`.
 
     The native kernels read a channel while it is in the cache, for the statistics and for the
-    output, and likewise for its gradients; where y is returned twice, they also add up the gradients of
-    both. Their own derivatives, to any order, are those of the
-    XLA formulation; forward mode (`jax.jvp`) on the operation itself is a TypeError there.
+    output, and likewise for its gradients; where y is returned twice, they also add up the
+    gradients of both. Their own derivatives, to any order, are those of the XLA formulation;
+    forward mode (`jax.jvp`) on the operation itself is a TypeError there.
 
     Args:
       x: activations.
