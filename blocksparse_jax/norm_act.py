@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from blocksparse_jax import _checks
-from pallas_kernels.norm_act import IMPLEMENTATIONS, NormSpec
+from pallas_kernels.norm_act import IMPLEMENTATIONS, NormSpec, statistics_dtype
 from pallas_kernels.norm_act import norm_act as _norm_act
 
 Activations = Float[Array, "..."] | tuple[Float[Array, "..."], ...]
@@ -91,7 +91,7 @@ def norm_act(
             f"{channel_axis}"
         )
     channels = x.shape[channel_axis]
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = statistics_dtype(x.dtype)
     scale = jnp.ones(channels, wide) if scale is None else _row("scale", scale, channels, wide)
     bias = jnp.zeros(channels, wide) if bias is None else _row("bias", bias, channels, wide)
     if factor is not None:

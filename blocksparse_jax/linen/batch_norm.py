@@ -59,11 +59,11 @@ class BatchNormAct(nn.BatchNorm):
         Returns:
           Activations in the shape of x; a pair of them with `fork`.
         """
-        use_running_average = nn.merge_param(
+        is_running = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
         is_plain = mask is None and isinstance(self.axis, int) and self.force_float32_reductions
-        if use_running_average or not is_plain:
+        if is_running or not is_plain:
             y = super().__call__(x, use_running_average, mask=mask)
             return finish_norm(y, factor, residual, activation, fork)
         channels = (x.shape[self.axis],)

@@ -10,7 +10,7 @@ from pallas_kernels.block_sparse_conv import cpu as native_kernels
 from pallas_kernels.block_sparse_conv.cpu.launch import DTYPES
 from pallas_kernels.norm_act import xla
 from pallas_kernels.norm_act.derivative import Operands, normalise
-from pallas_kernels.norm_act.spec import NormSpec
+from pallas_kernels.norm_act.spec import NormSpec, statistics_dtype
 from pallas_kernels.reverse_mode import NORM_ACT, reverse_mode_only
 from pallas_kernels.varying import vary_alike, varying_axes
 
@@ -57,7 +57,7 @@ def norm_act(
     reason = why_not_native(x, spec)
     if implementation == "cpu" and reason:
         raise NotImplementedError(f"implementation='cpu': {reason}")
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = statistics_dtype(x.dtype)
     scale, bias = scale.astype(wide), bias.astype(wide)
     residual = None if residual is None else residual.astype(x.dtype)
     operands = Operands(x, scale, bias, residual)

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
+
 
 @dataclasses.dataclass(frozen=True)
 class NormSpec:
@@ -27,3 +29,19 @@ class NormSpec:
     fast_variance: bool = True
     axis_name: Any = None
     axis_index_groups: Any = None
+
+
+def statistics_dtype(dtype: Any) -> Any:
+    """The dtype of the statistics of activations: float32, or float64 for float64.
+
+    Args:
+      dtype: of the activations.
+
+    Returns:
+      A dtype.
+
+    Example:
+      >>> statistics_dtype("bfloat16")
+      dtype('float32')
+    """
+    return jnp.dtype("float64" if jnp.dtype(dtype) == jnp.float64 else "float32")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.norm_act.spec import NormSpec
+from pallas_kernels.norm_act.spec import NormSpec, statistics_dtype
 
 
 def forward(
@@ -50,7 +50,7 @@ def statistics(spec: NormSpec, x: jax.Array) -> tuple[jax.Array, jax.Array]:
       `(mean, variance)`, `[channels]` each.
     """
     axes = tuple(axis for axis in range(x.ndim) if axis != spec.channel_axis)
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(statistics_dtype(x.dtype))
 
     def over_devices(means: Any) -> Any:
         if spec.axis_name is None:

@@ -142,7 +142,7 @@ def test_axis_name_means_the_whole_batch():
 def shared_out():
     from jax.sharding import PartitionSpec as P
 
-    mesh = jax.make_mesh((2,), ("data",))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     layer = bsj.linen.BatchNormAct(False, axis=0, axis_name="data")
     variables = layer.init(jax.random.key(0), X)
     whole = P(None, None, None, "data")
@@ -157,7 +157,7 @@ def shared_out():
     norm = bsj.nnx.BatchNormAct(3, axis=0, axis_name="data", rngs=nnx.Rngs(0))
     graph, state = nnx.split(norm)
     mapped = jax.shard_map(
-        lambda x: nnx.merge(graph, state)(x), mesh=mesh, in_specs=whole, out_specs=whole
+        lambda x: nnx.merge(graph, state, copy=True)(x), mesh=mesh, in_specs=whole, out_specs=whole
     )
     assert_alike(jax.jit(mapped)(X), expected[0])
     print("nnx")
