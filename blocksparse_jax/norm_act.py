@@ -47,7 +47,8 @@ def norm_act(
 
     Args:
       x: activations, e.g. `[c, h, w, n]`; float32, bfloat16, float16 or float64.
-      scale, bias: one number for each channel.
+      scale: one number for each channel.
+      bias: likewise.
       residual: added before the activation; in the shape of x, cast to its dtype.
       factor: a scalar on the normalised branch.
       activation: "relu" or None.
