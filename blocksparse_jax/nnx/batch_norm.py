@@ -25,7 +25,7 @@ class BatchNormAct(nnx.BatchNorm):
 
     Example:
       >>> layer = BatchNormAct(1, axis=0, rngs=nnx.Rngs(0))
-      >>> layer(jnp.array([[1.0, 3.0]])).round(2).tolist()
+      >>> layer(jax.numpy.array([[1.0, 3.0]])).round(2).tolist()
       [[0.0, 1.0]]
 
     Reference: Ioffe & Szegedy, "Batch normalization", ICML 2015.
