@@ -120,4 +120,4 @@ def _is_positive(spec: NormSpec, d: jax.Array, slope: jax.Array, bias: jax.Array
 
 def _rows(spec: NormSpec, array: jax.Array, x: jax.Array) -> jax.Array:
     """One number for each channel, in the rank of x."""
-    return array.reshape([-1 if axis == spec.channel_axis else 1 for axis in range(x.ndim)])
+    return jnp.expand_dims(array, [axis for axis in range(x.ndim) if axis != spec.channel_axis])
