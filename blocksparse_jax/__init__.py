@@ -55,6 +55,7 @@ from blocksparse_jax.linear import linear
 from blocksparse_jax.lottery import lottery_sparsities, lottery_ticket
 from blocksparse_jax.masks import apply_masks, layouts_from_scores, masks_from_scores
 from blocksparse_jax.metrics import nonzero_pruned, sad
+from blocksparse_jax.norm_act import norm_act
 from blocksparse_jax.norm_act_conv import (
     conv_with_sums,
     mean_and_variance,
@@ -191,6 +192,7 @@ __all__ = [
     "nest",
     "nnx",
     "nonzero_pruned",
+    "norm_act",
     "norm_act_apply",
     "norm_act_conv",
     "norm_add_act_conv",

@@ -10,6 +10,7 @@
 #include <string_view>
 #include <vector>
 
+#include "buffers.h"
 #include "grids.h"
 #include "parallel.h"
 #include "problem.h"
@@ -24,43 +25,6 @@ using Index = ffi::Buffer<ffi::S32>;
 
 ffi::Error invalid(const std::string& message) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, "block_sparse_conv: " + message);
-}
-
-std::string shape_of(const ffi::AnyBuffer::Dimensions& dims) {
-  std::string out = "[";
-  for (size_t i = 0; i < dims.size(); ++i) out += (i ? ", " : "") + std::to_string(dims[i]);
-  return out + "]";
-}
-
-// ---- the variant --------------------------------------------------------------------------------
-
-std::vector<const Variant*> supported() {  // best first
-  std::vector<const Variant*> out;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  [[maybe_unused]] const bool wide =
-      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("bmi2");
-#endif
-#if defined(HAVE_AVX512_BF16)
-  if (wide && __builtin_cpu_supports("avx512bf16")) out.push_back(&avx512_bf16());
-#endif
-#if defined(HAVE_AVX512)
-  if (wide) out.push_back(&avx512());
-#endif
-#if defined(HAVE_AVX2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) out.push_back(&avx2());
-#endif
-  out.push_back(&portable());
-  return out;
-}
-
-const Variant* find_variant(std::string_view name) {
-  static const std::vector<const Variant*> all = supported();
-  for (const Variant* variant : all)
-    if (name.empty() || name == variant->name) return variant;
-  return nullptr;
 }
 
 // ---- scratch memory: kept by each thread --------------------------------------------------------
@@ -509,7 +473,7 @@ EXPORT int BlockSparseConvInterface() { return XLA_FFI_API_MINOR; }
 EXPORT const char* BlockSparseConvVariants() {
   static const std::string names = [] {
     std::string out;
-    for (const block_sparse::Variant* variant : block_sparse::supported())
+    for (const block_sparse::Variant* variant : block_sparse::variants())
       out += (out.empty() ? "" : ",") + std::string(variant->name);
     return out;
   }();

@@ -4,6 +4,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
+#include <vector>
 
 namespace block_sparse {
 
@@ -84,17 +86,51 @@ struct Passes {
                           float* sums, void* scratch);
 };
 
+// A batch norm, a residual and a ReLU as one operation: norm_act.h. Each channel is one run of
+// `size` elements; null pointers are left out. The signs of y are sign_bytes(size) for each
+// channel.
+inline int64_t sign_bytes(int64_t size) { return (size + 15) / 16 * 2; }
+struct NormForward {
+  int64_t size;
+  float epsilon;
+  bool relu, past_caches;
+  const void *x, *residual;
+  const float *scale, *bias;  // [channels], and so are all float arrays
+  void* y;
+  float *mean, *variance;
+  uint8_t* signs;
+};
+struct NormBackward {
+  int64_t size;
+  float epsilon;
+  bool relu, past_caches;
+  const void *dy, *more, *x;  // more: is added to dy
+  const uint8_t* signs;       // null: computed again, which takes a call without a residual
+  const float *scale, *bias, *mean, *variance, *dmean, *dvariance;
+  void *dx, *dresidual;
+  float *dscale, *dbias;
+};
+
+struct NormPasses {
+  void (*forward)(const NormForward&, Range channels);
+  void (*backward)(const NormBackward&, Range channels);
+};
+
 struct Variant {
   const char* name;
   int64_t lanes;  // positions in a vector
   int64_t tile;   // vectors in a register tile
   int64_t run;    // vectors in a block of the weight gradient
   Passes float32, bfloat16;
+  NormPasses norm_float32, norm_bfloat16;
 };
 
 const Variant& avx512_bf16();
 const Variant& avx512();
 const Variant& avx2();
 const Variant& portable();
+
+const std::vector<const Variant*>& variants();       // that this CPU can run, best first
+const Variant* find_variant(std::string_view name);  // empty: the best; null: none of that name
 
 }  // namespace block_sparse

@@ -40,6 +40,10 @@ inline void narrow(float a, BFloat16* out) {  // to nearest, ties to even; NaN s
       a != a ? uint16_t((bits >> 16) | 0x40) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// The lanes whose bit is set, zero in the others; and the bits of the lanes above zero.
+inline Vector only(Vector v, Bits bits);
+inline Bits above_zero(Vector v);
+
 // Loads and stores of the lanes whose bit is set; other lanes read as zero, and their memory is not
 // touched.
 template <class E>
@@ -71,6 +75,10 @@ inline void scatter_some(E* p, const int32_t* at, Vector v, Bits bits) {
 inline Vector broadcast(float a) { return (Vector)_mm512_set1_ps(a); }
 inline Vector fma(Vector a, Vector b, Vector c) {
   return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+inline Vector only(Vector v, Bits bits) { return (Vector)_mm512_maskz_mov_ps(bits, (__m512)v); }
+inline Bits above_zero(Vector v) {
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_GT_OQ);
 }
 template <>
 inline Vector load_some(const float* p, Bits bits) {
@@ -147,6 +155,12 @@ inline __m256i expand(Bits bits) {
   const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits), lane), lane);
 }
+inline Vector only(Vector v, Bits bits) {
+  return (Vector)_mm256_and_ps((__m256)v, _mm256_castsi256_ps(expand(bits)));
+}
+inline Bits above_zero(Vector v) {
+  return Bits(_mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_setzero_ps(), _CMP_GT_OQ)));
+}
 template <>
 inline Vector load_some(const float* p, Bits bits) {
   return bits == kAll ? load(p) : (Vector)_mm256_maskload_ps(p, expand(bits));
@@ -172,6 +186,16 @@ inline Vector load_some(const BFloat16* p, Bits bits) {
 #else
 inline Vector broadcast(float a) { return Vector{a, a, a, a}; }
 inline Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
+inline Vector only(Vector v, Bits bits) {
+  for (int i = 0; i < kLanes; ++i)
+    if (!(bits >> i & 1)) v[i] = 0;
+  return v;
+}
+inline Bits above_zero(Vector v) {
+  int bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= (v[i] > 0) << i;
+  return Bits(bits);
+}
 template <>
 inline Vector load_some(const float* p, Bits bits) {
   if (bits == kAll) return load(p);

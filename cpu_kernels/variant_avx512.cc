@@ -7,12 +7,19 @@ namespace variant_avx512 {
 #include "simd.h"
 #include "positions.h"
 #include "passes.h"
+#include "norm_act.h"
 }  // namespace variant_avx512
 
 const Variant& avx512() {
   using namespace variant_avx512;
-  static const Variant variant = {
-      "avx512", kLanes, kTile, kRun, passes<Float32>(), passes<BFloat16Mode>()};
+  static const Variant variant = {"avx512",
+                                  kLanes,
+                                  kTile,
+                                  kRun,
+                                  passes<Float32>(),
+                                  passes<BFloat16Mode>(),
+                                  norm_passes<float>(),
+                                  norm_passes<BFloat16>()};
   return variant;
 }
 

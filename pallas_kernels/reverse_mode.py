@@ -26,6 +26,11 @@ OVER_REVERSE = (
     "block-sparse convolutions with kernel_gradient='dense'; use kernel_gradient='masked' or "
     "implementation='dense'"
 )
+NORM_ACT = (
+    "forward mode alone (jax.jvp, jax.jacfwd, jax.linearize) is not defined for norm_act in the "
+    "native CPU kernels; use reverse mode (jax.grad, jax.vjp, jax.jacrev, or jax.jvp of jax.grad), "
+    "or norm_act(..., implementation='xla'), which has both"
+)
 
 
 def reverse_mode_only(operands: Tree, reason: str = ALONE) -> Tree:

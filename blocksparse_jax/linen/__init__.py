@@ -1,5 +1,9 @@
-"""Flax linen: block-sparse layers, and any model of `nn.Conv` and `nn.Dense` unchanged."""
+"""Flax linen: block-sparse layers, and any model of `nn.Conv` and `nn.Dense` unchanged.
 
+And batch norm as one operation with what follows it.
+"""
+
+from blocksparse_jax.linen.batch_norm import BatchNormAct
 from blocksparse_jax.linen.conv import BlockSparseConv
 from blocksparse_jax.linen.inputs import capture_inputs
 from blocksparse_jax.linen.interceptor import use_layouts
@@ -11,6 +15,7 @@ from blocksparse_jax.linen.variational import (
 )
 
 __all__ = [
+    "BatchNormAct",
     "BlockSparseConv",
     "BlockSparseLinear",
     "VariationalConv",

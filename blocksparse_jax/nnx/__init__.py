@@ -1,5 +1,9 @@
-"""Flax nnx: block-sparse layers, what gives them their layouts, and an optimizer."""
+"""Flax nnx: block-sparse layers, what gives them their layouts, and an optimizer.
 
+And batch norm as one operation with what follows it.
+"""
+
+from blocksparse_jax.nnx.batch_norm import BatchNormAct
 from blocksparse_jax.nnx.conv import BlockSparseConv
 from blocksparse_jax.nnx.layouts import Layouts
 from blocksparse_jax.nnx.linear import BlockSparseLinear
@@ -8,6 +12,7 @@ from blocksparse_jax.nnx.optimizer import Optimizer
 from blocksparse_jax.nnx.variational import VariationalConv, VariationalDense
 
 __all__ = [
+    "BatchNormAct",
     "BlockSparseConv",
     "BlockSparseLinear",
     "Layouts",

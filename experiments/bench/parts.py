@@ -44,6 +44,8 @@ SIZES = {  # channels, pixels of a side, and the pool that the network has there
 # Bytes of one layer's activations. Larger ones would time the allocator's page faults.
 LARGEST = 100 << 20
 FORMATS = ("CHWN", "NHWC")
+FUSED = "norm_act"
+"""The name of `bsj.norm_act` in CHWN, beside the formats in which flax's operations run."""
 
 Operation = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -103,21 +105,15 @@ def operations(data_format: str) -> dict[str, Operation]:
       >>> operations("CHWN")["ReLU"](jnp.array([-1.0, 2.0]), jnp.zeros(2)).tolist()
       [0.0, 2.0]
     """
-    parts = Parts(data_format=data_format)
-
-    class Normed(nn.Module):
-        @nn.compact
-        def __call__(self, x: jax.Array) -> jax.Array:
-            return parts.norm(True, name="norm")(x)
+    axis = Parts(data_format=data_format).channel_axis
 
     def norm(x: jax.Array) -> jax.Array:
-        channels = x.shape[parts.channel_axis]
-        ones, zeros = jnp.ones(channels), jnp.zeros(channels)
+        ones, zeros = jnp.ones(x.shape[axis]), jnp.zeros(x.shape[axis])
         variables = {
-            "params": {"norm": {"scale": ones, "bias": zeros}},
-            "batch_stats": {"norm": {"var": ones, "mean": zeros}},
+            "params": {"scale": ones, "bias": zeros},
+            "batch_stats": {"var": ones, "mean": zeros},
         }
-        y, _ = Normed().apply(variables, x, mutable=["batch_stats"])
+        y, _ = nn.BatchNorm(False, axis=axis).apply(variables, x, mutable=["batch_stats"])
         return y
 
     return {
@@ -131,6 +127,24 @@ def operations(data_format: str) -> dict[str, Operation]:
     }
 
 
+def fused_operations() -> dict[str, Operation]:
+    """Returns the operations that `bsj.norm_act` does in one, by the same names.
+
+    Example:
+      >>> fused_operations()["batch norm, ReLU"](jnp.array([[1.0, 3.0]]), None).round(2).tolist()
+      [[0.0, 1.0]]
+    """
+
+    def fused(x: jax.Array, residual: jax.Array | None) -> jax.Array:
+        ones, zeros = jnp.ones(len(x)), jnp.zeros(len(x))
+        return bsj.norm_act(x, ones, zeros, residual=residual)[0]
+
+    return {
+        "batch norm, ReLU": lambda x, shortcut: fused(x, None),
+        "batch norm, add, ReLU": fused,
+    }
+
+
 def time_operations(config: Config) -> list[dict[str, Any]]:
     """Times every operation in both formats.
 
@@ -138,48 +152,56 @@ def time_operations(config: Config) -> list[dict[str, Any]]:
       config: what is timed.
 
     Returns:
-      Rows: layer, images, operation, mode, and the times in each format.
+      Rows: layer, images, operation, mode, and the times in each format, with those of
+      `bsj.norm_act` where it does the operation.
     """
     rows = []
     for name, (channels, size, pool) in list(SIZES.items())[: config.sizes]:
         batch = min(config.batch, LARGEST // (4 * channels * size * size))
         shape = (channels, size, size, batch)
-        chwn = [jax.random.normal(jax.random.key(seed), shape) for seed in range(2)]
-        arrays = {"CHWN": chwn, "NHWC": [array.transpose(3, 1, 2, 0).copy() for array in chwn]}
+        pair = [jax.random.normal(jax.random.key(seed), shape) for seed in range(2)]
+        arrays = {"CHWN": pair, "NHWC": [array.transpose(3, 1, 2, 0).copy() for array in pair]}
         for operation in (*EVERYWHERE, *([pool] if pool else [])):
+            adds = "add" in operation
             for mode in ("forward", "forward + gradient"):
                 calls = {
-                    data_format: timed(_program(data_format, operation, mode, x, shortcut))
+                    data_format: timed(
+                        _program(operations(data_format)[operation], mode, adds, x, shortcut)
+                    )
                     for data_format, (x, shortcut) in arrays.items()
                 }
+                if operation in fused_operations():
+                    fused = _program(fused_operations()[operation], mode, adds, *arrays["CHWN"])
+                    calls[FUSED] = timed(fused)
                 times_ms = time_in_turn(calls, seconds=config.seconds)
                 ms = {data_format: time_record(times) for data_format, times in times_ms.items()}
-                ratio = ms["NHWC"]["median"] / (ms["CHWN"]["median"] or 1.0)
-                rows.append(
-                    {
-                        "layer": name,
-                        "batch": batch,
-                        "operation": operation,
-                        "mode": mode,
-                        "ms": ms,
-                        "nhwc_over_chwn": round(ratio, 3),
-                    }
-                )
+                chwn = ms["CHWN"]["median"]
+                row = {
+                    "layer": name,
+                    "batch": batch,
+                    "operation": operation,
+                    "mode": mode,
+                    "ms": ms,
+                    "nhwc_over_chwn": round(ms["NHWC"]["median"] / (chwn or 1.0), 3),
+                }
+                if FUSED in ms:
+                    row["chwn_over_norm_act"] = round(chwn / (ms[FUSED]["median"] or 1.0), 3)
+                rows.append(row)
     return rows
 
 
 def _program(
-    data_format: str, operation: str, mode: str, x: jax.Array, shortcut: jax.Array
+    run: Operation, mode: str, adds: bool, x: jax.Array, shortcut: jax.Array
 ) -> Callable[[], Any]:
-    """A compiled call of an operation, alone or with its gradient."""
-    run = operations(data_format)[operation]
+    """A compiled call of an operation, alone or with the gradients of what it reads."""
     if mode == "forward":
         return functools.partial(jax.jit(run), x, shortcut)
     dy = jax.random.normal(jax.random.key(2), jax.eval_shape(run, x, shortcut).shape)
 
     def with_gradient(x: jax.Array, shortcut: jax.Array, dy: jax.Array) -> Any:
         y, pullback = jax.vjp(run, x, shortcut)
-        return y, pullback(dy)[0]
+        dx, dshortcut = pullback(dy)
+        return (y, dx, dshortcut) if adds else (y, dx)
 
     return functools.partial(jax.jit(with_gradient), x, shortcut, dy)
 

@@ -14,7 +14,7 @@ from flax.core import FrozenDict
 from jax import lax
 from jaxtyping import Array, Float
 
-from blocksparse_jax.linen import BlockSparseConv
+from blocksparse_jax.linen import BatchNormAct, BlockSparseConv
 from experiments.models import pending
 from experiments.models.pending import activations
 from experiments.models.pools import pad_image, windows
@@ -100,6 +100,7 @@ class Parts:
             epsilon=1e-5,
             axis=self.channel_axis,
             dtype=self.dtype,
+            implementation="xla" if self.implementation in ("dense", "xla") else None,
             name=name,
         )
 
@@ -116,39 +117,39 @@ class Parts:
         residual: Any = None,
         factor: Float[Array, ""] | None = None,
         relu: bool = True,
+        fork: bool = False,
     ) -> Any:
         """Conv, batch norm, a factor if given, shortcut and ReLU.
 
         At inference they are arguments of the conv, which a sparse kernel applies in one pass over
-        memory. `features` is of the published network; `widths` may say fewer. In the training of a
-        `fused` network the result, like x and the shortcut, may be pending.
+        memory; in training all but the conv is one operation. `features` is of the published
+        network; `widths` may say fewer. With `fork` the result is returned twice, as in
+        `bsj.norm_act`. In the training of a `fused` network the result, like x and the shortcut,
+        may be pending.
         """
         if train and self.fused:
-            return self._pending(
+            y, _ = self._pending(
                 *(x, features, size, strides, name, norm_name),
                 residual=residual,
                 factor=factor,
                 relu=relu,
-            )[0]
+            )
+            return (y, y) if fork else y
         features = self.widths.get(name, features)
         conv = self.conv(features, size, strides, name=name)
         norm = self.norm(train, name=norm_name or f"{name}_norm")
+        activation = "relu" if relu else None
         if not train:
             scale, shift = norm(None, channels=features)
             if factor is not None:
                 scale, shift = factor * scale, factor * shift
-            activation = "relu" if relu else None
-            return conv(x, scale=scale, shift=shift, residual=residual, activation=activation)
-        y = norm(conv(x))
-        if factor is not None:
-            y *= factor.astype(y.dtype)
-        if residual is not None:
-            y += residual
-        return nn.relu(y) if relu else y
+            y = conv(x, scale=scale, shift=shift, residual=residual, activation=activation)
+            return (y, y) if fork else y
+        return norm(conv(x), residual=residual, factor=factor, activation=activation, fork=fork)
 
     def first_conv_norm(
         self,
-        x: Any,
+        inputs: tuple[Any, Any],
         features: int,
         size: int,
         strides: int = 1,
@@ -157,11 +158,14 @@ class Parts:
         name: str,
         norm_name: str,
     ) -> tuple[Any, Float[Array, "a h w b"]]:
-        """`conv_norm` of what others read too; also returns the activations of x."""
+        """`conv_norm` of what a shortcut reads too, given as `conv_norm` forks it; also returns the
+        activations for the shortcut.
+        """
+        x, shortcut = inputs
         if train and self.fused:
             return self._pending(x, features, size, strides, name, norm_name, with_input=True)
         y = self.conv_norm(x, features, size, strides, train=train, name=name, norm_name=norm_name)
-        return y, x
+        return y, shortcut
 
     def _pending(
         self,
@@ -189,17 +193,22 @@ class Parts:
         return images.transpose(3, 1, 2, 0) if self.data_format == "CHWN" else images
 
 
-class Norm(nn.BatchNorm):
-    """`nn.BatchNorm` that can also return what it is at inference: `scale * x + shift`.
+class Norm(BatchNormAct):
+    """`BatchNormAct` that can also return what it is at inference: `scale * x + shift`.
 
     Reference: Ioffe & Szegedy, "Batch normalization", ICML 2015, algorithm 2.
     """
 
     @nn.compact
-    def __call__(self, x: Float[Array, "a h w b"] | None, channels: int | None = None) -> Any:
-        """Normalises `x`; with only a number of channels, returns `(scale, shift)` in float32."""
+    def __call__(
+        self, x: Float[Array, "a h w b"] | None, channels: int | None = None, **rest: Any
+    ) -> Any:
+        """Normalises `x`; with only a number of channels, returns `(scale, shift)` in float32.
+
+        The rest of the arguments are those of `BatchNormAct`.
+        """
         if channels is None:
-            return super().__call__(x)
+            return super().__call__(x, **rest)
         mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32).value
         variance = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32).value
         gamma = self.param("scale", self.scale_init, (channels,), self.param_dtype)

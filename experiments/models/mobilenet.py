@@ -48,7 +48,7 @@ class MobileNetV1(nn.Module):
         )
         for i, (features, strides) in enumerate(BLOCKS, 1):
             x = DepthwiseConv(3, strides, parts, name=f"block{i}_depthwise")(x)
-            x = nn.relu(parts.norm(train, name=f"block{i}_depthwise_norm")(x))
+            x = parts.norm(train, name=f"block{i}_depthwise_norm")(x)
             x = parts.conv_norm(
                 x, scaled(features, self.width), 1, train=train, name=f"block{i}_pointwise"
             )

@@ -15,6 +15,10 @@ from experiments.models.layers import Parts, scaled
 from experiments.models.pending import activations
 from experiments.models.pools import max_pool
 
+Forked = tuple[Any, Any]
+"""The same activations twice, which may be pending: their gradients meet in the operation that made
+them."""
+
 
 class Block(nn.Module):
     """One residual block, `relu(factor * branch(x) + shortcut(x))`.
@@ -31,6 +35,7 @@ class Block(nn.Module):
       stride_in_3x3: whether the 3x3 convolution of a bottleneck is strided (v1.5) and not its first
         1x1 convolution (v1).
       downsample: whether the shortcut is a 1x1 convolution.
+      fork: whether the result is returned twice, for the next block.
 
     Reference: He et al., "Deep residual learning", CVPR 2016; v1.5 as in torchvision.
     """
@@ -41,10 +46,11 @@ class Block(nn.Module):
     bottleneck: bool = False
     stride_in_3x3: bool = False
     downsample: bool = False
+    fork: bool = False
 
     @nn.compact
-    def __call__(self, x: Any, train: bool = False) -> Any:
-        """Applies the block to activations in the network's format, which may be pending."""
+    def __call__(self, inputs: Forked, train: bool = False) -> Any:
+        """Applies the block to activations for the branch and for the shortcut."""
         parts = self.parts
         if self.bottleneck:
             convs = [
@@ -56,10 +62,11 @@ class Block(nn.Module):
             convs = [(self.features, 3, self.strides), (self.features, 3, 1)]
         factor = self.get_variable("params", "factor", None)
         if 0 in (parts.widths.get(f"conv{i}") for i in range(1, len(convs))):
-            return nn.relu(activations(self._shortcut(activations(x), train)))
+            y = nn.relu(activations(self._shortcut(activations(inputs[1]), train)))
+            return (y, y) if self.fork else y
         (features, size, strides), *inner = convs[:-1]
-        y, x = parts.first_conv_norm(
-            x, features, size, strides, train=train, name="conv1", norm_name="norm1"
+        y, shortcut = parts.first_conv_norm(
+            inputs, features, size, strides, train=train, name="conv1", norm_name="norm1"
         )
         for i, (features, size, strides) in enumerate(inner, 2):
             y = parts.conv_norm(
@@ -75,8 +82,9 @@ class Block(nn.Module):
             train=train,
             name=f"conv{last}",
             norm_name=f"norm{last}",
-            residual=self._shortcut(x, train),
+            residual=self._shortcut(shortcut, train),
             factor=factor,
+            fork=self.fork,
         )
 
     def _shortcut(self, x: Float[Array, "a h w b"], train: bool) -> Any:
@@ -130,9 +138,11 @@ class ResNet(nn.Module):
             strides,
             train=train,
             name="stem",
+            fork=self.stem_kind == "cifar",
         )
         if self.stem_kind == "imagenet":
             x = max_pool(x, 3, 2, padding=1)
+            x = (x, x)
         channels = scaled(self.features[0], self.width)
         for stage, (count, published) in enumerate(zip(self.blocks, self.features), 1):
             features = scaled(published, self.width)
@@ -147,6 +157,7 @@ class ResNet(nn.Module):
                     self.bottleneck,
                     self.stride_in_3x3,
                     strides != 1 or channels != out_channels,
+                    fork=(stage, block) != (len(self.blocks), self.blocks[-1]),
                     name=name,
                 )
                 x, channels = residual(x, train), out_channels

@@ -395,12 +395,16 @@ def test_the_parts_are_timed_in_both_formats_and_tabulated(tmp_path, monkeypatch
     for row in report["rows"]:
         ms = {data_format: times["median"] for data_format, times in row["ms"].items()}
         assert row["nhwc_over_chwn"] == pytest.approx(ms["NHWC"] / ms["CHWN"], abs=2e-3, rel=0.01)
+        assert (parts.FUSED in ms) is (row["operation"] in parts.fused_operations())
+        if parts.FUSED in ms:
+            ratio = ms["CHWN"] / ms[parts.FUSED]
+            assert row["chwn_over_norm_act"] == pytest.approx(ratio, abs=2e-3, rel=0.01)
     report["grouping"] = [
         {"what": "a layer", "first_s": 3.0, "second_s": 0.5, "second_cpu_s": 0.25}
     ]
     out.write_text(json.dumps(report))
     text = tables.table("bench_parts_cpu", tmp_path)
-    assert "| batch norm, add, ReLU | " in text
+    assert text.count("| batch norm, add, ReLU | ") == 2
     assert "| a layer | 0.50 | 0.25 | 3.00 |" in text
 
 
@@ -432,3 +436,6 @@ def test_the_parts_compute_the_same_in_both_formats(operation):
         rtol=1e-5,
         atol=1e-5,
     )
+    if operation in parts.fused_operations():
+        fused = parts.fused_operations()[operation](x, shortcut)
+        np.testing.assert_allclose(fused, chwn(x, shortcut), rtol=1e-5, atol=1e-5)

@@ -12,12 +12,14 @@ import optax
 import pytest
 from flax import linen as nn
 from jax import lax
+from requirements import needs
 
 import blocksparse_jax as bsj
 from blocksparse_jax.tree import conv_kernels, path_name
 from experiments.models import create, names
 from experiments.models.layers import DepthwiseConv, Parts
 from experiments.models.pools import max_pool
+from pallas_kernels.block_sparse_conv import cpu
 
 # (name, classes, width, stem) -> number of parameters: torchvision's for 1000 classes; the CIFAR
 # ResNets as GraSP has them (a 1x1 convolution and a norm in the shortcuts)
@@ -397,6 +399,17 @@ def test_a_stem_of_fewer_than_14_channels_is_copied(channels, copies):
     """The docstring of the models gives this limit."""
     moved = moved_but_images("cnn", 8, 64, channels * 8 * 8 * 64, width=channels / 64)
     assert any(f" [{channels}, 8, 8, 64]" in text for text in moved) == bool(moved) == copies
+
+
+@needs(cpu.unavailable())
+def test_in_training_all_between_the_convolutions_is_one_operation():
+    """One call for each norm forward and one backward; no pass joins gradients of activations."""
+    step = compiled_step("resnet20", "CHWN", 16, 64, blocks=(1, 2, 1))
+    norms = 1 + 2 * 4 + 2
+    for name in ("NormActForward", "NormActBackward"):
+        assert step.count(f'custom_call_target="{name}"') == norms
+    activations = re.findall(r"= f32\[\d+,\d+,\d+,64\]\S* (?:add|maximum|select|rsqrt)\(", step)
+    assert activations == []
 
 
 def test_an_nhwc_training_step_moves_activations():

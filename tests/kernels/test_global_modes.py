@@ -12,13 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conv_cases import CASES, IMPLEMENTATIONS, NAMES, assert_close
+from requirements import needs
 from sparse_methods import slow_unless
 
 import blocksparse_jax as bsj
 from experiments.bench import shapes
+from pallas_kernels.block_sparse_conv import cpu
 from pallas_kernels.dense_conv import dense_conv
 from pallas_kernels.two_of_four import two_of_four_matmul
 
+NATIVE = needs(cpu.unavailable())
 # Modes that only refuse are switched on together, since none changes what another sees.
 MODES = {
     "x64": {"jax_enable_x64": True},
@@ -187,3 +190,23 @@ def test_debug_nans_finds_the_first_nan(name):
     x = x.at[0, 3, 2, 1].set(jnp.nan)
     with switched_on("all that raise"), pytest.raises(FloatingPointError):
         jax.block_until_ready(jax.jit(f)(x, *others))
+
+
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("cpu", marks=NATIVE)])
+@every_mode
+def test_batch_norm_with_a_residual_and_a_relu(mode, implementation):
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, residual = (jax.random.normal(key, (3, 4, 5, 6)) for key in keys[:2])
+    scale, bias = (jax.random.normal(key, (3,)) for key in keys[2:])
+
+    def run(x, residual, scale, bias):
+        def forked(x, residual, scale, bias, factor):
+            more = {"residual": residual, "factor": factor, "fork": True}
+            ys, _, _ = bsj.norm_act(x, scale, bias, **more, implementation=implementation)
+            return ys[0] + 2 * ys[1]
+
+        return with_gradients(forked, x, residual, scale, bias, jnp.float32(0.7))
+
+    check(mode, run, x, residual, scale, bias)
+    halves = x.astype(jnp.bfloat16), residual.astype(jnp.bfloat16)
+    check(mode, run, *halves, scale, bias, tolerance=2e-2)

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Modules on one line do not import each other.
 ORDER = [
     {"_checks", "alike", "transposes"},
-    {"kernels"},
+    {"kernels", "norm_act"},
     {"tree", "geometry", "erk"},
     {"selection", "scores", "budgets", "schedules"},
     {"data_scores"},
@@ -55,11 +55,11 @@ ORDER = [
     {"norm_act_conv"},
     {"linear"},
     {"_layer_forward"},
-    {"linen.conv", "linen.variational"},
+    {"linen.conv", "linen.variational", "linen.batch_norm"},
     {"linen.linear"},
     {"linen.interceptor", "linen.inputs"},
     {"nnx.layouts"},
-    {"nnx.conv", "nnx.linear", "nnx.variational"},
+    {"nnx.conv", "nnx.linear", "nnx.variational", "nnx.batch_norm"},
     {"nnx.model", "nnx.optimizer"},
     {"metrics"},
     {"summary"},
@@ -67,7 +67,7 @@ ORDER = [
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 FLAX_ONLY_IN = {"linen", "nnx", "_layer_forward", "serialization"}  # packages and modules
-KERNELS_ONLY_IN = {"layout", "plans", "kernel_gradient", "conv", "norm_act_conv"}
+KERNELS_ONLY_IN = {"layout", "plans", "kernel_gradient", "conv", "norm_act", "norm_act_conv"}
 KERNELS_ONLY_IN |= {"_layer_forward", "export"}
 
 

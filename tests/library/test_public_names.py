@@ -25,6 +25,7 @@ import blocksparse_jax as bsj
 # Modules among the public names, and what of them is for users.
 OF_MODULES = {
     "linen": [
+        "BatchNormAct",
         "BlockSparseConv",
         "BlockSparseLinear",
         "VariationalConv",
@@ -46,6 +47,7 @@ OF_MODULES = {
         "training_flops",
     ],
     "nnx": [
+        "BatchNormAct",
         "BlockSparseConv",
         "BlockSparseLinear",
         "Optimizer",
@@ -1179,6 +1181,33 @@ def mean_and_variance():
     mean, variance = bsj.mean_and_variance(sums_of(images()), 2 * 6 * 6)
     np.testing.assert_allclose(mean, images().mean((0, 1, 2)), atol=1e-5)
     np.testing.assert_allclose(variance, images().var((0, 1, 2)), rtol=1e-4)
+
+
+def assert_normalises(y, x):
+    """`y` is the ReLU of x, normalised over all axes but the first."""
+    axes = tuple(range(1, x.ndim))
+    expected = (x - x.mean(axes, keepdims=True)) / x.std(axes, keepdims=True)
+    np.testing.assert_allclose(y, jnp.maximum(expected, 0), rtol=1e-3, atol=1e-4)
+
+
+@check
+def norm_act():
+    y, mean, variance = bsj.norm_act(images())
+    assert_normalises(y, images())
+    np.testing.assert_allclose(mean, images().mean((1, 2, 3)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(variance, images().var((1, 2, 3)), rtol=1e-4)
+
+
+@check
+def linen__BatchNormAct():
+    layer = bsj.linen.BatchNormAct(use_running_average=False, axis=0)
+    assert_normalises(layer.init_with_output(jax.random.key(0), images())[0], images())
+
+
+@check
+def nnx__BatchNormAct():
+    layer = bsj.nnx.BatchNormAct(images().shape[0], axis=0, rngs=nnx.Rngs(0))
+    assert_normalises(layer(images()), images())
 
 
 @check

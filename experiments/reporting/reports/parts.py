@@ -9,7 +9,7 @@ MODES = ("forward", "forward + gradient")
 
 
 def table(report: dict[str, Any]) -> str:
-    """Returns NHWC against CHWN for each operation over all sizes, then the grouping's times.
+    """Returns NHWC against CHWN and flax against `norm_act` over all sizes, then the grouping.
 
     Args:
       report: of `experiments.bench.parts`.
@@ -17,22 +17,28 @@ def table(report: dict[str, Any]) -> str:
     Returns:
       Markdown.
     """
-    lines = []
-    for operation in dict.fromkeys(row["operation"] for row in report["rows"]):
-        cells = [operation]
-        for mode in MODES:
-            ratios = [
-                row["nhwc_over_chwn"]
-                for row in report["rows"]
-                if (row["operation"], row["mode"]) == (operation, mode)
-            ]
-            mean = statistics.geometric_mean(ratios)
-            cells.append(f"{mean:.2f}x ({min(ratios):.2f}-{max(ratios):.2f})")
-        lines.append(cells)
-    text = markdown.table(["NHWC time over CHWN time", *MODES], lines)
+    text = _ratios(report["rows"], "NHWC time over CHWN time", "nhwc_over_chwn")
+    fused = [row for row in report["rows"] if "chwn_over_norm_act" in row]
+    if fused:
+        text += "\n" + _ratios(fused, "flax time over norm_act time, CHWN", "chwn_over_norm_act")
     if not report["grouping"]:
         return text
     seconds = ("second_s", "second_cpu_s", "first_s")
     lines = [[row["what"], *(f"{row[name]:.2f}" for name in seconds)] for row in report["grouping"]]
     columns = ["grouping", "seconds", "processor seconds", "seconds with compilation"]
     return text + "\n" + markdown.table(columns, lines)
+
+
+def _ratios(rows: list[dict[str, Any]], title: str, name: str) -> str:
+    """The mean and the range of a ratio over all sizes, for each operation and mode."""
+    lines = []
+    for operation in dict.fromkeys(row["operation"] for row in rows):
+        cells = [operation]
+        for mode in MODES:
+            ratios = [
+                row[name] for row in rows if (row["operation"], row["mode"]) == (operation, mode)
+            ]
+            mean = statistics.geometric_mean(ratios)
+            cells.append(f"{mean:.2f}x ({min(ratios):.2f}-{max(ratios):.2f})")
+        lines.append(cells)
+    return markdown.table([title, *MODES], lines)

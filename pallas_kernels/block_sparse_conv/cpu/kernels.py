@@ -18,6 +18,8 @@ TARGETS = {
     "forward": "BlockSparseConvForward",
     "input_gradient": "BlockSparseConvInputGradient",
     "weight_gradient": "BlockSparseConvWeightGradient",
+    "norm_act_forward": "NormActForward",
+    "norm_act_backward": "NormActBackward",
 }
 """The names of the handlers by pass: symbols of the library and targets of `jax.ffi`."""
 
