@@ -158,9 +158,7 @@ class Parts:
         name: str,
         norm_name: str,
     ) -> tuple[Any, Float[Array, "a h w b"]]:
-        """`conv_norm` of what a shortcut reads too, given as `conv_norm` forks it; also returns the
-        activations for the shortcut.
-        """
+        """`conv_norm` of what `conv_norm` forked; also returns the shortcut's activations."""
         x, shortcut = inputs
         if train and self.fused:
             return self._pending(x, features, size, strides, name, norm_name, with_input=True)

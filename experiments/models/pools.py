@@ -76,7 +76,13 @@ def _pool_of_tiles_jvp(size: int, primals: Any, tangents: Any) -> tuple[jax.Arra
         place = jnp.where((pixel > y) | jnp.isnan(pixel), jnp.asarray(k, place.dtype), place)
         y = jnp.maximum(y, pixel)
     y, place = lax.optimization_barrier((y, place))
-    tiled = (x.shape[0], y.shape[1], size, y.shape[2], size, x.shape[3])
     here = jnp.arange(size * size, dtype=place.dtype).reshape(1, 1, size, 1, size, 1)
     is_maximum = place[:, :, None, :, None] == here
-    return y, jnp.where(is_maximum, dx.reshape(tiled), 0).sum((2, 4))
+    return y, jnp.where(is_maximum, _tiled(dx, size), 0).sum((2, 4))
+
+
+def _tiled(x: jax.Array, size: int) -> jax.Array:
+    """`[a, h, size, w, size, b]`: one axis at a time, which explicitly sharded arrays ask for."""
+    a, height, width, b = x.shape
+    rows = x.reshape(a, height // size, size, width, b)
+    return rows.reshape(a, height // size, size, width // size, size, b)
