@@ -93,7 +93,8 @@ def norm_act_conv(
     Args:
       z: the raw output of a convolution, in the data format.
       sums: of z, as `conv_with_sums` gives them.
-      scale, bias: one number for each channel of z: the parameters of the batch norm.
+      scale: of the batch norm, one number for each channel of z.
+      bias: of the batch norm, likewise.
       kernel: as in `conv`.
       layout: as in `conv`.
       relu: whether a ReLU follows the batch norm.
@@ -143,7 +144,8 @@ def norm_add_act_conv(
     Args:
       z: the raw output of a convolution, in the data format.
       sums: of z, as `conv_with_sums` gives them.
-      scale, bias: one number for each channel of z.
+      scale: one number for each channel of z.
+      bias: likewise.
       shortcut: in the shape of z; None where there is none, as after a stem.
       kernel: as in `conv`.
       layout: as in `conv`.
@@ -187,7 +189,8 @@ def norm_act_apply(
     Args:
       z: the raw output of a convolution, in the data format.
       sums: of z, as `conv_with_sums` gives them.
-      scale, bias: one number for each channel.
+      scale: one number for each channel.
+      bias: likewise.
       shortcut: in the shape of z, or None.
       relu: whether a ReLU follows.
       epsilon: added to the variance.

@@ -8,6 +8,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from rich.console import Console
 
@@ -30,7 +31,7 @@ def test_subp_prunes_in_steps_and_is_tested_when_it_has_settled():
         TrainConfig(method="subp", epochs=main_job.epochs, **compare._options(main_job, "subp"))
     )
     setup = Setup(config.sparsity, jax.random.key(0), length, None)
-    transform = METHODS["subp"].build(config.options, setup)
+    transform = bsj.sparse(METHODS["subp"].build(config.options, setup), optax.sgd(0.0))
     params = {"w": jnp.ones((1, 1, 100, 16))}
     state, densities = transform.init(params), []
     spec = bsj.get_spec(state)

@@ -38,6 +38,7 @@ PRINTS = {  # page -> what its examples print
     "index.md": "(2, 19, 3, 32)",
     "choosing_a_method.md": "hrbp-dynamic: sparse layers keep",
     "how_sparsity_becomes_speed.md": "(1.0, 1.0)",
+    "gpu.md": "(32, 8, 8, 4) (2, 32)",
     "layers_and_formats.md": "hrbp-dynamic: sparse layers keep",
     "experiments_and_data.md": "(64, 8, 8, 1) (64,)",
     "channel_orders.md": "",

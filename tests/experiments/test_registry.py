@@ -111,7 +111,7 @@ def test_the_budget_reaches_the_method(method, params):
     """The layers' densities after pruning are those of the budget that config.json names."""
     difference = {}
     for budget in ("uniform", "erk"):
-        transform = built(method, params, budget=budget, update_every=1)
+        transform = bsj.sparse(built(method, params, budget=budget, update_every=1), optax.sgd(0.0))
         state = transform.init(params)
         update = jax.jit(transform.update)
         for _ in range(13 if bsj.get_spec(state).resizes else 0):  # which start dense

@@ -194,7 +194,7 @@ def test_debug_nans_finds_the_first_nan(name):
 
 @pytest.mark.parametrize("implementation", ["xla", pytest.param("cpu", marks=NATIVE)])
 @every_mode
-def test_batch_norm_with_a_residual_and_a_relu(mode, implementation):
+def test_batch_norm_with_a_residual_and_a_relu(modes, implementation):
     keys = jax.random.split(jax.random.key(0), 4)
     x, residual = (jax.random.normal(key, (3, 4, 5, 6)) for key in keys[:2])
     scale, bias = (jax.random.normal(key, (3,)) for key in keys[2:])
@@ -207,6 +207,6 @@ def test_batch_norm_with_a_residual_and_a_relu(mode, implementation):
 
         return with_gradients(forked, x, residual, scale, bias, jnp.float32(0.7))
 
-    check(mode, run, x, residual, scale, bias)
+    check(modes, run, x, residual, scale, bias)
     halves = x.astype(jnp.bfloat16), residual.astype(jnp.bfloat16)
-    check(mode, run, *halves, scale, bias, tolerance=2e-2)
+    check(modes, run, *halves, scale, bias, tolerance=2e-2)

@@ -16,6 +16,7 @@ NAMES = {
     "opencv_python_headless": "cv2",
     "pillow": "PIL",
     "scikit_learn": "sklearn",
+    "tensorboardx": "tensorboardX",
     "tensorflow_datasets": "tensorflow_datasets",
     "tyro": "tyro",
     "jax_triton": "jax_triton",

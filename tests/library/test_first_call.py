@@ -58,10 +58,10 @@ def searched(seed):
 
 
 def test_hrbp_compiles_one_search_for_layers_of_as_many_filters():
-    search_together._find_soon.clear_cache()
+    search_together._find_unoptimized.clear_cache()
     pattern = bsj.patterns.block(group_size=8)
     bsj.layouts_from_scores(searched(0), 0.8, pattern=pattern, where=lambda *_: True)
-    assert search_together._find_soon._cache_size() == 2
+    assert search_together._find_unoptimized._cache_size() == 2
 
 
 @pytest.mark.parametrize("channel_block", [1, 4])
