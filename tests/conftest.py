@@ -126,9 +126,12 @@ def pytest_runtest_teardown(item, nextitem):
     """
     _count["tests"] += 1
     ends = nextitem is None or nextitem.path != item.path  # a worker's chunk, or a module
-    if (ends or _count["tests"] % 16 == 0) and _MAPS.exists():
-        if _MAPS.read_bytes().count(b"\n") > 20_000:
-            jax.clear_caches()
+    if (ends or _count["tests"] % 16 == 0) and _memory_maps() > 20_000:
+        jax.clear_caches()
+
+
+def _memory_maps():
+    return _MAPS.read_bytes().count(b"\n") if _MAPS.exists() else 0
 
 
 def pytest_unconfigure(config):
