@@ -82,18 +82,20 @@ class Dataset:
           ValueError: `batch_size` or `start_step` does not fit the training set.
         """
         steps = step_range(start_step, self.steps_per_epoch(batch_size))
+        rest = self.train_rest(epoch, batch_size, seed, start_step)
+        return _batches(rest, len(steps))
+
+    def train_rest(
+        self, epoch: int, batch_size: int, seed: int, start_step: int = 0
+    ) -> "EpochRest":
+        """The batches of `train_batches`, to be made inside of a jitted program."""
+        step_range(start_step, self.steps_per_epoch(batch_size))
         key = jax.random.fold_in(jax.random.key(seed), epoch)
         order = _shuffle(key, len(self.train.x))
-        batch = functools.partial(
-            _train_batch,
-            *self.train,
-            order,
-            key,
-            spec=SPECS[self.name],
-            batch_size=batch_size,
-            process=self.process,
+        step = jax.device_put(np.int32(start_step))
+        return EpochRest(
+            *self.train, order, key, step, SPECS[self.name], batch_size, self.process
         )
-        return (batch(jax.device_put(np.int32(step))) for step in steps)
 
     def test_batches(self, batch_size: int) -> Iterator[TestBatch]:
         """Gives every test example once, in order; the last batch is padded.
@@ -119,32 +121,72 @@ class Dataset:
         )
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class EpochRest:
+    """The batches of an epoch that are still to come.
+
+    A pytree: a jitted program takes it and makes its batches itself.
+
+    Attributes:
+      x: training images.
+      y: their labels.
+      order: of the examples in this epoch.
+      key: of the augmentation.
+      step: number of the next batch.
+      spec: of the data set.
+      batch_size: examples in a batch, over all processes.
+      process: see `batches.Data`.
+    """
+
+    x: UInt8[Array, "n h w c"]
+    y: Int[Array, " n"]
+    order: Int[Array, " n"]
+    key: Key[Array, ""]
+    step: Int[Array, ""]
+    spec: Spec = dataclasses.field(metadata={"static": True})
+    batch_size: int = dataclasses.field(metadata={"static": True})
+    process: tuple[int, int] = dataclasses.field(metadata={"static": True})
+
+    def batch(self) -> TrainBatch:
+        """The next batch.
+
+        Every process draws the whole batch and keeps its own rows, so that the batches do not
+        depend on the number of processes.
+        """
+        start = (self.step * self.batch_size,)
+        rows = jax.lax.dynamic_slice(self.order, start, (self.batch_size,))
+        key = jax.random.fold_in(self.key, self.step)
+        images = augment(key, self.x[rows], pad=self.spec.pad, flip=self.spec.flip)
+        index, count = self.process
+        images = normalize(images[index::count], self.spec.mean, self.spec.std)
+        return images, self.y[rows][index::count]
+
+    def split(self) -> tuple[TrainBatch, "EpochRest"]:
+        """The next batch, made by a program of its own, and the batches after it."""
+        batch, step = _next_batch(self)
+        return batch, self.at(step)
+
+    def at(self, step: Int[Array, ""]) -> "EpochRest":
+        """The batches from another one on."""
+        return dataclasses.replace(self, step=step)
+
+
+def _batches(rest: EpochRest, count: int) -> Iterator[TrainBatch]:
+    """So many batches. The number of the next one stays on the device, so nothing is sent there."""
+    for _ in range(count):
+        batch, rest = rest.split()
+        yield batch
+
+
+@jax.jit
+def _next_batch(rest: EpochRest) -> tuple[TrainBatch, Int[Array, ""]]:
+    return rest.batch(), rest.step + 1
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def _shuffle(key: Key[Array, ""], n: int) -> Int[Array, " n"]:
     return jax.random.permutation(key, n)
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "batch_size", "process"))
-def _train_batch(
-    x: UInt8[Array, "n h w c"],
-    y: Int[Array, " n"],
-    order: Int[Array, " n"],
-    key: Key[Array, ""],
-    step: Int[Array, ""],
-    *,
-    spec: Spec,
-    batch_size: int,
-    process: tuple[int, int],
-) -> TrainBatch:
-    """The training batch of a step.
-
-    Every process draws the whole batch and keeps its own rows, so that the batches do not depend on
-    the number of processes.
-    """
-    rows = jax.lax.dynamic_slice(order, (step * batch_size,), (batch_size,))
-    images = augment(jax.random.fold_in(key, step), x[rows], pad=spec.pad, flip=spec.flip)
-    index, count = process
-    return normalize(images[index::count], spec.mean, spec.std), y[rows][index::count]
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "batch_size", "process"))

@@ -13,41 +13,72 @@ from typing import Any
 import jax
 import numpy as np
 
+LONGEST_WAIT_MS = 500.0  # of steps that a training run may have under way
 BURST_MS = 30.0  # how long one call is repeated before its neighbour has its turn
 MAX_BURST_CALLS = 1000
 
 
 class StepTimer:
-    """Times the steps of one training run; the first steps after each compilation do not count.
+    """Times the steps of one training run without waiting for each of them.
+
+    The first calls after each compilation are waited for and do not count. The steps that follow
+    run on while the next ones are prepared, up to `wait` or a step of another kind. Each counts
+    with the mean of all that ran on together, so what the loop does between them counts too. At
+    most half a second of steps is under way, so that a request to stop is heard soon.
 
     Args:
-      warm_up: steps after each compilation that do not count.
+      warm_up: calls after each compilation that do not count.
     """
 
     def __init__(self, warm_up: int = 3):
         self._warm_up = warm_up
         self._calls: dict[Hashable, int] = defaultdict(int)
         self._times_ms: dict[Hashable, list[float]] = defaultdict(list)
+        self._kind: Hashable = None  # of the steps under way
+        self._steps, self._start = 0, 0.0
+        self._last: Any = None
 
-    def time(self, kind: Hashable, program: Hashable, function: Callable[[], Any]) -> Any:
-        """Calls a function, waits for its result and keeps the time.
+    def time(
+        self, kind: Hashable, program: Hashable, function: Callable[[], Any], steps: int = 1
+    ) -> Any:
+        """Calls a function and keeps the time until its result is ready.
 
         Args:
           kind: the name under which the time counts.
           program: identifies what is compiled: a new value means a new compilation.
           function: takes no arguments; returns JAX arrays.
+          steps: how many it makes.
 
         Returns:
-          The function's result, ready.
+          The function's result, which need not be ready.
         """
-        result, elapsed_ms = call_and_time(function)
+        warming = self._calls[kind, program] < self._warm_up
+        if warming or kind != self._kind:
+            self.wait()
+        start = time.perf_counter()
+        result = function()
         self._calls[kind, program] += 1
-        if self._calls[kind, program] > self._warm_up:
-            self._times_ms[kind].append(elapsed_ms)
+        if warming:
+            return jax.block_until_ready(result)
+        if not self._steps:
+            self._kind, self._start = kind, start
+        self._steps, self._last = self._steps + steps, result
+        known = self._times_ms[kind]
+        if not known or (self._steps + steps) * known[-1] > LONGEST_WAIT_MS:
+            self.wait()
         return result
 
+    def wait(self) -> None:
+        """Waits for the steps under way."""
+        if self._steps:
+            jax.block_until_ready(self._last)
+            elapsed_ms = 1e3 * (time.perf_counter() - self._start)
+            self._times_ms[self._kind] += [elapsed_ms / self._steps] * self._steps
+        self._kind, self._steps, self._last = None, 0, None
+
     def milliseconds(self, kind: Hashable) -> list[float]:
-        """Returns the times of one kind so far, in order."""
+        """Returns the times of one kind so far, in order, after `wait`."""
+        self.wait()
         return self._times_ms[kind]
 
 

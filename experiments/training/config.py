@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import tyro
 
 import blocksparse_jax as bsj
@@ -72,6 +73,10 @@ class TrainConfig:
         only there.
       keep_checkpoint: the step of a checkpoint that stays for good, so that another run can start
         from its weights with --rewind; of the others the last two are kept.
+      steps_per_dispatch: training steps of one program, which makes their batches too, where no
+        mask changes, no row of metrics and no checkpoint falls between them and the data are on the
+        device; other steps are dispatched one by one. None is 10 on GPUs, where a step can be
+        shorter than its dispatch, else 1. A resumed run may have another number.
       masks: folder of a finished run, under whose masks this one trains with new random weights;
         its config stands for the flags that are not given, and the masks stay as they are.
       rewind: with --masks, start from the weights that that run had at this step: 0 is its initial
@@ -108,6 +113,7 @@ class TrainConfig:
     log_every: int = 50
     checkpoint_every: int | None = None
     keep_checkpoint: int | None = None
+    steps_per_dispatch: int | None = None
     masks: str | None = None
     rewind: int | None = None
     options: Annotated[Options | None, tyro.conf.Suppress] = None
@@ -145,6 +151,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     config = dataclasses.replace(
         config,
         **{name: value for name, value in preset.items() if getattr(config, name) is None},
+        steps_per_dispatch=_steps_per_dispatch(config),
         execution=config.execution or ("packed" if has_layout and not why_dense() else "masked"),
         sparsity=_sparsity(config, options),
         options=options,
@@ -170,7 +177,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         _checks.number(name, getattr(config, name), low_open=True)
     for name in ("weight_decay", "warmup_epochs"):
         _checks.number(name, getattr(config, name))
-    for name in ("epochs", "batch_size", "log_every"):
+    for name in ("epochs", "batch_size", "log_every", "steps_per_dispatch"):
         _checks.positive_int(name, getattr(config, name))
     for name in ("examples", "checkpoint_every", "keep_checkpoint", "mask_epochs"):
         if getattr(config, name) is not None:
@@ -190,6 +197,12 @@ def resolve(config: TrainConfig) -> TrainConfig:
     if config.masks is not None:
         config = dataclasses.replace(config, masks=str(Path(config.masks).absolute()))
     return config if config.out else dataclasses.replace(config, out=_default_folder(config))
+
+
+def _steps_per_dispatch(config: TrainConfig) -> int:
+    if config.steps_per_dispatch is not None:
+        return config.steps_per_dispatch
+    return 10 if jax.default_backend() == "gpu" else 1
 
 
 def _default_folder(config: TrainConfig) -> str:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 import blocksparse_jax as bsj
 from blocksparse_jax.state import sparse_states
 from experiments import models
+from experiments.data.resident import EpochRest
 from experiments.training.config import TrainConfig
 from experiments.training.execution import State, copied, is_dense, to_form, widths_of
 from experiments.training.length import Length
@@ -31,7 +32,7 @@ from pallas_kernels.block_sparse_conv import fuses_norms, reads_plans
 
 
 class Metrics(NamedTuple):
-    """Of one batch: the mean loss and the number of right answers, on the device."""
+    """Of one batch, or of each of several: mean loss and number of right answers, on the device."""
 
     loss: jax.Array
     correct: jax.Array
@@ -103,6 +104,7 @@ class Trainer:
         self._seed = seed
         self._planned: tuple[Any, Any] | None = None  # layouts, and the same with their plans
         self._step = jax.jit(self._train_step, static_argnames="dense_gradient", donate_argnums=0)
+        self._steps = jax.jit(self._train_steps, static_argnames="count", donate_argnums=0)
         self._correct = jax.jit(self._count_correct)
 
     def init(self, batch: tuple[Array, Array] | None = None) -> State:
@@ -309,6 +311,28 @@ class Trainer:
             state = to_form(form, state)
         return state, metrics
 
+    def steps(self, state: State, rest: EpochRest, count: int) -> tuple[State, Metrics, EpochRest]:
+        """Several `plain` steps in one program, which makes their batches too.
+
+        Args:
+          state: in the form of these steps; donated.
+          rest: of the epoch, its next batch that of the first step.
+          count: of the steps; each has a program of its own.
+
+        Returns:
+          The state in the same form, the metrics of each step, and the batches that are left.
+        """
+        layouts, without = state.layouts, dataclasses.replace(state, layouts={})
+        state, metrics, step = self._steps(without, self.planned(layouts), rest, count=count)
+        return dataclasses.replace(state, layouts=layouts), metrics, rest.at(step)
+
+    def plain(self, step: int) -> bool:
+        """Whether nothing but weights and statistics changes in a step, as in those of `steps`."""
+        if self.changes_masks(step) or self.form(step + 1) != self.form(step):
+            return False
+        # masks that follow the weights are counted after each step
+        return self.spec is None or not (self.spec.rule or self.spec.dense_gradient(step))
+
     def lower(
         self, state: State, step: int, images: Float[Array, "n h w c"], labels: Int[Array, " n"]
     ) -> jax.stages.Lowered:
@@ -407,6 +431,18 @@ class Trainer:
             state, params=params, batch_stats=batch_stats, opt_state=opt_state
         )
         return new, Metrics(loss, correct)
+
+    def _train_steps(
+        self, state: State, layouts: Any, rest: EpochRest, count: int
+    ) -> tuple[State, Metrics, Array]:
+        def step(carry: tuple[State, Array], _: None) -> tuple[tuple[State, Array], Metrics]:
+            state, number = carry
+            batch = rest.at(number).batch()
+            state, metrics = self._train_step(state, layouts, *batch, dense_gradient=False)
+            return (state, number + 1), metrics
+
+        (state, number), metrics = jax.lax.scan(step, (state, rest.step), length=count)
+        return state, metrics, number
 
     def _loss(
         self, model: Any, variables: Any, images: Array, labels: Array

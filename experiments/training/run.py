@@ -2,15 +2,17 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import blocksparse_jax as bsj
 from experiments.data import load
 from experiments.data.batches import Data
+from experiments.data.resident import Dataset, EpochRest
 from experiments.data.shown_name import shown_name
 from experiments.measuring.environment import commit, device, versions
 from experiments.measuring.timing import StepTimer, median_iqr
@@ -222,11 +224,8 @@ class Run:
         self, progress: Progress, stop_after: int | None, request: StopRequest
     ) -> None:
         """The rest of an epoch, or of the steps before a stop."""
-        epoch, done = divmod(self.step, self.length.steps_per_epoch)
-        batch_size, seed = self.config.batch_size, self.config.seed
-        batches = self.data.train_batches(epoch, batch_size, seed, start_step=done)
-        for images, labels in _readable(batches):
-            self._train_step(images, labels)
+        epoch = self.step // self.length.steps_per_epoch
+        for _ in self._dispatches(stop_after):
             if self.step % self.config.log_every == 0:
                 means = self._log_window(epoch)
                 numbers = means["loss"], means["train_accuracy"], self._history.density
@@ -250,31 +249,77 @@ class Run:
         late = time.perf_counter() - self._since >= self._checkpoint_seconds
         return late or self.step == self.length.total
 
+    def _dispatches(self, stop_after: int | None) -> Iterator[None]:
+        """Makes the rest of an epoch's steps, and yields after each dispatch."""
+        epoch, done = divmod(self.step, self.length.steps_per_epoch)
+        count = self.config.steps_per_dispatch
+        where = epoch, self.config.batch_size, self.config.seed, done
+        if count == 1 or not isinstance(self.data, Dataset):
+            for images, labels in _readable(self.data.train_batches(*where)):
+                self._train_step(images, labels)
+                yield
+            return
+        rest = self.data.train_rest(*where)
+        while self.step // self.length.steps_per_epoch == epoch:
+            if self._fit_together(count, stop_after):
+                rest = self._train_steps(rest, count)
+            else:
+                batch, rest = rest.split()
+                self._train_step(*batch)
+            yield
+
+    def _fit_together(self, count: int, stop_after: int | None) -> bool:
+        """Whether nothing is to be done between the next steps."""
+        config, first, last = self.config, self.step, self.step + count - 1
+        intervals = config.log_every, config.checkpoint_every, self.length.steps_per_epoch
+        stops = stop_after, config.keep_checkpoint
+        return (
+            all(first // n == last // n for n in intervals if n)
+            and not any(first < step <= last for step in stops if step)
+            and all(map(self.trainer.plain, range(first, last + 1)))
+        )
+
+    def _train_steps(self, rest: EpochRest, count: int) -> EpochRest:
+        def call() -> tuple[State, Metrics]:
+            nonlocal rest
+            state, metrics, rest = self.trainer.steps(self.state, rest, count)
+            return state, metrics
+
+        self._masks_to_test = []
+        self._dispatch(call, count)
+        return rest
+
     def _train_step(self, images: Any, labels: Any) -> None:
         step, state, trainer = self.step, self.state, self.trainer
         changes = trainer.changes_masks(step) or trainer.form(step + 1) != state.form
-        kind = state.form, self._parameters
         if (step + 1) % self.length.steps_per_epoch == 0:
             self._masks_to_test = trainer.masks_to_test(step, state)
-        program = *kind, tuple(leaf.shape for leaf in jax.tree.leaves(state.layouts))
-        self.state, metrics = self._timer.time(
-            "topology" if changes else kind,
-            program,
-            lambda: trainer.step(state, step, images, labels),
-        )
+        self._dispatch(lambda: trainer.step(state, step, images, labels), 1, changes)
         if changes:
             self._parameters = network_size.parameters(dense_shapes(self.state))
+
+    def _dispatch(
+        self, call: Callable[[], tuple[State, Metrics]], count: int, changes: bool = False
+    ) -> None:
+        kind = self.state.form, self._parameters
+        program = *kind, count, tuple(leaf.shape for leaf in jax.tree.leaves(self.state.layouts))
+        self.state, metrics = self._timer.time(
+            "topology" if changes else kind, program, call, count
+        )
         self._pending.append(metrics)
-        self._history.step(step, self.state)
-        self.step += 1
+        for step in range(self.step, self.step + count):
+            self._history.step(step, self.state)
+        self.step += count
 
     def _fetch(self) -> None:
         """Brings the metrics of the steps since the last call from the device, all at once."""
-        for loss, correct in jax.device_get(self._pending):
-            self._window, self._epoch = (
-                Sums(s.loss + float(loss), s.correct + int(correct), s.steps + 1)
-                for s in (self._window, self._epoch)
-            )
+        self._timer.wait()
+        for metrics in jax.device_get(self._pending):
+            for loss, correct in zip(*map(np.atleast_1d, metrics), strict=True):
+                self._window, self._epoch = (
+                    Sums(s.loss + float(loss), s.correct + int(correct), s.steps + 1)
+                    for s in (self._window, self._epoch)
+                )
         self._pending.clear()
         self._history.fetch()
         if not math.isfinite(self._epoch.loss):
