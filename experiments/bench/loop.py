@@ -50,8 +50,8 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("cnn", 0.25, "dense", 32, 50),
-    Case("cnn", 0.25, "hrbp", 32, 50),
+    Case("cnn", 0.25, "dense", 128, 20),
+    Case("cnn", 0.25, "hrbp", 128, 20),
     Case("resnet20", 1, "dense", 128, 10),
     Case("resnet20", 1, "hrbp", 128, 10),
 )

@@ -93,9 +93,7 @@ class Dataset:
         key = jax.random.fold_in(jax.random.key(seed), epoch)
         order = _shuffle(key, len(self.train.x))
         step = jax.device_put(np.int32(start_step))
-        return EpochRest(
-            *self.train, order, key, step, SPECS[self.name], batch_size, self.process
-        )
+        return EpochRest(*self.train, order, key, step, SPECS[self.name], batch_size, self.process)
 
     def test_batches(self, batch_size: int) -> Iterator[TestBatch]:
         """Gives every test example once, in order; the last batch is padded.

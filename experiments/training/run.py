@@ -253,13 +253,14 @@ class Run:
         """Makes the rest of an epoch's steps, and yields after each dispatch."""
         epoch, done = divmod(self.step, self.length.steps_per_epoch)
         count = self.config.steps_per_dispatch
-        where = epoch, self.config.batch_size, self.config.seed, done
+        where = epoch, self.config.batch_size, self.config.seed
         if count == 1 or not isinstance(self.data, Dataset):
-            for images, labels in _readable(self.data.train_batches(*where)):
+            batches = self.data.train_batches(*where, start_step=done)
+            for images, labels in _readable(batches):
                 self._train_step(images, labels)
                 yield
             return
-        rest = self.data.train_rest(*where)
+        rest = self.data.train_rest(*where, start_step=done)
         while self.step // self.length.steps_per_epoch == epoch:
             if self._fit_together(count, stop_after):
                 rest = self._train_steps(rest, count)

@@ -1,0 +1,121 @@
+"""The loop of a run: it waits for the device once a window, and one program can make more steps."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.array import ArrayImpl
+from tiny_runs import PER_EPOCH, assert_same_run, config
+
+from experiments.measuring import timing
+from experiments.training.execution import copied
+from experiments.training.loop import Trainer
+from experiments.training.run import Run
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Counts how often the host waits for the device or reads a value of it."""
+    count = []
+
+    def counted(function):
+        return lambda *args: count.append(function) or function(*args)
+
+    monkeypatch.setattr(timing, "LONGEST_WAIT_MS", float("inf"))  # the machine may be slow
+    monkeypatch.setattr(jax, "block_until_ready", counted(jax.block_until_ready))
+    monkeypatch.setattr(jax, "device_get", counted(jax.device_get))
+    monkeypatch.setattr(ArrayImpl, "_value", property(counted(ArrayImpl._value.fget)))
+    return count
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_between_two_rows_of_metrics_nothing_waits_and_nothing_is_sent(tmp_path, waits, together):
+    run = Run(config(tmp_path, log_every=PER_EPOCH, steps_per_dispatch=together))
+    run.train(stop_after=PER_EPOCH)
+    dispatches = run._dispatches(None)
+    next(dispatches)
+    run._fetch()
+    waits.clear()
+    with jax.transfer_guard("disallow_explicit"):
+        while run.step < 2 * PER_EPOCH - 1:
+            next(dispatches)
+            assert not waits
+    run._fetch()
+    assert waits
+    next(dispatches)
+    assert len(run._timer.milliseconds(("packed", run._parameters))) >= PER_EPOCH
+
+
+def test_the_host_hears_of_a_long_step_before_it_makes_the_next():
+    timer = timing.StepTimer(warm_up=0)
+    timer._times_ms["step"].append(timing.LONGEST_WAIT_MS)
+    timer.time("step", 0, lambda: jnp.ones(3))
+    assert timer._steps == 0  # none is under way
+
+
+@pytest.mark.parametrize(("method", "execution"), [("hrbp", "packed"), ("dense", "masked")])
+def test_steps_of_one_program_are_the_steps_one_by_one(tmp_path, method, execution):
+    """Up to rounding: the images are noise, since it decides the ties of a max pool on digits."""
+    run = Run(config(tmp_path, method, sparsity=None, execution=execution, lr=1e-3))
+    noise = np.random.default_rng(0).integers(0, 256, run.data.train.x.shape, np.uint8)
+    data = dataclasses.replace(run.data, train=run.data.train._replace(x=jnp.asarray(noise)))
+    start = 0, run.config.batch_size, run.config.seed, 2
+    state, before, losses, right = copied(run.state), copied(run.state.params), [], []
+    for step, batch in enumerate(itertools.islice(data.train_batches(*start), 3)):
+        state, metrics = run.trainer.step(state, step, *batch)
+        losses.append(metrics.loss)
+        right.append(metrics.correct)
+    together, metrics, rest = run.trainer.steps(run.state, data.train_rest(*start), 3)
+    np.testing.assert_allclose(metrics.loss, losses, rtol=1e-5)
+    np.testing.assert_allclose(metrics.correct, right, atol=1)
+    assert jax.tree.structure(together) == jax.tree.structure(state)
+    first, one, several = (
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
+        for params in (before, state.params, together.params)
+    )
+    assert np.linalg.norm(several - one) < 0.01 * np.linalg.norm(one - first)
+    images, labels = rest.split()[0]
+    expected_images, expected_labels = next(data.train_batches(*start[:3], 5))
+    np.testing.assert_array_equal(images, expected_images)
+    np.testing.assert_array_equal(labels, expected_labels)
+
+
+@pytest.mark.parametrize(
+    ("method", "together", "fields"),
+    [("hrbp", 3, {}), ("rigl", 2, {"execution": "masked", "checkpoint_every": 5})],
+)
+def test_a_run_keeps_its_rows_and_mask_updates_when_steps_go_together(
+    tmp_path, monkeypatch, method, together, fields
+):
+    """Also when it is resumed with steps one by one. They are made one by one, to be the same."""
+    dispatched = []
+
+    def steps(trainer, state, rest, count):
+        first, metrics = runs[-1].step, []
+        dispatched.append((first, count))
+        for step in range(first, first + count):
+            batch, rest = rest.split()
+            state, of_step = trainer.step(state, step, *batch)
+            metrics.append(of_step)
+        return state, jax.tree.map(lambda *numbers: jnp.stack(numbers), *metrics), rest
+
+    runs = [Run(config(tmp_path, method, out=str(tmp_path / "one"), **fields))]
+    runs[0].train()
+    monkeypatch.setattr(Trainer, "steps", steps)
+    settings = config(tmp_path, method, steps_per_dispatch=together, **fields)
+    runs.append(Run(settings))
+    runs[-1].train(stop_after=PER_EPOCH + 3)
+    updates = [step for step in range(PER_EPOCH + 3) if not runs[0].trainer.plain(step)]
+    assert (method == "rigl") == bool(updates)
+    assert len(dispatched) >= 3
+    assert {count for _, count in dispatched} == {together}
+    for first, count in dispatched:
+        inside = range(first + 1, first + count)
+        assert not any(step % n == 0 for step in inside for n in (4, PER_EPOCH))
+        assert not set(updates) & {first, *inside}
+    runs.append(Run(dataclasses.replace(settings, steps_per_dispatch=1), resume=True))
+    runs[-1].train()
+    assert_same_run(runs[-1], runs[0])
