@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import grain
@@ -24,6 +24,7 @@ from experiments.data.tfds_layout import Example
 
 cv2.setNumThreads(0)  # Grain's threads and processes already use all cores
 
+Batch = TypeVar("Batch")
 Pixels = UInt8[np.ndarray, "h w c"]
 
 _LONGEST = 8
@@ -155,10 +156,10 @@ class ImageNet:
         index, count = self.process
         grain_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
         examples = grain.MapDataset.source(self.train).seed(grain_seed).shuffle()
-        examples = examples.random_map(_train_example)
+        examples = examples.random_map(train_example)
         rows = examples[index : steps.stop * batch_size : count]
         batches = rows.batch(local_size(batch_size, count))[start_step:]
-        return map(_to_device, self._read(batches))
+        return _ahead(map(_to_device, self._read(batches)))
 
     def test_batches(self, batch_size: int) -> Iterator[TestBatch]:
         """Gives the central square of every test example once, as `resident.Dataset` does."""
@@ -167,7 +168,7 @@ class ImageNet:
         padded = math.ceil(len(self.test) / batch_size) * batch_size
         rows = grain.MapDataset.range(padded)[index::count]
         batches = rows.map(functools.partial(_test_example, self.test)).batch(local)
-        return map(_to_device, self._read(batches))
+        return _ahead(map(_to_device, self._read(batches)))
 
     def _read(self, batches: grain.MapDataset) -> Iterator[tuple[np.ndarray, ...]]:
         """Reads the batches in order, in threads and, with workers, in other processes."""
@@ -181,9 +182,17 @@ class ImageNet:
         return iter(stream)
 
 
-def _train_example(example: Example, rng: np.random.Generator) -> tuple[Any, ...]:
-    """The cropped image and the label of a training example."""
-    image, label = _decode(example)
+def train_example(example: Example, rng: np.random.Generator) -> tuple[Pixels, np.int32]:
+    """The cropped image and the label of a training example.
+
+    Args:
+      example: with "image" (bytes), "label" and "file_name".
+      rng: source of the crop.
+
+    Returns:
+      Pixels of the network's size, and the class.
+    """
+    image, label = decoded(example)
     return random_resized_crop(rng, image, ImageNet.image_shape[0]), label
 
 
@@ -191,13 +200,23 @@ def _test_example(source: Sequence[Example], row: int) -> tuple[Any, ...]:
     """The image, the label and the weight of a test example; rows past the end are padding."""
     if row >= len(source):
         return np.zeros(ImageNet.image_shape, np.uint8), np.int32(0), np.float32(0)
-    image, label = _decode(source[row])
+    image, label = decoded(source[row])
     return center_crop(image, ImageNet.image_shape[0], shorter=256), label, np.float32(1)
 
 
-def _decode(example: Example) -> tuple[Pixels, np.int32]:
-    """The pixels and the label of an example."""
+def decoded(example: Example) -> tuple[Pixels, np.int32]:
+    """The pixels and the label of an example, as `train_example` takes it."""
     return decode_example(ImageNet.name, example, example["file_name"].decode(errors="replace"))
+
+
+def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, each one's copy to the device begun before the one before it is used."""
+    waiting: list[Batch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
 
 
 def _to_device(batch: tuple[np.ndarray, ...]) -> tuple[Any, ...]:

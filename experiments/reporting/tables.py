@@ -16,6 +16,7 @@ from experiments.reporting import figures
 from experiments.reporting.reports import (
     channel_blocks,
     compare,
+    data,
     gpu_kernels,
     gpu_profile,
     gpu_training,
@@ -39,6 +40,7 @@ TABLES: dict[str, Table] = {  # by the start of the report's name; the first tha
     "bench_training_gpu": gpu_training.table,
     "bench_kernels_cpu_batch": kernels.totals,
     "bench_kernels": kernels.table,
+    "bench_data": data.table,
     "bench_loop": loop.table,
     "bench_parts": parts.table,
     "bench_training": training.table,
