@@ -49,6 +49,8 @@ bench: $(VENV)/installed
 	$(BIN)/python -m experiments.bench.inference
 	$(BIN)/python -m experiments.bench.parts
 	$(BIN)/python -m experiments.bench.unchanged
+	$(BIN)/python -m experiments.bench.loop
+	$(BIN)/python -m experiments.bench.data
 	$(BIN)/python -m experiments.report
 
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard cpu_kernels/*)

@@ -56,6 +56,8 @@ class TrainConfig:
       stem: cifar (images up to 64x64) or imagenet (strided).
       implementation: of the block-sparse conv: xla, cpu, triton, mosaic_gpu or dense; None picks.
       data_dir: where prepare_data wrote the data sets.
+      data_workers: processes that read and decode images of a data set that streams (imagenet2012),
+        besides this one's threads.
       examples: training images, drawn from the data set in the same way each time; None is all.
       batch_size: images per step.
       optimizer: sgd or adam.
@@ -100,6 +102,7 @@ class TrainConfig:
     stem: str | None = None
     implementation: str | None = None
     data_dir: str = "data"
+    data_workers: int = 0
     examples: int | None = None
     batch_size: int | None = None
     optimizer: str = "sgd"
@@ -179,6 +182,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         _checks.number(name, getattr(config, name))
     for name in ("epochs", "batch_size", "log_every", "steps_per_dispatch"):
         _checks.positive_int(name, getattr(config, name))
+    _checks.step("data_workers", config.data_workers)
     for name in ("examples", "checkpoint_every", "keep_checkpoint", "mask_epochs"):
         if getattr(config, name) is not None:
             _checks.positive_int(name, getattr(config, name))

@@ -106,7 +106,10 @@ class Run:
     def _open(self, config: TrainConfig, resume: bool) -> None:
         self.config = config
         self.data = self._given_data or load(
-            config.dataset, config.data_dir, examples=config.examples
+            config.dataset,
+            config.data_dir,
+            examples=config.examples,
+            workers=config.data_workers,
         )
         self.trainer = trainer_for(config, self.data)
         self._programs.share(self.trainer)

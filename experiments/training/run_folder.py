@@ -19,7 +19,7 @@ from experiments.training.folder_lock import FolderLock
 from experiments.training.registry import METHODS
 
 # Where things are, not what is trained: they may change between a stop and its resume.
-_PLACE = ("out", "data_dir", "steps_per_dispatch")
+_PLACE = ("out", "data_dir", "data_workers", "steps_per_dispatch")
 # What a run that was stopped before it began may leave.
 _LEFTOVERS = {folder_lock.NAME, "config.json.part"}
 

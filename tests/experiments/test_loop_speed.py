@@ -1,7 +1,11 @@
-"""The loop of a run: it waits for the device once a window, and one program can make more steps."""
+"""The loop of a run: it waits for the device once a window, and one program can make more steps.
+
+Also the benchmarks of the loop and of the data path.
+"""
 
 import dataclasses
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +14,9 @@ import pytest
 from jax._src.array import ArrayImpl
 from tiny_runs import PER_EPOCH, assert_same_run, config
 
+from experiments.bench import data, loop
 from experiments.measuring import timing
+from experiments.reporting import tables
 from experiments.training.execution import copied
 from experiments.training.loop import Trainer
 from experiments.training.run import Run
@@ -71,14 +77,14 @@ def test_steps_of_one_program_are_the_steps_one_by_one(tmp_path, monkeypatch, me
         jitted = jax.jit(function, static_argnames=static, compiler_options=optimized)
         monkeypatch.setattr(trainer, name, jitted)
     noise = np.random.default_rng(0).integers(0, 256, run.data.train.x.shape, np.uint8)
-    data = dataclasses.replace(run.data, train=run.data.train._replace(x=jnp.asarray(noise)))
+    noisy = dataclasses.replace(run.data, train=run.data.train._replace(x=jnp.asarray(noise)))
     start = 0, run.config.batch_size, run.config.seed, 2
     state, before, losses, right = copied(run.state), copied(run.state.params), [], []
-    for step, batch in enumerate(itertools.islice(data.train_batches(*start), 3)):
+    for step, batch in enumerate(itertools.islice(noisy.train_batches(*start), 3)):
         state, metrics = run.trainer.step(state, step, *batch)
         losses.append(metrics.loss)
         right.append(metrics.correct)
-    together, metrics, rest = run.trainer.steps(run.state, data.train_rest(*start), 3)
+    together, metrics, rest = run.trainer.steps(run.state, noisy.train_rest(*start), 3)
     np.testing.assert_allclose(metrics.loss, losses, rtol=1e-5)
     np.testing.assert_allclose(metrics.correct, right, atol=1)
     assert jax.tree.structure(together) == jax.tree.structure(state)
@@ -88,7 +94,7 @@ def test_steps_of_one_program_are_the_steps_one_by_one(tmp_path, monkeypatch, me
     )
     assert np.linalg.norm(several - one) < 0.01 * np.linalg.norm(one - first)
     images, labels = rest.split()[0]
-    expected_images, expected_labels = next(data.train_batches(*start[:3], 5))
+    expected_images, expected_labels = next(noisy.train_batches(*start[:3], 5))
     np.testing.assert_array_equal(images, expected_images)
     np.testing.assert_array_equal(labels, expected_labels)
 
@@ -129,3 +135,35 @@ def test_a_run_keeps_its_rows_and_mask_updates_when_steps_go_together(
     runs.append(Run(dataclasses.replace(settings, steps_per_dispatch=1), resume=True))
     runs[-1].train()
     assert_same_run(runs[-1], runs[0])
+
+
+def test_the_loop_is_timed_beside_its_bare_step(tmp_path):
+    out = tmp_path / "bench_loop_cpu.json"
+    report = loop.main(loop.Config(quick=True, out=str(out)))
+    assert json.loads(out.read_text()) == json.loads(json.dumps(report))
+    (row,) = report["rows"]
+    assert row["turns"] == 2
+    assert 0 < row["bare_step_ms"]
+    assert 0 < row["loop_step_ms"]
+    assert row["test_images_per_second"] > 0
+    assert f"| {row['overhead_percent']:+.1f}% (iqr " in tables.table("bench_loop_cpu", tmp_path)
+
+
+def test_the_data_path_is_timed_beside_decoding(tmp_path):
+    out = tmp_path / "bench_data_cpu.json"
+    report = data.main(data.Config(quick=True, out=str(out)))
+    assert json.loads(out.read_text()) == json.loads(json.dumps(report))
+    floor, *rest = report["rows"]
+    assert floor["of_the_floor"] == 1
+    for row in rest:
+        ratio = row["images_per_second_and_core"] / floor["images_per_second_and_core"]
+        assert row["of_the_floor"] == pytest.approx(ratio, abs=2e-3, rel=0.01)
+    assert "| decode, crop | 1 | " in tables.table("bench_data_cpu", tmp_path)
+
+
+def test_synthetic_images_have_the_size_of_imagenet_files():
+    examples = data.Synthetic(100)
+    pixels, label = data.decoded(examples[99])
+    assert pixels.shape == (375, 500, 3)
+    assert label == 99 % data.DISTINCT
+    assert 50_000 < len(examples[99]["image"]) < 200_000
