@@ -93,12 +93,12 @@ class TimedRun(Run):
         state = copied(self.state)
         layouts = self.trainer.planned(state.layouts)
         state = dataclasses.replace(state, layouts={})
-        step = self.trainer.lower(self.state, self.step, *batch).compile()
+        step, key = self.trainer.lower(self.state, self.step, *batch).compile(), self.trainer.key
 
         def bare() -> Any:
             nonlocal state
             for _ in range(self.config.log_every):
-                state, metrics = step(state, layouts, *batch)
+                state, metrics = step(state, layouts, *batch, key)
             return metrics
 
         self.turns: list[tuple[float, float]] = []

@@ -276,9 +276,14 @@ class Trainer:
         other.config = dataclasses.replace(self.config, execution=execution)
         return other
 
+    @property
+    def key(self) -> Array:
+        """The random key of the method, an argument of each program."""
+        return self._setup.key
+
     def share(self, other: "Trainer") -> None:
         """Takes the programs of another trainer, whose config differs in no more than the seed."""
-        self._step, self._correct = other._step, other._correct
+        self._step, self._steps, self._correct = other._step, other._steps, other._correct
 
     def step(
         self, state: State, step: int, images: Float[Array, "n h w c"], labels: Int[Array, " n"]
@@ -300,7 +305,7 @@ class Trainer:
             self.planned(layouts),
             images,
             labels,
-            self._setup.key,
+            self.key,
             dense_gradient=self._needs_dense(state, step),
         )
         state = dataclasses.replace(state, layouts=layouts)
@@ -323,7 +328,9 @@ class Trainer:
           The state in the same form, the metrics of each step, and the batches that are left.
         """
         layouts, without = state.layouts, dataclasses.replace(state, layouts={})
-        state, metrics, step = self._steps(without, self.planned(layouts), rest, count=count)
+        state, metrics, step = self._steps(
+            without, self.planned(layouts), rest, self.key, count=count
+        )
         return dataclasses.replace(state, layouts=layouts), metrics, rest.at(step)
 
     def plain(self, step: int) -> bool:
@@ -353,7 +360,7 @@ class Trainer:
             self.planned(layouts),
             images,
             labels,
-            self._setup.key,
+            self.key,
             dense_gradient=self._needs_dense(state, step),
         )
 
@@ -433,12 +440,12 @@ class Trainer:
         return new, Metrics(loss, correct)
 
     def _train_steps(
-        self, state: State, layouts: Any, rest: EpochRest, count: int
+        self, state: State, layouts: Any, rest: EpochRest, key: Array, count: int
     ) -> tuple[State, Metrics, Array]:
         def step(carry: tuple[State, Array], _: None) -> tuple[tuple[State, Array], Metrics]:
             state, number = carry
             batch = rest.at(number).batch()
-            state, metrics = self._train_step(state, layouts, *batch, dense_gradient=False)
+            state, metrics = self._train_step(state, layouts, *batch, key)
             return (state, number + 1), metrics
 
         (state, number), metrics = jax.lax.scan(step, (state, rest.step), length=count)
