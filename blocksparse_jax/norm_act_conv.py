@@ -186,6 +186,8 @@ def norm_act_apply(
 ) -> Float[Array, "a h w b"]:
     """Batch norm, shortcut and ReLU of a raw output, for pools and whoever else needs activations.
 
+    `norm_act` does the same without sums: it takes the statistics from the activations.
+
     Args:
       z: the raw output of a convolution, in the data format.
       sums: of z, as `conv_with_sums` gives them.

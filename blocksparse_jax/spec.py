@@ -43,8 +43,8 @@ class Spec:
       own_parameters: names of the parameters that the method keeps beside a kernel, in its shape:
         they train with the network and are no weights of it.
       on_proposed: what `keep_zeros` calls with the proposed weights; None where the method acts on
-        gradients only. Outside of `keep_zeros` a method that is `ahead` is called with the present
-        weights, with a warning, and another refuses.
+        gradients only. Without `keep_zeros` a method with `ahead` gets the weights before the
+        update, with a warning; the others raise.
 
     Example:
       >>> from blocksparse_jax.schedules import every

@@ -158,7 +158,7 @@ def _run_all(folder: SweepFolder, found: list[jobs.Job], deadline: float) -> Non
             print(f"{job.name}: {error}", file=sys.stderr)
         folder.prune(job.path)
         folder.tidy()
-        if _MAPS.exists() and len(_MAPS.read_bytes().splitlines()) > _MANY_MAPS:
+        if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY_MAPS:
             programs.clear()
             jax.clear_caches()
 

@@ -6,7 +6,8 @@ epsilon)` and `b = bias - mean a` computed from the sums. So the gradient throug
 variance is the gradient of the sums, and whoever made z adds it: `dz + dsums[0] + 2 z dsums[1]`.
 Nothing in it is global: the derivative of every operation reads each activation once.
 
-These are XLA's operations, for every backend; the kernels that do more compute the same.
+These are XLA's operations, for every backend; the kernels that do more compute the same. Where the
+activations are read anyway, as on CPUs, `norm_act/` takes the statistics from them.
 """
 
 import functools

@@ -96,8 +96,8 @@ class Parts:
         """Batch normalisation over all axes but the channels, with float32 statistics."""
         return Norm(
             not train,
-            momentum=0.9,
-            epsilon=1e-5,
+            momentum=pending.MOMENTUM,
+            epsilon=pending.EPSILON,
             axis=self.channel_axis,
             dtype=self.dtype,
             implementation="xla" if self.implementation in ("dense", "xla") else None,
