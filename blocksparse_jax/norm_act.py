@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from blocksparse_jax import _checks
-from pallas_kernels.norm_act import IMPLEMENTATIONS, NormSpec, statistics_dtype
-from pallas_kernels.norm_act import norm_act as _norm_act
+from pallas_kernels.batch_norm.activations import IMPLEMENTATIONS
+from pallas_kernels.batch_norm.activations import norm_act as _norm_act
+from pallas_kernels.batch_norm.spec import NormSpec, statistics_dtype
 
 Activations = Float[Array, "..."] | tuple[Float[Array, "..."], ...]
 """An array; or the same one twice, where it was asked for with `fork`."""

@@ -10,6 +10,7 @@ norm below, so that these cost hardly a pass over memory. Every other implementa
 its own kernels, and XLA's operations do the rest.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from blocksparse_jax.geometry import Padding, explicit_geometry
 from blocksparse_jax.layout import BlockLayout, Dense
 from blocksparse_jax.packing import pack
 from pallas_kernels import batch_norm
-from pallas_kernels.batch_norm import Norm, NormSettings
+from pallas_kernels.batch_norm import Norm, NormSpec
 from pallas_kernels.block_sparse_conv import available_implementations, fuses_norms
 from pallas_kernels.block_sparse_conv import norm_act_conv as _fused_norm_act_conv
 
@@ -68,7 +69,7 @@ def conv_with_sums(
     """
     x = jnp.asarray(x)
     if (call := _fused_call(x, kernel, layout, **options)) is not None:
-        return _fused_norm_act_conv(x, None, None, settings=NormSettings(), **call)[1:]
+        return _fused_norm_act_conv(x, None, None, norm_spec=NormSpec(), **call)[1:]
     axis = _channel_axis(options.get("data_format", "NHWC"))
     return batch_norm.with_sums(axis, conv(x, kernel, layout, **options))
 
@@ -119,8 +120,8 @@ def norm_act_conv(
 
     Reference: Ioffe & Szegedy, "Batch normalization", ICML 2015, for the norm and its gradient.
     """
-    settings = NormSettings(relu, epsilon)
-    return _norm_conv(z, (sums, scale, bias), None, kernel, layout, settings, False, options)[1:]
+    norm_spec = NormSpec(relu, epsilon)
+    return _norm_conv(z, (sums, scale, bias), None, kernel, layout, norm_spec, False, options)[1:]
 
 
 def norm_add_act_conv(
@@ -169,8 +170,8 @@ def norm_add_act_conv(
       >>> x.ravel().tolist(), y.ravel().tolist()
       ([0.0, 4.0], [0.0, 20.0])
     """
-    settings = NormSettings(relu, epsilon)
-    return _norm_conv(z, (sums, scale, bias), shortcut, kernel, layout, settings, True, options)
+    norm_spec = NormSpec(relu, epsilon)
+    return _norm_conv(z, (sums, scale, bias), shortcut, kernel, layout, norm_spec, True, options)
 
 
 def norm_act_apply(
@@ -212,7 +213,7 @@ def norm_act_apply(
     """
     axis = _channel_axis(data_format)
     norm, shortcut = _checked(z, (sums, scale, bias), shortcut, axis)
-    return batch_norm.norm_act(NormSettings(relu, epsilon, axis), z, norm, shortcut)
+    return batch_norm.norm_act_apply(NormSpec(relu, epsilon, axis), z, norm, shortcut)
 
 
 def mean_and_variance(
@@ -246,19 +247,19 @@ def _norm_conv(
     shortcut: Array | None,
     kernel: Array,
     layout: BlockLayout | Dense,
-    settings: NormSettings,
+    norm_spec: NormSpec,
     with_input: bool,
     options: dict[str, Any],
 ) -> tuple[Any, Array, Array]:
     """Input, output and sums of a convolution between batch norms."""
     axis = _channel_axis(options.get("data_format", "NHWC"))
-    settings = settings._replace(channel_axis=axis)
+    norm_spec = dataclasses.replace(norm_spec, channel_axis=axis)
     norm, shortcut = _checked(z, arrays, shortcut, axis)
     if (call := _fused_call(z, kernel, layout, **options)) is not None:
         return _fused_norm_act_conv(
-            z, norm, shortcut, settings=settings, with_input=with_input, **call
+            z, norm, shortcut, norm_spec=norm_spec, with_input=with_input, **call
         )
-    x = batch_norm.norm_act(settings, z, norm, shortcut)
+    x = batch_norm.norm_act_apply(norm_spec, z, norm, shortcut)
     return x, *batch_norm.with_sums(axis, conv(x, kernel, layout, **options))
 
 

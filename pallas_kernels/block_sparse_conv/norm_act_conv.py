@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import batch_norm
-from pallas_kernels.batch_norm import Affine, Norm, NormSettings
+from pallas_kernels.batch_norm import Affine, Norm, NormSpec
 from pallas_kernels.block_sparse_conv.checks import checked_spec
 from pallas_kernels.block_sparse_conv.choice import resolve
 from pallas_kernels.block_sparse_conv.derivative import INDEX_AXES, PLAN_AXES, run_pass
@@ -49,12 +49,12 @@ class _Call(NamedTuple):
     Attributes:
       spec: the static sizes.
       implementation: has the passes between batch norms.
-      settings: of the input's norm.
+      norm_spec: of the input's norm.
     """
 
     spec: ConvSpec
     implementation: Implementation
-    settings: NormSettings
+    norm_spec: NormSpec
 
 
 class _Operands(NamedTuple):
@@ -93,7 +93,7 @@ def norm_act_conv(
     channels: Int[Array, "groups kept"],
     taps: Int[Array, "groups kept_taps"],
     *,
-    settings: NormSettings,
+    norm_spec: NormSpec,
     implementation: str | Implementation,
     with_input: bool = False,
     **options: Any,
@@ -105,7 +105,7 @@ def norm_act_conv(
       norm: of the input, or None.
       shortcut: added to the normalised input before its ReLU, or None.
       values, filters, channels, taps: as in `block_sparse_conv`.
-      settings: of the norm.
+      norm_spec: of the norm.
       implementation: one that `fuses_norms`, or its name.
       with_input: whether the caller reads x too.
       **options: `kernel_shape`, `strides`, `padding`, `dilation`, `channel_block`, `precision` and
@@ -128,7 +128,7 @@ def norm_act_conv(
     index = Index(*(jnp.asarray(array, jnp.int32) for array in index))
     z, norm, shortcut, values = reverse_mode_only((z, norm, shortcut, values))
     operands = vary_alike(_whole(_Operands(z, norm, shortcut, values, index, plan)))
-    x, y, sums = _norm_act_conv(_Call(spec, record, settings), with_input, operands)
+    x, y, sums = _norm_act_conv(_Call(spec, record, norm_spec), with_input, operands)
     return NormConv(x, y, sums)
 
 
@@ -154,7 +154,7 @@ def _forward(call: _Call, with_input: bool, operands: _Operands) -> tuple[Any, A
     x = operands.z
     if operands.norm is not None:
         scales = _affine(call, operands)
-        x = batch_norm.apply(call.settings, scales, operands.z, operands.shortcut)
+        x = batch_norm.apply(call.norm_spec, scales, operands.z, operands.shortcut)
         # The kernels read x from memory, and so should whoever else reads it: XLA would compute it
         # again from z and the shortcut.
         x = lax.optimization_barrier(x)
@@ -174,7 +174,7 @@ def _forward(call: _Call, with_input: bool, operands: _Operands) -> tuple[Any, A
 
 def _affine(call: _Call, operands: _Operands) -> Affine:
     assert operands.norm is not None
-    return batch_norm.affine(call.settings, operands.norm, batch_norm.count(operands.z))
+    return batch_norm.affine(call.norm_spec, operands.norm, batch_norm.count(operands.z))
 
 
 def _norm_act_conv_fwd(call: _Call, with_input: bool, operands: _Operands) -> tuple[Any, Any]:
@@ -195,7 +195,7 @@ def _norm_act_conv_bwd(
     else:
         dz, sums, *g = run_pass(
             "norm_input_gradient",
-            dataclasses.replace(spec, relu=call.settings.relu),
+            dataclasses.replace(spec, relu=call.norm_spec.relu),
             implementation,
             plan,
             *backward,
@@ -205,7 +205,7 @@ def _norm_act_conv_bwd(
             more,
         )
         values = batch_norm.count(operands.z)
-        dnorm = batch_norm.norm_gradient(call.settings, operands.norm, values, sums)
+        dnorm = batch_norm.norm_gradient(call.norm_spec, operands.norm, values, sums)
     dvalues = dvalues.astype(operands.values.dtype)
     none = Index(None, None, None)
     return (_Operands(dz, dnorm, g[0] if g else None, dvalues, none, None),)

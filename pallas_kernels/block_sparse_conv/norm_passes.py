@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from pallas_kernels import batch_norm
-from pallas_kernels.batch_norm import Affine, NormSettings
+from pallas_kernels.batch_norm import Affine, NormSpec
 from pallas_kernels.block_sparse_conv.spec import ConvSpec, Pass
 
 
@@ -57,7 +57,6 @@ def norm_input_gradient(
     dx = input_gradient(spec, dy, values, filters, channels, taps)
     if more is not None:
         dx = dx.astype(scale.dtype) + more.astype(scale.dtype)
-    masked = batch_norm.masked_gradient(
-        NormSettings(spec.relu), Affine(scale, shift), dx, z, joined
-    )
+    norm_spec = NormSpec(relu=spec.relu)
+    masked = batch_norm.masked_gradient(norm_spec, Affine(scale, shift), dx, z, joined)
     return masked[:2] if masked.g is None else (*masked[:2], masked.g)

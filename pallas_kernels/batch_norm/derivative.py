@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pallas_kernels.norm_act import cpu, xla
-from pallas_kernels.norm_act.spec import NormSpec
+from pallas_kernels.batch_norm import cpu, xla
+from pallas_kernels.batch_norm.spec import NormSpec
 
 Array = jax.Array
 

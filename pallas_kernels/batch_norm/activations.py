@@ -1,4 +1,4 @@
-"""The door: `norm_act`."""
+"""Batch norm of activations, which takes the statistics from them: `norm_act`."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.batch_norm import xla
+from pallas_kernels.batch_norm.derivative import Operands, normalise
+from pallas_kernels.batch_norm.spec import NormSpec, statistics_dtype
 from pallas_kernels.block_sparse_conv import cpu as native_kernels
 from pallas_kernels.block_sparse_conv.cpu.launch import DTYPES
-from pallas_kernels.norm_act import xla
-from pallas_kernels.norm_act.derivative import Operands, normalise
-from pallas_kernels.norm_act.spec import NormSpec, statistics_dtype
 from pallas_kernels.reverse_mode import NORM_ACT, reverse_mode_only
 from pallas_kernels.varying import vary_alike, varying_axes
 

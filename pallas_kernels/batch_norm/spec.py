@@ -8,24 +8,24 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class NormSpec:
-    """The static arguments of `norm_act`.
+    """The static arguments of a batch norm with what follows it.
 
     Attributes:
-      adds_residual: whether a residual is added.
-      outputs: how many times y is returned, 1 or 2.
       relu: whether a ReLU ends the operation.
       epsilon: added to the variance.
       channel_axis: the axis of the channels, from 0.
+      adds_residual: whether `norm_act` adds a residual.
+      outputs: how many times it returns y, 1 or 2.
       fast_variance: whether XLA computes the variance as `mean(x^2) - mean(x)^2`.
       axis_name: of devices whose batches are one, as in `jax.lax.pmean`.
       axis_index_groups: of these devices, as in `jax.lax.pmean`.
     """
 
-    adds_residual: bool = False
-    outputs: int = 1
     relu: bool = True
     epsilon: float = 1e-5
     channel_axis: int = 0
+    adds_residual: bool = False
+    outputs: int = 1
     fast_variance: bool = True
     axis_name: Any = None
     axis_index_groups: Any = None

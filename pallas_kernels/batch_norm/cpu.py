@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.batch_norm.spec import NormSpec
 from pallas_kernels.block_sparse_conv.cpu import kernels
-from pallas_kernels.norm_act.spec import NormSpec
 from pallas_kernels.varying import result_type
 
 
