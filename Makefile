@@ -50,6 +50,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m experiments.bench.parts
 	$(BIN)/python -m experiments.bench.unchanged
 	$(BIN)/python -m experiments.bench.loop
+	$(BIN)/python -m experiments.bench.seeds
 	$(BIN)/python -m experiments.bench.data
 	$(BIN)/python -m experiments.report
 

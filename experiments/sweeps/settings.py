@@ -122,6 +122,7 @@ def at_scale(config: TrainConfig, scale: str) -> TrainConfig:
 
     `cpu` trains VGG-19 of a quarter of the width on a part of CIFAR-10, and ResNet-20 on a part of
     MNIST in the place of all residual networks. `smoke` trains the CNN on digits for an epoch.
+    Groups and runs of channels shrink with the width, so that a layer has as many as at full scale.
     Lottery tickets then prune once, in a run of twice the epochs.
 
     Args:
@@ -136,9 +137,22 @@ def at_scale(config: TrainConfig, scale: str) -> TrainConfig:
     fields = dict(_SMOKE)
     if scale == "cpu":
         fields = _CPU | (_CPU_CIFAR if config.model == "vgg19" else _CPU_MNIST)
+        fields["options"] = _narrower(config.options, fields["width"] / config.width)
     fields |= {"warmup_epochs": 0.0, "lr": 0.05 if config.optimizer == "sgd" else 1e-3}
     if isinstance(config.options, Lottery):
         assert config.sparsity is not None
         fields["options"] = dataclasses.replace(config.options, prune_fraction=config.sparsity)
         fields["epochs"] *= 2
     return dataclasses.replace(config, **fields)
+
+
+def _narrower(options: Options | None, ratio: float) -> Options | None:
+    """The options for layers of a fraction of the channels."""
+    if options is None:
+        return None
+    sizes = {
+        name: max(1, round(ratio * getattr(options, name)))
+        for name in ("group_size", "channel_block")
+        if hasattr(options, name)
+    }
+    return dataclasses.replace(options, **sizes)

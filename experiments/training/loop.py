@@ -10,7 +10,7 @@ The sparse execution runs that phase in the block-sparse conv all the same.
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -520,6 +520,37 @@ def stepper(
 
     def call() -> Any:
         box[0], metrics = trainer.step(box[0], step, images, labels)
+        return box[0], metrics
+
+    return call
+
+
+def stepper_of_seeds(
+    trainer: Trainer,
+    states: Sequence[State],
+    images: Float[Array, "seeds n h w c"],
+    labels: Int[Array, "seeds n"],
+) -> Callable[[], Any]:
+    """A function that trains every seed on its batch in one program, over and over, to be timed.
+
+    Args:
+      trainer: of the first seed; the others differ from it in the seed alone.
+      states: masked, one for each seed.
+      images: float32 batches, NHWC.
+      labels: int32 classes.
+
+    Returns:
+      A function without arguments that returns the new states and the metrics, stacked.
+    """
+
+    def train(state: State, images: Array, labels: Array) -> tuple[State, Metrics]:
+        return trainer._train_step(state, {}, images, labels, trainer.key)
+
+    step = jax.jit(jax.vmap(train), donate_argnums=0)
+    box = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)]
+
+    def call() -> Any:
+        box[0], metrics = step(box[0], images, labels)
         return box[0], metrics
 
     return call

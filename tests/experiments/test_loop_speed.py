@@ -6,7 +6,9 @@ Also the benchmarks of the loop and of the data path.
 import dataclasses
 import itertools
 import json
+import operator
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,11 +16,11 @@ import pytest
 from jax._src.array import ArrayImpl
 from tiny_runs import PER_EPOCH, assert_same_run, config
 
-from experiments.bench import data, loop
+from experiments.bench import data, loop, seeds
 from experiments.measuring import timing
 from experiments.reporting import tables
 from experiments.training.execution import copied
-from experiments.training.loop import Trainer
+from experiments.training.loop import Trainer, stepper, stepper_of_seeds
 from experiments.training.run import Run
 
 
@@ -145,6 +147,34 @@ def test_the_loop_is_timed_beside_its_bare_step(tmp_path):
     assert row["loop_step_ms"] > 0
     assert row["test_images_per_second"] > 0
     assert f"| {row['overhead_percent']:+.1f}% (iqr " in tables.table("bench_loop_cpu", tmp_path)
+
+
+@pytest.mark.slow
+def test_seeds_are_timed_in_turn_side_by_side_and_at_once(tmp_path):
+    out = tmp_path / "bench_seeds_cpu.json"
+    report = seeds.main(seeds.Config(quick=True, out=str(out)))
+    assert json.loads(out.read_text()) == json.loads(json.dumps(report))
+    masked, packed = report["rows"]
+    assert (masked["execution"], packed["execution"]) == ("masked", "packed")
+    assert all(masked[f"{way}_ms"] > 0 for way in ("in_turn", "side_by_side", "at_once"))
+    assert packed["at_once_ms"] is None
+    assert tables.table("bench_seeds_cpu", tmp_path).count("| — |") == 1
+
+
+def test_seeds_at_once_train_as_they_do_alone():
+    case = seeds.QUICK_CASES[0]
+    trainers = [seeds._trainer(case, seed) for seed in (0, 1)]
+    batches = [seeds._batch(case, seed) for seed in (0, 1)]
+    states = [trainer.init(batch) for trainer, batch in zip(trainers, batches, strict=True)]
+    together, _ = stepper_of_seeds(trainers[0], states, *map(jnp.stack, zip(*batches)))()
+    for seed in (0, 1):
+        alone, _ = stepper(trainers[seed], states[seed], seeds.STEP, *batches[seed])()
+        chex.assert_trees_all_close(
+            jax.tree.map(operator.itemgetter(seed), together.params),
+            alone.params,
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 def test_the_data_path_is_timed_beside_decoding(tmp_path):

@@ -253,6 +253,18 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys):
     assert all(name in listed for name in tables.TABLES)
 
 
+def test_groups_shrink_with_the_width_at_the_scale_of_cpus():
+    cells = {cell.name: cell.config for cell in tables.table("hrbp-static").cells}
+    sizes = {
+        model: at_scale(cells[f"{model}-90/hrbp"], "cpu").options.group_size
+        for model in ("resnet32", "vgg19")
+    }
+    assert sizes == {"resnet32": 16, "vgg19": 8}, "of 32, at a half and a quarter of the width"
+    ordered = {cell.name: cell.config for cell in tables.table("hrbp-ablation").cells}
+    options = at_scale(ordered["vgg19-90/channel-block-64-ordered"], "cpu").options
+    assert (options.group_size, options.channel_block) == (16, 16)
+
+
 def test_patterns_select_cells_and_seeds(tmp_path):
     folder = sweep_folder.SweepFolder(tmp_path / "s")
     table = tables.table("hrbp-static")
