@@ -21,8 +21,8 @@ INDEX_AXES = ("g s", "g k", "g t")
 _OPERANDS = {
     "forward": ("c h w n", "g k t s", *INDEX_AXES, "o", "o", "o p q n"),
     "input_gradient": ("o p q n", "g k t s", *INDEX_AXES),
-    "weight_gradient": ("c h w n", "o p q n", *INDEX_AXES),
-    "forward_with_sums": ("c h w n", "g k t s", *INDEX_AXES),
+    "weight_gradient": ("c h w n", "o p q n", *INDEX_AXES, "c", "c"),
+    "forward_with_sums": ("c h w n", "g k t s", *INDEX_AXES, "c", "c"),
     "norm_input_gradient": (
         "o p q n",
         "g k t s",
@@ -224,6 +224,8 @@ def _run_pass_jvp(
     name: str, spec: ConvSpec, implementation: Implementation, primals: Any, tangents: Any
 ) -> tuple[Any, Any]:
     def xla_pass(plan: Plan | None, *operands: Any) -> Any:
+        if name == "weight_gradient":
+            operands = norm_passes.normalised(spec, *operands)
         if name == "forward_with_sums":
             return norm_passes.forward_with_sums(xla.IMPLEMENTATION.forward, spec, *operands)
         if name == "norm_input_gradient":

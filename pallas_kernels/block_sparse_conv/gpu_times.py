@@ -23,10 +23,11 @@ from pallas_kernels.block_sparse_conv.spec import PASSES, ConvSpec
 from pallas_kernels.block_sparse_conv.triton.fitting import itemsize
 from pallas_kernels.block_sparse_conv.triton.normal_form import computed_spec, normal
 from pallas_kernels.block_sparse_conv.triton.products import product, tile_rows
+from pallas_kernels.block_sparse_conv.triton.traffic import KERNEL_MS
 from pallas_kernels.devices import this_device, this_gpu
 
-KERNEL_MS, DENSE_MS = 2.5e-3, 5e-3
-"""What a pass takes beside its work: of the kernels, and of the dense convolution."""
+DENSE_MS = 5e-3
+"""What a pass of the dense convolution takes beside its work."""
 TENSOR_CORES = 0.9
 """The share of the matrix products' rate that cuDNN's convolutions reach."""
 POSITIONS = 128

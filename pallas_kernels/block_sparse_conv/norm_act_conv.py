@@ -149,9 +149,22 @@ def _norm_act_conv(
 def _forward(call: _Call, with_input: bool, operands: _Operands) -> tuple[Any, Any]:
     """The results, and what the backward pass needs.
 
-    That is: the operands, the input, the output, and again the input where a shortcut was added.
+    That is: the operands, the input (None where the kernels normalise while they load it), the
+    output, and again the input where a shortcut was added.
     """
     x = operands.z
+    if _loads_raw(call, operands, with_input):
+        y, sums = run_pass(
+            "forward_with_sums",
+            dataclasses.replace(call.spec, relu=call.norm_spec.relu),
+            call.implementation,
+            operands.plan,
+            x,
+            operands.values.astype(x.dtype),
+            *operands.places,
+            *_affine(call, operands),
+        )
+        return (None, y, sums), (operands, None, y, None)
     if operands.norm is not None:
         scales = _affine(call, operands)
         x = batch_norm.apply(call.norm_spec, scales, operands.z, operands.shortcut)
@@ -172,6 +185,14 @@ def _forward(call: _Call, with_input: bool, operands: _Operands) -> tuple[Any, A
     return (x if with_input else None, y, sums), saved
 
 
+def _loads_raw(call: _Call, operands: _Operands, with_input: bool) -> bool:
+    """Whether the kernels normalise the input while they load it, and nobody stores it."""
+    if operands.norm is None or operands.shortcut is not None or with_input:
+        return False
+    normalises = call.implementation.normalises
+    return normalises is not None and normalises(call.spec)
+
+
 def _affine(call: _Call, operands: _Operands) -> Affine:
     assert operands.norm is not None
     return batch_norm.affine(call.norm_spec, operands.norm, batch_norm.count(operands.z))
@@ -187,15 +208,20 @@ def _norm_act_conv_bwd(
     (operands, x, y, joined), (more, dy, dsums) = saved, gradients
     spec, implementation, plan = call.spec, call.implementation, operands.plan
     dy = batch_norm.add_gradient_of_sums(dy, dsums, y)
-    dvalues = run_pass("weight_gradient", spec, implementation, plan, x, dy, *operands.places)
-    backward = dy, operands.values.astype(x.dtype), *operands.places
+    normed = dataclasses.replace(spec, relu=call.norm_spec.relu)
+    if x is None:
+        raw = (operands.z, dy, *operands.places, *_affine(call, operands))
+        dvalues = run_pass("weight_gradient", normed, implementation, plan, *raw)
+    else:
+        dvalues = run_pass("weight_gradient", spec, implementation, plan, x, dy, *operands.places)
+    backward = dy, operands.values.astype(dy.dtype), *operands.places
     dnorm, g = None, ()
     if operands.norm is None:
         dz = run_pass("input_gradient", spec, implementation, plan, *backward)
     else:
         dz, sums, *g = run_pass(
             "norm_input_gradient",
-            dataclasses.replace(spec, relu=call.norm_spec.relu),
+            normed,
             implementation,
             plan,
             *backward,

@@ -16,13 +16,41 @@ def forward_with_sums(forward: Pass, spec: ConvSpec, *operands: Any) -> tuple[ja
     Args:
       forward: the forward pass.
       spec: the static sizes.
-      *operands: x, values, filters, channels and taps.
+      *operands: as of `normalised`.
 
     Returns:
       As `Implementation.forward_with_sums`.
     """
+    operands = normalised(spec, *operands)
     y = forward(dataclasses.replace(spec, relu=False), *operands)
     return y, batch_norm.channel_sums(y)
+
+
+def normalised(
+    spec: ConvSpec,
+    x: jax.Array,
+    other: jax.Array,
+    filters: jax.Array,
+    channels: jax.Array,
+    taps: jax.Array,
+    scale: jax.Array | None = None,
+    shift: jax.Array | None = None,
+) -> tuple[jax.Array, ...]:
+    """The operands of a pass, with the normalised input in place of a raw one.
+
+    Args:
+      spec: the static sizes; `relu`: whether the norm of the input ends in one.
+      x: the input.
+      other: the pass's second operand.
+      filters, channels, taps: of the convolution.
+      scale, shift: of each channel; None where x is not raw.
+
+    Returns:
+      The operands without scale and shift.
+    """
+    if scale is not None and shift is not None:
+        x = batch_norm.apply(NormSpec(spec.relu), Affine(scale, shift), x, None)
+    return x, other, filters, channels, taps
 
 
 def norm_input_gradient(

@@ -170,6 +170,10 @@ class Implementation:
         more) -> (dz, sums, g)` where `x = relu(scale * z + shift + shortcut)` is the convolution's
         input: as `batch_norm.masked_gradient` of `input_gradient(...) + more`. `more` may be None;
         so may `joined`, the stored x, where no shortcut was added, and then there is no g.
+      normalises: whether it is faster in a convolution to normalise x while it is loaded than to
+        store the normalised x: `forward_with_sums` and `weight_gradient` then take a raw x, and
+        float32 `scale` and `shift` `[cin]` after their operands, and read `scale * x + shift`, with
+        a ReLU where `spec.relu`. None: they take no norm.
     """
 
     name: str
@@ -181,6 +185,7 @@ class Implementation:
     plans: tuple[str, ...] = ()
     forward_with_sums: NormPass | None = None
     norm_input_gradient: NormPass | None = None
+    normalises: Callable[[ConvSpec], bool] | None = None
 
     @property
     def fuses_norms(self) -> bool:

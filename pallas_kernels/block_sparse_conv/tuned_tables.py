@@ -1,8 +1,11 @@
 """The measurements of each GPU, one JSON file for all implementations: tuned tiles, and layers.
 
 A table is `{"environment": ..., "milliseconds": {implementation: {key: [tuned, default]}}, "tiles":
-{implementation: {key: {field: value}}}, "layers": {layer_key: {...}}}`. The fields of a tile are
-those of the implementation's `Tile`, and `key` names a pass of a convolution. A layer holds
+{implementation: {key: {field: value}}}, "prologues": {layer_key: [with, without]}, "layers":
+{layer_key: {...}}}`. The fields of a tile are those of the implementation's `Tile`, and `key` names
+a pass of a convolution. A prologue has the milliseconds of the Triton kernels that read an input,
+forward and weight gradient, which normalise it while they load it, and of those after a pass that
+stores the normalised input. A layer holds
 "milliseconds", `{pass: {implementation or "dense": median}}`, where "dense" is cuDNN, and the
 "commit", "device" and "versions" of its measurement.
 """
@@ -115,7 +118,7 @@ def read(gpu: str | None) -> dict[str, Any]:
 
 
 def _empty() -> dict[str, Any]:
-    return {"environment": {}, "milliseconds": {}, "tiles": {}, "layers": {}}
+    return {"environment": {}, "milliseconds": {}, "tiles": {}, "prologues": {}, "layers": {}}
 
 
 def tuned_tile(implementation: str, name: str) -> dict[str, Any] | None:
@@ -148,6 +151,25 @@ def layer_times(spec: ConvSpec) -> dict[str, dict[str, float]] | None:
     return layer and layer["milliseconds"]
 
 
+def prologue_pays(spec: ConvSpec) -> bool:
+    """Whether the Triton kernels were faster on this GPU where they normalise their input.
+
+    Args:
+      spec: the static sizes.
+
+    Returns:
+      A bool; False where the table does not say.
+
+    Example:
+      >>> spec = ConvSpec(cin=8, height=5, width=5, batch=2, kernel=(3, 3), cout=8, groups=2,
+      ...                 kept=4, kept_taps=3, group_size=4)
+      >>> prologue_pays(spec)
+      False
+    """
+    with_prologue, without = read(this_gpu())["prologues"].get(layer_key(spec), (1, 0))
+    return bool(with_prologue < without)
+
+
 def write_tiles(
     file: Path,
     implementation: str,
@@ -171,6 +193,17 @@ def write_tiles(
     _write(file, table)
 
 
+def write_prologues(file: Path, milliseconds: Mapping[str, Sequence[float]]) -> None:
+    """Adds the times with and without a prologue to a table; the others stay.
+
+    Args:
+      file: as `path` gives it; need not exist.
+      milliseconds: with and without, by `layer_key`.
+    """
+    table = _before(file)
+    _write(file, table | {"prologues": table["prologues"] | dict(milliseconds)})
+
+
 def write_layers(file: Path, layers: Mapping[str, Mapping[str, Any]]) -> None:
     """Adds the times of layers to a table; the other layers stay.
 
@@ -192,7 +225,8 @@ def _write(file: Path, table: Mapping[str, Any]) -> None:
     for part in ("milliseconds", "tiles"):
         of_each = (f"{json.dumps(name)}: {_lines(rows)}" for name, rows in table[part].items())
         parts.append(f'"{part}": {{{", ".join(of_each)}}}')
-    parts.append(f'"layers": {_lines(table["layers"])}')
+    for part in ("prologues", "layers"):
+        parts.append(f'"{part}": {_lines(table[part])}')
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("{" + ",\n".join(parts) + "}\n")
 

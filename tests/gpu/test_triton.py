@@ -19,6 +19,7 @@ from requirements import needs
 
 import blocksparse_jax as bsj
 from experiments.bench import shapes
+from experiments.bench.gpu import float64
 from pallas_kernels import batch_norm
 from pallas_kernels.block_sparse_conv import ConvSpec, Index, choice, make_plan, triton
 from pallas_kernels.block_sparse_conv import reference as dense
@@ -395,6 +396,110 @@ def test_the_epilogue_is_fused(spec, dtype):
         assert_close(y, jnp.maximum(expected, 0).astype(dtype), tolerance)
     y = TRITON.forward(spec, x, values, *index, None, None, residual.at[3, 2, 1, 0].set(jnp.nan))
     assert np.argwhere(np.isnan(np.asarray(y, np.float32))).tolist() == [[3, 2, 1, 0]]
+
+
+STATIONARY = {  # each with fewer walkers than tiles
+    "padded depth, ragged positions": (SAME, Tile(16, 16, 64, walkers=2)),
+    "rows in two tiles, positions first": (
+        dataclasses.replace(BLOCKS, cout=48, group_size=24),
+        Tile(16, 16, 128, positions_first=True, walkers=3),
+    ),
+    "strides, more walkers than tiles": (
+        dataclasses.replace(BASE, strides=(2, 3), padding=((0, 1), (1, 0)), kept_taps=9),
+        Tile(16, 32, 128, walkers=5),
+    ),
+    "a depth beyond the list": (
+        dataclasses.replace(SAME, cin=64, kept=43, height=2, width=2),
+        Tile(16, 16, 512, walkers=1),
+    ),
+    "several tiles of a pixel": (dataclasses.replace(SAME, batch=32), Tile(16, 16, 64, walkers=3)),
+    "1x1": (POINT, Tile(16, 16, 16, walkers=2)),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("case", STATIONARY)
+def test_programs_that_keep_their_weights_give_what_float64_gives(case):
+    spec, tile = STATIONARY[case]
+    spec = dataclasses.replace(spec, relu=True)
+    x, dy, values, *index = operands(spec)
+    rng = np.random.default_rng(5)
+    scale, bias = (jnp.asarray(rng.standard_normal(spec.cout), jnp.float32) for _ in range(2))
+    exact = float64.reference(spec, *map(np.float64, (x, dy, values)), *map(np.asarray, index))[0]
+    by = (slice(None), None, None, None)
+
+    y = TRITON.forward(spec, x, values, *index, scale, bias, dy, tile=tile)
+    expected = np.float64(scale)[by] * exact + np.float64(bias)[by] + np.float64(dy)
+    assert_near(y, np.maximum(expected, 0), 1e-5)
+    y, sums = TRITON.forward_with_sums(spec, x, values, *index, tile=tile)
+    assert_near(y, exact, 1e-5)
+    assert_near(sums, np.stack([exact.sum((1, 2, 3)), (exact**2).sum((1, 2, 3))]), 1e-5)
+    check_normalised(spec, forward=tile)
+
+
+def test_a_tile_that_keeps_too_few_weights_is_refused():
+    tile = Tile(16, 16, 32, walkers=1)
+    with pytest.raises(ValueError, match="depth must be a group's whole contraction, 39 or more"):
+        TRITON.forward(SAME, *operands(SAME)[::2][:2], *operands(SAME)[3:], tile=tile)
+
+
+NORMALISED = {
+    "padding stays zero": SAME,
+    "strides, dilation": dataclasses.replace(
+        BASE, strides=(2, 1), dilation=(1, 2), padding=((1, 1), (3, 2)), kept_taps=5
+    ),
+    "runs of 16 channels, ragged positions": dataclasses.replace(BLOCKS, batch=13),
+    "1x1": POINT,
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("case", NORMALISED)
+def test_a_norm_in_the_load_gives_what_float64_gives(case, relu):
+    check_normalised(dataclasses.replace(NORMALISED[case], relu=relu))
+
+
+@needs_triton
+def test_a_norm_in_the_load_in_half_precision_rounds_as_a_stored_input():
+    spec = dataclasses.replace(BLOCKS, dtype="bfloat16", relu=True)
+    check_normalised(spec, 1e-2)
+
+
+@needs_triton
+def test_with_a_norm_in_the_load_what_is_not_kept_is_not_touched():
+    spec = dataclasses.replace(SAME, groups=1, cout=16, relu=True)
+    x, dy, values, *index = operands(spec)
+    x = x.at[np.setdiff1d(np.arange(spec.cin), index[1][0])].set(jnp.inf)
+    norm = (jnp.ones(spec.cin), jnp.ones(spec.cin))
+    assert jnp.isfinite(TRITON.forward_with_sums(spec, x, values, *index, *norm)[0]).all()
+    assert jnp.isfinite(TRITON.weight_gradient(spec, x, dy, *index, *norm)).all()
+
+
+def check_normalised(spec, tolerance=1e-5, **tile):
+    """The passes that normalise a raw input, against float64."""
+    z, dy, values, *index = operands(spec)
+    rng = np.random.default_rng(4)
+    scale, shift = (jnp.asarray(rng.standard_normal(spec.cin), jnp.float32) for _ in range(2))
+    by = (slice(None), None, None, None)
+    x = np.float64(scale)[by] * np.float64(z) + np.float64(shift)[by]
+    x = np.maximum(x, 0) if spec.relu else x
+    exact = (x, *map(np.float64, (dy, values)))
+    y, _, dvalues = float64.reference(spec, *exact, *map(np.asarray, index))
+    result, sums = TRITON.forward_with_sums(
+        spec, z, values, *index, scale, shift, tile=tile.get("forward")
+    )
+    assert_near(result, y, tolerance)
+    assert_close(sums, batch_norm.channel_sums(result), 1e-5)
+    gradient = TRITON.weight_gradient(spec, z, dy, *index, scale, shift)
+    assert_near(gradient, dvalues, tolerance)
+
+
+def assert_near(result, expected, tolerance):
+    """As `assert_close`, to float64."""
+    assert result.shape == expected.shape
+    difference = np.abs(np.float64(np.asarray(result, np.float32)) - expected)
+    assert difference.max() <= tolerance * np.abs(expected).max()
 
 
 NORM_CASES = {

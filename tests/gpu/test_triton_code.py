@@ -43,8 +43,11 @@ PLAIN = {"forward_with_sums": "forward", "norm_input_gradient": "input_gradient"
 """The passes whose tiles those between batch norms have."""
 
 
-def launches(spec, name, capability=90, fused=False, **private):
-    """The kernel calls of a pass on such a GPU, with the operands' dtypes."""
+def launches(spec, name, capability=90, fused=False, raw=False, **private):
+    """The kernel calls of a pass on such a GPU, with the operands' dtypes.
+
+    `raw`: the input is normalised while it is loaded.
+    """
     recorded = []
 
     def record(launch, *operands):
@@ -69,7 +72,9 @@ def launches(spec, name, capability=90, fused=False, **private):
     elif fused:
         vector = jax.ShapeDtypeStruct((spec.cout,), jnp.float32)
         index = [*index, vector, vector, dy]
-    if fused or name == "norm_input_gradient":
+    if raw:
+        index = [*index, *[jax.ShapeDtypeStruct((spec.cin,), jnp.float32)] * 2]
+    if fused or raw or name == "norm_input_gradient":
         spec = dataclasses.replace(spec, relu=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calls, "run", record)
@@ -186,6 +191,29 @@ def check_code(record, spec, name, capability=90, fused=False, around_loops=Fals
         )
         if launch.zeroed:
             assert re.search(r"REDG?\.E\.ADD\.F32" + ("x4" if capability == 90 else ""), sass)
+
+
+def check_kept_weights(record, spec, name, tile, raw=False):
+    """Compiles a tile that keeps its weights, and checks what its loop over positions loads.
+
+    Each row once, in 16-byte copies, and nothing else: neither weights nor lists.
+    """
+    ((launch, dtypes),) = launches(spec, name, raw=raw, tile=tile)
+    assert launch.kernel == "stationary_product"
+    tile = launch.tile  # with a norm maybe fewer stages
+    measured, sass = machine_code(launch, dtypes, 90)
+    inner = loops(sass)
+    copies = re.findall(r"LDGSTS\S*", inner)
+    what = f"{tuned_tables.key(normal(spec), name)}{' raw' * raw}: {tile}: {measured}"
+    record("compiled", f"triton sm_90 {what}, {len(copies)} copies a tile")
+    assert measured["spilled"] == 0
+    assert measured["shared"] <= shared_memory(90)
+    assert measured["shared"] <= fitting.shared_bytes(tile, "forward", normal(spec), raw) + 1024
+    piece = 16 // fitting.itemsize(spec)
+    assert {copy.rsplit(".", 1)[1] for copy in copies} == {"128"}
+    assert len(copies) == tile.depth * tile.positions // piece // (32 * tile.warps)
+    assert not re.search(r"\bLDG\b", inner)
+    assert "HGMMA" in inner
 
 
 def layer_spec(layer, batch=128, sparsity=0.9, group_size=32, run=1, **fields):

@@ -29,6 +29,15 @@ ORDINARY = [("fused", "CHWN"), ("cpu", "CHWN"), ("xla", "NHWC"), (None, "CHWN")]
 """The implementations and data formats that are not slow; `None` runs native kernels too."""
 
 
+NORMALISING = dataclasses.replace(  # the same where an implementation normalises while it loads
+    FUSED,
+    weight_gradient=lambda spec, *a: xla.IMPLEMENTATION.weight_gradient(
+        spec, *norm_passes.normalised(spec, *a)
+    ),
+    normalises=lambda spec: True,
+)
+
+
 @pytest.fixture(autouse=True)
 def _fused(monkeypatch):
     monkeypatch.setitem(choice.IMPLEMENTATIONS, "fused", FUSED)
@@ -114,6 +123,36 @@ def value_and_gradients(f, *operands):
         return f(*operands), jax.grad(lambda *a: loss(f(*a)), (0, 1, 2))(*operands)
 
     return jax.jit(both)(*operands)
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+def test_a_norm_that_is_loaded_gives_in_float64_what_flax_gives(strides, monkeypatch):
+    """And no normalised input is stored for the way back."""
+    monkeypatch.setitem(choice.IMPLEMENTATIONS, "fused", NORMALISING)
+
+    def flax_chain(x, kernels, norms):
+        z = plain_conv(x, kernels["first"])
+        z = plain_conv(nn.relu(flax_norm(z, *norms["first"])), kernels["second"], strides)
+        return nn.relu(flax_norm(z, *norms["second"])), x
+
+    def chain(x, kernels, norms):
+        z, sums = bsj.conv_with_sums(x, kernels["first"], bsj.Dense(), data_format="NHWC")
+        options = {"strides": strides, "data_format": "NHWC", "implementation": "fused"}
+        kernel = kernels["second"]
+        z, sums = bsj.norm_act_conv(z, sums, *norms["first"], kernel, SQUARE, **options)
+        return bsj.norm_act_apply(z, sums, *norms["second"], data_format="NHWC"), x
+
+    with jax.enable_x64(True):
+        operands = arrays(jnp.float64)
+        results, expected = (
+            value_and_gradients(network, *operands) for network in (chain, flax_chain)
+        )
+        gradient = jax.grad(lambda *a: loss(chain(*a)), (0, 1, 2))
+        steps = str(jax.make_jaxpr(gradient)(*operands))
+    masked = jax.tree.map(lambda a: a, expected)
+    masked[1][1]["second"] = masked[1][1]["second"] * bsj.layout_to_mask(SQUARE)
+    assert worst(results, masked) < 1e-11
+    assert "optimization_barrier" not in steps
 
 
 def test_in_float64_values_and_gradients_are_those_of_flax():

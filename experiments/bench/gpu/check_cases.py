@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from experiments.bench.gpu import shapes
 from experiments.bench.gpu.float64 import KINDS
-from experiments.bench.gpu.implementations import WIDE
+from experiments.bench.gpu.implementations import FRUGAL, WIDE
 from pallas_kernels.block_sparse_conv import ConvSpec
 
 BASE = ConvSpec(
@@ -45,8 +45,8 @@ EPILOGUES = (  # shape, parts, whether a ReLU follows
     ("groups of 32", ALL_PARTS, True),
     ("1x1", ("residual",), False),
 )
-# Of the Triton kernels: each method of the input gradient, and 64-bit offsets, which only huge
-# arrays need.
+# Of the Triton kernels: each method of the input gradient, 64-bit offsets, which only huge arrays
+# need, and the tiles that load least, which there are in 16 bits.
 VARIANTS = (
     *(
         (shape, method)
@@ -58,6 +58,7 @@ VARIANTS = (
     ("3x3 stride 2", WIDE),
     ("1x1", WIDE),
 )
+FRUGAL_SHAPES = ("3x3 same", "3x3 stride 2", "37 images", "groups of 8", "1x1")
 REAL = (
     "resnet50 256@14",
     "resnet50 1x1 256-1024@14",
@@ -76,7 +77,8 @@ class CheckCase:
       spec: static sizes.
       kind: of `KINDS`.
       epilogue: of scale, bias, residual; `spec.relu` says whether a ReLU follows.
-      variant: of the Triton kernels: a method of the input gradient, or `WIDE`; "": as they are.
+      variant: of the Triton kernels: a method of the input gradient, `WIDE` or `FRUGAL`; "": as
+        they are.
       seconds: after which it hangs.
     """
 
@@ -110,6 +112,10 @@ def check_cases(quick: bool, name: str) -> Iterator[CheckCase]:
             CheckCase(f"{shape} {variant}", SMALL[shape], kind, (), variant)
             for shape, variant in VARIANTS
             for kind in ("bf16", "tf32", "fp32")
+        ]
+        cases += [
+            CheckCase(f"{shape} {FRUGAL}", SMALL[shape], "bf16", (), FRUGAL)
+            for shape in FRUGAL_SHAPES
         ]
     for layer in () if quick else REAL:
         spec = shapes.case_spec(shapes.cases(layer)[0], sparsity=0.9)

@@ -9,10 +9,11 @@ from unittest import mock
 
 import jax
 
-from experiments.bench.gpu.tiles import TILED
-from pallas_kernels.block_sparse_conv import PASSES, Implementation, xla
+from experiments.bench.gpu.tiles import TILED, capability
+from pallas_kernels.block_sparse_conv import PASSES, ConvSpec, Implementation, xla
 
 WIDE = "wide"  # the variant with 64-bit offsets
+FRUGAL = "frugal"  # the variant in the tiles that load least
 
 
 def implementations() -> dict[str, Implementation | str]:
@@ -45,7 +46,7 @@ def variant(implementation: Implementation, name: str) -> Implementation:
 
     Args:
       implementation: the record.
-      name: of a method of the input gradient, or `WIDE`; "" forces nothing.
+      name: of a method of the input gradient, `WIDE` or `FRUGAL`; "" forces nothing.
 
     Returns:
       The record that does so.
@@ -53,12 +54,25 @@ def variant(implementation: Implementation, name: str) -> Implementation:
     if name == WIDE:
         passes: Any = {field: _wide(getattr(implementation, field)) for field in PASSES}
         return dataclasses.replace(implementation, **passes)
+    if name == FRUGAL:
+        passes = {field: _frugal(getattr(implementation, field), field) for field in PASSES}
+        return dataclasses.replace(implementation, **passes)
     if name:
         return dataclasses.replace(
             implementation,
             input_gradient=functools.partial(implementation.input_gradient, method=name),
         )
     return implementation
+
+
+def _frugal(run: Callable[..., jax.Array], pass_name: str) -> Callable[..., jax.Array]:
+    tiles = importlib.import_module("pallas_kernels.block_sparse_conv.triton.tiles")
+
+    def frugal(spec: ConvSpec, *operands: Any, **options: Any) -> jax.Array:
+        found = tiles.frugal_tiles(spec, pass_name, capability())
+        return run(spec, *operands, **options, tile=found[0] if found else None)
+
+    return frugal
 
 
 def _wide(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

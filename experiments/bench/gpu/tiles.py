@@ -13,7 +13,7 @@ from experiments.measuring.row_names import PASS_NAMES
 from pallas_kernels.block_sparse_conv import PASSES, ConvSpec, Implementation, tuned_tables, xla
 from pallas_kernels.block_sparse_conv.xla import tiles as xla_tiles
 
-MOST = 6  # tiles that are timed for a pass
+MOST = 8  # tiles that are timed for a pass
 TILED = ("mosaic_gpu", "triton")
 
 
@@ -26,7 +26,8 @@ class Tunable:
       implementation: the record.
       candidates: (spec, pass) -> tiles, dataclasses; the default need not be among them.
       default: (spec, pass) -> the tile that runs if no other is tuned.
-      rules: (spec, pass) -> the tiles that rules give, one for each method of the pass.
+      rules: (spec, pass) -> the tiles that rules give: one for each method of the pass, and those
+        that load least.
       build: (pass, tile) -> a record that runs the pass in this tile.
       key: (spec, pass) -> what the table calls it.
     """
@@ -117,7 +118,8 @@ def _triton() -> Tunable:
 
     def rules(spec: ConvSpec, pass_name: str) -> list[Any]:
         methods = products.METHODS if pass_name == "input_gradient" else ()
-        return [default(spec, pass_name, method=method) for method in methods]
+        by_method = [default(spec, pass_name, method=method) for method in methods]
+        return by_method + tiles.frugal_tiles(spec, pass_name, capability())
 
     return Tunable(
         name="triton",

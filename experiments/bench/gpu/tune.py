@@ -9,6 +9,9 @@ One that does not, or does not compile, is named in the journal and left out. Th
 tile is a unit of its own: one that hangs or loses the device is left out when the pass is tuned
 again.
 
+After its tiles, each convolution of the Triton kernels is timed with a norm in front: while the
+input is loaded, and in a pass of its own. The tables say which was faster, and so training runs.
+
 With `--rows FILE`, a report of the kernels' benchmark, it times nothing and needs no GPU: the times
 of the report's layers go into the table, by which `implementation=None` chooses.
 """
@@ -28,6 +31,7 @@ from experiments.bench.gpu import clock, shapes
 from experiments.bench.gpu.fingerprint import backend_fingerprint
 from experiments.bench.gpu.journal import Journal, TimeUp
 from experiments.bench.gpu.layer_table import write_layers
+from experiments.bench.gpu.prologue_times import measure_prologue
 from experiments.bench.gpu.tile_times import measure_pass
 from experiments.bench.gpu.tiles import Tunable, tunable
 from experiments.measuring.environment import tuned_on
@@ -36,6 +40,7 @@ from pallas_kernels.devices import this_gpu
 
 FIRST_RUN_SECONDS = 30  # after which the first run of a tile hangs
 RESERVE = 20  # seconds that must be left for a pass
+PROLOGUE = "prologue"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +82,7 @@ class Config:
 
 
 class Unit(NamedTuple):
-    """One pass of one convolution in one implementation."""
+    """One pass of one convolution in one implementation, or `PROLOGUE`."""
 
     which: Tunable
     spec: ConvSpec
@@ -129,9 +134,19 @@ def main(config: Config) -> bool:
         return False
     finally:
         for which in tunables:
-            keys = [key for key, unit in units.items() if unit.which is which]
-            measured = [result for key in keys if (result := journal.result(key))]
-            write_table(which, measured, config)
+            passes, prologues = _measured(journal, units, which)
+            write_table(which, passes, config, prologues)
+
+
+def _measured(
+    journal: Journal, units: dict[str, Unit], which: Tunable
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The journal's results of an implementation: of passes, and of prologues."""
+    results: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    for key, unit in units.items():
+        if unit.which is which and (result := journal.result(key)):
+            results[unit.pass_name == PROLOGUE].append(result)
+    return results
 
 
 def _units(config: Config, tunables: list[Tunable]) -> dict[str, Unit]:
@@ -150,7 +165,8 @@ def _units(config: Config, tunables: list[Tunable]) -> dict[str, Unit]:
                 if reason := which.implementation.supports(spec):
                     print(f"{case.name} {sparsity:.0%}: no {which.name}: {reason}", file=sys.stderr)
                     continue
-                for pass_name in PASSES:
+                timed = (*PASSES, PROLOGUE) if which.implementation.normalises else PASSES
+                for pass_name in timed:
                     unit = Unit(which, spec, pass_name)
                     units.setdefault(unit.key, unit)
     return units
@@ -165,33 +181,40 @@ def _tune(config: Config, journal: Journal, unit: Unit, title: str) -> None:
         result = journal.run(key, function, limit=FIRST_RUN_SECONDS, group=group)
         return journal.error(key) or result
 
-    measure = functools.partial(
-        measure_pass,
-        *unit,
-        threads=config.threads,
-        repetitions=config.repetitions,
-        first_run=first_run,
-    )
+    options: dict[str, Any] = {"threads": config.threads, "repetitions": config.repetitions}
+    measure = functools.partial(measure_pass, *unit, first_run=first_run, **options)
+    if unit.pass_name == PROLOGUE:
+        record = unit.which.implementation
+        measure = functools.partial(measure_prologue, record, unit.spec, **options)
     reserve = 0 if config.quick else RESERVE
     result = journal.run(unit.key, measure, reserve=reserve, group=unit.group)
-    if result:
+    if result and unit.pass_name == PROLOGUE:
+        both = f"{1e3 * result['with']:.1f} us, {1e3 * result['without']:.1f} us without"
+        print(f"{title}: {both}", flush=True)
+    elif result:
         gain = result["default_milliseconds"] / result["milliseconds"]
         us = 1e3 * result["milliseconds"]
         print(f"{title}: {us:.1f} us, {gain:.2f}x the default", flush=True)
 
 
-def write_table(which: Tunable, measured: list[dict[str, Any]], config: Config) -> Path | None:
+def write_table(
+    which: Tunable,
+    measured: list[dict[str, Any]],
+    config: Config,
+    prologues: Sequence[dict[str, Any]] = (),
+) -> Path | None:
     """Writes tiles into `tuned_GPU.json`; entries that were not measured here stay.
 
     Args:
       which: the implementation.
       measured: results of `measure_pass`.
       config: the folder.
+      prologues: results of `measure_prologue`.
 
     Returns:
       The file; None if there is nothing to write.
     """
-    if not measured or (config.quick and config.folder is None):
+    if not (measured or prologues) or (config.quick and config.folder is None):
         return None
     path = tuned_tables.path(this_gpu(), config.folder)
     best = {result["key"]: result["best"] for result in measured}
@@ -200,6 +223,9 @@ def write_table(which: Tunable, measured: list[dict[str, Any]], config: Config) 
         for result in measured
     }
     tuned_tables.write_tiles(path, which.name, best, milliseconds, tuned_on())
+    times = {result["key"]: [result["with"], result["without"]] for result in prologues}
+    if times:
+        tuned_tables.write_prologues(path, times)
     return path
 
 

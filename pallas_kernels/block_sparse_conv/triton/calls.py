@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.batch_norm import Affine
 from pallas_kernels.block_sparse_conv.epilogue import Epilogue
 from pallas_kernels.block_sparse_conv.index import Index
 from pallas_kernels.block_sparse_conv.plan import (
@@ -176,6 +177,7 @@ def gather_product(
     relu: bool = False,
     scatter: bool = False,
     with_sums: bool = False,
+    norm: Affine | None = None,
 ) -> Any:
     """Runs the kernel `gather_product` over all groups.
 
@@ -190,6 +192,8 @@ def gather_product(
       relu: whether negative results become 0.
       scatter: whether the results are added to float32 sums in memory.
       with_sums: whether the result is summed over each channel.
+      norm: normalises the activations while they are gathered, then `relu` is of them; without
+        another epilogue.
 
     Returns:
       Activations in the shape of dx or of y; with `with_sums` also float32 `[2, channels]`.
@@ -210,9 +214,12 @@ def gather_product(
         "parts": 1,
         "run": 1,
         "scatter": scatter,
+        "normalise": norm is not None,
         "relu": relu,
     }
     epilogue = Epilogue() if epilogue is None else epilogue
+    if norm is not None:
+        epilogue = Epilogue(*norm)
     lists_of_kernel = (lists.entries, lists.weights, None, None, lists.rows)
     operands = (source, *lists_of_kernel, *epilogue, None, None)
     positions = math.prod(out.shape[1:])
@@ -270,6 +277,7 @@ def table_product(
         "parts": sizes.parts,
         "run": sizes.run,
         "scatter": False,
+        "normalise": False,
         "relu": relu,
     }
     epilogue: tuple[Any, ...] = (*Epilogue(), None, None)
@@ -318,8 +326,8 @@ def _run_product(
     constants |= geometry_constants(spec, backward) | {
         "channels": out.shape[0],
         "backward": backward,
-        "with_scale": scale is not None,
-        "with_bias": bias is not None,
+        "with_scale": scale is not None and not constants["normalise"],
+        "with_bias": bias is not None and not constants["normalise"],
         "with_residual": residual is not None,
         "with_norm": normed is not None,
         "with_joined": joined is not None,
@@ -345,8 +353,86 @@ def _run_product(
     return result, partial_sums.sum(2), *gradient
 
 
+def stationary_product(
+    spec: ConvSpec,
+    tile: Tile,
+    x: jax.Array,
+    values: jax.Array,
+    plan: Plan,
+    *,
+    epilogue: Epilogue,
+    relu: bool = False,
+    with_sums: bool = False,
+    norm: Affine | None = None,
+) -> Any:
+    """Runs the kernel `stationary_product` over all groups: the forward pass.
+
+    Args:
+      spec: a normal spec.
+      tile: the tile; its depth holds all rows of a group.
+      x: activations.
+      values: packed weights.
+      plan: the lists.
+      epilogue, relu, with_sums, norm: as for `gather_product`.
+
+    Returns:
+      y; with `with_sums` also float32 `[2, cout]`.
+
+    Raises:
+      ValueError: the tile is less deep than a group's contraction.
+    """
+    depth, members = spec.kept * spec.kept_taps, spec.group_size
+    if tile.depth < depth:
+        raise ValueError(
+            f"tile: with walkers its depth must be a group's whole contraction, {depth} or more, "
+            f"got {tile.depth}"
+        )
+    scale, bias, residual = Epilogue(*norm) if norm is not None else epilogue
+    out = jax.ShapeDtypeStruct(spec.out_shape, x.dtype)
+    sums = jax.ShapeDtypeStruct((2, spec.cout, tile.walkers), jnp.float32)
+    constants = geometry_constants(spec, backward=False) | {
+        "groups": spec.groups,
+        "depth": depth,
+        "list_length": plan.forward.shape[1],
+        "members": members,
+        "channels": spec.cout,
+        "row_length": plan.rows.shape[1],
+        "ragged": depth != tile.depth,
+        "with_scale": norm is None and scale is not None,
+        "with_bias": norm is None and bias is not None,
+        "with_residual": residual is not None,
+        "with_sums": with_sums,
+        "normalise": norm is not None,
+        "relu": relu,
+        "block_rows": tile.rows,
+        "block_positions": tile.positions,
+        "block_depth": tile.depth,
+        "positions_first": tile.positions_first,
+        "walkers": tile.walkers,
+    }
+    launch = Launch(
+        "stationary_product",
+        programs=spec.groups * -(-members // tile.rows) * tile.walkers,
+        constants=tuple((constants | ({} if with_sums else {"sums": 0})).items()),
+        tile=tile,
+        out=(out, sums) if with_sums else out,
+    )
+    operands = (x, plan.forward, values, plan.rows, scale, bias, residual)
+    results = run(launch, *(plan.forward if one is None else one for one in operands))
+    if not with_sums:
+        return results
+    y, partial_sums = results
+    return y, partial_sums.sum(2)
+
+
 def weight_gradient(
-    spec: ConvSpec, tile: Tile, x: jax.Array, dy: jax.Array, plan: Plan
+    spec: ConvSpec,
+    tile: Tile,
+    x: jax.Array,
+    dy: jax.Array,
+    plan: Plan,
+    norm: Affine | None = None,
+    relu: bool = False,
 ) -> jax.Array:
     """Runs the kernel `weight_gradient` over all groups.
 
@@ -355,6 +441,8 @@ def weight_gradient(
       tile: the tile.
       x, dy: activations in the normal shapes.
       plan: the lists.
+      norm: normalises x while it is gathered.
+      relu: whether the norm ends in a ReLU.
 
     Returns:
       float32 partial sums `[splits, groups, kept, kept_taps, group_size]`.
@@ -369,6 +457,8 @@ def weight_gradient(
         "row_length": plan.rows.shape[1],
         "splits": tile.splits,
         "ragged": depth % tile.depth != 0,
+        "normalise": norm is not None,
+        "relu": relu,
         "block_rows": tile.rows,
         "block_depth": tile.depth,
         "block_positions": tile.positions,
@@ -380,4 +470,5 @@ def weight_gradient(
         tile=tile,
         out=jax.ShapeDtypeStruct((tile.splits, *spec.packed_shape), jnp.float32),
     )
-    return run(launch, x, plan.forward, plan.rows, dy)
+    of_norm = norm or (plan.forward, plan.forward)  # not read without a norm
+    return run(launch, x, plan.forward, plan.rows, dy, *of_norm)

@@ -25,6 +25,9 @@ class Tile:
       positions_first: the product is `positions x rows` and not `rows x positions`; the first side
         must be at least 64 for Hopper's tensor cores.
       splits: shares of the positions in the weight gradient, each with its own partial sums.
+      walkers: of the forward pass: programs of each group and tile of rows that keep their weights
+        and share the positions; the depth is then the whole contraction. 0: a program for each
+        tile, which reads its weights again.
       method: of the input gradient: "transposed", "scatter" or "dense".
     """
 
@@ -36,6 +39,7 @@ class Tile:
     positions_first: bool = False
     splits: int = 1
     method: str = ""
+    walkers: int = 0
 
 
 class SpillingTile(NamedTuple):
@@ -97,22 +101,48 @@ def itemsize(spec: ConvSpec) -> int:
     return 4 if spec.dtype == "float32" else 2
 
 
-def shared_bytes(tile: Tile, pass_name: str, spec: ConvSpec) -> int:
+def shared_bytes(tile: Tile, pass_name: str, spec: ConvSpec, raw: bool = False) -> int:
     """Shared memory of a program: of the loads in flight, or of the result on its way out.
 
     Args:
       tile: the tile.
       pass_name: one of `PASSES`.
       spec: the static sizes.
+      raw: whether gathered rows are normalised before they are multiplied: they then lie there
+        once more.
 
     Returns:
       Bytes; Triton may take up to 1 KiB more.
     """
+    normalised = itemsize(spec) * tile.depth * tile.positions if raw else 0
+    if tile.walkers:
+        kept = tile.rows * tile.depth + tile.stages * tile.depth * tile.positions
+        return normalised + itemsize(spec) * (kept + tile.rows * tile.positions)
     if pass_name == "weight_gradient":
         step, result = tile.positions * (tile.rows + tile.depth), tile.rows * tile.depth
     else:
         step, result = tile.depth * (tile.rows + tile.positions), tile.rows * tile.positions
-    return max(itemsize(spec) * tile.stages * step, 4 * result)
+    return normalised + max(itemsize(spec) * tile.stages * step, 4 * result)
+
+
+def with_room_for_norm(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> Tile:
+    """The tile in which a pass normalises what it gathers: with fewer loads in flight if need be.
+
+    Args:
+      tile: one that fits without.
+      pass_name: one of `PASSES`.
+      spec: a normal spec (see `normal_form`).
+      capability: of the GPU, times ten.
+
+    Returns:
+      The tile.
+    """
+    while shared_bytes(tile, pass_name, spec, raw=True) > shared_memory(capability) - 1024:
+        if tile.stages > 2:
+            tile = dataclasses.replace(tile, stages=tile.stages - 1)
+        else:
+            tile = dataclasses.replace(tile, positions=tile.positions // 2)
+    return tile
 
 
 def fits(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> bool:

@@ -1,6 +1,7 @@
-"""The two Triton kernels.
+"""The Triton kernels.
 
 `gather_product` multiplies weights with gathered rows: the forward pass and the input gradient.
+`stationary_product` is the forward pass by programs that keep the weights of one group.
 `weight_gradient` is the third pass. Activations are (C, H, W, N).
 
 - A *row* is what one (channel, tap) contributes: the values of a channel at the positions shifted
@@ -28,107 +29,7 @@ except ImportError:  # this module still imports; `launch.unavailable()` says wh
     triton = types.SimpleNamespace(jit=lambda kernel: kernel)
     tl = types.SimpleNamespace(constexpr=None)
 
-
-@triton.jit
-def _corner(
-    position,
-    out_width: tl.constexpr,
-    strides: tl.constexpr,
-    padding: tl.constexpr,
-    backward: tl.constexpr,
-):
-    """Where the tap (0, 0) of an output pixel reads the source (backward: times the strides)."""
-    y, x = position // out_width, position % out_width
-    if backward:
-        return y + padding[0], x + padding[1]
-    else:
-        return y * strides[0] - padding[0], x * strides[1] - padding[1]
-
-
-@triton.jit
-def _positions(
-    tile,
-    lane,
-    images: tl.constexpr,
-    out_width: tl.constexpr,
-    strides: tl.constexpr,
-    padding: tl.constexpr,
-    backward: tl.constexpr,
-    block: tl.constexpr,
-):
-    """Corners and images `[1, block]` of a tile of positions.
-
-    The corner is one number where the tile lies in one pixel.
-    """
-    if images % block == 0:
-        tiles_of_pixel: tl.constexpr = images // block
-        top, left = _corner(tile // tiles_of_pixel, out_width, strides, padding, backward)
-        # Written as a product: Triton must see that the first image is a multiple of the block.
-        image = tile % tiles_of_pixel * block + lane
-    else:
-        flat = tile * block + lane
-        top, left = _corner((flat // images)[None, :], out_width, strides, padding, backward)
-        image = flat % images
-    return top, left, image[None, :]
-
-
-@triton.jit
-def _gather(
-    source,
-    entry,
-    top,
-    left,
-    image,
-    inside,
-    size: tl.constexpr,
-    shift_y,
-    shift_x,
-    strides: tl.constexpr,
-    dilation: tl.constexpr,
-    backward: tl.constexpr,
-    by_phase: tl.constexpr,
-    border: tl.constexpr,
-    ragged: tl.constexpr,
-    wide: tl.constexpr,
-):
-    """Values `[rows, positions]` of entries `[rows, 1]` at corners and images `[1, positions]`.
-
-    The corner may be one number for all positions. `by_phase`: every tap reaches every position,
-    `(shift - tap * dilation) / strides` away. `border`: a tap may fall outside the image. `ragged`:
-    an entry may be -1. `inside`: which positions exist; None: all.
-    """
-    height: tl.constexpr = size[0]
-    width: tl.constexpr = size[1]
-    images: tl.constexpr = size[2]
-    down, right, channel = ((entry >> 4) & 15) * dilation[0], (entry & 15) * dilation[1], entry >> 8
-    if by_phase:
-        down, right = (shift_y - down) // strides[0], (shift_x - right) // strides[1]
-    elif backward:
-        down, right = -down, -right
-    if wide:
-        channel = channel.to(tl.int64)
-    strided: tl.constexpr = backward and not by_phase and strides[0] * strides[1] > 1
-    if strided:
-        y, x = top + down, left + right
-        inside_image = (y >= 0) & (x >= 0) & (y % strides[0] == 0) & (x % strides[1] == 0)
-        y, x = y // strides[0], x // strides[1]
-        inside_image = inside_image & (y < height) & (x < width)
-        offset = ((channel * height + y) * width + x) * images + image
-    else:
-        y, x = top + down, left + right
-        inside_image = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-        offset = ((channel * height + down) * width + right) * images + (
-            (top * width + left) * images + image
-        )
-    mask = inside
-    if strided or border:
-        mask = inside_image if mask is None else mask & inside_image
-    if ragged:
-        mask = entry >= 0 if mask is None else mask & (entry >= 0)
-    if mask is None:
-        return tl.load(source + offset)
-    else:
-        return tl.load(source + offset, mask=mask, other=0.0)
+from pallas_kernels.block_sparse_conv.triton.gathering import finish, gather, norm_of, positions_of
 
 
 @triton.jit
@@ -175,6 +76,7 @@ def gather_product(
     with_norm: tl.constexpr,
     with_joined: tl.constexpr,
     with_sums: tl.constexpr,
+    normalise: tl.constexpr,
     relu: tl.constexpr,
     precision: tl.constexpr,
     block_rows: tl.constexpr,
@@ -199,7 +101,8 @@ def gather_product(
         it has none.
       rows: int32 `[groups, row_length]`, where each group's results go in `out`; -1: nowhere. Not
         read with `table`: the results of a block go to its channels.
-      scale, bias: float32 by row of `out`; read with `with_scale` and `with_bias`.
+      scale, bias: float32 by row of `out`; read with `with_scale` and `with_bias`. With `normalise`
+        by channel of the source: what is gathered is `relu(scale * source + bias)`.
       residual: in the shape of `out`; read with `with_residual`.
       normed: in the shape of `out`; read with `with_norm`. The result is then the gradient g of
         `relu(scale * normed + bias)`, masked where `relu`, and `out` is `scale * g`.
@@ -236,11 +139,11 @@ def gather_product(
 
     inside = None
     if by_phase:  # the corner is the pixel's place within its phase
-        top, left, image = _positions(
+        top, left, image = positions_of(
             tile, lane, images, width, (1, 1), (0, 0), False, block_positions
         )
     else:
-        top, left, image = _positions(
+        top, left, image = positions_of(
             tile, lane, images, width, strides, padding, backward, block_positions
         )
     if positions % block_positions != 0:
@@ -289,7 +192,10 @@ def gather_product(
     # Entries are always loaded one step early: else each step would wait for two loads in a row.
     entry = tl.load(entries + k)
     for step in range(0, steps):
-        gathered = _gather(
+        factor, term = None, None
+        if normalise:
+            factor, term = norm_of(entry[:, None], scale, bias, ragged)
+        gathered = gather(
             source,
             entry[:, None],
             top,
@@ -306,6 +212,10 @@ def gather_product(
             border,
             ragged,
             wide,
+            factor,
+            term,
+            normalise,
+            relu,
         )
         mask = weight_mask
         if table:
@@ -362,16 +272,20 @@ def gather_product(
         tl.store(place_of_sums, tl.sum(total, 1), mask=row >= 0)
         tl.store(place_of_sums + channels * all_tiles, tl.sum(total * z, 1), mask=row >= 0)
     else:
-        if with_scale:
-            total *= tl.load(scale + row, mask=row >= 0, other=0.0)[:, None]
-        if with_bias:
-            total += tl.load(bias + row, mask=row >= 0, other=0.0)[:, None]
-        if with_residual:
-            total += tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
-        if relu:
-            total = tl.where(total < 0, 0.0, total)  # keeps NaN, which tl.maximum would not
-        y = total.to(out.dtype.element_ty)
-        tl.store(out + offset, y, mask=mask)
+        y = finish(
+            total,
+            out,
+            offset,
+            mask,
+            row,
+            scale,
+            bias,
+            residual,
+            with_scale,
+            with_bias,
+            with_residual,
+            relu and not normalise,
+        )
         if with_sums:
             rounded = y.to(tl.float32)
             place_of_sums = sums + row * all_tiles + phase * position_tiles + tile
@@ -381,11 +295,159 @@ def gather_product(
 
 
 @triton.jit
+def stationary_product(
+    source,
+    entries,
+    weights,
+    rows,
+    scale,
+    bias,
+    residual,
+    out,
+    sums,
+    groups: tl.constexpr,
+    depth: tl.constexpr,
+    list_length: tl.constexpr,
+    members: tl.constexpr,
+    channels: tl.constexpr,
+    row_length: tl.constexpr,
+    size: tl.constexpr,
+    out_size: tl.constexpr,
+    strides: tl.constexpr,
+    padding: tl.constexpr,
+    dilation: tl.constexpr,
+    border: tl.constexpr,
+    ragged: tl.constexpr,
+    wide: tl.constexpr,
+    with_scale: tl.constexpr,
+    with_bias: tl.constexpr,
+    with_residual: tl.constexpr,
+    with_sums: tl.constexpr,
+    normalise: tl.constexpr,
+    relu: tl.constexpr,
+    precision: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_positions: tl.constexpr,
+    block_depth: tl.constexpr,
+    positions_first: tl.constexpr,
+    walkers: tl.constexpr,
+):
+    """The forward pass: `out[rows[g]] = weights[g]^T gathered(entries[g])` for each group g.
+
+    One program loads all weights of `block_rows` of a group once, keeps them in shared memory, and
+    computes every `walkers`-th tile of positions. A tile is one step: the loads of the next tiles
+    are in flight while one is multiplied, and while it is stored.
+
+    Args:
+      source, entries, rows, residual: as in `gather_product`.
+      weights: `[groups, depth, members]`.
+      scale, bias: as in `gather_product`, with `normalise` too.
+      out: `[channels, *out_size]`.
+      sums: written with `with_sums`: float32 `[2, channels, walkers]`, over the positions of each
+        program, of `out` and its squares.
+      block_depth: `depth` or more: all rows of a group.
+    """
+    tiles: tl.constexpr = (members + block_rows - 1) // block_rows
+    images: tl.constexpr = out_size[2]
+    positions: tl.constexpr = out_size[0] * out_size[1] * images
+    position_tiles: tl.constexpr = (positions + block_positions - 1) // block_positions
+    program = tl.program_id(0)
+    # Neighbouring programs work on the same positions, as in `gather_product`.
+    group, part = program % (groups * tiles) // tiles, program % tiles
+    walker = program // (groups * tiles)
+    member = part * block_rows + tl.arange(0, block_rows)
+    lane = tl.arange(0, block_positions)
+    k = tl.arange(0, block_depth)
+    row = tl.load(rows + group * row_length + member)
+    row_offset = row.to(tl.int64) * positions if wide else row * positions
+    entries += group * list_length
+    if block_depth > list_length:
+        entry = tl.load(entries + k, mask=k < list_length, other=-1)[:, None]
+    else:
+        entry = tl.load(entries + k)[:, None]
+    factor, term = None, None
+    if normalise:
+        factor, term = norm_of(entry, scale, bias, ragged)
+    k_of_weight = k[:, None] if positions_first else k[None, :]
+    member_of_weight = member[None, :] if positions_first else member[:, None]
+    weight = tl.load(
+        weights + group * (depth * members) + k_of_weight * members + member_of_weight,
+        mask=(k_of_weight < depth) & (member_of_weight < members),
+        other=0.0,
+    )
+
+    sum_of_row = tl.zeros((block_rows,), tl.float32)
+    sum_of_squares = tl.zeros((block_rows,), tl.float32)
+    for tile in range(walker, position_tiles, walkers):
+        place = tile * block_positions
+        inside = None
+        if positions % block_positions != 0:
+            inside = (place + lane < positions)[None, :]
+        top, left, image = positions_of(
+            tile, lane, images, out_size[1], strides, padding, False, block_positions
+        )
+        gathered = gather(
+            source,
+            entry,
+            top,
+            left,
+            image,
+            inside,
+            size,
+            0,
+            0,
+            strides,
+            dilation,
+            False,
+            False,
+            border,
+            ragged,
+            wide,
+            factor,
+            term,
+            normalise,
+            relu,
+        )
+        if positions_first:
+            total = tl.trans(tl.dot(tl.trans(gathered), weight, input_precision=precision))
+        else:
+            total = tl.dot(weight, gathered, input_precision=precision)
+        offset = row_offset[:, None] + (place + lane)[None, :]
+        mask = (row >= 0)[:, None]
+        if inside is not None:
+            mask = mask & inside
+        y = finish(
+            total,
+            out,
+            offset,
+            mask,
+            row,
+            scale,
+            bias,
+            residual,
+            with_scale,
+            with_bias,
+            with_residual,
+            relu and not normalise,
+        )
+        if with_sums:
+            rounded = y.to(tl.float32)
+            sum_of_row += tl.sum(rounded, 1)
+            sum_of_squares += tl.sum(rounded * rounded, 1)
+    if with_sums:
+        place_of_sums = sums + row * walkers + walker
+        tl.store(place_of_sums, sum_of_row, mask=row >= 0)
+        tl.store(place_of_sums + channels * walkers, sum_of_squares, mask=row >= 0)
+
+
+@triton.jit
 def weight_gradient(
     source,
     entries,
     rows,
     gradient,
+    scale,
+    shift,
     out,
     groups: tl.constexpr,
     depth: tl.constexpr,
@@ -401,6 +463,8 @@ def weight_gradient(
     border: tl.constexpr,
     ragged: tl.constexpr,
     wide: tl.constexpr,
+    normalise: tl.constexpr,
+    relu: tl.constexpr,
     precision: tl.constexpr,
     block_rows: tl.constexpr,
     block_depth: tl.constexpr,
@@ -415,6 +479,8 @@ def weight_gradient(
       entries: int32 rows `[groups, list_length]`, of which `depth` count; -1: nothing.
       rows: int32 `[groups, row_length]`, each group's channels of the gradient; -1: nothing.
       gradient: `[channels, *out_size]`.
+      scale, shift: float32 by channel of the source; read with `normalise`: what is gathered is
+        `relu(scale * source + shift)`.
       out: float32 `[splits, groups, depth, members]`.
     """
     tiles: tl.constexpr = (members + block_rows - 1) // block_rows
@@ -433,17 +499,20 @@ def weight_gradient(
     entry = tl.load(entries + group * list_length + k)[:, None]
     row = tl.load(rows + group * row_length + member)[:, None]
     row_offset = row.to(tl.int64) * positions if wide else row * positions
+    factor, term = None, None
+    if normalise:
+        factor, term = norm_of(entry, scale, shift, ragged)
 
     total = tl.zeros((block_depth, block_rows), tl.float32)
     for step in range(split * share, tl.minimum(split * share + share, steps)):
         place = step * block_positions
         inside = None
-        top, left, image = _positions(
+        top, left, image = positions_of(
             step, lane, images, out_size[1], strides, padding, False, block_positions
         )
         if positions % block_positions != 0:
             inside = (place + lane < positions)[None, :]
-        gathered = _gather(
+        gathered = gather(
             source,
             entry,
             top,
@@ -460,6 +529,10 @@ def weight_gradient(
             border,
             ragged,
             wide,
+            factor,
+            term,
+            normalise,
+            relu,
         )
         mask = inside
         if members % block_rows != 0:

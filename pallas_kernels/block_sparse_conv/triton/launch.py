@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.batch_norm import Affine
+from pallas_kernels.block_sparse_conv import tuned_tables
 from pallas_kernels.block_sparse_conv.epilogue import Epilogue
 from pallas_kernels.block_sparse_conv.index import Index
 from pallas_kernels.block_sparse_conv.plan import Plan, why_no_plan
 from pallas_kernels.block_sparse_conv.spec import NORM_PASSES, PASSES, ConvSpec, Implementation
 from pallas_kernels.block_sparse_conv.triton import calls
-from pallas_kernels.block_sparse_conv.triton.fitting import Tile
+from pallas_kernels.block_sparse_conv.triton.fitting import Tile, with_room_for_norm
 from pallas_kernels.block_sparse_conv.triton.input_gradient import (
     input_gradient,
     norm_input_gradient,
@@ -114,18 +116,26 @@ def _forward_with_sums(
     filters: jax.Array,
     channels: jax.Array,
     taps: jax.Array,
+    scale: jax.Array | None = None,
+    shift: jax.Array | None = None,
     plan: Plan | None = None,
     tile: Tile | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    spec = dataclasses.replace(spec, relu=False)
+    norm = _norm(scale, shift)
+    spec = dataclasses.replace(spec, relu=spec.relu and norm is not None)
 
     def forward(
-        x: jax.Array, values: jax.Array, index: Index, plan: Plan | None
+        x: jax.Array, values: jax.Array, index: Index, norm: Affine | None, plan: Plan | None
     ) -> tuple[jax.Array, jax.Array]:
-        y, sums = _product(spec, x, values, index, Epilogue(), plan, tile, with_sums=True)
+        y, sums = _product(spec, x, values, index, Epilogue(), plan, tile, True, norm)
         return y, sums
 
-    return one_at_a_time(forward, (x, values, Index(filters, channels, taps), plan))
+    return one_at_a_time(forward, (x, values, Index(filters, channels, taps), norm, plan))
+
+
+def _norm(scale: jax.Array | None, shift: jax.Array | None) -> Affine | None:
+    """What normalises the input while it is gathered."""
+    return None if scale is None or shift is None else Affine(scale, shift)
 
 
 def _product(
@@ -137,6 +147,7 @@ def _product(
     plan: Plan | None,
     tile: Tile | None,
     with_sums: bool = False,
+    norm: Affine | None = None,
 ) -> Any:
     """The forward pass with its epilogue, and the sums of its result where they are wanted."""
     plain = normal(spec)
@@ -144,24 +155,19 @@ def _product(
     depth, members = spec.kept * spec.kept_taps, spec.group_size
     if epilogue.residual is not None:
         epilogue = epilogue._replace(residual=fit(epilogue.residual, plain.out_shape))
-    results = calls.gather_product(
-        plain,
-        tile or choose_tile(spec, "forward", calls.capability()),
-        fit(x, plain.in_shape),
-        calls.Lists(
-            plan.forward,
-            plan.rows,
-            values,
-            (depth * members, members, 1),
-            depth=depth,
-            members=members,
-        ),
-        backward=False,
-        dtype=x.dtype,
-        epilogue=epilogue,
-        relu=spec.relu,
-        with_sums=with_sums,
-    )
+    tile = tile or choose_tile(spec, "forward", calls.capability())
+    if norm is not None:
+        tile = with_room_for_norm(tile, "forward", plain, calls.capability())
+    x = fit(x, plain.in_shape)
+    ends: dict[str, Any] = {"relu": spec.relu, "with_sums": with_sums, "norm": norm}
+    if tile.walkers:
+        results = calls.stationary_product(plain, tile, x, values, plan, epilogue=epilogue, **ends)
+    else:
+        strides = (depth * members, members, 1)
+        lists = calls.Lists(plan.forward, plan.rows, values, strides, depth, members)
+        results = calls.gather_product(
+            plain, tile, x, lists, backward=False, dtype=x.dtype, epilogue=epilogue, **ends
+        )
     if not with_sums:
         return restore(results, spec.out_shape)
     y, sums = results
@@ -220,18 +226,27 @@ def _weight_gradient(
     filters: jax.Array,
     channels: jax.Array,
     taps: jax.Array,
+    scale: jax.Array | None = None,
+    shift: jax.Array | None = None,
     plan: Plan | None = None,
     tile: Tile | None = None,
 ) -> jax.Array:
     plain = normal(spec)
-    run_tile = tile or choose_tile(spec, "weight_gradient", calls.capability())
+    chosen = tile or choose_tile(spec, "weight_gradient", calls.capability())
 
-    def backward(x: jax.Array, dy: jax.Array, index: Index, plan: Plan | None) -> jax.Array:
+    def backward(
+        x: jax.Array, dy: jax.Array, index: Index, norm: Affine | None, plan: Plan | None
+    ) -> jax.Array:
         plan = plan or calls.plan_of(plain, index)
         x, dy = fit(x, plain.in_shape), fit(dy, plain.out_shape)
-        return calls.weight_gradient(plain, run_tile, x, dy, plan).sum(0)
+        run_tile, relu = chosen, False
+        if norm is not None:
+            run_tile = with_room_for_norm(chosen, "weight_gradient", plain, calls.capability())
+            relu = spec.relu
+        return calls.weight_gradient(plain, run_tile, x, dy, plan, norm, relu).sum(0)
 
-    return one_at_a_time(backward, (x, dy, Index(filters, channels, taps), plan))
+    norm = _norm(scale, shift)
+    return one_at_a_time(backward, (x, dy, Index(filters, channels, taps), norm, plan))
 
 
 IMPLEMENTATION = Implementation(
@@ -244,4 +259,5 @@ IMPLEMENTATION = Implementation(
     plans=(*PASSES, *NORM_PASSES),
     forward_with_sums=_forward_with_sums,
     norm_input_gradient=_norm_input_gradient,
+    normalises=tuned_tables.prologue_pays,
 )

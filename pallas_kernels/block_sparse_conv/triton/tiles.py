@@ -24,11 +24,16 @@ from pallas_kernels.block_sparse_conv.triton.products import (
     product,
     tile_rows,
 )
+from pallas_kernels.block_sparse_conv.triton.stationary import stationary_tiles
+from pallas_kernels.block_sparse_conv.triton.traffic import seconds
 from pallas_kernels.devices import this_device
 from pallas_kernels.padding import round_up
 
 PARTIAL_SUMS = 16 << 20
 """Bytes of partial weight gradients at most: few enough to stay in the L2 cache."""
+USUAL_DEPTH = 128
+"""The most rows of the weight gradient in a tile that the rule gives."""
+MOST_FRUGAL = 3
 
 
 def choose_tile(spec: ConvSpec, pass_name: str, capability: int = 90, method: str = "") -> Tile:
@@ -102,6 +107,48 @@ def tuned_key(spec: ConvSpec, pass_name: str) -> str:
     return tuned_tables.key(computed_spec(spec, pass_name), pass_name)
 
 
+def frugal_tiles(spec: ConvSpec, pass_name: str, capability: int = 90) -> list[Tile]:
+    """The tiles that take least from the L2 cache; no default, until a tuner has timed them.
+
+    - forward: programs that keep their weights (`stationary.py`), the fastest by `traffic.seconds`.
+    - input gradient: 256 positions, for which the table's weights are read half as often.
+    - weight gradient: 256 gathered rows, for which the gradient is read half as often.
+
+    Args:
+      spec: the static sizes.
+      pass_name: one of `PASSES`.
+      capability: of the GPU, times ten.
+
+    Returns:
+      At most three tiles that fit; none in float32, and none where they would save nothing.
+
+    Example:
+      >>> spec = ConvSpec(cin=256, height=14, width=14, batch=256, kernel=(3, 3), cout=256,
+      ...                 groups=4, kept=80, kept_taps=3, group_size=64, dtype="bfloat16")
+      >>> frugal_tiles(spec, "weight_gradient")[0].depth
+      256
+    """
+    plain = normal(computed_spec(spec, pass_name))
+    if not multiplies_wide(plain, capability):
+        return []
+    if pass_name == "forward":
+        stationary = stationary_tiles(plain, capability)
+        return sorted(stationary, key=lambda tile: seconds(plain, pass_name, tile))[:MOST_FRUGAL]
+    method = "transposed" if pass_name == "input_gradient" else ""
+    p = product(plain, pass_name, method)
+    rule = _rule_tile(plain, pass_name, method, capability)
+    wide = dataclasses.replace(rule, warps=8)
+    if pass_name == "weight_gradient":
+        wide = dataclasses.replace(wide, depth=256)
+        wide = dataclasses.replace(wide, splits=_splits(wide, p))
+        is_wider = rule.depth < p.depth and rule.rows <= 64
+    else:
+        wide = dataclasses.replace(wide, positions=256)
+        is_wider = p.positions >= wide.positions
+    wide_tiles = [dataclasses.replace(wide, stages=stages) for stages in (4, 3)]
+    return [tile for tile in wide_tiles if is_wider and fits(tile, pass_name, plain, capability)]
+
+
 def candidate_tiles(spec: ConvSpec, pass_name: str, capability: int = 90) -> list[Tile]:
     """The tiles that a tuner times for a pass; in the input gradient those of every method.
 
@@ -130,7 +177,8 @@ def candidate_tiles(spec: ConvSpec, pass_name: str, capability: int = 90) -> lis
         for tile in _with_warps_and_stages(sizes, plain, pass_name, capability):
             if fits(tile, pass_name, plain, capability):
                 tiles.append(tile)
-    return tiles
+    frugal = frugal_tiles(spec, pass_name, capability)
+    return tiles + [tile for tile in frugal if tile not in tiles]
 
 
 def _dense_tile() -> Tile:
@@ -222,11 +270,13 @@ def _power_of_two(size: int, low: int, high: int) -> int:
 
 
 def _splits(tile: Tile, p: Product) -> int:
-    """Shares of the positions: two programs for each multiprocessor.
+    """Shares of the positions: two programs for each multiprocessor, one of a wide tile.
 
     Each share has at least four steps, and the partial sums stay in the L2 cache.
     """
+    filled = this_device().multiprocessors * (1 if tile.depth > USUAL_DEPTH else 2)
     programs = p.groups * -(-p.members // tile.rows) * -(-p.depth // tile.depth)
     steps = -(-p.positions // tile.positions)
     most = min(steps // 4, PARTIAL_SUMS // (4 * p.groups * p.members * p.depth))
-    return max(1, min(-(-2 * this_device().multiprocessors // programs), most))
+    shares = -(-filled // programs) if tile.depth <= USUAL_DEPTH else filled // programs
+    return max(1, min(shares, most))
