@@ -17,6 +17,7 @@ from experiments.bench.gpu import (
     implementations,
     kernels,
     layers,
+    prologue_times,
     shapes,
     tile_times,
     tiles,
@@ -44,11 +45,13 @@ from pallas_kernels.block_sparse_conv import (
     PASSES,
     apply_epilogue,
     mosaic_gpu,
+    norm_passes,
     triton,
     tuned_tables,
     xla,
 )
 from pallas_kernels.block_sparse_conv.triton import calls, products
+from pallas_kernels.block_sparse_conv.triton import tiles as triton_tiles
 from pallas_kernels.devices import H200
 
 TINY = dataclasses.replace(BASE, cin=16, height=4, width=3, batch=2, cout=16, kept=8, group_size=8)
@@ -417,8 +420,47 @@ def test_few_tiles_are_timed_and_every_method_is_among_them(name):
             timed = tiles.tiles_to_time(which, spec, pass_name)
             assert len(set(timed)) == len(timed) <= tiles.MOST
             assert timed[0] == which.default(spec, pass_name)
-            if name == "triton" and pass_name == "input_gradient":
-                assert {tile.method for tile in timed} == set(products.METHODS)
+            if name == "triton":
+                assert set(triton_tiles.frugal_tiles(spec, pass_name)) <= set(timed)
+                if pass_name == "input_gradient":
+                    assert {tile.method for tile in timed} == set(products.METHODS)
+
+
+def normalising(error=1.0):
+    """XLA's passes, which take a raw input too; the output is off by a factor."""
+    plain = xla.IMPLEMENTATION
+
+    def forward(spec, *operands):
+        y, sums = norm_passes.forward_with_sums(plain.forward, spec, *operands)
+        return (error if len(operands) > 5 else 1) * y, sums
+
+    def weights(spec, *operands):
+        return plain.weight_gradient(spec, *norm_passes.normalised(spec, *operands))
+
+    return dataclasses.replace(plain, forward_with_sums=forward, weight_gradient=weights)
+
+
+@pytest.mark.usefixtures("short_programs")
+def test_a_norm_in_the_load_is_timed_beside_one_in_front(tmp_path, monkeypatch):
+    measure = functools.partial(
+        prologue_times.measure_prologue, spec=TINY, threads=2, repetitions=1
+    )
+    result = measure(normalising())
+    assert result["key"] == tuned_tables.layer_key(TINY)
+    assert min(result["with"], result["without"]) > 0
+    with pytest.raises(RuntimeError, match=r"with a prologue the results differ by 1\.0e-01"):
+        measure(normalising(1.1))
+
+    for module in (tune, tuned_tables):
+        monkeypatch.setattr(module, "this_gpu", lambda: "h200")
+    monkeypatch.setattr(tuned_tables, "FOLDER", tmp_path)
+    for times, is_faster in (([1.0, 2.0], True), ([2.0, 1.0], False)):
+        timed = result | dict(zip(("with", "without"), times))
+        tune.write_table(tiles.tunable("triton"), [], tune.Config(folder=tmp_path), [timed])
+        tuned_tables.read.cache_clear()
+        assert triton.IMPLEMENTATION.normalises(TINY) == is_faster
+        assert not triton.IMPLEMENTATION.normalises(dataclasses.replace(TINY, batch=3))
+    tuned_tables.read.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["mosaic_gpu", "triton"])

@@ -343,6 +343,21 @@ def test_any_geometry(seed):
 
 
 @needs_triton
+@pytest.mark.parametrize(
+    "seed", [*range(2), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 40))]
+)
+def test_in_any_geometry_weights_may_be_kept_and_norms_loaded(seed):
+    spec = dataclasses.replace(random_spec(seed), relu=bool(seed % 2))
+    rng = np.random.default_rng(seed)
+    depth = max(16, 1 << (spec.kept * spec.kept_taps - 1).bit_length())
+    walkers, is_first = int(rng.integers(1, 6)), bool(rng.integers(2))
+    tile = Tile(16, 16, depth, positions_first=is_first, walkers=walkers)
+    check_normalised(spec)
+    check_normalised(spec, forward=tile)
+    check(spec, seed, forward=tile, input_gradient=tiles.choose_tile(spec, "input_gradient", 90))
+
+
+@needs_triton
 @pytest.mark.parametrize("first", [False, True])
 def test_tiles_that_cut_rows_depth_and_positions(first, monkeypatch):
     """Several tiles of rows, a ragged last one, splits that do not divide; with 64-bit offsets, as

@@ -140,13 +140,18 @@ def loops(sass):
     return "\n".join(lines[i] for i in sorted(inside))
 
 
-def check_code(record, spec, name, capability=90, fused=False, around_loops=False, **private):
+def check_code(
+    record, spec, name, capability=90, fused=False, around_loops=False, raw=False, **private
+):
     """Compiles a pass, and checks the machine code.
 
     No spill (with `around_loops`: none in a loop), as much shared memory as predicted, 16-byte
     copies, tensor cores, no early wait for loads.
     """
-    kernel_calls = launches(spec, name, capability, fused, **private)
+    if getattr(private.get("tile"), "walkers", 0):
+        check_kept_weights(record, spec, name, private["tile"], raw, fused)
+        return
+    kernel_calls = launches(spec, name, capability, fused, raw, **private)
     is_dense = "dense" in (private.get("method"), getattr(private.get("tile"), "method", ""))
     assert len(kernel_calls) == (0 if is_dense else 1)
     what_runs, name = name, PLAIN.get(name, name)
@@ -158,7 +163,7 @@ def check_code(record, spec, name, capability=90, fused=False, around_loops=Fals
         record("compiled", f"triton sm_{capability} {what}")
         assert measured["in loops" if around_loops else "spilled"] == 0
         assert measured["shared"] <= min(
-            shared_memory(capability), fitting.shared_bytes(tile, name, plain) + 1024
+            shared_memory(capability), fitting.shared_bytes(tile, name, plain, raw) + 1024
         )
         steps = 8
         if name != "weight_gradient":
@@ -193,12 +198,12 @@ def check_code(record, spec, name, capability=90, fused=False, around_loops=Fals
             assert re.search(r"REDG?\.E\.ADD\.F32" + ("x4" if capability == 90 else ""), sass)
 
 
-def check_kept_weights(record, spec, name, tile, raw=False):
+def check_kept_weights(record, spec, name, tile, raw=False, fused=False):
     """Compiles a tile that keeps its weights, and checks what its loop over positions loads.
 
     Each row once, in 16-byte copies, and nothing else: neither weights nor lists.
     """
-    ((launch, dtypes),) = launches(spec, name, raw=raw, tile=tile)
+    ((launch, dtypes),) = launches(spec, name, fused=fused, raw=raw, tile=tile)
     assert launch.kernel == "stationary_product"
     tile = launch.tile  # with a norm maybe fewer stages
     measured, sass = machine_code(launch, dtypes, 90)
@@ -212,7 +217,7 @@ def check_kept_weights(record, spec, name, tile, raw=False):
     piece = 16 // fitting.itemsize(spec)
     assert {copy.rsplit(".", 1)[1] for copy in copies} == {"128"}
     assert len(copies) == tile.depth * tile.positions // piece // (32 * tile.warps)
-    assert not re.search(r"\bLDG\b", inner)
+    assert fused or not re.search(r"\bLDG\b", inner)  # an epilogue loads its operands
     assert "HGMMA" in inner
 
 
@@ -287,6 +292,39 @@ def test_the_main_tiles_compile_without_spills_to_tensor_cores_and_16_byte_copie
 ):
     for spec, name, capability, private in REPRESENTATIVE[case]:
         check_code(record_property, spec, name, capability, **private)
+
+
+KEPT = {  # the layer, and what else its tile has
+    "3x3 256@14": (shapes.RESNET50[10], 256),
+    "3x3 512@7": (shapes.RESNET50[15], 256),
+    "3x3 64@32": (shapes.VGG19[0], 128),
+    "1x1 256-1024@14": (shapes.RESNET50[11], 256),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("case", KEPT)
+def test_programs_that_keep_weights_load_each_row_once_and_nothing_else(case, record_property):
+    layer, batch = KEPT[case]
+    spec = layer_spec(layer, batch, group_size=64, run=16 if layer.cin > 64 else 1)
+    for tile in tiles.frugal_tiles(spec, "forward")[:1]:
+        check_kept_weights(record_property, spec, "forward_with_sums", tile)
+        check_kept_weights(record_property, spec, "forward_with_sums", tile, raw=True)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["input_gradient", "weight_gradient"])
+def test_the_tiles_of_gradients_that_load_least_compile(name, record_property):
+    spec = layer_spec(shapes.RESNET50[10], 256, group_size=64, run=64)
+    tile = tiles.frugal_tiles(spec, name)[0]
+    check_code(record_property, spec, name, tile=tile)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["forward_with_sums", "weight_gradient"])
+@pytest.mark.parametrize("capability", [90, 80])
+def test_a_norm_in_the_load_compiles_without_spills(capability, name, record_property):
+    check_code(record_property, MAIN, name, capability, raw=True)
 
 
 @needs_triton

@@ -5,6 +5,7 @@ model is `pallas_kernels/block_sparse_conv/triton/traffic.py`: no number is meas
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,14 @@ from experiments.bench.gpu import shapes
 from experiments.reporting.markdown import table
 from pallas_kernels.block_sparse_conv import PASSES, ConvSpec
 from pallas_kernels.block_sparse_conv.triton import tiles, traffic
+from pallas_kernels.block_sparse_conv.triton.fitting import itemsize
 from pallas_kernels.block_sparse_conv.triton.normal_form import computed_spec, normal
+
+XLA_BYTES, LEAST_MICROSECONDS = 4e12, 1.4
+"""Bytes/s of XLA's elementwise kernels, and the least that one takes: the estimate of
+docs/gpu.md."""
+SHARES = (0.1, 0.3)
+"""What normalising adds to a kernel that gathers, at least and at most: an expectation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +35,7 @@ class Config:
       sparsity: fraction of the weights removed.
       group_size: filters in a group.
       channel_block: the longest runs of channels.
+      prologue: compares a norm in the load with a pass that stores the normalised input instead.
     """
 
     part: str = ""
@@ -34,6 +43,7 @@ class Config:
     sparsity: float = 0.9
     group_size: int = 64
     channel_block: int = 16
+    prologue: bool = False
 
 
 def main(config: Config) -> None:
@@ -43,29 +53,49 @@ def main(config: Config) -> None:
       config: what is predicted.
     """
     header = ["layer", "pass", "tile", "MB", "us", "frugal tile", "MB", "us", "gain"]
-    print(table(header, list(rows(config)), text_columns=3))
+    if config.prologue:
+        header = ["layer", "stored first, us", "in the load, us more", "pays"]
+    cells = []
+    for name, spec in specs(config):
+        if config.prologue:
+            cells.append([name, *_prologue(spec)])
+            continue
+        for pass_name in PASSES:
+            cells.append([name, pass_name.replace("_", " "), *_compared(spec, pass_name)])
+    print(table(header, cells, text_columns=1 if config.prologue else 3))
 
 
-def rows(config: Config) -> Iterator[list[str]]:
-    """Yields a row for each layer and pass.
+def specs(config: Config) -> Iterator[tuple[str, ConvSpec]]:
+    """Yields the convolutions by name.
 
     Args:
       config: what is predicted.
 
     Yields:
-      The cells.
+      Names and static sizes.
     """
     for case in shapes.cases(config.part):
-        if config.batch not in (None, case.batch):
-            continue
-        spec = shapes.case_spec(
-            case,
-            sparsity=config.sparsity,
-            group_size=config.group_size,
-            channel_block=config.channel_block,
-        )
-        for pass_name in PASSES:
-            yield [case.name, pass_name.replace("_", " "), *_compared(spec, pass_name)]
+        if config.batch in (None, case.batch):
+            spec = shapes.case_spec(
+                case,
+                sparsity=config.sparsity,
+                group_size=config.group_size,
+                channel_block=config.channel_block,
+            )
+            yield case.name, spec
+
+
+def _prologue(spec: ConvSpec) -> list[str]:
+    """What storing the normalised input takes, and what normalising in the load adds."""
+    nbytes = 2 * itemsize(spec) * math.prod(spec.in_shape)
+    stored = max(1e6 * nbytes / XLA_BYTES, LEAST_MICROSECONDS)
+    passes = ("forward", "weight_gradient")
+    kernels = sum(
+        1e6 * traffic.seconds(normal(spec), name, tiles.choose_tile(spec, name)) for name in passes
+    )
+    least, most = (share * kernels for share in SHARES)
+    verdict = "yes" if most < stored else "no" if least > stored else "unclear"
+    return [f"{stored:.1f}", f"{least:.1f} to {most:.1f}", verdict]
 
 
 def _compared(spec: ConvSpec, pass_name: str) -> list[str]:
