@@ -66,6 +66,7 @@ class Fallback:
             plans=(*PASSES, *NORM_PASSES),
             forward_with_sums=self._forward_with_sums if fuses_norms else None,
             norm_input_gradient=self._norm_input_gradient if fuses_norms else None,
+            normalises=self._normalises if fuses_norms else None,
         )
         try:
             yield self.name
@@ -111,6 +112,10 @@ class Fallback:
         if record.fuses_norms:
             return tuple(record.run("forward_with_sums", spec, *operands, plan=plan))
         return norm_passes.forward_with_sums(record.forward, spec, *operands)
+
+    def _normalises(self, spec: ConvSpec) -> bool:
+        record = self._serve(spec)
+        return record.normalises is not None and record.normalises(spec)
 
     def _norm_input_gradient(
         self, spec: ConvSpec, *operands: jax.Array, plan: Plan | None = None
