@@ -101,48 +101,27 @@ def itemsize(spec: ConvSpec) -> int:
     return 4 if spec.dtype == "float32" else 2
 
 
-def shared_bytes(tile: Tile, pass_name: str, spec: ConvSpec, raw: bool = False) -> int:
+def shared_bytes(tile: Tile, pass_name: str, spec: ConvSpec) -> int:
     """Shared memory of a program: of the loads in flight, or of the result on its way out.
+
+    Where gathered rows are normalised, one stage holds them on their way to the product.
 
     Args:
       tile: the tile.
       pass_name: one of `PASSES`.
       spec: the static sizes.
-      raw: whether gathered rows are normalised before they are multiplied: they then lie there
-        once more.
 
     Returns:
       Bytes; Triton may take up to 1 KiB more.
     """
-    normalised = itemsize(spec) * tile.depth * tile.positions if raw else 0
     if tile.walkers:
         kept = tile.rows * tile.depth + tile.stages * tile.depth * tile.positions
-        return normalised + itemsize(spec) * (kept + tile.rows * tile.positions)
+        return itemsize(spec) * (kept + tile.rows * tile.positions)
     if pass_name == "weight_gradient":
         step, result = tile.positions * (tile.rows + tile.depth), tile.rows * tile.depth
     else:
         step, result = tile.depth * (tile.rows + tile.positions), tile.rows * tile.positions
-    return normalised + max(itemsize(spec) * tile.stages * step, 4 * result)
-
-
-def with_room_for_norm(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> Tile:
-    """The tile in which a pass normalises what it gathers: with fewer loads in flight if need be.
-
-    Args:
-      tile: one that fits without.
-      pass_name: one of `PASSES`.
-      spec: a normal spec (see `normal_form`).
-      capability: of the GPU, times ten.
-
-    Returns:
-      The tile.
-    """
-    while shared_bytes(tile, pass_name, spec, raw=True) > shared_memory(capability) - 1024:
-        if tile.stages > 2:
-            tile = dataclasses.replace(tile, stages=tile.stages - 1)
-        else:
-            tile = dataclasses.replace(tile, positions=tile.positions // 2)
-    return tile
+    return max(itemsize(spec) * tile.stages * step, 4 * result)
 
 
 def fits(tile: Tile, pass_name: str, spec: ConvSpec, capability: int) -> bool:

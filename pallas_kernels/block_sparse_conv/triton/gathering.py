@@ -121,11 +121,11 @@ def gather(
     else:
         values = tl.load(source + offset, mask=mask, other=0.0)
     if normalise:
+        if mask is not None:  # by rows, where a tile lies in one pixel: cheaper than by values
+            factor, term = tl.where(mask, factor, 0.0), tl.where(mask, term, 0.0)
         normalised = values.to(tl.float32) * factor + term
         if relu:
-            normalised = tl.where(normalised < 0, 0.0, normalised)  # keeps NaN
-        if mask is not None:
-            normalised = tl.where(mask, normalised, 0.0)
+            normalised = tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL)
         values = normalised.to(values.dtype)
     return values
 

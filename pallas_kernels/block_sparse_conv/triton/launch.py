@@ -2,18 +2,20 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 
-from pallas_kernels.batch_norm import Affine
+from pallas_kernels import batch_norm
+from pallas_kernels.batch_norm import Affine, NormSettings
 from pallas_kernels.block_sparse_conv import tuned_tables
 from pallas_kernels.block_sparse_conv.epilogue import Epilogue
 from pallas_kernels.block_sparse_conv.index import Index
 from pallas_kernels.block_sparse_conv.plan import Plan, why_no_plan
 from pallas_kernels.block_sparse_conv.spec import NORM_PASSES, PASSES, ConvSpec, Implementation
 from pallas_kernels.block_sparse_conv.triton import calls
-from pallas_kernels.block_sparse_conv.triton.fitting import Tile, with_room_for_norm
+from pallas_kernels.block_sparse_conv.triton.fitting import Tile
 from pallas_kernels.block_sparse_conv.triton.input_gradient import (
     input_gradient,
     norm_input_gradient,
@@ -121,16 +123,18 @@ def _forward_with_sums(
     plan: Plan | None = None,
     tile: Tile | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    norm = _norm(scale, shift)
-    spec = dataclasses.replace(spec, relu=spec.relu and norm is not None)
-
     def forward(
         x: jax.Array, values: jax.Array, index: Index, norm: Affine | None, plan: Plan | None
     ) -> tuple[jax.Array, jax.Array]:
-        y, sums = _product(spec, x, values, index, Epilogue(), plan, tile, True, norm)
+        if norm is not None and math.prod(normal(spec).in_shape) != x.size:
+            # Images that fill up a row would not be zero after the norm, and count in the sums.
+            x, norm = batch_norm.apply(NormSettings(spec.relu), norm, x, None), None
+        raw = dataclasses.replace(spec, relu=spec.relu and norm is not None)
+        y, sums = _product(raw, x, values, index, Epilogue(), plan, tile, True, norm)
         return y, sums
 
-    return one_at_a_time(forward, (x, values, Index(filters, channels, taps), norm, plan))
+    index, norm = Index(filters, channels, taps), _norm(scale, shift)
+    return one_at_a_time(forward, (x, values, index, norm, plan))
 
 
 def _norm(scale: jax.Array | None, shift: jax.Array | None) -> Affine | None:
@@ -156,8 +160,6 @@ def _product(
     if epilogue.residual is not None:
         epilogue = epilogue._replace(residual=fit(epilogue.residual, plain.out_shape))
     tile = tile or choose_tile(spec, "forward", calls.capability())
-    if norm is not None:
-        tile = with_room_for_norm(tile, "forward", plain, calls.capability())
     x = fit(x, plain.in_shape)
     ends: dict[str, Any] = {"relu": spec.relu, "with_sums": with_sums, "norm": norm}
     if tile.walkers:
@@ -239,11 +241,8 @@ def _weight_gradient(
     ) -> jax.Array:
         plan = plan or calls.plan_of(plain, index)
         x, dy = fit(x, plain.in_shape), fit(dy, plain.out_shape)
-        run_tile, relu = chosen, False
-        if norm is not None:
-            run_tile = with_room_for_norm(chosen, "weight_gradient", plain, calls.capability())
-            relu = spec.relu
-        return calls.weight_gradient(plain, run_tile, x, dy, plan, norm, relu).sum(0)
+        relu = spec.relu and norm is not None
+        return calls.weight_gradient(plain, chosen, x, dy, plan, norm, relu).sum(0)
 
     norm = _norm(scale, shift)
     return one_at_a_time(backward, (x, dy, Index(filters, channels, taps), norm, plan))

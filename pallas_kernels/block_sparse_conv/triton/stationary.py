@@ -14,6 +14,8 @@ from pallas_kernels.block_sparse_conv.triton.products import product, tile_rows
 from pallas_kernels.devices import shared_memory, this_device
 
 POSITIONS, STAGES = (64, 128, 256), (4, 3, 2)
+SUMS = 64
+"""float32 sums in each thread: beside the addresses of all rows 128 would spill."""
 RESERVED = 1024
 """Bytes of shared memory that the system takes of each program."""
 
@@ -47,7 +49,7 @@ def stationary_tiles(spec: ConvSpec, capability: int = 90) -> list[Tile]:
     teams = p.groups * -(-p.members // rows)
     tiles = []
     for positions, (warps, programs) in itertools.product(reversed(POSITIONS), ((4, 2), (8, 1))):
-        if positions > max(POSITIONS[0], p.positions):
+        if positions > max(POSITIONS[0], p.positions) or rows * positions > SUMS * 32 * warps:
             continue
         walkers = max(1, programs * this_device().multiprocessors // teams)
         tile = Tile(
