@@ -344,9 +344,8 @@ def test_any_geometry(seed):
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    "seed", [*range(2), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 40))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(40))
 def test_in_any_geometry_weights_may_be_kept_and_norms_loaded(seed):
     spec = dataclasses.replace(random_spec(seed), relu=bool(seed % 2))
     spec = dataclasses.replace(spec, batch=round_up(spec.batch, 4))
@@ -437,7 +436,10 @@ STATIONARY = {  # each with fewer walkers than tiles
 
 
 @needs_triton
-@pytest.mark.parametrize("case", STATIONARY)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * (i > 1)) for i, case in enumerate(STATIONARY)],
+)
 def test_programs_that_keep_their_weights_give_what_float64_gives(case):
     spec, tile = STATIONARY[case]
     spec = dataclasses.replace(spec, relu=True, batch=round_up(spec.batch, 4))
@@ -474,7 +476,7 @@ NORMALISED = {
 
 
 @needs_triton
-@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("relu", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", NORMALISED)
 def test_a_norm_in_the_load_gives_what_float64_gives(case, relu):
     check_normalised(dataclasses.replace(NORMALISED[case], relu=relu))

@@ -21,6 +21,7 @@ from pallas_kernels.block_sparse_conv.triton.input_gradient import (
     norm_input_gradient,
 )
 from pallas_kernels.block_sparse_conv.triton.normal_form import fit, normal, restore
+from pallas_kernels.block_sparse_conv.triton.stationary import tile_with_norm
 from pallas_kernels.block_sparse_conv.triton.tiles import choose_tile
 from pallas_kernels.sequential import one_at_a_time
 
@@ -160,6 +161,8 @@ def _product(
     if epilogue.residual is not None:
         epilogue = epilogue._replace(residual=fit(epilogue.residual, plain.out_shape))
     tile = tile or choose_tile(spec, "forward", calls.capability())
+    if norm is not None:
+        tile = tile_with_norm(tile)
     x = fit(x, plain.in_shape)
     ends: dict[str, Any] = {"relu": spec.relu, "with_sums": with_sums, "norm": norm}
     if tile.walkers:

@@ -16,6 +16,8 @@ from pallas_kernels.devices import shared_memory, this_device
 POSITIONS, STAGES = (64, 128, 256), (4, 3, 2)
 SUMS = 64
 """float32 sums in each thread: beside the addresses of all rows 128 would spill."""
+DEEPEST_TO_NORMALISE = 256
+"""The most rows of which a thread holds its share of 64 positions while it normalises them."""
 RESERVED = 1024
 """Bytes of shared memory that the system takes of each program."""
 
@@ -68,3 +70,21 @@ def stationary_tiles(spec: ConvSpec, capability: int = 90) -> list[Tile]:
                 tiles.append(tile)
                 break
     return tiles
+
+
+def tile_with_norm(tile: Tile) -> Tile:
+    """The tile in which a pass normalises what it gathers.
+
+    Args:
+      tile: of the pass without a norm.
+
+    Returns:
+      The same; narrower where a program keeps its weights and registers would spill.
+
+    Example:
+      >>> tile_with_norm(Tile(64, 64, 512, warps=8, stages=2, walkers=16)).positions
+      32
+    """
+    if tile.walkers and tile.depth > DEEPEST_TO_NORMALISE:
+        return dataclasses.replace(tile, positions=min(tile.positions, 32))
+    return tile
