@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from pallas_kernels import batch_norm
-from pallas_kernels.batch_norm import Affine, NormSettings
+from pallas_kernels.batch_norm import Affine, NormSpec
 from pallas_kernels.block_sparse_conv import tuned_tables
 from pallas_kernels.block_sparse_conv.epilogue import Epilogue
 from pallas_kernels.block_sparse_conv.index import Index
@@ -129,7 +129,7 @@ def _forward_with_sums(
     ) -> tuple[jax.Array, jax.Array]:
         if norm is not None and math.prod(normal(spec).in_shape) != x.size:
             # Images that fill up a row would not be zero after the norm, and count in the sums.
-            x, norm = batch_norm.apply(NormSettings(spec.relu), norm, x, None), None
+            x, norm = batch_norm.apply(NormSpec(spec.relu), norm, x, None), None
         raw = dataclasses.replace(spec, relu=spec.relu and norm is not None)
         y, sums = _product(raw, x, values, index, Epilogue(), plan, tile, True, norm)
         return y, sums

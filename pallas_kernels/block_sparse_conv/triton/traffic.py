@@ -2,7 +2,8 @@
 
 The kernels wait for gathered rows most of all. A pass takes `KERNEL_MS`, and the longest of: its
 bytes at the rate of gathers, its products at the rate of the tensor cores, and its activations at
-the rate of the memory. Programs that walk leave multiprocessors idle at the end.
+the rate of the memory. Few programs leave multiprocessors idle, and so do those that walk, at the
+end.
 """
 
 import math
@@ -64,29 +65,33 @@ def seconds(spec: ConvSpec, pass_name: str, tile: Tile) -> float:
         flops / device.flops(spec.precision),
         memory / device.memory,
     )
-    return KERNEL_MS * 1e-3 + work / busy_share(p, tile)
+    return KERNEL_MS * 1e-3 + work / busy_share(p, pass_name, tile)
 
 
-def busy_share(p: Product, tile: Tile) -> float:
-    """The share of the time in which the walkers of a tile have work.
+def busy_share(p: Product, pass_name: str, tile: Tile) -> float:
+    """The share of the multiprocessors' time in which they have work.
 
     Args:
       p: the products of the pass.
+      pass_name: one of `PASSES`.
       tile: of the pass.
 
     Returns:
-      At most 1; 1 without walkers.
+      At most 1. Programs that do not walk leave multiprocessors idle only where they are too few.
 
     Example:
-      >>> busy_share(Product(groups=44, members=64, depth=64, positions=640), Tile(64, 64, 64,
-      ...                                                                            walkers=3))
+      >>> p = Product(groups=44, members=64, depth=64, positions=640)
+      >>> busy_share(p, "forward", Tile(64, 64, 64, walkers=3))
       0.8333333333333334
     """
-    if not tile.walkers:
-        return 1.0
+    row_tiles = -(-p.members // tile.rows)
     tiles = -(-p.positions // tile.positions)
-    programs = p.groups * -(-p.members // tile.rows) * tile.walkers
+    programs = p.groups * row_tiles * (tile.walkers or tiles)
+    if pass_name == "weight_gradient":
+        programs = p.groups * row_tiles * -(-p.depth // tile.depth) * tile.splits
     multiprocessors = this_device().multiprocessors
+    if not tile.walkers:
+        return min(1.0, programs / multiprocessors)
     rounds = -(-programs // multiprocessors)
     used = programs / (rounds * multiprocessors)
     return used * tiles / (tile.walkers * -(-tiles // tile.walkers))
