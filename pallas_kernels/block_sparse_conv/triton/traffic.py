@@ -31,7 +31,8 @@ def l2_bytes(spec: ConvSpec, pass_name: str, tile: Tile) -> int:
     Example:
       >>> from pallas_kernels.block_sparse_conv.triton.normal_form import normal
       >>> spec = normal(ConvSpec(cin=256, height=14, width=14, batch=256, kernel=(3, 3), cout=256,
-      ...                        groups=4, kept=80, kept_taps=3, group_size=64, dtype="bfloat16"))
+      ...                        groups=4, kept=80, kept_taps=3, group_size=64, dtype="bfloat16",
+      ...                        padding=((1, 1), (1, 1))))
       >>> l2_bytes(spec, "forward", Tile(64, 128, 64)) // 10**6
       144
       >>> l2_bytes(spec, "forward", Tile(64, 64, 256, walkers=33)) // 10**6
