@@ -36,8 +36,9 @@ SMALLEST = 8
 """The fewest input channels of a layer that is no stem, and the fewest filters of a block."""
 STEM_POSITIONS = 1 << 15
 """The fewest pixels, of all images together, for which the native kernels run a stem on a CPU; with
-fewer, one matrix product is faster. Measured with AVX-512: with 128 images of 32x32 pixels and
-their weight gradient the kernels take 0.6 to 0.8 times as long, with 8 images 1.2 times."""
+fewer, one matrix product is faster. Measured on one core with AVX-512, forward pass and weight
+gradient: of 128 images of 32x32 pixels the kernels take 0.6 to 0.8 times as long, of 8 images 1.2
+times."""
 STEM = "triton"
 """What runs stems on a GPU."""
 XLA_PIXELS = 16
