@@ -29,6 +29,7 @@ CASES = {
     "strides": ((3, 3, 16, 16), {"strides": (2, 1), "padding": ((1, 0), (0, 2))}),
     "dilation": ((2, 3, 16, 16), {"dilation": 2}),
     "circular": ((3, 3, 16, 16), {"padding": "CIRCULAR"}),
+    "a stem": ((3, 3, 3, 16), {}),
 }
 
 
@@ -36,7 +37,8 @@ CASES = {
     ("case", "dtype"),
     [*((case, "float32") for case in CASES), ("two groups", "bfloat16"), ("strides", "bfloat16")],
 )
-def test_values_and_gradients_are_those_of_xla(case, dtype):
+def test_values_and_gradients_are_those_of_xla(case, dtype, monkeypatch):
+    monkeypatch.setattr(whole_kernel, "STEM_POSITIONS", 1)
     shape, options = CASES[case]
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(keys[0], (shape[2], 7, 6, 3), dtype)
@@ -135,6 +137,12 @@ def test_the_growth_gradient_is_that_of_xla():
     nhwc = (array.transpose(3, 1, 2, 0) for array in (x, dy))
     xla = bsj.dense_kernel_gradient(*nhwc, (3, 3), strides=2)
     np.testing.assert_allclose(native, xla, rtol=1e-4, atol=1e-4)
+
+
+def test_stems_of_many_pixels_run_natively():
+    kernel, images = (3, 3, 3, 16), whole_kernel.STEM_POSITIONS // 16
+    assert runs_whole_kernels(jax.ShapeDtypeStruct((3, 4, 4, images), jnp.float32), kernel)
+    assert not runs_whole_kernels(jax.ShapeDtypeStruct((3, 4, 4, images - 1), jnp.float32), kernel)
 
 
 def test_stems_products_and_other_dtypes_stay_with_xla():
