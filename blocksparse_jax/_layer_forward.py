@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
@@ -12,6 +13,8 @@ from blocksparse_jax.conv import conv, finish
 from blocksparse_jax.geometry import Padding, Pair, explicit_geometry, with_border
 from blocksparse_jax.layout import BlockLayout, Dense
 from blocksparse_jax.linear import linear
+from blocksparse_jax.norm_act_conv import conv_with_sums, norm_act_conv, norm_add_act_conv, sums_of
+from blocksparse_jax.pending import PendingActivations, RawOutput, activations
 from pallas_kernels.dense_conv import dense_conv
 
 LayerPadding = Padding
@@ -69,6 +72,57 @@ def pair(name: str, value: int | Sequence[int] | None) -> Pair:
       ((2, 2), (1, 1))
     """
     return _checks.pair(name, 1 if value is None else value)
+
+
+def run_conv(
+    layer: Any,
+    name: str,
+    x: Any,
+    kernel: Float[Array, "a b c d"],
+    bias: Float[Array, " cout"] | None,
+    layout: Any,
+    shape: tuple[int, int, int, int],
+    arguments: CallArguments,
+    with_sums: bool,
+    with_input: bool,
+) -> Any:
+    """A call of either Flax layer.
+
+    Args:
+      layer, name, kernel, bias, layout, shape, arguments: as in `convolve`.
+      x: activations in `layer.data_format`, which may be pending.
+      with_sums: whether the output is a `RawOutput`.
+      with_input: whether the activations that are convolved are returned too.
+
+    Returns:
+      The output; and with `with_input` the activations.
+
+    Raises:
+      ValueError: as in `convolve`; or something is to follow a convolution with sums.
+    """
+    if not with_sums:
+        x = activations(x)
+        y = convolve(layer, name, x, kernel, bias, layout, shape, arguments)
+        return (y, x) if with_input else y
+    for argument, value in zip(CallArguments._fields, arguments):
+        if value is not None:
+            raise ValueError(
+                f"{argument}: with_sums=True leaves what follows the convolution to the batch norm "
+                f"that reads its output; give {argument} to BatchNormAct, or leave with_sums out"
+            )
+    if isinstance(x, PendingActivations) and x.data_format != layer.data_format:
+        raise ValueError(
+            f"x: expected activations in data_format={layer.data_format!r} of {name}, got pending "
+            f"ones in {x.data_format!r}"
+        )
+    if bias is not None or layer.feature_group_count > 1:
+        x = activations(x)
+        y = convolve(layer, name, x, kernel, bias, layout, shape, arguments)
+        z, sums = sums_of(y, layer.data_format)
+    else:
+        z, sums, x = _convolve_with_sums(layer, name, x, kernel, layout, shape, with_input)
+    raw = RawOutput(z, sums, layer.data_format)
+    return (raw, x) if with_input else raw
 
 
 def convolve(
@@ -199,6 +253,40 @@ def _convolve(
         precision=layer.precision,
     )
     return finish(y, **epilogue, data_format=layer.data_format)
+
+
+def _convolve_with_sums(
+    layer: Any,
+    name: str,
+    x: Any,
+    kernel: jax.Array,
+    layout: BlockLayout | Dense,
+    shape: tuple[int, int, int, int],
+    with_input: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The raw output, its sums, and with `with_input` the activations that were convolved."""
+    _check_layer(layer, name, kernel, layout, shape)
+    dtype = jnp.result_type(x.dtype, kernel.dtype) if layer.dtype is None else layer.dtype
+    if isinstance(layout, Dense):
+        kernel = kernel.astype(dtype)
+    options = {
+        "strides": pair("strides", layer.strides),
+        "padding": layer.padding,
+        "dilation": pair("kernel_dilation", layer.kernel_dilation),
+        "data_format": layer.data_format,
+        "implementation": layer.implementation,
+        "kernel_gradient": layer.kernel_gradient,
+        "precision": layer.precision,
+    }
+    if not isinstance(x, PendingActivations) or not x.read_as(dtype):
+        x = activations(x)
+        return *conv_with_sums(x.astype(dtype), kernel, layout, **options), x
+    norm = (x.z, x.sums, x.scale, x.bias)
+    options |= {"relu": x.relu, "epsilon": x.epsilon}
+    if x.shortcut is None and not with_input:
+        return *norm_act_conv(*norm, kernel, layout, **options), None
+    stream, z, sums = norm_add_act_conv(*norm, x.shortcut, kernel, layout, **options)
+    return z, sums, stream.astype(x.dtype)
 
 
 def _shifted_bias(

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from blocksparse_jax.channel_pruning.inputs import LayerInput
 from blocksparse_jax.linen.conv import BlockSparseConv
 from blocksparse_jax.linen.linear import BlockSparseLinear
+from blocksparse_jax.pending import activations
 
 
 def capture_inputs(
@@ -60,12 +60,13 @@ def capture_inputs(
     return captured
 
 
-def _layer_input(module: nn.Module, x: jax.Array) -> LayerInput | None:
+def _layer_input(module: nn.Module, x: Any) -> LayerInput | None:
     """What a layer reads; None for other modules and grouped convolutions."""
     if isinstance(module, nn.Dense | BlockSparseLinear):
         return LayerInput(x)
     if not isinstance(module, nn.Conv | BlockSparseConv) or module.feature_group_count != 1:
         return None
+    x = activations(x)
     if getattr(module, "data_format", "NHWC") == "CHWN":
         x = x.transpose(3, 1, 2, 0)
     strides, padding, dilation = map(
