@@ -21,7 +21,6 @@ from blocksparse_jax.norm_act_conv import mean_and_variance, norm_act_apply
 
 __all__ = ["PendingActivations", "RawOutput", "activations"]
 
-
 _STATIC = {"static": True}
 
 
@@ -48,6 +47,11 @@ class RawOutput:
     z: jax.Array
     sums: jax.Array
     data_format: str = dataclasses.field(default="NHWC", metadata=_STATIC)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the output."""
+        return self.z.shape
 
 
 @jax.tree_util.register_dataclass
@@ -110,9 +114,8 @@ class PendingActivations:
           False where rounding to the dtypes in turn is another rounding than that to the dtype of
           z.
         """
-        return bool(
-            self.z.dtype == dtype and jnp.promote_types(self.z.dtype, self.dtype) == self.dtype
-        )
+        own = jnp.dtype(self.dtype)
+        return self.z.dtype == jnp.dtype(dtype) and jnp.promote_types(self.z.dtype, own) == own
 
 
 def activations(x: Any) -> Float[Array, "a h w b"]:
@@ -131,17 +134,12 @@ def activations(x: Any) -> Float[Array, "a h w b"]:
       >>> activations(jnp.ones((1, 2, 2, 4))).shape
       (1, 2, 2, 4)
     """
-    refuse_raw(x)
-    return x.value() if isinstance(x, PendingActivations) else x
-
-
-def refuse_raw(x: Any) -> None:
-    """ValueError where activations are a `RawOutput`, whose batch norm is missing."""
     if isinstance(x, RawOutput):
         raise ValueError(
             "x: expected activations, got a RawOutput; give it to BatchNormAct first, or read its "
             "output, x.z"
         )
+    return x.value() if isinstance(x, PendingActivations) else x
 
 
 def array_of(x: Any, axis: Any) -> Float[Array, "..."]:

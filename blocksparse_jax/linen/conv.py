@@ -13,11 +13,11 @@ from blocksparse_jax._layer_forward import (
     CallArguments,
     LayerPadding,
     channel_axis,
+    convolve,
     pair,
-    run_conv,
 )
 from blocksparse_jax.layout import BlockLayout, Dense, is_layout
-from blocksparse_jax.pending import PendingActivations, refuse_raw
+from blocksparse_jax.pending import PendingActivations
 from blocksparse_jax.tree import path_name
 
 
@@ -117,17 +117,14 @@ class BlockSparseConv(nn.Module):
           Activations in the same format with `features` channels, or a `RawOutput` of them; a
           pair of it and the input with `with_input`.
         """
-        refuse_raw(x)
         shape = kernel_shape(self, x)
         kernel, layout = self.kernel_and_layout(x)
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         name = "/".join(self.path) or type(self).__name__
-        arguments = CallArguments(scale, shift, residual, activation)
-        return run_conv(
-            self, name, x, kernel, bias, layout, shape, arguments, with_sums, with_input
-        )
+        arguments = CallArguments(scale, shift, residual, activation, with_sums, with_input)
+        return convolve(self, name, x, kernel, bias, layout, shape, arguments)
 
     def kernel_and_layout(
         self, x: Float[Array, "..."] | PendingActivations

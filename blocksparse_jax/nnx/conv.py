@@ -12,12 +12,12 @@ from blocksparse_jax._layer_forward import (
     CallArguments,
     LayerPadding,
     channel_axis,
+    convolve,
     pair,
-    run_conv,
 )
 from blocksparse_jax.layout import BlockLayout, Dense
 from blocksparse_jax.nnx.layouts import Layouts
-from blocksparse_jax.pending import PendingActivations, refuse_raw
+from blocksparse_jax.pending import PendingActivations
 
 # The initializers of nnx.Conv.
 _KERNEL_INIT = nnx.initializers.lecun_normal()
@@ -148,11 +148,10 @@ class BlockSparseConv(nnx.Conv):
           Activations in the same format with `out_features` channels, or a `RawOutput` of them; a
           pair of it and the input with `with_input`.
         """
-        refuse_raw(x)
         if layout is None:
             layout = self.layout.get_value()
         bias = None if self.bias is None else self.bias[...]
-        return run_conv(
+        return convolve(
             self,
             type(self).__name__,
             x,
@@ -160,7 +159,5 @@ class BlockSparseConv(nnx.Conv):
             bias,
             layout,
             cast(tuple[int, int, int, int], self.kernel_shape),
-            CallArguments(scale, shift, residual, activation),
-            with_sums,
-            with_input,
+            CallArguments(scale, shift, residual, activation, with_sums, with_input),
         )
