@@ -81,7 +81,7 @@ def pair(name: str, value: int | Sequence[int] | None) -> Pair:
 def convolve(
     layer: Any,
     name: str,
-    x: Float[Array, "..."] | PendingActivations,
+    x: Any,
     kernel: Float[Array, "a b c d"],
     bias: Float[Array, " cout"] | None,
     layout: Any,
@@ -93,7 +93,7 @@ def convolve(
     Args:
       layer: has the fields of `linen.BlockSparseConv`.
       name: the layer's path, for messages.
-      x: activations in `layer.data_format`.
+      x: activations in `layer.data_format`, which may be pending.
       kernel: dense, in `shape`, or packed values.
       bias: `[cout]` or None.
       layout: a `BlockLayout` or `Dense()`.

@@ -211,7 +211,11 @@ def normalise(
     if factor is not None:
         rows = [jnp.asarray(factor, sums.dtype) * row for row in rows]
     x = PendingActivations(
-        *(y.z, sums, *rows, shortcut),
+        y.z,
+        sums,
+        rows[0],
+        rows[1],
+        shortcut,
         relu=activation is not None,
         epsilon=epsilon,
         data_format=y.data_format,
