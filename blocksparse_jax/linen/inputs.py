@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from blocksparse_jax.channel_pruning.inputs import LayerInput
 from blocksparse_jax.linen.conv import BlockSparseConv
 from blocksparse_jax.linen.linear import BlockSparseLinear
-from blocksparse_jax.pending import activations
+from blocksparse_jax.pending import PendingActivations, activations
 
 
 def capture_inputs(
@@ -60,7 +61,7 @@ def capture_inputs(
     return captured
 
 
-def _layer_input(module: nn.Module, x: Any) -> LayerInput | None:
+def _layer_input(module: nn.Module, x: jax.Array | PendingActivations) -> LayerInput | None:
     """What a layer reads; None for other modules and grouped convolutions."""
     if isinstance(module, nn.Dense | BlockSparseLinear):
         return LayerInput(x)

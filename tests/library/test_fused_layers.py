@@ -32,6 +32,7 @@ LAYERS = {
     "conv4": (24, 8, 3, 1),
 }
 """Input and output channels, size and stride."""
+SLOW = pytest.mark.slow
 IMAGES = 1 + jax.random.normal(jax.random.key(0), (8, 12, 12, 3))
 WEIGHTS = jax.random.normal(jax.random.key(1), (8, 5))
 
@@ -194,7 +195,7 @@ def shapes(tree):
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
 
 
-@pytest.mark.parametrize("data_format", ["CHWN", "NHWC"])
+@pytest.mark.parametrize("data_format", ["CHWN", pytest.param("NHWC", marks=SLOW)])
 def test_in_float64_a_linen_step_is_that_of_flax(data_format):
     with jax.enable_x64(True):
         variables, images = start(jnp.float64), IMAGES.astype(jnp.float64)
@@ -241,7 +242,9 @@ def with_zeros(params, layouts):
     )
 
 
-@pytest.mark.parametrize("implementation", [None, "fused", "xla"])
+@pytest.mark.parametrize(
+    "implementation", ["fused", *(pytest.param(name, marks=SLOW) for name in (None, "xla"))]
+)
 def test_a_block_sparse_step_is_that_of_flax_with_zeros(implementation, monkeypatch):
     monkeypatch.setitem(choice.IMPLEMENTATIONS, "fused", FUSED)
     variables = start()
@@ -266,6 +269,7 @@ def test_use_layouts_gives_a_fused_network_its_layouts(monkeypatch):
     assert worst(results, expected) < 1e-6
 
 
+@pytest.mark.slow
 def test_packed_values_train_alike(monkeypatch):
     monkeypatch.setitem(choice.IMPLEMENTATIONS, "fused", FUSED)
     variables = start()
@@ -321,7 +325,7 @@ def nnx_step(model, images, mean=lambda total: total):
     return logits, nnx.to_pure_dict(gradients), statistics
 
 
-@pytest.mark.parametrize("implementation", [None, "fused"])
+@pytest.mark.parametrize("implementation", [pytest.param(None, marks=SLOW), "fused"])
 def test_an_nnx_step_is_that_of_flax(implementation, monkeypatch):
     monkeypatch.setitem(choice.IMPLEMENTATIONS, "fused", FUSED)
     ours = Nnx(nnx.Rngs(0), implementation=implementation)
