@@ -40,8 +40,8 @@ class RawOutput:
       >>> import blocksparse_jax as bsj
       >>> layer, x = bsj.linen.BlockSparseConv(8, (3, 3)), jnp.ones((1, 5, 5, 4))
       >>> y, _ = layer.init_with_output(jax.random.key(0), x, with_sums=True)
-      >>> y.z.shape, y.sums.shape
-      ((1, 5, 5, 8), (2, 8))
+      >>> isinstance(y, RawOutput), y.shape, y.sums.shape
+      (True, (1, 5, 5, 8), (2, 8))
     """
 
     z: jax.Array
