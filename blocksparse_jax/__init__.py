@@ -64,7 +64,9 @@ from blocksparse_jax.norm_act_conv import (
     norm_add_act_conv,
 )
 from blocksparse_jax.packing import pack, pack_tree, unpack, unpack_tree
+from blocksparse_jax.pending import PendingActivations, RawOutput, activations
 from blocksparse_jax.plans import Plan, with_plans
+from blocksparse_jax.pools import max_pool
 from blocksparse_jax.schedules import between, every, periodic
 from blocksparse_jax.spec import Spec
 from blocksparse_jax.state import (
@@ -122,11 +124,14 @@ __all__ = [
     "FilterGroups",
     "GrownChannels",
     "LayerInput",
+    "PendingActivations",
     "Plan",
+    "RawOutput",
     "Reconstruction",
     "SharedWeights",
     "SparseState",
     "Spec",
+    "activations",
     "apply_masks",
     "available_implementations",
     "between",
@@ -184,6 +189,7 @@ __all__ = [
     "mask_to_layout",
     "masked",
     "masks_from_scores",
+    "max_pool",
     "mean_and_variance",
     "mest",
     "metrics",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
@@ -12,6 +13,8 @@ from blocksparse_jax.conv import conv, finish
 from blocksparse_jax.geometry import Padding, Pair, explicit_geometry, with_border
 from blocksparse_jax.layout import BlockLayout, Dense
 from blocksparse_jax.linear import linear
+from blocksparse_jax.norm_act_conv import conv_with_sums, norm_act_conv, norm_add_act_conv, sums_of
+from blocksparse_jax.pending import PendingActivations, RawOutput, activations
 from pallas_kernels.dense_conv import dense_conv
 
 LayerPadding = Padding
@@ -24,12 +27,16 @@ class CallArguments(NamedTuple):
       scale, shift: of the output, `[cout]` or None.
       residual: in the shape of the output, or None.
       activation: `"relu"` or None.
+      with_sums: whether the output is a `RawOutput`.
+      with_input: whether the activations that are convolved are returned too.
     """
 
     scale: Float[Array, " cout"] | None = None
     shift: Float[Array, " cout"] | None = None
     residual: Float[Array, "..."] | None = None
     activation: Literal["relu"] | None = None
+    with_sums: bool = False
+    with_input: bool = False
 
 
 def channel_axis(data_format: str) -> int:
@@ -74,19 +81,19 @@ def pair(name: str, value: int | Sequence[int] | None) -> Pair:
 def convolve(
     layer: Any,
     name: str,
-    x: Float[Array, "..."],
+    x: Any,
     kernel: Float[Array, "a b c d"],
     bias: Float[Array, " cout"] | None,
     layout: Any,
     shape: tuple[int, int, int, int],
     arguments: CallArguments,
-) -> Float[Array, "..."]:
+) -> Any:
     """The forward pass of both Flax layers.
 
     Args:
       layer: has the fields of `linen.BlockSparseConv`.
       name: the layer's path, for messages.
-      x: activations in `layer.data_format`.
+      x: activations in `layer.data_format`, which may be pending.
       kernel: dense, in `shape`, or packed values.
       bias: `[cout]` or None.
       layout: a `BlockLayout` or `Dense()`.
@@ -94,17 +101,55 @@ def convolve(
       arguments: what the caller added.
 
     Returns:
-      Activations in `layer.data_format`.
+      Activations in `layer.data_format`, or a `RawOutput`; with the activations that were convolved
+      where the caller asks for them.
 
     Raises:
-      ValueError: the layout or the kernel does not fit; the message starts with `name`.
+      ValueError: the layout or the kernel does not fit; the message starts with `name`. Or
+        something is to follow a convolution with sums.
     """
+    if isinstance(x, PendingActivations) and x.data_format != layer.data_format:
+        raise ValueError(
+            f"x: expected activations in data_format={layer.data_format!r} of {name}, got pending "
+            f"ones in {x.data_format!r}"
+        )
+    if not (arguments.with_sums and isinstance(x, PendingActivations)):
+        x = activations(x)
     _check_layer(layer, name, kernel, layout, shape)
+    if not arguments.with_sums:
+        y: Any = _finished_conv(layer, x, kernel, bias, layout, shape, arguments)
+        return (y, x) if arguments.with_input else y
+    for argument in ("scale", "shift", "residual", "activation"):
+        if getattr(arguments, argument) is not None:
+            raise ValueError(
+                f"{argument}: with_sums=True leaves what follows the convolution to the batch norm "
+                f"that reads its output; give {argument} to BatchNormAct, or leave with_sums out"
+            )
+    if bias is not None or layer.feature_group_count > 1:
+        x = activations(x)
+        y = _finished_conv(layer, x, kernel, bias, layout, shape, arguments)
+        z, sums = sums_of(y, layer.data_format)
+    else:
+        z, sums, x = _conv_with_sums(layer, x, kernel, layout, arguments.with_input)
+    y = RawOutput(z, sums, layer.data_format)
+    return (y, x) if arguments.with_input else y
+
+
+def _finished_conv(
+    layer: Any,
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    layout: BlockLayout | Dense,
+    shape: tuple[int, int, int, int],
+    arguments: CallArguments,
+) -> jax.Array:
+    """`activation(scale * (x * kernel + bias) + shift + residual)`."""
     x, promoted_kernel, bias = promote_dtype(x, kernel, bias, dtype=layer.dtype)
     if isinstance(layout, Dense):
         kernel = promoted_kernel  # else conv casts, and the gradient keeps the kernel's own dtype
     batch_axes = x.shape[:-3]
-    scale, shift, residual, activation = arguments
+    residual = arguments.residual
     if layer.data_format == "CHWN":
         if x.ndim != 4:
             raise ValueError(
@@ -115,13 +160,36 @@ def convolve(
         x = x.reshape(-1, *x.shape[-3:])
         residual = None if residual is None else residual.reshape(-1, *residual.shape[-3:])
     epilogue = {
-        "scale": scale,
-        "bias": _shifted_bias(bias, scale, shift),
+        "scale": arguments.scale,
+        "bias": _shifted_bias(bias, arguments.scale, arguments.shift),
         "residual": residual,
-        "activation": activation,
+        "activation": arguments.activation,
     }
     y = _convolve(layer, x, kernel, layout, shape, epilogue)
     return y if layer.data_format == "CHWN" else y.reshape(*batch_axes, *y.shape[1:])
+
+
+def _conv_with_sums(
+    layer: Any,
+    x: jax.Array | PendingActivations,
+    kernel: jax.Array,
+    layout: BlockLayout | Dense,
+    with_input: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The raw output, its sums, and with `with_input` the activations that were convolved."""
+    dtype = jnp.result_type(x.dtype, kernel.dtype) if layer.dtype is None else layer.dtype
+    if isinstance(layout, Dense):
+        kernel = kernel.astype(dtype)
+    options = _options(layer)
+    if not isinstance(x, PendingActivations) or not x.read_as(dtype):
+        x = activations(x)
+        return *conv_with_sums(x.astype(dtype), kernel, layout, **options), x
+    norm = (x.z, x.sums, x.scale, x.bias)
+    options |= {"relu": x.relu, "epsilon": x.epsilon}
+    if x.shortcut is None and not with_input:
+        return *norm_act_conv(*norm, kernel, layout, **options), None
+    stream, z, sums = norm_add_act_conv(*norm, x.shortcut, kernel, layout, **options)
+    return z, sums, stream.astype(x.dtype)
 
 
 def multiply(
@@ -163,6 +231,19 @@ def multiply(
     )
 
 
+def _options(layer: Any) -> dict[str, Any]:
+    """The options of a layer's convolution, as `conv` takes them."""
+    return {
+        "strides": pair("strides", layer.strides),
+        "padding": layer.padding,
+        "dilation": pair("kernel_dilation", layer.kernel_dilation),
+        "data_format": layer.data_format,
+        "implementation": layer.implementation,
+        "kernel_gradient": layer.kernel_gradient,
+        "precision": layer.precision,
+    }
+
+
 def _convolve(
     layer: Any,
     x: jax.Array,
@@ -172,22 +253,10 @@ def _convolve(
     epilogue: dict[str, Any],
 ) -> jax.Array:
     """Convolves activations with one batch axis."""
-    strides = pair("strides", layer.strides)
-    dilation = pair("kernel_dilation", layer.kernel_dilation)
+    options = _options(layer)
     if layer.feature_group_count == 1:
-        return conv(
-            x,
-            kernel,
-            layout,
-            strides=strides,
-            padding=layer.padding,
-            dilation=dilation,
-            data_format=layer.data_format,
-            **epilogue,
-            implementation=layer.implementation,
-            kernel_gradient=layer.kernel_gradient,
-            precision=layer.precision,
-        )
+        return conv(x, kernel, layout, **epilogue, **options)
+    strides, dilation = options["strides"], options["dilation"]
     x = with_border(x, shape[:2], layer.padding, dilation)
     geometry = explicit_geometry(x.shape[1:3], shape[:2], strides, layer.padding, dilation)
     y = dense_conv(

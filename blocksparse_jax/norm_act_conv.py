@@ -6,14 +6,16 @@
 
 computes what `conv`, `flax.linen.BatchNorm` and `relu` in turn compute, values and gradients. The
 Triton kernels sum what they write, and their input gradient goes on through the ReLU and the batch
-norm below, so that these cost hardly a pass over memory. Every other implementation convolves in
-its own kernels, and XLA's operations do the rest.
+norm below, so that these cost hardly a pass over memory; they do so wherever they run a
+convolution, named or chosen. Every other implementation convolves in its own kernels, and XLA's
+operations do the rest.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -24,7 +26,12 @@ from blocksparse_jax.layout import BlockLayout, Dense
 from blocksparse_jax.packing import pack
 from pallas_kernels import batch_norm
 from pallas_kernels.batch_norm import Norm, NormSpec
-from pallas_kernels.block_sparse_conv import available_implementations, fuses_norms
+from pallas_kernels.block_sparse_conv import (
+    Index,
+    available_implementations,
+    fuses_norms,
+    norm_implementation,
+)
 from pallas_kernels.block_sparse_conv import norm_act_conv as _fused_norm_act_conv
 
 __all__ = [
@@ -72,6 +79,13 @@ def conv_with_sums(
         return _fused_norm_act_conv(x, None, None, norm_spec=NormSpec(), **call)[1:]
     axis = _channel_axis(options.get("data_format", "NHWC"))
     return batch_norm.with_sums(axis, conv(x, kernel, layout, **options))
+
+
+def sums_of(
+    z: Float[Array, "a h w b"], data_format: str
+) -> tuple[Float[Array, "a h w b"], Float[Array, "2 c"]]:
+    """An activation and its sums, as `conv_with_sums` gives them."""
+    return batch_norm.with_sums(_channel_axis(data_format), z)
 
 
 def norm_act_conv(
@@ -216,6 +230,23 @@ def norm_act_apply(
     return batch_norm.norm_act_apply(NormSpec(relu, epsilon, axis), z, norm, shortcut)
 
 
+def norm_act_max_pool(
+    z: Float[Array, "a h w b"],
+    sums: Float[Array, "2 c"],
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
+    size: int,
+    *,
+    relu: bool,
+    epsilon: float,
+    data_format: str,
+) -> Float[Array, "a ho wo b"]:
+    """The maxima of the tiles of `norm_act_apply(z, sums, scale, bias)`."""
+    axis = _channel_axis(data_format)
+    norm, _ = _checked(z, (sums, scale, bias), None, axis)
+    return batch_norm.norm_act_max_pool(NormSpec(relu, epsilon, axis), z, norm, size)
+
+
 def mean_and_variance(
     sums: Float[Array, "2 c"], count: int
 ) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
@@ -288,21 +319,27 @@ def _fused_call(
     fits = data_format == "CHWN" and kernel_gradient == "masked" and pads_zeros and is_plain
     if not fits or jnp.ndim(kernel) != 4:
         return None
-    values = kernel if holds_packed(kernel, layout, packed) else pack(kernel, layout)
-    if values.size == 0:
+    is_packed = holds_packed(kernel, layout, packed)
+    if 0 in layout.packed_shape:
         return None
     shape = layout.kernels.conv_shape
     geometry = explicit_geometry(x.shape[1:3], shape[:2], strides, padding, dilation)
-    return {
-        "values": values,
-        "filters": layout.filters,
-        "channels": layout.channels,
-        "taps": layout.taps,
+    index = Index(layout.filters, layout.channels, layout.taps)
+    call = {
         "kernel_shape": shape,
         **geometry._asdict(),
-        "implementation": implementation,
         "channel_block": layout.channel_block,
         "precision": precision,
+    }
+    values = jax.ShapeDtypeStruct(layout.packed_shape, kernel.dtype)
+    chosen = norm_implementation(implementation, x, values, index, **call)
+    if chosen is None:
+        return None
+    return {
+        "values": kernel if is_packed else pack(kernel, layout),
+        **index._asdict(),
+        **call,
+        "implementation": chosen,
         "plan": layout.plan if plan is None else plan,
     }
 

@@ -1,6 +1,6 @@
 """`BatchNormAct` for Flax linen: `nn.BatchNorm`, a residual and a ReLU as one operation."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,14 @@ from flax import linen as nn
 from flax.linen.dtypes import canonicalize_dtype
 from jaxtyping import Array, Float
 
-from blocksparse_jax.norm_act import Activations, finish_norm, norm_act
+from blocksparse_jax.norm_act import finish_norm, norm_act
+from blocksparse_jax.pending import (
+    PendingActivations,
+    RawOutput,
+    activations,
+    array_of,
+    normalise,
+)
 
 
 class BatchNormAct(nn.BatchNorm):
@@ -18,6 +25,10 @@ class BatchNormAct(nn.BatchNorm):
     checkpoints are exchangeable. `y = activation(factor * batch_norm(x) + residual)`, where
     `factor`, `residual`, `activation` and `fork` are arguments of the call. In training `norm_act`
     computes it, on CPUs in native kernels where the channels lie on axis 0 (`axis=0`).
+
+    Behind a `BlockSparseConv` called `with_sums`, x is a `RawOutput`. In training the result is
+    then `PendingActivations`: the next convolution normalises them as it reads them, and
+    `activations(x)` computes them for whoever else does.
 
     Attributes:
       implementation: as in `blocksparse_jax.norm_act`.
@@ -36,19 +47,19 @@ class BatchNormAct(nn.BatchNorm):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "..."],
+        x: Float[Array, "..."] | RawOutput,
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
-        residual: Float[Array, "..."] | None = None,
+        residual: Float[Array, "..."] | PendingActivations | None = None,
         factor: Float[Array, ""] | float | None = None,
         activation: Literal["relu"] | None = "relu",
         fork: bool = False,
-    ) -> Activations:
+    ) -> Any:
         """Normalises.
 
         Args:
-          x: activations.
+          x: activations, or a `RawOutput`.
           use_running_average: whether the statistics are the running ones and not the batch's.
           mask: as in `nn.BatchNorm`; the call then runs in its operations.
           residual: added before the activation; in the shape of x.
@@ -57,12 +68,14 @@ class BatchNormAct(nn.BatchNorm):
           fork: whether the result is returned twice, as in `blocksparse_jax.norm_act`.
 
         Returns:
-          Activations in the shape of x; a pair of them with `fork`.
+          Activations in the shape of x, or `PendingActivations`; a pair of them with `fork`.
         """
         is_running = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
         is_plain = mask is None and isinstance(self.axis, int) and self.force_float32_reductions
+        raw, x = x, array_of(x, self.axis)
+        residual = None if residual is None else activations(residual)
         if is_running or not is_plain:
             y = super().__call__(x, use_running_average, mask=mask)
             return finish_norm(y, factor, residual, activation, fork)
@@ -76,23 +89,31 @@ class BatchNormAct(nn.BatchNorm):
             bias = self.param("bias", self.bias_init, channels, self.param_dtype)
         params = [array for array in (scale, bias) if array is not None]
         dtype = canonicalize_dtype(x, *params, dtype=self.dtype)
-        y, mean, var = norm_act(
-            x.astype(jnp.promote_types(x.dtype, dtype)),
-            scale,
-            bias,
-            residual=residual,
-            factor=factor,
-            activation=activation,
-            fork=fork,
-            epsilon=self.epsilon,
-            channel_axis=self.axis,
-            use_fast_variance=self.use_fast_variance,
-            axis_name=None if self.is_initializing() else self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            implementation=self.implementation,
-        )
+        options = {
+            "residual": residual,
+            "factor": factor,
+            "activation": activation,
+            "epsilon": self.epsilon,
+            "axis_name": None if self.is_initializing() else self.axis_name,
+            "axis_index_groups": self.axis_index_groups,
+        }
+        if isinstance(raw, RawOutput) and self.use_fast_variance:
+            y, mean, var = normalise(raw, scale, bias, dtype=dtype, **options)
+            y = (y, y) if fork else y
+        else:
+            y, mean, var = norm_act(
+                x.astype(jnp.promote_types(x.dtype, dtype)),
+                scale,
+                bias,
+                **options,
+                fork=fork,
+                channel_axis=self.axis,
+                use_fast_variance=self.use_fast_variance,
+                implementation=self.implementation,
+            )
+            y = jax.tree.map(lambda y: y.astype(dtype), y)
         if not self.is_initializing():
             old = self.momentum
             running_mean.value = old * running_mean.value + (1 - old) * mean
             running_var.value = old * running_var.value + (1 - old) * var
-        return jax.tree.map(lambda y: y.astype(dtype), y)
+        return y

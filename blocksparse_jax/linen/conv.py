@@ -17,6 +17,7 @@ from blocksparse_jax._layer_forward import (
     pair,
 )
 from blocksparse_jax.layout import BlockLayout, Dense, is_layout
+from blocksparse_jax.pending import PendingActivations
 from blocksparse_jax.tree import path_name
 
 
@@ -89,25 +90,32 @@ class BlockSparseConv(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "..."],
+        x: Float[Array, "..."] | PendingActivations,
         *,
         scale: Float[Array, " cout"] | None = None,
         shift: Float[Array, " cout"] | None = None,
         residual: Float[Array, "..."] | None = None,
         activation: Literal["relu"] | None = None,
-    ) -> Float[Array, "..."]:
+        with_sums: bool = False,
+        with_input: bool = False,
+    ) -> Any:
         """Convolves.
 
         Args:
           x: activations `[n, h, w, cin]` (also without or with more batch axes, as `nn.Conv`), or
-            `[cin, h, w, n]` with `"CHWN"`.
+            `[cin, h, w, n]` with `"CHWN"`; in training they may be `PendingActivations`.
           scale, shift: one number for each feature; a batch norm at inference has `scale = gamma /
             sqrt(var + epsilon)` and `shift = beta - mean * scale`.
           residual: added to the output; in its shape.
           activation: `"relu"` or None.
+          with_sums: whether the output is a `RawOutput`, for the `BatchNormAct` behind it in
+            training.
+          with_input: whether the activations that are convolved are returned too, for a shortcut
+            that reads them.
 
         Returns:
-          Activations in the same format with `features` channels.
+          Activations in the same format with `features` channels, or a `RawOutput` of them; a
+          pair of it and the input with `with_input`.
         """
         shape = kernel_shape(self, x)
         kernel, layout = self.kernel_and_layout(x)
@@ -115,10 +123,12 @@ class BlockSparseConv(nn.Module):
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         name = "/".join(self.path) or type(self).__name__
-        arguments = CallArguments(scale, shift, residual, activation)
+        arguments = CallArguments(scale, shift, residual, activation, with_sums, with_input)
         return convolve(self, name, x, kernel, bias, layout, shape, arguments)
 
-    def kernel_and_layout(self, x: Float[Array, "..."]) -> tuple[jax.Array, BlockLayout | Dense]:
+    def kernel_and_layout(
+        self, x: Float[Array, "..."] | PendingActivations
+    ) -> tuple[jax.Array, BlockLayout | Dense]:
         """The kernel, dense or packed, and its layout; for layers that convolve in another way.
 
         Call it inside a `@nn.compact` method.
@@ -142,7 +152,9 @@ class BlockSparseConv(nn.Module):
         return kernel, layout
 
 
-def kernel_shape(layer: BlockSparseConv, x: Float[Array, "..."]) -> tuple[int, int, int, int]:
+def kernel_shape(
+    layer: BlockSparseConv, x: Float[Array, "..."] | PendingActivations
+) -> tuple[int, int, int, int]:
     """The shape of a layer's dense kernel for an input: `(kh, kw, cin, cout)`."""
     cin = x.shape[channel_axis(layer.data_format)] // layer.feature_group_count
     return (*pair("kernel_size", layer.kernel_size), cin, layer.features)

@@ -10,6 +10,7 @@ from flax import linen as nn
 from blocksparse_jax.channel_pruning.inputs import LayerInput
 from blocksparse_jax.linen.conv import BlockSparseConv
 from blocksparse_jax.linen.linear import BlockSparseLinear
+from blocksparse_jax.pending import PendingActivations, activations
 
 
 def capture_inputs(
@@ -60,18 +61,19 @@ def capture_inputs(
     return captured
 
 
-def _layer_input(module: nn.Module, x: jax.Array) -> LayerInput | None:
+def _layer_input(module: nn.Module, x: jax.Array | PendingActivations) -> LayerInput | None:
     """What a layer reads; None for other modules and grouped convolutions."""
     if isinstance(module, nn.Dense | BlockSparseLinear):
-        return LayerInput(x)
+        return LayerInput(activations(x))
     if not isinstance(module, nn.Conv | BlockSparseConv) or module.feature_group_count != 1:
         return None
+    given = activations(x)
     if getattr(module, "data_format", "NHWC") == "CHWN":
-        x = x.transpose(3, 1, 2, 0)
+        given = given.transpose(3, 1, 2, 0)
     strides, padding, dilation = map(
         _hashable, (module.strides or 1, module.padding, module.kernel_dilation or 1)
     )
-    return LayerInput(x, strides, padding, dilation)
+    return LayerInput(given, strides, padding, dilation)
 
 
 def _hashable(value: Any) -> Any:

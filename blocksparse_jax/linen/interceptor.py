@@ -202,7 +202,7 @@ def _is_plain(module: nn.Module, layer: type[nn.Module]) -> bool:
 
 def _block_sparse_call(
     module: nn.Module, layout: BlockLayout, arguments: _Arguments
-) -> Callable[..., jax.Array] | None:
+) -> Callable[..., Any] | None:
     """What computes a module's output with its layout, if anything can."""
     if isinstance(module, BlockSparseConv | BlockSparseLinear):
         if module.has_variable("layouts", "kernel"):
@@ -242,9 +242,9 @@ def _call(
     layer: BlockSparseConv | BlockSparseLinear,
     module: nn.Module,
     layout: BlockLayout,
-    inputs: jax.Array,
+    inputs: Any,
     **call_arguments: Any,
-) -> jax.Array:
+) -> Any:
     """A layer's forward pass with the parameters of a module."""
     kernel = nn.meta.unbox(module.get_variable("params", "kernel"))
     bias = nn.meta.unbox(module.get_variable("params", "bias")) if layer.use_bias else None

@@ -3,11 +3,19 @@
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import canonicalize_dtype
 from jaxtyping import Array, Float
 
-from blocksparse_jax.norm_act import Activations, finish_norm, norm_act
+from blocksparse_jax.norm_act import finish_norm, norm_act
+from blocksparse_jax.pending import (
+    PendingActivations,
+    RawOutput,
+    activations,
+    array_of,
+    normalise,
+)
 
 
 class BatchNormAct(nnx.BatchNorm):
@@ -17,6 +25,10 @@ class BatchNormAct(nnx.BatchNorm):
     activation(factor * batch_norm(x) + residual)`, where `factor`, `residual`, `activation` and
     `fork` are arguments of the call. In training `norm_act` computes it, on CPUs in native kernels
     where the channels lie on axis 0 (`axis=0`).
+
+    Behind a `BlockSparseConv` called `with_sums`, x is a `RawOutput`. In training the result is
+    then `PendingActivations`: the next convolution normalises them as it reads them, and
+    `activations(x)` computes them for whoever else does.
 
     Args:
       num_features: the number of channels.
@@ -37,19 +49,19 @@ class BatchNormAct(nnx.BatchNorm):
 
     def __call__(
         self,
-        x: Float[Array, "..."],
+        x: Float[Array, "..."] | RawOutput,
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
-        residual: Float[Array, "..."] | None = None,
+        residual: Float[Array, "..."] | PendingActivations | None = None,
         factor: Float[Array, ""] | float | None = None,
         activation: Literal["relu"] | None = "relu",
         fork: bool = False,
-    ) -> Activations:
+    ) -> Any:
         """Normalises.
 
         Args:
-          x: activations.
+          x: activations, or a `RawOutput`.
           use_running_average: whether the statistics are the running ones and not the batch's.
           mask: as in `nnx.BatchNorm`; the call then runs in its operations.
           residual: added before the activation; in the shape of x.
@@ -58,7 +70,7 @@ class BatchNormAct(nnx.BatchNorm):
           fork: whether the result is returned twice, as in `blocksparse_jax.norm_act`.
 
         Returns:
-          Activations in the shape of x; a pair of them with `fork`.
+          Activations in the shape of x, or `PendingActivations`; a pair of them with `fork`.
         """
         is_running = nnx.module.first_from(
             use_running_average,
@@ -66,6 +78,8 @@ class BatchNormAct(nnx.BatchNorm):
             error_msg="use_running_average: give it to BatchNormAct or to the call",
         )
         is_own_promotion = self.promote_dtype is not nnx.nn.dtypes.promote_dtype
+        raw, x = x, array_of(x, self.axis)
+        residual = None if residual is None else activations(residual)
         if is_running or mask is not None or not isinstance(self.axis, int) or is_own_promotion:
             y = super().__call__(x, is_running, mask=mask)
             return finish_norm(y, factor, residual, activation, fork)
@@ -73,21 +87,29 @@ class BatchNormAct(nnx.BatchNorm):
         bias = None if self.bias is None else self.bias[...]
         params = [array for array in (scale, bias) if array is not None]
         dtype = canonicalize_dtype(x, self.mean[...], self.var[...], *params, dtype=self.dtype)
-        y, mean, var = norm_act(
-            x.astype(dtype),
-            scale,
-            bias,
-            residual=residual,
-            factor=factor,
-            activation=activation,
-            fork=fork,
-            epsilon=self.epsilon,
-            channel_axis=self.axis,
-            use_fast_variance=self.use_fast_variance,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            implementation=self.implementation,
-        )
+        options = {
+            "residual": residual,
+            "factor": factor,
+            "activation": activation,
+            "epsilon": self.epsilon,
+            "axis_name": self.axis_name,
+            "axis_index_groups": self.axis_index_groups,
+        }
+        is_exact = jnp.promote_types(x.dtype, dtype) == dtype
+        if isinstance(raw, RawOutput) and self.use_fast_variance and is_exact:
+            y, mean, var = normalise(raw, scale, bias, dtype=dtype, **options)
+            y = (y, y) if fork else y
+        else:
+            y, mean, var = norm_act(
+                x.astype(dtype),
+                scale,
+                bias,
+                **options,
+                fork=fork,
+                channel_axis=self.axis,
+                use_fast_variance=self.use_fast_variance,
+                implementation=self.implementation,
+            )
         mean, var = jax.lax.stop_gradient((mean, var))
         old = self.momentum
         self.mean[...] = old * self.mean[...] + (1 - old) * mean

@@ -17,6 +17,7 @@ from blocksparse_jax._layer_forward import (
 )
 from blocksparse_jax.layout import BlockLayout, Dense
 from blocksparse_jax.nnx.layouts import Layouts
+from blocksparse_jax.pending import PendingActivations
 
 # The initializers of nnx.Conv.
 _KERNEL_INIT = nnx.initializers.lecun_normal()
@@ -118,27 +119,34 @@ class BlockSparseConv(nnx.Conv):
 
     def __call__(
         self,
-        x: Float[Array, "..."],
+        x: Float[Array, "..."] | PendingActivations,
         layout: BlockLayout | Dense | None = None,
         *,
         scale: Float[Array, " cout"] | None = None,
         shift: Float[Array, " cout"] | None = None,
         residual: Float[Array, "..."] | None = None,
         activation: Literal["relu"] | None = None,
-    ) -> Float[Array, "..."]:
+        with_sums: bool = False,
+        with_input: bool = False,
+    ) -> Any:
         """Convolves.
 
         Args:
           x: activations `[n, h, w, cin]` (also without or with more batch axes, as `nnx.Conv`), or
-            `[cin, h, w, n]` with `"CHWN"`.
+            `[cin, h, w, n]` with `"CHWN"`; in training they may be `PendingActivations`.
           layout: used in place of `self.layout`.
           scale, shift: one number for each feature; a batch norm at inference has `scale = gamma /
             sqrt(var + epsilon)` and `shift = beta - mean * scale`.
           residual: added to the output; in its shape.
           activation: `"relu"` or None.
+          with_sums: whether the output is a `RawOutput`, for the `BatchNormAct` behind it in
+            training.
+          with_input: whether the activations that are convolved are returned too, for a shortcut
+            that reads them.
 
         Returns:
-          Activations in the same format with `out_features` channels.
+          Activations in the same format with `out_features` channels, or a `RawOutput` of them; a
+          pair of it and the input with `with_input`.
         """
         if layout is None:
             layout = self.layout.get_value()
@@ -151,5 +159,5 @@ class BlockSparseConv(nnx.Conv):
             bias,
             layout,
             cast(tuple[int, int, int, int], self.kernel_shape),
-            CallArguments(scale, shift, residual, activation),
+            CallArguments(scale, shift, residual, activation, with_sums, with_input),
         )

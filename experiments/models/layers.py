@@ -14,9 +14,8 @@ from flax.core import FrozenDict
 from jax import lax
 from jaxtyping import Array, Float
 
+from blocksparse_jax import activations
 from blocksparse_jax.linen import BatchNormAct, BlockSparseConv
-from experiments.models import pending
-from experiments.models.pending import activations
 from experiments.models.pools import pad_image, windows
 
 HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -36,7 +35,7 @@ class Parts:
       implementation: of the block-sparse convs, as in `blocksparse_jax.conv`.
       kernel_gradient: `"masked"` or `"dense"`, as in `blocksparse_jax.conv`.
       widths: path of a conv -> its output channels, where channels were removed from it.
-      fused: whether in training the outputs of convs travel raw, with their sums (`pending`).
+      fused: whether in training the outputs of convs travel raw, with their sums.
 
     Example:
       >>> Parts().conv(64, 3, name="conv").padding
@@ -72,13 +71,12 @@ class Parts:
         strides: int = 1,
         *,
         name: str,
-        kind: type[BlockSparseConv] = BlockSparseConv,
-    ) -> Any:
+    ) -> BlockSparseConv:
         """A `size x size` conv without bias.
 
         It is padded by `size // 2` on each side, as in the published (PyTorch) networks.
         """
-        return kind(
+        return BlockSparseConv(
             features,
             (size, size),
             strides,
@@ -96,8 +94,8 @@ class Parts:
         """Batch normalisation over all axes but the channels, with float32 statistics."""
         return Norm(
             not train,
-            momentum=pending.MOMENTUM,
-            epsilon=pending.EPSILON,
+            momentum=0.9,
+            epsilon=1e-5,
             axis=self.channel_axis,
             dtype=self.dtype,
             implementation="xla" if self.implementation in ("dense", "xla") else None,
@@ -127,14 +125,6 @@ class Parts:
         `bsj.norm_act`. In the training of a `fused` network the result, like x and the shortcut,
         may be pending.
         """
-        if train and self.fused:
-            y, _ = self._pending(
-                *(x, features, size, strides, name, norm_name),
-                residual=residual,
-                factor=factor,
-                relu=relu,
-            )
-            return (y, y) if fork else y
         features = self.widths.get(name, features)
         conv = self.conv(features, size, strides, name=name)
         norm = self.norm(train, name=norm_name or f"{name}_norm")
@@ -145,7 +135,8 @@ class Parts:
                 scale, shift = factor * scale, factor * shift
             y = conv(x, scale=scale, shift=shift, residual=residual, activation=activation)
             return (y, y) if fork else y
-        return norm(conv(x), residual=residual, factor=factor, activation=activation, fork=fork)
+        y = conv(x, with_sums=self.fused)
+        return norm(y, residual=residual, factor=factor, activation=activation, fork=fork)
 
     def first_conv_norm(
         self,
@@ -160,24 +151,12 @@ class Parts:
     ) -> tuple[Any, Float[Array, "a h w b"]]:
         """`conv_norm` of what `conv_norm` forked; also returns the shortcut's activations."""
         x, shortcut = inputs
-        if train and self.fused:
-            return self._pending(x, features, size, strides, name, norm_name, with_input=True)
-        y = self.conv_norm(x, features, size, strides, train=train, name=name, norm_name=norm_name)
-        return y, shortcut
-
-    def _pending(
-        self,
-        x: Any,
-        features: int,
-        size: int,
-        strides: int,
-        name: str,
-        norm_name: str | None,
-        **rest: Any,
-    ) -> tuple[Any, Any]:
-        features = self.widths.get(name, features)
-        names = {"name": name, "norm_name": norm_name or f"{name}_norm"}
-        return pending.conv_norm(self, x, features, size, strides, **names, **rest)
+        if not (train and self.fused):
+            more = {"train": train, "name": name, "norm_name": norm_name}
+            return self.conv_norm(x, features, size, strides, **more), shortcut
+        conv = self.conv(self.widths.get(name, features), size, strides, name=name)
+        y, shortcut = conv(x, with_sums=True, with_input=True)
+        return self.norm(train, name=norm_name)(y), shortcut
 
     def classifier(self, x: Any, num_classes: int) -> Float[Array, "n classes"]:
         """Mean over the image, then the dense layer `classifier`: float32 logits."""

@@ -11,8 +11,8 @@ from typing import Any
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from blocksparse_jax import activations
 from experiments.models.layers import Parts, scaled
-from experiments.models.pending import activations
 from experiments.models.pools import max_pool
 
 Forked = tuple[Any, Any]

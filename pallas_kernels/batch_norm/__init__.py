@@ -8,9 +8,11 @@
   CPU kernels, which read a channel while it is in the cache.
 - `sums` takes them from the sums of each channel, which a convolution's kernel emits with its
   output: what a convolution between batch norms (`block_sparse_conv.norm_act_conv`) is made of.
+  `pool` has a max pool in the place of the convolution.
 """
 
 from pallas_kernels.batch_norm.formula import Affine, add_gradient_of_sums, apply, masked_gradient
+from pallas_kernels.batch_norm.pool import norm_act_max_pool
 from pallas_kernels.batch_norm.spec import NormSpec
 from pallas_kernels.batch_norm.sums import (
     Norm,
@@ -35,6 +37,7 @@ __all__ = [
     "masked_gradient",
     "mean_and_variance",
     "norm_act_apply",
+    "norm_act_max_pool",
     "norm_gradient",
     "with_sums",
 ]

@@ -12,7 +12,7 @@ from pallas_kernels.block_sparse_conv.choice import (
 )
 from pallas_kernels.block_sparse_conv.epilogue import apply_epilogue, check_epilogue
 from pallas_kernels.block_sparse_conv.index import Index
-from pallas_kernels.block_sparse_conv.norm_act_conv import norm_act_conv
+from pallas_kernels.block_sparse_conv.norm_act_conv import norm_act_conv, norm_implementation
 from pallas_kernels.block_sparse_conv.plan import Plan, make_plan, why_no_plan
 from pallas_kernels.block_sparse_conv.spec import (
     NORM_PASSES,
@@ -43,6 +43,7 @@ __all__ = [
     "fuses_norms",
     "make_plan",
     "norm_act_conv",
+    "norm_implementation",
     "reads_plans",
     "runs_whole_kernels",
     "whole_kernel_conv",

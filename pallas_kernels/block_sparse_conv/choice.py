@@ -80,17 +80,19 @@ def fuses_norms(implementation: str | None) -> bool:
     """Whether an implementation has the passes between batch norms (`norm_act_conv`).
 
     Args:
-      implementation: a name, or None to choose: each convolution then runs in what is chosen for
-        it alone, without these passes.
+      implementation: a name, or None to choose: on a GPU that may be one that has them.
 
     Returns:
       A bool.
 
     Example:
-      >>> fuses_norms("triton"), fuses_norms("cpu"), fuses_norms(None)
-      (True, False, False)
+      >>> fuses_norms("triton"), fuses_norms("cpu")
+      (True, False)
     """
-    return implementation is not None and IMPLEMENTATIONS[implementation].fuses_norms
+    if implementation is None:
+        absent = available_implementations()
+        return any(one.fuses_norms and not absent[name] for name, one in IMPLEMENTATIONS.items())
+    return IMPLEMENTATIONS[implementation].fuses_norms
 
 
 def why_dense() -> str | None:

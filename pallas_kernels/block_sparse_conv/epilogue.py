@@ -40,7 +40,7 @@ def apply_epilogue(
       channel_axis: the axis of the channels in y.
 
     Returns:
-      `relu(scale * y + bias + residual)` in the dtype of `y`, computed in float32.
+      `relu(scale * y + bias + residual)` in the dtype of `y`, computed at least in float32.
 
     Example:
       >>> scale, bias = jnp.array([1.0, -1.0]), jnp.array([0.5, 1.0])
@@ -48,15 +48,16 @@ def apply_epilogue(
       [3.5, 0.0]
     """
     is_empty = scale is None and bias is None and residual is None
-    out = y if is_empty else y.astype(jnp.float32)
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    out = y if is_empty else y.astype(wide)
     per_channel = [1, 1, 1, 1]
     per_channel[channel_axis] = -1
     if scale is not None:
-        out *= scale.reshape(per_channel).astype(jnp.float32)
+        out *= scale.reshape(per_channel).astype(wide)
     if bias is not None:
-        out += bias.reshape(per_channel).astype(jnp.float32)
+        out += bias.reshape(per_channel).astype(wide)
     if residual is not None:
-        out += residual.astype(jnp.float32)
+        out += residual.astype(wide)
     return (jax.nn.relu(out) if relu else out).astype(y.dtype)
 
 

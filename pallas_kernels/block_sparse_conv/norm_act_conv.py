@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import batch_norm
 from pallas_kernels.batch_norm import Affine, Norm, NormSpec
 from pallas_kernels.block_sparse_conv.checks import checked_spec
-from pallas_kernels.block_sparse_conv.choice import resolve
+from pallas_kernels.block_sparse_conv.choice import fuses_norms, resolve
 from pallas_kernels.block_sparse_conv.derivative import INDEX_AXES, PLAN_AXES, run_pass
 from pallas_kernels.block_sparse_conv.index import Index
 from pallas_kernels.block_sparse_conv.plan import Plan, check_plan
@@ -106,7 +106,7 @@ def norm_act_conv(
       shortcut: added to the normalised input before its ReLU, or None.
       values, filters, channels, taps: as in `block_sparse_conv`.
       norm_spec: of the norm.
-      implementation: one that `fuses_norms`, or its name.
+      implementation: one that `fuses_norms` (`norm_implementation`), or its name.
       with_input: whether the caller reads x too.
       **options: `kernel_shape`, `strides`, `padding`, `dilation`, `channel_block`, `precision` and
         `plan` of `block_sparse_conv`.
@@ -130,6 +130,32 @@ def norm_act_conv(
     operands = vary_alike(_whole(_Operands(z, norm, shortcut, values, index, plan)))
     x, y, sums = _norm_act_conv(_Call(spec, record, norm_spec), with_input, operands)
     return NormConv(x, y, sums)
+
+
+def norm_implementation(
+    implementation: str | None, x: Any, values: Any, index: Index, **options: Any
+) -> Implementation | None:
+    """What runs a convolution in the passes between batch norms.
+
+    Args:
+      implementation: a name, or None to choose.
+      x: the input `[cin, h, w, n]`, or anything with its shape and dtype.
+      values: packed weights, likewise.
+      index: filters, channels and taps.
+      **options: as in `norm_act_conv`, without the plan.
+
+    Returns:
+      The implementation; None where it has no such passes.
+
+    Raises:
+      ValueError: an argument does not fit the others; the message names it.
+      NotImplementedError: the named implementation cannot run this convolution.
+    """
+    if not fuses_norms(implementation):
+        return None
+    spec = checked_spec(x, values, index, relu=False, **options)
+    record = resolve(dataclasses.replace(spec, gradients=True), implementation)
+    return record if record.fuses_norms else None
 
 
 def _whole(operands: _Operands) -> _Operands:

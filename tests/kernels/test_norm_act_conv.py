@@ -7,24 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from fused_passes import FUSED
 from jax import lax
 
 import blocksparse_jax as bsj
-from pallas_kernels.block_sparse_conv import available_implementations, choice, norm_passes, xla
+from pallas_kernels.block_sparse_conv import available_implementations, choice
 
 NAMES = [name for name, reason in available_implementations().items() if reason is None]
 SHAPE = (3, 3, 16, 32)
 LAYOUT = bsj.random_groups(jax.random.key(0), SHAPE, group_size=8, kept=6, kept_taps=4)
 SQUARE = bsj.random_groups(jax.random.key(1), (3, 3, 16, 16), group_size=8, kept=6, kept_taps=4)
-# XLA's passes where an implementation fuses them: the way through the fused derivative.
-FUSED = dataclasses.replace(
-    xla.IMPLEMENTATION,
-    name="fused",
-    forward_with_sums=lambda *a: norm_passes.forward_with_sums(xla.IMPLEMENTATION.forward, *a),
-    norm_input_gradient=lambda *a: norm_passes.norm_input_gradient(
-        xla.IMPLEMENTATION.input_gradient, *a
-    ),
-)
 ORDINARY = [("fused", "CHWN"), ("cpu", "CHWN"), ("xla", "NHWC"), (None, "CHWN")]
 """The implementations and data formats that are not slow; `None` runs native kernels too."""
 
@@ -197,6 +189,35 @@ def test_every_implementation_gives_the_values_and_gradients_of_flax(name, data_
         exact = jax.tree.map(lambda a: a.astype(jnp.float64), operands)
         expected = value_and_gradients(masked, *exact)
         assert worst(results, expected) < 1e-5
+
+
+@pytest.mark.parametrize("chosen", ["fused", "xla"])
+def test_without_a_name_the_chosen_implementation_decides(chosen, monkeypatch):
+    """Where it has the passes between batch norms they run, else the others do."""
+    passes = []
+
+    def counted(*operands):
+        passes.append("forward with sums")
+        return FUSED.forward_with_sums(*operands)
+
+    fused = dataclasses.replace(FUSED, forward_with_sums=counted)
+    monkeypatch.setitem(choice.IMPLEMENTATIONS, "fused", fused)
+    specs = []
+
+    def choose(spec):
+        specs.append(spec)
+        return choice.Choice(chosen, "", {})
+
+    monkeypatch.setattr(choice, "choose_implementation", choose)
+    x, kernels, norms = arrays()
+
+    def outputs(name):
+        return network(x.transpose(3, 1, 2, 0), kernels, norms, name, (SQUARE, LAYOUT), "CHWN")
+
+    results = outputs(None)
+    assert len(passes) == (2 if chosen == "fused" else 0)
+    assert any(spec.gradients for spec in specs), "it is a choice for training"
+    assert worst(results, outputs("dense")) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["fused", "xla", "cpu"])

@@ -53,8 +53,8 @@ ORDER = [
     {"kernel_gradient"},
     {"conv"},
     {"norm_act_conv"},
-    {"linear"},
-    {"_layer_forward"},
+    {"linear", "pending"},
+    {"_layer_forward", "pools"},
     {"linen.conv", "linen.variational", "linen.batch_norm"},
     {"linen.linear"},
     {"linen.interceptor", "linen.inputs"},
@@ -68,7 +68,7 @@ ORDER = [
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 FLAX_ONLY_IN = {"linen", "nnx", "_layer_forward", "serialization"}  # packages and modules
 KERNELS_ONLY_IN = {"layout", "plans", "kernel_gradient", "conv", "norm_act", "norm_act_conv"}
-KERNELS_ONLY_IN |= {"_layer_forward", "export"}
+KERNELS_ONLY_IN |= {"_layer_forward", "export", "pools"}
 
 
 def imports(path: Path) -> set[str]:

@@ -1176,6 +1176,39 @@ def norm_act_apply():
     np.testing.assert_allclose(x, normalised(images()), atol=1e-4)
 
 
+def pending():
+    """`relu(norm(images()) + images())`, not computed yet."""
+    return bsj.PendingActivations(images(), sums_of(images()), *NORM, images())
+
+
+@check
+def PendingActivations():
+    np.testing.assert_allclose(pending().value(), normalised(images(), images()), atol=1e-4)
+    assert pending().shape == images().shape
+
+
+@check
+def activations():
+    expected = normalised(images(), images())
+    np.testing.assert_allclose(bsj.activations(pending()), expected, atol=1e-4)
+    assert bsj.activations(expected) is expected
+
+
+@check
+def RawOutput():
+    layer = bsj.linen.BlockSparseConv(8, 3)
+    y, variables = layer.init_with_output(jax.random.key(0), images(), with_sums=True)
+    assert isinstance(y, bsj.RawOutput)
+    np.testing.assert_array_equal(y.z, layer.apply(variables, images()))
+    np.testing.assert_allclose(y.sums, sums_of(y.z), rtol=1e-4, atol=1e-3)
+
+
+@check
+def max_pool():
+    expected = nn.max_pool(images(), (2, 2), strides=(2, 2))
+    np.testing.assert_array_equal(bsj.max_pool(images()), expected)
+
+
 @check
 def mean_and_variance():
     mean, variance = bsj.mean_and_variance(sums_of(images()), 2 * 6 * 6)

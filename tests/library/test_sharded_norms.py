@@ -3,19 +3,19 @@
 The devices are host devices of a new process, as XLA counts them once at its start.
 """
 
-import dataclasses
 import re
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from fused_passes import FUSED
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from new_process import host_devices, run_python
 
 import blocksparse_jax as bsj
-from pallas_kernels.block_sparse_conv import choice, norm_passes, xla
+from pallas_kernels.block_sparse_conv import choice
 
 DEVICES = 2
 SHAPE = (3, 3, 16, 16)
@@ -39,15 +39,7 @@ def step(x, kernels, scale, bias, layout, name, mean=lambda sums: sums):
 
 
 def main():
-    record = dataclasses.replace(
-        xla.IMPLEMENTATION,
-        name="fused",
-        forward_with_sums=lambda *a: norm_passes.forward_with_sums(xla.IMPLEMENTATION.forward, *a),
-        norm_input_gradient=lambda *a: norm_passes.norm_input_gradient(
-            xla.IMPLEMENTATION.input_gradient, *a
-        ),
-    )
-    choice.IMPLEMENTATIONS["fused"] = record
+    choice.IMPLEMENTATIONS["fused"] = FUSED
     layout = bsj.random_groups(jax.random.key(0), SHAPE, group_size=8, kept=5, kept_taps=3)
     keys = jax.random.split(jax.random.key(1), 5)
     x = jax.random.normal(keys[0], (16, 6, 6, 8)) + jnp.arange(8.0)  # the devices' means differ
