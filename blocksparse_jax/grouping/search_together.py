@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from blocksparse_jax import run_once
 from blocksparse_jax.alike import map_alike
 from blocksparse_jax.grouping.search import Counts, Sizes, score_table, search, search_sizes
 from blocksparse_jax.kernels import Kernels
@@ -58,7 +59,7 @@ def group_together(
       (16, (2, 4, 1, 2))
     """
     blocks, arrays = tuple(blocks), list(scores)
-    if any(isinstance(array, jax.core.Tracer) for array in (*arrays, jnp.zeros(()))):
+    if run_once.is_traced(arrays):
         layers, sizes = _layers(_tables(arrays, blocks), blocks)
         return _finish(list(map_alike(_find, layers, sizes).values()), blocks)
     on_cpu = jax.default_backend() == "cpu"
@@ -187,20 +188,12 @@ def _kept(found: _Found, leaf: Blocks) -> tuple[Bool[Array, "kh kw cin cout"], B
     return mask, BlockLayout(found.filters, channels, taps, leaf.of.shape, run)
 
 
-# Each program runs a few times at most, so its compilation counts. For a CPU, XLA's fusion emitters
-# take twice as long (from jax 0.11 on there are no others), and LLVM's optimization two thirds of
-# the rest: it pays where a layer has many filters.
-_OPTIONS = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
-_MANY_FILTERS = 512
+_MANY_FILTERS = 512  # from which on an optimized search saves more than its compilation takes
 _tables_optimized, _find_optimized, _finish_optimized = (
-    jax.jit(function, static_argnums=1, compiler_options=_OPTIONS or None)
+    jax.jit(function, static_argnums=1, compiler_options=run_once.OPTIONS)
     for function in (_tables, _find, _finish)
 )
 _tables_unoptimized, _find_unoptimized, _finish_unoptimized = (
-    jax.jit(
-        function,
-        static_argnums=1,
-        compiler_options=_OPTIONS | {"xla_backend_optimization_level": 0},
-    )
+    jax.jit(function, static_argnums=1, compiler_options=run_once.UNOPTIMIZED)
     for function in (_tables, _find, _finish)
 )
