@@ -6,7 +6,8 @@ counts as numbers, one program serves all layers of as many filters.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,14 +66,37 @@ def group_together(
     on_cpu = jax.default_backend() == "cpu"
     tables = (_tables_unoptimized if on_cpu else _tables_optimized)(arrays, blocks)
     layers, sizes = _layers(tables, blocks)
-    found = {}
-    # The long searches first: they run while those that follow are compiled.
-    for place in sorted(layers, key=lambda place: -len(layers[place][0])):
-        is_small = on_cpu and len(layers[place][0]) < _MANY_FILTERS
-        find = _find_unoptimized if is_small else _find_optimized
-        found[place] = find(layers[place], sizes[place])
+    found = _search_all(layers, sizes, on_cpu)
     finish = _finish_unoptimized if on_cpu else _finish_optimized
     return finish([found[place] for place in layers], blocks)
+
+
+def _search_all(
+    layers: dict[str, tuple[Array, Counts]], sizes: dict[str, Sizes], on_cpu: bool
+) -> dict[str, _Found]:
+    """What the search of every kernel finds.
+
+    XLA compiles a program on one core: those of all searches are compiled side by side, the long
+    ones first.
+    """
+
+    def find_of(place: str) -> Any:
+        is_small = on_cpu and len(layers[place][0]) < _MANY_FILTERS
+        return _find_unoptimized if is_small else _find_optimized
+
+    order = sorted(layers, key=lambda place: -len(layers[place][0]))
+    programs: dict[Any, Future[Any]] = {}
+    found = {}
+    with ThreadPoolExecutor() as pool:
+        for place in order:
+            key = layers[place][0].shape, sizes[place]
+            if key not in programs:
+                lowered = find_of(place).lower(layers[place], sizes[place])
+                programs[key] = pool.submit(lowered.compile)
+        for place in order:
+            programs[layers[place][0].shape, sizes[place]].result()
+            found[place] = find_of(place)(layers[place], sizes[place])  # compiled by now
+    return found
 
 
 def _layers(
