@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from blocksparse_jax import patterns, tree
+from blocksparse_jax import patterns, run_once, tree
 from blocksparse_jax.alike import map_alike
 from blocksparse_jax.budgets import Budget, check_budget, layer_densities
 from blocksparse_jax.layout import Dense
@@ -158,7 +158,7 @@ def draw(
         return map_alike(pattern.draw, scores, counts)
     # Only patterns that compare by their values can be looked up among compiled programs.
     draw_one = _compiled_draw if "__hash__" in vars(type(pattern)) else _draw
-    if draw_one is _compiled_draw and isinstance(jnp.zeros(()), jax.core.Tracer):
+    if draw_one is _compiled_draw and run_once.is_traced(()):
         draw_one = _traced_draw  # constants under a transformation
     return {name: draw_one(pattern, leaf, counts[name]) for name, leaf in scores.items()}
 
@@ -168,11 +168,8 @@ def _draw(pattern: Pattern, scores: Float[Array, "..."], count: Any) -> Kept:
     return pattern.draw(scores, count)
 
 
-# XLA's fusion emitters take twice as long to compile these programs for a CPU, which run once. From
-# jax 0.11 on there are no others.
-_OPTIONS = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else None
 _traced_draw = jax.jit(_draw, static_argnums=(0, 2))
-_compiled_draw = jax.jit(_draw, static_argnums=(0, 2), compiler_options=_OPTIONS)
+_compiled_draw = jax.jit(_draw, static_argnums=(0, 2), compiler_options=run_once.OPTIONS)
 """One program for all layers of one shape and count."""
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from blocksparse_jax import _checks, tree
+from blocksparse_jax import _checks, run_once, tree
 from blocksparse_jax.kernels import kernels
 
 Kind = Literal["magnitude", "gradient", "random"]
@@ -34,6 +34,27 @@ def magnitude(weights: Float[Array, "..."]) -> Float[Array, "..."]:
     """
     size = jnp.abs(weights.astype(jnp.float32))
     return jnp.where(jnp.isnan(size), 0, size)
+
+
+def _magnitudes(leaves: list[Array]) -> list[Float[Array, "..."]]:
+    """`magnitude` of many leaves, outside of jit in one program."""
+    if run_once.is_traced(leaves) or not _lie_together(leaves):
+        return [magnitude(leaf) for leaf in leaves]
+    is_on_cpu = jax.default_backend() == "cpu"
+    return (_all_unoptimized if is_on_cpu else _all_optimized)(leaves)
+
+
+def _lie_together(leaves: list[Array]) -> bool:
+    """Whether one program can read the leaves: they are not on different devices."""
+    return len({frozenset(jnp.asarray(leaf).sharding.device_set) for leaf in leaves}) == 1
+
+
+def _magnitude_of_each(leaves: list[Array]) -> list[Array]:
+    return [magnitude(leaf) for leaf in leaves]
+
+
+_all_optimized = jax.jit(_magnitude_of_each)
+_all_unoptimized = jax.jit(_magnitude_of_each, compiler_options=run_once.UNOPTIMIZED)
 
 
 def random(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
@@ -88,7 +109,7 @@ def make(
         if kind == "gradient" and grads is None:
             raise ValueError("scores: 'gradient' needs gradients")
         values = grads if kind == "gradient" and grads else chosen
-        return {name: magnitude(leaf) for name, leaf in values.items()}
+        return dict(zip(values, _magnitudes(list(values.values())), strict=True))
     named = {tree.path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(scores)}
     for name, leaf in chosen.items():
         if name not in named or jnp.shape(named[name]) != leaf.shape:

@@ -6,13 +6,15 @@ counts as numbers, one program serves all layers of as many filters.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from blocksparse_jax import run_once
 from blocksparse_jax.alike import map_alike
 from blocksparse_jax.grouping.search import Counts, Sizes, score_table, search, search_sizes
 from blocksparse_jax.kernels import Kernels
@@ -58,20 +60,43 @@ def group_together(
       (16, (2, 4, 1, 2))
     """
     blocks, arrays = tuple(blocks), list(scores)
-    if any(isinstance(array, jax.core.Tracer) for array in (*arrays, jnp.zeros(()))):
+    if run_once.is_traced(arrays):
         layers, sizes = _layers(_tables(arrays, blocks), blocks)
         return _finish(list(map_alike(_find, layers, sizes).values()), blocks)
     on_cpu = jax.default_backend() == "cpu"
     tables = (_tables_unoptimized if on_cpu else _tables_optimized)(arrays, blocks)
     layers, sizes = _layers(tables, blocks)
-    found = {}
-    # The long searches first: they run while those that follow are compiled.
-    for place in sorted(layers, key=lambda place: -len(layers[place][0])):
-        is_small = on_cpu and len(layers[place][0]) < _MANY_FILTERS
-        find = _find_unoptimized if is_small else _find_optimized
-        found[place] = find(layers[place], sizes[place])
+    found = _search_all(layers, sizes, on_cpu)
     finish = _finish_unoptimized if on_cpu else _finish_optimized
     return finish([found[place] for place in layers], blocks)
+
+
+def _search_all(
+    layers: dict[str, tuple[Array, Counts]], sizes: dict[str, Sizes], on_cpu: bool
+) -> dict[str, _Found]:
+    """What the search of every kernel finds.
+
+    XLA compiles a program on one core: those of all searches are compiled side by side, the long
+    ones first.
+    """
+
+    def find_of(place: str) -> Any:
+        is_small = on_cpu and len(layers[place][0]) < _MANY_FILTERS
+        return _find_unoptimized if is_small else _find_optimized
+
+    order = sorted(layers, key=lambda place: -len(layers[place][0]))
+    programs: dict[Any, Future[Any]] = {}
+    found = {}
+    with ThreadPoolExecutor() as pool:
+        for place in order:
+            key = layers[place][0].shape, sizes[place]
+            if key not in programs:
+                lowered = find_of(place).lower(layers[place], sizes[place])
+                programs[key] = pool.submit(lowered.compile)
+        for place in order:
+            programs[layers[place][0].shape, sizes[place]].result()
+            found[place] = find_of(place)(layers[place], sizes[place])  # compiled by now
+    return found
 
 
 def _layers(
@@ -187,20 +212,12 @@ def _kept(found: _Found, leaf: Blocks) -> tuple[Bool[Array, "kh kw cin cout"], B
     return mask, BlockLayout(found.filters, channels, taps, leaf.of.shape, run)
 
 
-# Each program runs a few times at most, so its compilation counts. For a CPU, XLA's fusion emitters
-# take twice as long (from jax 0.11 on there are no others), and LLVM's optimization two thirds of
-# the rest: it pays where a layer has many filters.
-_OPTIONS = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
-_MANY_FILTERS = 512
+_MANY_FILTERS = 512  # from which on an optimized search saves more than its compilation takes
 _tables_optimized, _find_optimized, _finish_optimized = (
-    jax.jit(function, static_argnums=1, compiler_options=_OPTIONS or None)
+    jax.jit(function, static_argnums=1, compiler_options=run_once.OPTIONS)
     for function in (_tables, _find, _finish)
 )
 _tables_unoptimized, _find_unoptimized, _finish_unoptimized = (
-    jax.jit(
-        function,
-        static_argnums=1,
-        compiler_options=_OPTIONS | {"xla_backend_optimization_level": 0},
-    )
+    jax.jit(function, static_argnums=1, compiler_options=run_once.UNOPTIMIZED)
     for function in (_tables, _find, _finish)
 )

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from blocksparse_jax import _checks, tree
 from blocksparse_jax import scores as scores_
-from blocksparse_jax.alike import map_alike
+from blocksparse_jax.alike import flat, map_alike
 from blocksparse_jax.budgets import Budget
 from blocksparse_jax.schedules import Always, Schedule, check_schedule
 from blocksparse_jax.selection import highest
@@ -116,9 +116,12 @@ def deep_r(
         layers = {
             name: (leaf, jnp.int32(place)) for place, (name, leaf) in enumerate(leaves.items())
         }
-        rewired = map_alike(rewire_one, layers, dict.fromkeys(layers))
+        rewired = map_alike(rewire_one, flat(layers), dict.fromkeys(layers))
         return {
-            name: leaf._replace(weights=rewired[name][0], mask=rewired[name][1])
+            name: leaf._replace(
+                weights=rewired[name][0].reshape(leaf.mask.shape),
+                mask=rewired[name][1].reshape(leaf.mask.shape),
+            )
             for name, leaf in leaves.items()
         }
 

@@ -10,13 +10,13 @@ from jaxtyping import Array, Float, PyTree
 
 from blocksparse_jax import _checks, schedules, tree
 from blocksparse_jax import scores as scores_
-from blocksparse_jax.alike import flat, map_alike
+from blocksparse_jax.alike import map_alike
 from blocksparse_jax.budgets import Budget
 from blocksparse_jax.patterns import Kept, Pattern, unstructured
 from blocksparse_jax.schedules import AnyOf, Never, Schedule, Through, check_schedule
 from blocksparse_jax.spec import Spec
 from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
-from blocksparse_jax.transforms.exchange import grow_highest, stay_highest, with_sets
+from blocksparse_jax.transforms.exchange import grow_highest, map_layers, stay_highest, with_sets
 from blocksparse_jax.transforms.first_masks import FirstMasks, first_masks
 
 Rule = Literal["magnitude", "gradient", "momentum", "random"] | Callable[[Leaf], Array]
@@ -128,14 +128,9 @@ def drop_and_grow(
         layers = {
             name: (leaf, jnp.int32(place)) for place, (name, leaf) in enumerate(leaves.items())
         }
-        if first.pattern != unstructured() or callable(drop) or callable(grow):
+        if callable(drop) or callable(grow):  # which may look at the shape of a layer
             return map_alike(move_one, layers, dict.fromkeys(layers))
-        # Single weights do not see the shape of their layer.
-        moved = map_alike(move_one, flat(layers), dict.fromkeys(layers))
-        return {
-            name: Kept(moved[name].mask.reshape(leaf.mask.shape), leaf.layout)
-            for name, leaf in leaves.items()
-        }
+        return map_layers(move_one, first.pattern, layers, dict.fromkeys(layers))
 
     def redraw(step: Step, leaves: Leaves) -> dict[str, Kept]:
         if not first.by_gradient:

@@ -7,9 +7,9 @@ from jaxtyping import Array, Float, Int
 
 from blocksparse_jax import _checks, tree
 from blocksparse_jax import scores as scores_
-from blocksparse_jax.alike import map_alike
+from blocksparse_jax.alike import flat, map_alike
 from blocksparse_jax.budgets import Budget
-from blocksparse_jax.patterns import Kept, Pattern
+from blocksparse_jax.patterns import Kept, Pattern, unstructured
 from blocksparse_jax.schedules import Schedule, check_schedule
 from blocksparse_jax.spec import Spec
 from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
@@ -102,7 +102,8 @@ def dsr(
             survivors = jnp.maximum((kept & (sizes >= limit)).sum(), 1)
             return kept.sum(), survivors, jnp.int32(kept.size)
 
-        seen = map_alike(look, leaves, dict.fromkeys(leaves))
+        fold = flat if first.pattern == unstructured() else dict  # by size, not by shape
+        seen = map_alike(look, fold(leaves), dict.fromkeys(leaves))
         kept, survivors, places = (jnp.stack(column) for column in zip(*seen.values()))
         removed = kept - survivors
         gone, free = removed.sum(), (places - kept).sum()
@@ -122,12 +123,14 @@ def dsr(
             name: (leaf, jnp.int32(place), (survivors + back)[place], grown[place])
             for place, (name, leaf) in enumerate(leaves.items())
         }
-        moved = map_alike(move, layers, dict.fromkeys(layers))
+        moved = map_alike(move, fold(layers), dict.fromkeys(layers))
         aim = fraction * kept.sum()
         factor = jnp.where(gone > 1.1 * aim, 0.5, jnp.where(gone < 0.9 * aim, 2.0, 1.0))
         return {
             name: leaf._replace(
-                mask=moved[name][0], weights=moved[name][1], memory=leaf.memory * factor
+                mask=moved[name][0].reshape(leaf.mask.shape),
+                weights=moved[name][1].reshape(leaf.mask.shape),
+                memory=leaf.memory * factor,
             )
             for name, leaf in leaves.items()
         }

@@ -1,12 +1,14 @@
 """The two halves of an exchange: which sets of weights stay, and which are grown in their place."""
 
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from blocksparse_jax.alike import flat, map_alike
 from blocksparse_jax.layout import BlockLayout
-from blocksparse_jax.patterns import Kept, Pattern
+from blocksparse_jax.patterns import Kept, Pattern, unstructured
 from blocksparse_jax.patterns.block import Block
 from blocksparse_jax.selection import highest_in_rows
 from blocksparse_jax.transforms._base import Leaf
@@ -89,3 +91,29 @@ def refuse_fixed_counts(pattern: Pattern, method: str) -> None:
 def _finite(scores: Float[Array, "rows sets"]) -> Float[Array, "rows sets"]:
     """The scores, with the lowest float32 for -inf and NaN."""
     return jnp.where(scores > -jnp.inf, scores.astype(jnp.float32), _LOWEST)
+
+
+def map_layers(
+    function: Callable[[Any, Any], Kept],
+    pattern: Pattern,
+    layers: Mapping[str, tuple[Leaf, Array]],
+    static: Mapping[str, Hashable],
+) -> dict[str, Kept]:
+    """As `map_alike`; single weights do not see the shape of their layer, so its size decides.
+
+    Args:
+      function: called as `function((leaf, number), static)`.
+      pattern: of the layers.
+      layers: name -> the leaf and what else belongs to it.
+      static: name -> what is fixed about it.
+
+    Returns:
+      What is kept of each layer.
+    """
+    if pattern != unstructured():
+        return map_alike(function, layers, static)
+    kept = map_alike(function, flat(layers), static)
+    return {
+        name: Kept(kept[name].mask.reshape(leaf.mask.shape), leaf.layout)
+        for name, (leaf, _) in layers.items()
+    }

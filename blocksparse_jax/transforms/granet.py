@@ -6,13 +6,13 @@ from jaxtyping import Array
 
 from blocksparse_jax import _checks, schedules, tree
 from blocksparse_jax import scores as scores_
-from blocksparse_jax.alike import map_alike
 from blocksparse_jax.patterns import Kept, Pattern
 from blocksparse_jax.schedules import Between, check_between
 from blocksparse_jax.spec import Spec
 from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
 from blocksparse_jax.transforms.exchange import (
     grow_highest,
+    map_layers,
     refuse_fixed_counts,
     stay_highest,
     with_sets,
@@ -131,7 +131,7 @@ def granet(
             return with_sets(first.pattern, new, leaf)
 
         layers = {name: (leaf, counts[name]) for name, leaf in leaves.items()}
-        return map_alike(exchange, layers, dict.fromkeys(layers))
+        return map_layers(exchange, first.pattern, layers, dict.fromkeys(layers))
 
     spec = Spec(
         "granet",

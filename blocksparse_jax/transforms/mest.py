@@ -9,7 +9,6 @@ from jaxtyping import Array, Float
 
 from blocksparse_jax import _checks, tree
 from blocksparse_jax import scores as scores_
-from blocksparse_jax.alike import map_alike
 from blocksparse_jax.budgets import Budget, layer_densities
 from blocksparse_jax.patterns import Kept, Pattern
 from blocksparse_jax.schedules import Between, check_between
@@ -17,6 +16,7 @@ from blocksparse_jax.spec import Spec
 from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
 from blocksparse_jax.transforms.exchange import (
     grow_highest,
+    map_layers,
     refuse_fixed_counts,
     stay_highest,
     with_sets,
@@ -135,7 +135,7 @@ def mest(
         layers = {
             name: (leaf, jnp.int32(place)) for place, (name, leaf) in enumerate(leaves.items())
         }
-        return map_alike(mutate, layers, counts)
+        return map_layers(mutate, first.pattern, layers, counts)
 
     def spec(chosen: dict[str, Array]) -> Spec:
         return Spec(

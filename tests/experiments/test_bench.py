@@ -399,13 +399,12 @@ def test_the_parts_are_timed_in_both_formats_and_tabulated(tmp_path, monkeypatch
         if parts.FUSED in ms:
             ratio = ms["CHWN"] / ms[parts.FUSED]
             assert row["chwn_over_norm_act"] == pytest.approx(ratio, abs=2e-3, rel=0.01)
-    report["grouping"] = [
-        {"what": "a layer", "first_s": 3.0, "second_s": 0.5, "second_cpu_s": 0.25}
-    ]
+    seconds = {"first_s": 3.0, "first_cpu_s": 2.5, "second_s": 0.5, "second_cpu_s": 0.25}
+    report["grouping"] = [{"what": "a layer"} | seconds]
     out.write_text(json.dumps(report))
     text = tables.table("bench_parts_cpu", tmp_path)
     assert text.count("| batch norm, add, ReLU | ") == 2
-    assert "| a layer | 0.50 | 0.25 | 3.00 |" in text
+    assert "| a layer | 0.50 | 0.25 | 3.00 | 2.50 |" in text
 
 
 def test_a_plain_network_is_timed_dense_masked_and_with_layouts(tmp_path):

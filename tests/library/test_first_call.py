@@ -139,6 +139,28 @@ def test_single_weights_select_in_one_loop_for_all_layers_of_a_size(name):
         assert mask.shape == shapes[leaf]
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda: bsj.dsr(0.75, schedule=bsj.every(1)),
+        lambda: bsj.deep_r(0.75),
+        lambda: bsj.mest(0.75, schedule=bsj.between(0, 9)),
+        lambda: bsj.granet(0.75, schedule=bsj.between(0, 9)),
+    ],
+    ids=["dsr", "deep-r", "mest", "granet"],
+)
+def test_exchanges_of_single_weights_share_a_loop_too(method):
+    """Three layers of one size in three shapes, or in one."""
+    tx = bsj.sparse(method(), optax.sgd(0.1))
+
+    def sorts(shapes):
+        params = {str(i): jnp.ones(shape) for i, shape in enumerate(shapes)}
+        return str(jax.make_jaxpr(tx.update)(params, tx.init(params), params)).count(" sort[")
+
+    shapes = [(1, 1, 64, 64), (1, 1, 32, 128), (2, 2, 16, 64)]
+    assert sorts(shapes) == sorts(3 * shapes[:1]) < sorts([*shapes, (1, 1, 8, 8)])
+
+
 def test_subp_folds_the_places_of_all_layers_into_its_key_at_once():
     def programs(number):
         params = {str(i): jnp.ones((1, 1, 8 + i, 32)) for i in range(number)}

@@ -23,10 +23,15 @@ def table(report: dict[str, Any]) -> str:
         text += "\n" + _ratios(fused, "flax time over norm_act time, CHWN", "chwn_over_norm_act")
     if not report["grouping"]:
         return text
-    seconds = ("second_s", "second_cpu_s", "first_s")
-    lines = [[row["what"], *(f"{row[name]:.2f}" for name in seconds)] for row in report["grouping"]]
-    columns = ["grouping", "seconds", "processor seconds", "seconds with compilation"]
-    return text + "\n" + markdown.table(columns, lines)
+    columns = {
+        "second_s": "seconds",
+        "second_cpu_s": "processor seconds",
+        "first_s": "seconds with compilation",
+        "first_cpu_s": "processor seconds with compilation",
+    }
+    names = [name for name in columns if all(name in row for row in report["grouping"])]
+    lines = [[row["what"], *(f"{row[name]:.2f}" for name in names)] for row in report["grouping"]]
+    return text + "\n" + markdown.table(["grouping", *(columns[name] for name in names)], lines)
 
 
 def _ratios(rows: list[dict[str, Any]], title: str, name: str) -> str:

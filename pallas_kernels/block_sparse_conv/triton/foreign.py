@@ -9,14 +9,17 @@ recorded. So jax-triton 0.3 compiles a kernel here, and the call goes to that fu
 
 import dataclasses
 import functools
+import hashlib
 import inspect
 import math
 import zlib
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from pallas_kernels.block_sparse_conv.triton import kernels
+from pallas_kernels.block_sparse_conv.triton import kernel_cache, kernels
 from pallas_kernels.block_sparse_conv.triton.fitting import Tile
 from pallas_kernels.varying import result_type
 
@@ -92,6 +95,22 @@ def call(launch: Launch, capability: int, *operands: jax.Array) -> Any:
 @functools.cache
 def _compiled_call(launch: Launch, capability: int, dtypes: tuple[str, ...]) -> bytes:
     """A call with its compiled kernel, as the foreign function reads it."""
+    key = f"{launch} {capability} {dtypes} {_compilers()}"
+    return kernel_cache.read_or_make(key, lambda: _compile(launch, capability, dtypes))
+
+
+@functools.cache
+def _compilers() -> str:
+    """All that a compiled kernel depends on beside its call."""
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+
+    source = Path(kernels.__file__).read_bytes()
+    versions = [metadata.version(package) for package in ("jaxlib", "jax-triton", "triton")]
+    switches = sorted(get_cache_invalidating_env_vars().items())
+    return f"{hashlib.sha256(source).hexdigest()} {versions} {switches}"
+
+
+def _compile(launch: Launch, capability: int, dtypes: tuple[str, ...]) -> bytes:
     from jax._src.lib import gpu_triton
     from jax_triton import triton_lib
 
