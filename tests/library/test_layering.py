@@ -31,7 +31,7 @@ ORDER = [
     {"column_masks", "lottery", "channel_growth"},
     {"variational", "compression.huffman", "compression.share"},
     {"compression.encode"},
-    {"spec"},
+    {"spec", "hidden_parts"},
     {"state", "serialization"},
     {"packing"},
     {"transforms._base"},

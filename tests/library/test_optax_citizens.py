@@ -153,6 +153,27 @@ def test_masks_under_prefix_labels_take_the_structure_of_params(params):
         bsj.get_masks(state, {"other": params["conv1"]})
 
 
+@pytest.mark.parametrize("labels", ["of subtrees", "of leaves"])
+def test_masks_under_prefix_labels_follow_the_moments_of_the_other_parts(labels, params):
+    """Three parts, named as the params' own keys are: none is taken for another."""
+    parts = {
+        "stem": optax.sgd(0.1, momentum=0.9),
+        "conv1": bsj.sparse(bsj.hrbp_prune(0.7, group_size=16), optax.sgd(0.1)),
+        "classifier": optax.adam(1e-3),
+    }
+    names = {"stem": "stem", "conv1": "conv1", "conv2": "conv1", "classifier": "classifier"}
+    if labels == "of leaves":
+        names = {key: jax.tree.map(lambda _, k=key: names[k], params[key]) for key in names}
+    state = optax.multi_transform(parts, names).init(params)
+    masks, layouts = bsj.get_masks(state), bsj.get_layouts(state)
+    chex.assert_trees_all_equal_structs(masks, params)
+    chex.assert_trees_all_equal(
+        jax.tree.map(jnp.multiply, params, masks), bsj.apply_masks(params, masks)
+    )
+    assert isinstance(layouts["conv1"]["kernel"], bsj.BlockLayout)
+    assert layouts["classifier"] == {"kernel": bsj.Dense()}
+
+
 def test_a_state_in_place_of_masks_is_named(params):
     state = sparse_adam("rigl", params).init(params)
     with pytest.raises(ValueError, match=r"masks: .*get_masks\(state\)"):
