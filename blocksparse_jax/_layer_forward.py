@@ -12,6 +12,7 @@ from blocksparse_jax.conv import conv, finish
 from blocksparse_jax.geometry import Padding, Pair, explicit_geometry, with_border
 from blocksparse_jax.layout import BlockLayout, Dense
 from blocksparse_jax.linear import linear
+from blocksparse_jax.packing import refuse_foreign_values
 from pallas_kernels.dense_conv import dense_conv
 
 LayerPadding = Padding
@@ -242,3 +243,5 @@ def _check_layer(
             f"{name}/kernel: expected shape {shape} or packed {layout.packed_shape}, got "
             f"{kernel.shape}; repack with the layout"
         )
+    else:
+        refuse_foreign_values(f"{name}/kernel", kernel, layout)

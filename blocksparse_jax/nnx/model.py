@@ -12,6 +12,7 @@ from blocksparse_jax.conv import available_implementations
 from blocksparse_jax.layout import BlockLayout, Dense, is_layout
 from blocksparse_jax.nnx.conv import BlockSparseConv
 from blocksparse_jax.nnx.linear import BlockSparseLinear
+from blocksparse_jax.packing import refuse_foreign_values
 from blocksparse_jax.tree import path_name
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -135,6 +136,7 @@ def set_layouts(model: nnx.Module, layouts: Any) -> None:
                 raise ValueError(
                     f"layouts: {name} is of a kernel {tuple(layout.shape)}, expected {shape}"
                 )
+        refuse_foreign_values(name, kernel.get_value(), layout)
         by_kernel[id(kernel)] = layout
     for layer in layers:
         layer.layout.set_value(by_kernel.get(id(layer.kernel), Dense()))

@@ -4,14 +4,17 @@ import contextlib
 import functools
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from sparse_methods import METHODS, kinds_first, noise, slow_unless, small_tree
 
 import blocksparse_jax as bsj
+from blocksparse_jax import origins
 
 
 @contextlib.contextmanager
@@ -218,3 +221,66 @@ def test_layouts_of_another_seed_or_step_are_refused(name):
     chex.assert_trees_all_equal_structs(restored, state)
     jitted = jax.jit(bsj.unpack_tree)(values, packed, layouts)[0]
     np.testing.assert_array_equal(jitted["conv1"]["kernel"], back["conv1"]["kernel"])
+
+
+def of_seed(seed):
+    """A layer's params, their packed values and layouts; equal shapes for every seed."""
+    params = {"kernel": jax.random.normal(jax.random.key(seed), (3, 3, 16, 32))}
+    state = bsj.hrbp_prune(0.9, group_size=8).init(params)
+    layouts = bsj.get_layouts(state)
+    params = bsj.apply_masks(params, bsj.get_masks(state))
+    return params, bsj.pack_tree(params, state, layouts)[0], layouts
+
+
+IMAGES = jnp.ones((2, 8, 8, 16))
+
+
+def in_collection(values, layouts):
+    model = bsj.linen.BlockSparseConv(32, (3, 3), use_bias=False)
+    return model.apply({"params": values, "layouts": layouts}, IMAGES)
+
+
+def in_use_layouts(values, layouts):
+    with bsj.linen.use_layouts(layouts):
+        return nn.Conv(32, (3, 3), use_bias=False).apply({"params": values}, IMAGES)
+
+
+def in_nnx(values, layouts):
+    model = bsj.nnx.BlockSparseConv(16, 32, 3, use_bias=False, rngs=nnx.Rngs(0))
+    nnx.update(model, values)
+    bsj.nnx.set_layouts(model, layouts)
+    return model(IMAGES)
+
+
+def in_conv(values, layouts):
+    return bsj.conv(IMAGES, values["kernel"], layouts["kernel"])
+
+
+def in_unpack(values, layouts):
+    kernel = bsj.unpack(values["kernel"], layouts["kernel"])
+    return bsj.conv(IMAGES, kernel, bsj.Dense())
+
+
+@pytest.mark.parametrize("run", [in_collection, in_use_layouts, in_nnx, in_conv, in_unpack])
+def test_packed_values_refuse_layouts_of_another_seed(run):
+    """Though all shapes fit, as long as the values are the very arrays that were packed."""
+    params, values, layouts = of_seed(0)
+    expected = bsj.conv(IMAGES, params["kernel"], bsj.Dense())
+    _, _, others = of_seed(1)
+    equal = jax.tree.map(jnp.copy, layouts)
+    for own in (layouts, equal):
+        np.testing.assert_allclose(run(values, own), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="packed values are not of this layout, but of one of"):
+        run(values, others)
+    if run is not in_nnx:  # which sets layouts outside of jit
+        jax.jit(run)(values, others)  # where the values are not known
+    jax.tree.map(lambda array: array.delete(), layouts)
+    np.testing.assert_allclose(run(values, equal), expected, atol=1e-5)
+
+
+def test_notes_about_arrays_end_with_them():
+    _, values, _ = of_seed(0)
+    key = id(values["kernel"])
+    assert key in origins._NOTES
+    del values
+    assert key not in origins._NOTES
