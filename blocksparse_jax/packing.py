@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
@@ -171,6 +173,7 @@ def pack_tree(
       ((1, 2, 1, 2), (2,))
     """
     _check_masks(params, state, layouts)
+    _warn_of_other_shapes(params, state, layouts)
     if not drop_pruned:
         _refuse_loss(params, state, layouts)
     return _convert(
@@ -233,6 +236,32 @@ def _check_layouts(values: PyTree, state: PyTree, layouts: PyTree) -> None:
         packed = own if isinstance(own, BlockLayout) else getattr(own, "packed", None)
         if packed is not None and not _is_same(packed, layout):
             _refuse_foreign(name)
+
+
+def _warn_of_other_shapes(params: PyTree, state: PyTree, layouts: PyTree) -> None:
+    """A warning where an optimizer keeps arrays of other shapes for a weight that is packed."""
+    nodes = tree.match("layouts", layouts, params, is_leaf=is_layout)
+    names = [tree.path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+    blocks = {
+        n: node for n, node in zip(names, nodes, strict=True) if isinstance(node, BlockLayout)
+    }
+    others: dict[str, tuple[int, ...]] = {}
+
+    def look(name: str | None, leaf: Any) -> None:
+        is_scalar = is_sparse_state(leaf) or math.prod(jnp.shape(leaf)) == 1
+        if name in blocks and not is_scalar and jnp.shape(leaf) != blocks[name].full_shape:
+            others[name] = jnp.shape(leaf)
+
+    tree.map_state(look, params, state, is_leaf=is_sparse_state)
+    if others:
+        name, shape = next(iter(others.items()))
+        warnings.warn(
+            f"state: an array of shape {shape} belongs to {name!r}, which is packed, and stays as "
+            "it is, so the optimizer starts afresh or fails (adafactor, lbfgs); leave the "
+            "parameters dense, which conv takes with their layouts, or take an optimizer whose "
+            "moments have the shape of the weights",
+            stacklevel=3,
+        )
 
 
 def _beside_layouts(

@@ -89,11 +89,22 @@ def sparse_states(state: PyTree) -> list[SparseState]:
     states = [node for node in nodes if is_sparse_state(node)]
     if not states:
         kind = type(state[0] if type(state) is tuple and state else state).__name__
+        hint = ""
+        if any(map(_was_sparse_state, jax.tree.leaves(state, is_leaf=_was_sparse_state))):
+            hint = (
+                ", but dicts in its place, as a checkpoint gives that is restored without a "
+                "target; restore it into tx.init(params)"
+            )
         raise ValueError(
             "state: expected the state of a chain that holds a sparse method (hrbp_prune, rigl, "
-            f"...), found none in {kind}"
+            f"...), found none in {kind}{hint}"
         )
     return states
+
+
+def _was_sparse_state(node: Any) -> bool:
+    """True for the dict that a checkpoint makes of a `SparseState`."""
+    return isinstance(node, dict) and {"count", "masks", "layouts"} <= node.keys()
 
 
 def get_spec(state: PyTree) -> Spec:

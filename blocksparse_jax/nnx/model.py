@@ -112,7 +112,8 @@ def set_layouts(model: nnx.Module, layouts: Any) -> None:
     if not layers:
         raise ValueError(
             "model: no layer of it can have a layout, expected block-sparse layers; call "
-            "nnx.sparsify(model) first"
+            "nnx.sparsify(model) first (linen layers in nnx.bridge.ToNNX run under "
+            "linen.use_layouts)"
         )
     by_kernel = {}
     for path, layout in jax.tree.leaves_with_path(layouts, is_leaf=is_layout):

@@ -71,9 +71,7 @@ def test_a_divisor_of_at_least_half_passes_without_a_warning(filters):
         lambda p: bsj.keep_zeros(bsj.subp(0.9, schedule=bsj.between(0, 1))),
         lambda p: bsj.hrbp_prune(0.9),
         lambda p: bsj.rigl(0.9, until=9),
-        lambda p: bsj.fixed_masks(
-            layouts=bsj.random_channel_layouts(jax.random.key(0), p, 0.9)
-        ),
+        lambda p: bsj.fixed_masks(layouts=bsj.random_channel_layouts(jax.random.key(0), p, 0.9)),
         lambda p: bsj.fixed_masks(
             layouts=jax.jit(bsj.random_channel_layouts, static_argnums=2)(
                 jax.random.key(0), p, 0.9

@@ -425,6 +425,25 @@ def test_nnx_layouts_that_do_not_fit_change_nothing():
         assert kept.channels is layout.channels
 
 
+@pytest.mark.parametrize("annotate", [nn.with_partitioning, nn.with_logical_partitioning])
+def test_linen_params_in_boxes_have_layouts_in_boxes(annotate):
+    """As metadata of their sharding: `use_layouts`, and the collection of our layers."""
+    init = annotate(nn.initializers.lecun_normal(), (None, None, None, "features"))
+    plain, layer = (
+        kind(32, (3, 3), kernel_init=init) for kind in (nn.Conv, bsj.linen.BlockSparseConv)
+    )
+    params, state, layouts = pruned(initial(plain))
+    assert isinstance(params["kernel"], nn.meta.AxisMetadata)
+    expected = plain.apply({"params": params}, X)
+    for weights in (params, bsj.pack_tree(params, state, layouts)[0]):
+        with bsj.linen.use_layouts(layouts) as executions:
+            actual = plain.apply({"params": weights}, X)
+        assert executions == {"kernel": "block-sparse"}
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
+        actual = layer.apply({"params": weights, "layouts": layouts}, X)
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
 def dense_kernels(name, leaf):
     return leaf.ndim == 2
 
