@@ -67,7 +67,7 @@ def test_a_method_behind_multi_transform_keeps_its_masks(layers):
     tx = optax.multi_transform({"sparse": inner, "plain": optax.sgd(0.1, momentum=0.9)}, labels)
     params, state = pruned(tx, layers)
     layouts = bsj.get_layouts(state)
-    assert layouts["conv2"] == bsj.Dense()
+    assert layouts["conv2"] == {"kernel": bsj.Dense()}
     values, packed = bsj.pack_tree(params, state, layouts)
     assert values["conv2"]["kernel"].shape == SHAPE
     assert_same(bsj.unpack_tree(values, packed, layouts), (params, state))
