@@ -249,5 +249,5 @@ def random_channel_layouts(
         leaf_key = jax.random.fold_in(key, i)
         keys = jax.random.split(leaf_key, of.stack) if of.stack else leaf_key
         layouts[name] = of.each(draw_one)(keys)
-        note(layouts[name].channels, sparsity=sparsity)
+        note(layouts[name].channels, sparsity=float(sparsity))
     return per_leaf(params, layouts, Dense())
