@@ -14,6 +14,7 @@ from blocksparse_jax.geometry import Padding, Pair, explicit_geometry, with_bord
 from blocksparse_jax.layout import BlockLayout, Dense
 from blocksparse_jax.linear import linear
 from blocksparse_jax.norm_act_conv import conv_with_sums, norm_act_conv, norm_add_act_conv, sums_of
+from blocksparse_jax.packing import refuse_foreign_values
 from blocksparse_jax.pending import PendingActivations, RawOutput, activations
 from pallas_kernels.dense_conv import dense_conv
 
@@ -311,3 +312,5 @@ def _check_layer(
             f"{name}/kernel: expected shape {shape} or packed {layout.packed_shape}, got "
             f"{kernel.shape}; repack with the layout"
         )
+    else:
+        refuse_foreign_values(f"{name}/kernel", kernel, layout)

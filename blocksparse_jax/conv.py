@@ -20,7 +20,7 @@ from blocksparse_jax.geometry import (
 from blocksparse_jax.kernel_gradient import dense_kernel_gradient
 from blocksparse_jax.layout import BlockLayout, Dense, layout_to_mask
 from blocksparse_jax.masks import straight_through
-from blocksparse_jax.packing import pack, unpack
+from blocksparse_jax.packing import pack, refuse_foreign_values, unpack
 from pallas_kernels.block_sparse_conv import (
     Choice,
     ConvSpec,
@@ -162,6 +162,8 @@ def conv(
     runs_dense = isinstance(layout, Dense) or implementation == "dense" or is_empty
     _check_activations(x, data_format, runs_dense)
     is_packed = holds_packed(kernel, layout, packed)
+    if is_packed and isinstance(layout, BlockLayout):
+        refuse_foreign_values("kernel", kernel, layout)
     if is_packed and kernel_gradient == "dense":
         raise ValueError(
             "kernel_gradient: 'dense' needs the dense kernel, got packed values; unpack them first"

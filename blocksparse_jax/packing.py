@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
@@ -21,6 +23,7 @@ from blocksparse_jax.layout import (
     is_layout,
     layout_to_mask,
 )
+from blocksparse_jax.origins import note, noted
 from blocksparse_jax.plans import without_plans
 from blocksparse_jax.state import SparseState, is_node, is_sparse_state
 
@@ -53,7 +56,9 @@ def pack(
             f"kernel: expected shape {layout.full_shape} of the layout, got {jnp.shape(kernel)}; "
             f"was the layout made for another layer?"
         )
-    return _gathered(jnp.asarray(kernel), layout)
+    values = _gathered(jnp.asarray(kernel), layout)
+    note(values, layout=_arrays(layout))
+    return values
 
 
 def unpack(
@@ -71,7 +76,7 @@ def unpack(
       A conv kernel `[kh, kw, cin, cout]`, or what the layout is of, in the values' dtype.
 
     Raises:
-      ValueError: the layout is of other values.
+      ValueError: the layout is of other values, as far as that is known.
 
     Example:
       >>> layout = layouts_.mask_to_layout(jnp.ones((1, 1, 2, 2), bool))
@@ -83,7 +88,25 @@ def unpack(
             f"values: expected packed shape (groups, kept, kept_taps, group_size) = "
             f"{layout.full_packed_shape} of the layout, got {jnp.shape(values)}"
         )
+    refuse_foreign_values("values", values, layout)
     return _scattered(jnp.asarray(values), layout)
+
+
+def refuse_foreign_values(name: str, values: Array, layout: BlockLayout) -> None:
+    """ValueError where packed values are known to be of another layout of equal shapes.
+
+    That is known of the very arrays that `pack` and `pack_tree` return outside of jit.
+    """
+    own = noted(values, "layout")
+    if own is not None and not all(map(_equal, own, _arrays(layout))):
+        raise ValueError(
+            f"{name}: these packed values are not of this layout, but of one of another seed, "
+            "model or step; use the layouts that they were packed with"
+        )
+
+
+def _arrays(layout: BlockLayout) -> tuple[Array, Array, Array]:
+    return layout.filters, layout.channels, layout.taps
 
 
 # One program each outside of jit, rather than one for every operation.
@@ -150,6 +173,7 @@ def pack_tree(
       ((1, 2, 1, 2), (2,))
     """
     _check_masks(params, state, layouts)
+    _warn_of_other_shapes(params, state, layouts)
     if not drop_pruned:
         _refuse_loss(params, state, layouts)
     return _convert(
@@ -214,6 +238,32 @@ def _check_layouts(values: PyTree, state: PyTree, layouts: PyTree) -> None:
             _refuse_foreign(name)
 
 
+def _warn_of_other_shapes(params: PyTree, state: PyTree, layouts: PyTree) -> None:
+    """A warning where an optimizer keeps arrays of other shapes for a weight that is packed."""
+    nodes = tree.match("layouts", layouts, params, is_leaf=is_layout)
+    names = [tree.path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+    blocks = {
+        n: node for n, node in zip(names, nodes, strict=True) if isinstance(node, BlockLayout)
+    }
+    others: dict[str, tuple[int, ...]] = {}
+
+    def look(name: str | None, leaf: Any) -> None:
+        is_scalar = is_sparse_state(leaf) or math.prod(jnp.shape(leaf)) == 1
+        if name in blocks and not is_scalar and jnp.shape(leaf) != blocks[name].full_shape:
+            others[name] = jnp.shape(leaf)
+
+    tree.map_state(look, params, state, is_leaf=is_sparse_state)
+    if others:
+        name, shape = next(iter(others.items()))
+        warnings.warn(
+            f"state: an array of shape {shape} belongs to {name!r}, which is packed, and stays as "
+            "it is, so the optimizer starts afresh or fails (adafactor, lbfgs); leave the "
+            "parameters dense, which conv takes with their layouts, or take an optimizer whose "
+            "moments have the shape of the weights",
+            stacklevel=3,
+        )
+
+
 def _beside_layouts(
     params: PyTree, state: PyTree, layouts: PyTree
 ) -> Iterator[tuple[str, BlockLayout, tuple[Any, Any]]]:
@@ -242,11 +292,19 @@ def _is_same(one: BlockLayout, other: BlockLayout) -> bool:
 
 
 def _equal(a: Array, b: Array) -> bool:
-    """Whether two arrays are equal, compared on the host; True where their values are traced."""
+    """Whether two arrays are equal, compared on the host; True where their values are unknown."""
     if jnp.shape(a) != jnp.shape(b):
         return False
-    is_traced = any(isinstance(array, jax.core.Tracer) for array in (a, b))
-    return is_traced or np.array_equal(a, b)
+    return a is b or not (_is_known(a) and _is_known(b)) or np.array_equal(a, b)
+
+
+def _is_known(array: Array) -> bool:
+    """Whether an array is neither traced, nor donated, nor on the devices of other processes."""
+    if isinstance(array, jax.core.Tracer):
+        return False
+    return not isinstance(array, jax.Array) or (
+        not array.is_deleted() and array.is_fully_addressable
+    )
 
 
 def _true(flag: Array) -> bool:

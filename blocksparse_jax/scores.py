@@ -93,7 +93,8 @@ def make(
       Name -> scores of the leaf's shape: float32, or float64 where a tree has it.
 
     Raises:
-      ValueError: an unknown kind, or a tree that lacks a leaf or has it in another shape.
+      ValueError: an unknown kind, weights without values, or a tree that lacks a leaf or has it in
+        another shape.
 
     Example:
       >>> make("magnitude", {"w": jnp.array([-3.0])}, None, jax.random.key(0))["w"].tolist()
@@ -109,6 +110,12 @@ def make(
         if kind == "gradient" and grads is None:
             raise ValueError("scores: 'gradient' needs gradients")
         values = grads if kind == "gradient" and grads else chosen
+        for name, leaf in values.items():
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                raise ValueError(
+                    f"params[{name!r}]: its values decide the masks, got {leaf}; for the shapes of "
+                    "a state call jax.eval_shape(tx.init, params)"
+                )
         return dict(zip(values, _magnitudes(list(values.values())), strict=True))
     named = {tree.path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(scores)}
     for name, leaf in chosen.items():

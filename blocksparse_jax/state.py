@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from blocksparse_jax import tree
+from blocksparse_jax.hidden_parts import reveal
 from blocksparse_jax.layout import (
     ConsecutiveGroups,
     Dense,
@@ -88,11 +89,22 @@ def sparse_states(state: PyTree) -> list[SparseState]:
     states = [node for node in nodes if is_sparse_state(node)]
     if not states:
         kind = type(state[0] if type(state) is tuple and state else state).__name__
+        hint = ""
+        if any(map(_was_sparse_state, jax.tree.leaves(state, is_leaf=_was_sparse_state))):
+            hint = (
+                ", but dicts in its place, as a checkpoint gives that is restored without a "
+                "target; restore it into tx.init(params)"
+            )
         raise ValueError(
             "state: expected the state of a chain that holds a sparse method (hrbp_prune, rigl, "
-            f"...), found none in {kind}"
+            f"...), found none in {kind}{hint}"
         )
     return states
+
+
+def _was_sparse_state(node: Any) -> bool:
+    """True for the dict that a checkpoint makes of a `SparseState`."""
+    return isinstance(node, dict) and {"count", "masks", "layouts"} <= node.keys()
 
 
 def get_spec(state: PyTree) -> Spec:
@@ -123,9 +135,9 @@ def get_masks(state: PyTree, params: PyTree | None = None) -> PyTree:
 
     Args:
       state: the state of a transformation that holds a sparse method, under any wrappers.
-      params: the parameters, where `optax.multi_transform` got labels for whole subtrees: a subtree
-        that it hides from the method is not in the state, and comes back as one True without them.
-        The functions here take either.
+      params: the parameters, where `optax.multi_transform` got labels for whole subtrees: without
+        them, a subtree that it hides from the method comes back as one True where no moments of
+        another transformation show what it consists of. The functions here take either.
 
     Returns:
       A tree of the params' structure: bool masks of the leaves' shapes, and the scalar True for
@@ -141,7 +153,8 @@ def get_masks(state: PyTree, params: PyTree | None = None) -> PyTree:
       >>> int(bsj.get_masks(state)["w"].sum()), bool(bsj.get_masks(state)["b"])
       (288, True)
     """
-    masks = _own_arrays(_merge([s.masks for s in sparse_states(state)], _both, jnp.asarray(True)))
+    merged = _merge([s.masks for s in sparse_states(state)], _both)
+    masks = _own_arrays(reveal(merged, state, jnp.asarray(True), is_sparse_state))
     if params is None:
         return masks
     return jax.tree.unflatten(jax.tree.structure(params), tree.match("state", masks, params))
@@ -185,7 +198,8 @@ def get_layouts(state: PyTree) -> PyTree:
                     f"that, use bsj.nnx.Optimizer"
                 )
     resolved = [jax.tree.map(_resolve, s.layouts, s.masks, is_leaf=is_node) for s in states]
-    return _own_arrays(_merge(resolved, lambda a, b: b if isinstance(a, Dense) else a, Dense()))
+    merged = _merge(resolved, lambda a, b: b if isinstance(a, Dense) else a)
+    return _own_arrays(reveal(merged, state, Dense(), is_sparse_state))
 
 
 def replace_masks(state: PyTree, masks: PyTree) -> PyTree:
@@ -293,7 +307,7 @@ def hard_masks(state: PyTree, params: PyTree) -> list[Array]:
         jax.tree.map(lambda m: jnp.asarray(True), s.masks) if s.spec.straight_through else s.masks
         for s in sparse_states(state)
     ]
-    nodes = tree.match("state", _merge(trees, _both, optax.MaskedNode()), params, is_leaf=is_node)
+    nodes = tree.match("state", _merge(trees, _both), params, is_leaf=is_node)
     return [jnp.asarray(True) if isinstance(node, optax.MaskedNode) else node for node in nodes]
 
 
@@ -354,10 +368,11 @@ def _resolve(layout: Any, mask: Any) -> Any:
     return layout.read(mask)
 
 
-def _merge(trees: list[PyTree], combine: Callable[[Any, Any], Any], absent: Any) -> PyTree:
+def _merge(trees: list[PyTree], combine: Callable[[Any, Any], Any]) -> PyTree:
     """One tree from those of several methods.
 
-    `optax.MaskedNode` marks leaves that a method does not see (multi_transform).
+    `optax.MaskedNode` marks leaves that a method does not see (multi_transform), and in the merged
+    tree those that none sees.
     """
 
     def two(path: Any, a: Any, b: Any) -> Any:
@@ -377,8 +392,4 @@ def _merge(trees: list[PyTree], combine: Callable[[Any, Any], Any], absent: Any)
         merged = jax.tree_util.tree_map_with_path(
             two, merged, other, is_leaf=stop, is_leaf_takes_path=True
         )
-    return jax.tree.map(
-        lambda node: absent if isinstance(node, optax.MaskedNode) else node,
-        merged,
-        is_leaf=is_node,
-    )
+    return merged

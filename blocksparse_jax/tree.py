@@ -1,5 +1,6 @@
 """Pytrees of parameters: names of leaves, the sparse ones, and the state that belongs to them."""
 
+import contextvars
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 Where = Callable[[str, Array], bool]
+
+GROUPED = contextvars.ContextVar[frozenset[str]]("GROUPED", default=frozenset())
+"""Names of kernels that are known to be grouped: the default choice leaves them out."""
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -34,8 +38,9 @@ def conv_kernels(name: str, leaf: Array) -> bool:
     vmapped ensembles stack them (the kernel of a 3-D convolution looks the same); the stem is one
     whose name holds "stem" or that reads at most 4 input channels (images); depthwise kernels, and
     grouped ones of at most 4 channels a group, stay dense by the same rule. A grouped convolution
-    of more looks like an ordinary one of few channels: exclude it by name. The variances of
-    variational dropout, `log_sigma2`, are no kernels.
+    of more looks like an ordinary one of few channels: `bsj.nnx.Optimizer`, which sees the layers,
+    leaves it out; elsewhere exclude it by name. The variances of variational dropout,
+    `log_sigma2`, are no kernels.
 
     Args:
       name: the leaf's path name.
@@ -53,7 +58,7 @@ def conv_kernels(name: str, leaf: Array) -> bool:
     Reference: the dense layers of Xiang et al., "SUBP", NeurIPS 2023 (stem and classifier).
     """
     is_kernel = leaf.ndim >= 4 and leaf.shape[-2] > 4 and not name.endswith("log_sigma2")
-    return is_kernel and "stem" not in name.lower()
+    return is_kernel and "stem" not in name.lower() and name not in GROUPED.get()
 
 
 def has_variables(params: PyTree) -> bool:

@@ -394,10 +394,12 @@ def _climb(table: _Table, start: _Climber, counts: Counts, sizes: Sizes) -> _Cli
         runs, taps, values = _choose(
             sums, state.taps, counts, sizes, thorough=is_last | sizes.exact
         )
-        places = jax.lax.cond(
-            is_last, lambda: here, lambda: _exchange_filters(by_tap, state.order, runs, taps)
-        )
-        if sizes.exact:
+        places = here
+        if len(taps) > 1:  # one group exchanges nothing
+            places = jax.lax.cond(
+                is_last, lambda: here, lambda: _exchange_filters(by_tap, state.order, runs, taps)
+            )
+        if len(taps) > 1 and sizes.exact:
             places = jax.lax.cond(
                 is_last | (places != here).any(),
                 lambda: places,

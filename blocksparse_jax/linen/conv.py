@@ -145,11 +145,19 @@ class BlockSparseConv(nn.Module):
         else:
             shape = kernel_shape(self, x)
             kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
-        layout: Any = self.get_variable("layouts", "kernel", None)
-        if layout is None:
-            check_layouts_name_params(self)
-            layout = Dense()
-        return kernel, layout
+        return kernel, layout_of(self)
+
+
+def layout_of(layer: nn.Module) -> Any:
+    """The layout of a layer's kernel in the collection `layouts`, and `Dense()` without one.
+
+    It comes in a box where the kernel does, as of `nn.with_partitioning`.
+    """
+    layout: Any = layer.get_variable("layouts", "kernel", None)
+    if layout is None:
+        check_layouts_name_params(layer)
+        return Dense()
+    return nn.meta.unbox(layout)
 
 
 def kernel_shape(

@@ -268,16 +268,16 @@ def _name(module: nn.Module) -> str:
 def _refuse_what_cannot_run(module: nn.Module, layout: BlockLayout, option: str | None) -> None:
     """ValueError, with the layer's name, where a block-sparse layer cannot take its place."""
     name = _name(module)
+    if option is not None:
+        raise ValueError(
+            f"{name}/kernel: a layer with {option} has no block-sparse form; give it Dense() as "
+            f"its layout, or leave it out with where="
+        )
     if layout.kernels.stack:
         raise ValueError(
             f"{name}/kernel: its layout is that of {layout.kernels.count} stacked layers, which "
             f"cannot follow them into the loop of nn.scan or nn.vmap; write the layer with "
             f"BlockSparseConv and variable_axes={{'params': 0, 'layouts': 0}}, or give it Dense()"
-        )
-    if option is not None:
-        raise ValueError(
-            f"{name}/kernel: a layer with {option} has no block-sparse form; give it Dense() as "
-            f"its layout, or leave it out with where="
         )
 
 

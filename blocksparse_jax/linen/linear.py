@@ -9,8 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from blocksparse_jax._layer_forward import multiply
-from blocksparse_jax.layout import Dense
-from blocksparse_jax.linen.conv import check_layouts_name_params
+from blocksparse_jax.linen.conv import layout_of
 
 
 class BlockSparseLinear(nn.Module):
@@ -79,9 +78,5 @@ class BlockSparseLinear(nn.Module):
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
-        layout: Any = self.get_variable("layouts", "kernel", None)
-        if layout is None:
-            check_layouts_name_params(self)
-            layout = Dense()
         name = "/".join(self.path) or type(self).__name__
-        return multiply(self, name, x, kernel, bias, layout, shape)
+        return multiply(self, name, x, kernel, bias, layout_of(self), shape)

@@ -12,6 +12,7 @@ from blocksparse_jax.conv import available_implementations
 from blocksparse_jax.layout import BlockLayout, Dense, is_layout
 from blocksparse_jax.nnx.conv import BlockSparseConv
 from blocksparse_jax.nnx.linear import BlockSparseLinear
+from blocksparse_jax.packing import refuse_foreign_values
 from blocksparse_jax.tree import path_name
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -111,7 +112,8 @@ def set_layouts(model: nnx.Module, layouts: Any) -> None:
     if not layers:
         raise ValueError(
             "model: no layer of it can have a layout, expected block-sparse layers; call "
-            "nnx.sparsify(model) first"
+            "nnx.sparsify(model) first (linen layers in nnx.bridge.ToNNX run under "
+            "linen.use_layouts)"
         )
     by_kernel = {}
     for path, layout in jax.tree.leaves_with_path(layouts, is_leaf=is_layout):
@@ -135,6 +137,7 @@ def set_layouts(model: nnx.Module, layouts: Any) -> None:
                 raise ValueError(
                     f"layouts: {name} is of a kernel {tuple(layout.shape)}, expected {shape}"
                 )
+        refuse_foreign_values(name, kernel.get_value(), layout)
         by_kernel[id(kernel)] = layout
     for layer in layers:
         layer.layout.set_value(by_kernel.get(id(layer.kernel), Dense()))

@@ -7,6 +7,7 @@ import optax
 from flax import nnx
 
 from blocksparse_jax.state import LAYOUTS_STAY_WHOLE
+from blocksparse_jax.tree import GROUPED
 
 
 class Optimizer(nnx.Optimizer):
@@ -15,6 +16,9 @@ class Optimizer(nnx.Optimizer):
     `nnx.Optimizer` writes its state back leaf by leaf, and leaves a dict where a `BlockLayout` was.
     This class keeps each layout whole: `get_layouts(optimizer.opt_state)` works after any number of
     updates, and the first update does not change the state's structure.
+
+    It also knows which kernels are those of grouped and depthwise convolutions, which their shapes
+    do not tell: methods without a `where` leave them dense.
 
     Example:
       >>> import blocksparse_jax as bsj
@@ -26,6 +30,13 @@ class Optimizer(nnx.Optimizer):
       >>> model[0].layout.get_value().packed_shape
       (2, 8, 9, 16)
     """
+
+    def __init__(self, model: Any, tx: Any, **options: Any):
+        token = GROUPED.set(_grouped_kernels(model))
+        try:
+            super().__init__(model, tx, **options)
+        finally:
+            GROUPED.reset(token)
 
     def update(self, model: Any, grads: Any, /, **kwargs: Any) -> Any:
         """Updates the model's parameters and the optimizer's state in place.
@@ -55,3 +66,15 @@ class Optimizer(nnx.Optimizer):
         )
         self.step[...] += 1
         return updates
+
+
+def _grouped_kernels(model: Any) -> frozenset[str]:
+    """The names of the kernels of grouped convolutions."""
+    grouped = {
+        id(module.kernel)
+        for _, module in nnx.iter_modules(model)
+        if isinstance(module, nnx.Conv) and module.feature_group_count > 1
+    }
+    return frozenset(
+        "/".join(map(str, path)) for path, node in nnx.iter_graph(model) if id(node) in grouped
+    )

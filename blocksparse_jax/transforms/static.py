@@ -16,6 +16,7 @@ from blocksparse_jax.counts import block_counts
 from blocksparse_jax.kernels import Kernels, kernels
 from blocksparse_jax.layout import BlockLayout, Dense, is_layout, layout_to_mask, mask_to_layout
 from blocksparse_jax.masks import draw, per_leaf
+from blocksparse_jax.origins import note, noted
 from blocksparse_jax.patterns import Kept, unstructured
 from blocksparse_jax.spec import Spec
 from blocksparse_jax.state import SparseState, stands_for_params
@@ -33,7 +34,7 @@ def fixed_masks(
         by itself.
       layouts: instead of masks: a tree of the params' structure with `BlockLayout | Dense()`.
       sparsity: what was asked for when they were made, the target that `summarize` shows, in
-        [0, 1); None is what they have.
+        [0, 1); None is what `random_channel_layouts` was asked for, else what they have.
 
     Returns:
       An optax transformation that masks gradients; wrap the chain with `keep_zeros`.
@@ -75,6 +76,10 @@ def fixed_masks(
             "a layer",
             stacklevel=2,
         )
+
+    asked_for = {_asked_for(node) for node in nodes.values()}
+    if sparsity is None and len(asked_for) == 1:
+        sparsity = asked_for.pop()
 
     def masks_of(chosen: dict[str, Array]) -> dict[str, Kept]:
         for name, leaf in chosen.items():
@@ -135,6 +140,11 @@ def _layout_nodes(layouts: PyTree) -> dict[str, BlockLayout]:
         if isinstance(node, BlockLayout):
             nodes[name] = node
     return nodes
+
+
+def _asked_for(node: Any) -> float | None:
+    """The sparsity that a layout was drawn for, where that is known."""
+    return noted(node.channels, "sparsity") if isinstance(node, BlockLayout) else None
 
 
 def _kept(node: Any) -> Kept:
@@ -239,4 +249,5 @@ def random_channel_layouts(
         leaf_key = jax.random.fold_in(key, i)
         keys = jax.random.split(leaf_key, of.stack) if of.stack else leaf_key
         layouts[name] = of.each(draw_one)(keys)
+        note(layouts[name].channels, sparsity=float(sparsity))
     return per_leaf(params, layouts, Dense())

@@ -29,6 +29,7 @@ from experiments.training.execution import (
     to_form,
     with_masks,
 )
+from experiments.training.health import health, remarks
 from experiments.training.history import History
 from experiments.training.loop import Metrics
 from experiments.training.optimizer import learning_rate, passes
@@ -359,7 +360,7 @@ class Run:
             "lr": self._lr(),
             "density": network_size.density(masks, shapes, self.trainer.shapes),
             "parameters": self._parameters,
-            "nonzero_pruned": self._nonzero_pruned(),
+            **health(self.state.params, self.state.opt_state, self.trainer.spec is not None),
             "sad": float(bsj.sad(masks, self._masks).total) if comparable else None,
             **self._history.numbers(),
             "step_ms_median": median,
@@ -367,17 +368,11 @@ class Run:
         }
         self._masks, self._epoch = masks, Sums()
         self.folder.append(row)
-        warning = f", {n} pruned weights are not zero" if (n := row["nonzero_pruned"]) else ""
         line = (
             f"epoch {epoch + 1}/{self.config.epochs}: loss {row['loss']:.3f}, test "
-            f"{row['test_accuracy']:.2%}{warning}"
+            f"{row['test_accuracy']:.2%}{remarks(row)}"
         )
         return line, row["test_accuracy"]
-
-    def _nonzero_pruned(self) -> int:
-        if self.trainer.spec is None:
-            return 0
-        return int(bsj.nonzero_pruned(self.state.params, self.state.opt_state))
 
     def _means(self, sums: Sums) -> dict[str, float]:
         return {
@@ -415,6 +410,9 @@ class Run:
             "data": shown_name(config.dataset, config.data_dir, config.examples),
             "density": last["density"],
             "nonzero_pruned": last["nonzero_pruned"],
+            # Rows of runs that began with an earlier version have no such columns.
+            "nonfinite_values": last.get("nonfinite_values", 0),
+            "mask_updates_left_out": last.get("mask_updates_left_out", 0),
             "test_accuracy": last["test_accuracy"],
             "train_loss": last["loss"],
             "kept_flops_fraction": network_size.kept_flops(

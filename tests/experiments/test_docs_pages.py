@@ -59,6 +59,27 @@ def test_the_examples_of_a_page_run_from_top_to_bottom(page, capsys):
 
 
 @pytest.mark.parametrize(
+    ("page", "call"),
+    [
+        ("README.md", "step(params, state, x)"),
+        ("choosing_a_method.md", "step(params, state, bsj.get_layouts(state), x, x)"),
+    ],
+)
+def test_the_loops_may_donate_params_and_state(page, call, capsys):
+    """With the same losses as without."""
+    loop = python_blocks(TEXTS[page])[0]
+    again = f"losses = []\nfor _ in range(3):\n    params, state, loss = {call}\n"
+    again += "    losses.append(float(loss))\n"
+    donating = loop.replace("@jax.jit", "@functools.partial(jax.jit, donate_argnums=(0, 1))")
+    assert donating != loop
+    expected, actual = (
+        run(["import functools\n", text + again], page) for text in (loop, donating)
+    )
+    assert actual["losses"] == expected["losses"]
+    assert bsj.nonzero_pruned(actual["params"], actual["state"]) == 0
+
+
+@pytest.mark.parametrize(
     ("method", "density"),
     [
         ("bsj.hrbp_prune(0.9)", 0.1),

@@ -33,7 +33,7 @@ def test_channels_grow_in_equal_portions_and_a_run_resumes_to_the_same_bits(tmp_
     for step in (1, 4, 6, 7, 10, 13, 20):
         assert whole.train(stop_after=step) is None
         counts[step] = dormant(whole)
-        assert whole._nonzero_pruned() == 0
+        assert bsj.nonzero_pruned(whole.state.params, whole.state.opt_state) == 0
     for space, size in total.items():
         left = [size // 2 - -(-size // 2 * n // 5) for n in range(1, 6)]
         portions = [counts[step][space] for step in (1, 4, 7, 10, 13)]

@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from new_process import cache
 from tiny_runs import PER_EPOCH, assert_same_run, config, error_of, flags, output_of
@@ -480,11 +482,32 @@ def test_a_run_says_how_many_pruned_weights_are_not_zero(tmp_path, capsys):
     for name in ("conv1", "conv2"):
         run.state.params[name]["kernel"] += 1
     run._train_step(*next(iter(run.data.train_batches(0, 128, 0))))
-    assert run._nonzero_pruned() == 0  # keep_zeros has set them back
+    line, _ = run._log_epoch(0)
+    assert run.folder.metrics()[-1]["nonzero_pruned"] == 0, "keep_zeros has set them back"
+    assert "not zero" not in line
     for name in ("conv1", "conv2"):
         run.state.params[name]["kernel"] += 1
     masks = masks_of(run.state)
     pruned = sum(int((~masks[name]["kernel"]).sum()) for name in ("conv1", "conv2"))
-    assert run._nonzero_pruned() == pruned > 0
-    assert f"{pruned} pruned weights are not zero" in run._log_epoch(0)[0]
-    assert run.folder.metrics()[-1]["nonzero_pruned"] == pruned
+    run._train_step(*next(iter(run.data.train_batches(0, 128, 0))))
+    for name in ("conv1", "conv2"):
+        run.state.params[name]["kernel"] += 1
+    line, _ = run._log_epoch(0)
+    assert f"{pruned} pruned weights are not zero" in line
+    assert run.folder.metrics()[-1]["nonzero_pruned"] == pruned > 0
+
+
+def test_a_run_says_what_is_not_finite(tmp_path, capsys):
+    """Moments that overflow while the loss is still a number, and masks that could not change."""
+    run = Run(config(tmp_path, "rigl", epochs=1))
+    run._train_step(*next(iter(run.data.train_batches(0, 128, 0))))
+    trace = optax.tree_utils.tree_get(run.state.opt_state, "trace")
+    trace["conv1"]["kernel"] = trace["conv1"]["kernel"].at[0, 0, 0, :3].set(jnp.inf)
+    opt_state = optax.tree_utils.tree_set(
+        run.state.opt_state, trace=trace, nonfinite_updates=jnp.int32(2)
+    )
+    run.state = dataclasses.replace(run.state, opt_state=opt_state)
+    line, _ = run._log_epoch(0)
+    assert ", 3 weights and moments are not finite, 2 updates of the masks left out" in line
+    row = run.folder.metrics()[-1]
+    assert (row["nonfinite_values"], row["mask_updates_left_out"]) == (3, 2)

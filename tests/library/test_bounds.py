@@ -71,11 +71,15 @@ def test_a_divisor_of_at_least_half_passes_without_a_warning(filters):
         lambda p: bsj.keep_zeros(bsj.subp(0.9, schedule=bsj.between(0, 1))),
         lambda p: bsj.hrbp_prune(0.9),
         lambda p: bsj.rigl(0.9, until=9),
+        lambda p: bsj.fixed_masks(layouts=bsj.random_channel_layouts(jax.random.key(0), p, 0.9)),
         lambda p: bsj.fixed_masks(
-            layouts=bsj.random_channel_layouts(jax.random.key(0), p, 0.9), sparsity=0.9
+            layouts=jax.jit(bsj.random_channel_layouts, static_argnums=2)(
+                jax.random.key(0), p, 0.9
+            ),
+            sparsity=0.9,
         ),
     ],
-    ids=["subp", "hrbp", "rigl", "random-channel"],
+    ids=["subp", "hrbp", "rigl", "random-channel", "random-channel of a jitted draw"],
 )
 def test_the_target_of_a_summary_is_what_was_asked_for(make):
     """16 channels hold no tenth: SUBP keeps two, random channels two at 7 taps."""

@@ -284,6 +284,16 @@ def test_keeping_everything_and_one_channel():
     assert alone.channels.tolist() == best.tolist()
 
 
+def test_one_group_of_all_filters():
+    """Nothing can be exchanged; XLA's code of the search for an exchange overran its stack here."""
+    scores = jnp.abs(jax.random.normal(jax.random.key(0), (3, 3, 64, 64)))
+    layout = hrbp_groups(scores, group_size=64, kept=19, kept_taps=3)
+    assert layout.filters.tolist() == [list(range(64))]
+    assert layout.packed_shape == (1, 19, 3, 64)
+    by_channel = scores.sum(-1).reshape(9, 64)[layout.taps[0]].sum(0)
+    assert sorted(np.argsort(-by_channel)[:19].tolist()) == layout.channels[0].tolist()
+
+
 def test_given_groups_stay():
     scores = draw("iid", (3, 3, 8, 12), 1)
     filters = np.random.default_rng(0).permutation(12).reshape(3, 4)

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # Modules on one line do not import each other.
 ORDER = [
-    {"_checks", "alike", "run_once", "transposes"},
+    {"_checks", "alike", "origins", "run_once", "transposes"},
     {"kernels", "norm_act"},
     {"tree", "geometry", "erk"},
     {"selection", "scores", "budgets", "schedules"},
@@ -31,7 +31,7 @@ ORDER = [
     {"column_masks", "lottery", "channel_growth"},
     {"variational", "compression.huffman", "compression.share"},
     {"compression.encode"},
-    {"spec"},
+    {"spec", "hidden_parts"},
     {"state", "serialization"},
     {"packing"},
     {"transforms._base"},

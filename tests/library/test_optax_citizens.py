@@ -4,14 +4,17 @@ import contextlib
 import functools
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from sparse_methods import METHODS, kinds_first, noise, slow_unless, small_tree
 
 import blocksparse_jax as bsj
+from blocksparse_jax import origins
 
 
 @contextlib.contextmanager
@@ -153,6 +156,27 @@ def test_masks_under_prefix_labels_take_the_structure_of_params(params):
         bsj.get_masks(state, {"other": params["conv1"]})
 
 
+@pytest.mark.parametrize("labels", ["of subtrees", "of leaves"])
+def test_masks_under_prefix_labels_follow_the_moments_of_the_other_parts(labels, params):
+    """Three parts, named as the params' own keys are: none is taken for another."""
+    parts = {
+        "stem": optax.sgd(0.1, momentum=0.9),
+        "conv1": bsj.sparse(bsj.hrbp_prune(0.7, group_size=16), optax.sgd(0.1)),
+        "classifier": optax.adam(1e-3),
+    }
+    names = {"stem": "stem", "conv1": "conv1", "conv2": "conv1", "classifier": "classifier"}
+    if labels == "of leaves":
+        names = {key: jax.tree.map(lambda _, k=key: names[k], params[key]) for key in names}
+    state = optax.multi_transform(parts, names).init(params)
+    masks, layouts = bsj.get_masks(state), bsj.get_layouts(state)
+    chex.assert_trees_all_equal_structs(masks, params)
+    chex.assert_trees_all_equal(
+        jax.tree.map(jnp.multiply, params, masks), bsj.apply_masks(params, masks)
+    )
+    assert isinstance(layouts["conv1"]["kernel"], bsj.BlockLayout)
+    assert layouts["classifier"] == {"kernel": bsj.Dense()}
+
+
 def test_a_state_in_place_of_masks_is_named(params):
     state = sparse_adam("rigl", params).init(params)
     with pytest.raises(ValueError, match=r"masks: .*get_masks\(state\)"):
@@ -197,3 +221,66 @@ def test_layouts_of_another_seed_or_step_are_refused(name):
     chex.assert_trees_all_equal_structs(restored, state)
     jitted = jax.jit(bsj.unpack_tree)(values, packed, layouts)[0]
     np.testing.assert_array_equal(jitted["conv1"]["kernel"], back["conv1"]["kernel"])
+
+
+def of_seed(seed):
+    """A layer's params, their packed values and layouts; equal shapes for every seed."""
+    params = {"kernel": jax.random.normal(jax.random.key(seed), (3, 3, 16, 32))}
+    state = bsj.hrbp_prune(0.9, group_size=8).init(params)
+    layouts = bsj.get_layouts(state)
+    params = bsj.apply_masks(params, bsj.get_masks(state))
+    return params, bsj.pack_tree(params, state, layouts)[0], layouts
+
+
+IMAGES = jnp.ones((2, 8, 8, 16))
+
+
+def in_collection(values, layouts):
+    model = bsj.linen.BlockSparseConv(32, (3, 3), use_bias=False)
+    return model.apply({"params": values, "layouts": layouts}, IMAGES)
+
+
+def in_use_layouts(values, layouts):
+    with bsj.linen.use_layouts(layouts):
+        return nn.Conv(32, (3, 3), use_bias=False).apply({"params": values}, IMAGES)
+
+
+def in_nnx(values, layouts):
+    model = bsj.nnx.BlockSparseConv(16, 32, 3, use_bias=False, rngs=nnx.Rngs(0))
+    nnx.update(model, values)
+    bsj.nnx.set_layouts(model, layouts)
+    return model(IMAGES)
+
+
+def in_conv(values, layouts):
+    return bsj.conv(IMAGES, values["kernel"], layouts["kernel"])
+
+
+def in_unpack(values, layouts):
+    kernel = bsj.unpack(values["kernel"], layouts["kernel"])
+    return bsj.conv(IMAGES, kernel, bsj.Dense())
+
+
+@pytest.mark.parametrize("run", [in_collection, in_use_layouts, in_nnx, in_conv, in_unpack])
+def test_packed_values_refuse_layouts_of_another_seed(run):
+    """Though all shapes fit, as long as the values are the very arrays that were packed."""
+    params, values, layouts = of_seed(0)
+    expected = bsj.conv(IMAGES, params["kernel"], bsj.Dense())
+    _, _, others = of_seed(1)
+    equal = jax.tree.map(jnp.copy, layouts)
+    for own in (layouts, equal):
+        np.testing.assert_allclose(run(values, own), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="packed values are not of this layout, but of one of"):
+        run(values, others)
+    if run is not in_nnx:  # which sets layouts outside of jit
+        jax.jit(run)(values, others)  # where the values are not known
+    jax.tree.map(lambda array: array.delete(), layouts)
+    np.testing.assert_allclose(run(values, equal), expected, atol=1e-5)
+
+
+def test_notes_about_arrays_end_with_them():
+    _, values, _ = of_seed(0)
+    key = id(values["kernel"])
+    assert key in origins._NOTES
+    del values
+    assert key not in origins._NOTES

@@ -333,3 +333,19 @@ def test_raw_random_keys_are_keys():
         )
         > 0
     )
+
+
+def test_a_state_restored_without_a_target_is_named():
+    """Checkpoints then give lists and dicts in place of tuples and states."""
+    state = bsj.sparse(bsj.rigl(0.5, until=9), optax.sgd(0.1)).init({"w": jnp.ones((1, 1, 8, 8))})
+    restored = [state[0]._asdict(), list(state[1])]
+    with pytest.raises(ValueError, match=r"found none in list, but dicts.*into tx.init\(params\)"):
+        bsj.get_masks(restored)
+
+
+@pytest.mark.parametrize("method", [bsj.hrbp_prune(0.5, block_density=1), bsj.magnitude(0.5)])
+def test_shapes_in_place_of_weights_are_named(method):
+    params = {"w": jax.ShapeDtypeStruct((1, 1, 8, 8), jnp.float32)}
+    with pytest.raises(ValueError, match=r"params\['w'\]: its values decide.*jax.eval_shape"):
+        method.init(params)
+    assert jax.eval_shape(method.init, params).masks["w"].shape == (1, 1, 8, 8)

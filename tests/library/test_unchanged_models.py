@@ -291,14 +291,16 @@ def test_linen_block_sparse_conv_takes_its_layout_from_the_block_too():
             "Conv/kernel: a layer with a conv_general_dilated of its own",
         ),
         ({"feature_group_count": 2}, "Conv/kernel: a convolution with feature_group_count=2"),
+        ({"kernel_size": (2, 3, 3)}, "Conv/kernel: a layer with kernel_size=(2, 3, 3)"),
     ],
 )
 def test_linen_layer_that_cannot_run_says_so_by_name(options, message):
     model = nn.Conv(**conv(options))
-    params = initial(model)
-    _, _, layouts = pruned(params, where=lambda name, leaf: leaf.ndim == 4)
+    x = X if len(model.kernel_size) == 2 else X[:, None]
+    params = model.init(jax.random.key(1), x)["params"]
+    _, _, layouts = pruned(params, where=lambda name, leaf: leaf.ndim >= 4)
     with pytest.raises(ValueError, match=re.escape(message)), bsj.linen.use_layouts(layouts):
-        model.apply({"params": params}, X)
+        model.apply({"params": params}, x)
 
 
 def test_linen_packed_values_of_a_layer_that_runs_as_written_are_refused_by_name():
@@ -392,6 +394,26 @@ def test_nnx_network_trains_as_masked_dense():
     assert isinstance(sparse.tied_too.layout.get_value(), bsj.BlockLayout)
 
 
+def test_nnx_grouped_convolutions_stay_dense_by_default():
+    """Their kernels of 8 channels a group look like those of ordinary convolutions."""
+    rngs = nnx.Rngs(0)
+    grouped = nnx.Conv(32, 32, (3, 3), feature_group_count=4, rngs=rngs)
+    model = bsj.nnx.sparsify(nnx.Sequential(nnx.Conv(32, 32, (3, 3), rngs=rngs), grouped))
+
+    def optimizer(**options):
+        method = bsj.hrbp_prune(0.75, group_size=8, block_density=1, **options)
+        return bsj.nnx.Optimizer(model, bsj.sparse(method, optax.sgd(0.1)), wrt=nnx.Param)
+
+    layouts = bsj.get_layouts(optimizer().opt_state)
+    bsj.nnx.set_layouts(model, layouts)
+    assert bsj.nnx.executions(model) == {"layers/0/kernel": "block-sparse"}
+    assert model(jnp.ones((1, 5, 5, 32))).shape == (1, 5, 5, 32)
+    asked_for = optimizer(where=lambda name, leaf: leaf.ndim == 4)
+    assert bsj.get_masks(asked_for.opt_state)["layers"][1]["kernel"].ndim == 4
+    functional = bsj.hrbp_prune(0.75, group_size=8).init(nnx.state(model, nnx.Param))
+    assert bsj.get_masks(functional)["layers"][1]["kernel"].ndim == 4, "the choice ended"
+
+
 def test_nnx_layouts_that_do_not_fit_change_nothing():
     model = bsj.nnx.sparsify(nnx.List([nnx.Conv(16, 32, (3, 3), rngs=nnx.Rngs(0))]))
     layout = pruned({"kernel": jnp.ones((3, 3, 16, 32)) * jnp.arange(32)})[2]["kernel"]
@@ -401,6 +423,25 @@ def test_nnx_layouts_that_do_not_fit_change_nothing():
             bsj.nnx.set_layouts(model, bad)
         kept = model[0].layout.get_value()
         assert kept.channels is layout.channels
+
+
+@pytest.mark.parametrize("annotate", [nn.with_partitioning, nn.with_logical_partitioning])
+def test_linen_params_in_boxes_have_layouts_in_boxes(annotate):
+    """As metadata of their sharding: `use_layouts`, and the collection of our layers."""
+    init = annotate(nn.initializers.lecun_normal(), (None, None, None, "features"))
+    plain, layer = (
+        kind(32, (3, 3), kernel_init=init) for kind in (nn.Conv, bsj.linen.BlockSparseConv)
+    )
+    params, state, layouts = pruned(initial(plain))
+    assert isinstance(params["kernel"], nn.meta.AxisMetadata)
+    expected = plain.apply({"params": params}, X)
+    for weights in (params, bsj.pack_tree(params, state, layouts)[0]):
+        with bsj.linen.use_layouts(layouts) as executions:
+            actual = plain.apply({"params": weights}, X)
+        assert executions == {"kernel": "block-sparse"}
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
+        actual = layer.apply({"params": weights, "layouts": layouts}, X)
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 def dense_kernels(name, leaf):
