@@ -46,7 +46,8 @@ def rumi_masks(
       (60, True)
 
     Reference: Rumi et al., "Accelerating sparse CNN inference on GPUs with performance-aware weight
-    pruning", 2020, in the variant of its public re-implementation; our choices as in `rumi_groups`.
+    pruning", 2020, in the variant of its public re-implementation. Our choice: complete-linkage
+    clusters by Jaccard distance instead of a hypergraph partition, as in `rumi_groups`.
     """
 
     def regroup(mask: Array) -> Array:
@@ -84,8 +85,8 @@ def dsb_masks(
       >>> bool((masks["w"] == (weights > 1)).all())
       True
 
-    Reference: DSB (shuffled block sparsity), 2022, and its authors' code; our choices as in
-    `dsb_groups`.
+    Reference: DSB (shuffled block sparsity), 2022, and its authors' code. Our choice: the smallest
+    clusters first, and ties to the lower index, as in `dsb_groups`.
     """
     chosen = tree.choose(where, params)
     kept = {

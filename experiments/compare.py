@@ -34,6 +34,7 @@ from experiments.training import plots
 from experiments.training.config import TrainConfig
 from experiments.training.execution import to_form
 from experiments.training.loop import stepper
+from experiments.training.methods import Lottery
 from experiments.training.registry import METHODS, method
 from experiments.training.run import Run
 
@@ -51,7 +52,7 @@ class CompareConfig:
       methods: names of the registry; all is every one of them.
       dataset: digits, or a prepared one of `experiments.train`, with its usual network.
       sparsity: fraction removed (dense and sr-ste, which keeps 2 of 4, fix their own).
-      epochs: of each training.
+      epochs: of each training; lottery tickets, as in the paper, have as many in every pass.
       repetitions: timed steps of each method and execution.
       seed: of everything.
       smoke: one epoch of a narrow network and few repetitions, to see that all of it runs; without
@@ -94,9 +95,7 @@ def main(config: CompareConfig) -> dict[str, Any]:
     steady_memory()
     out = Path(config.out or time.strftime("runs/compare-%Y%m%d-%H%M%S"))
     width = 0.25 if config.smoke else 1
-    base = TrainConfig(
-        dataset=config.dataset, width=width, epochs=config.epochs, seed=config.seed, log_every=10
-    )
+    base = TrainConfig(dataset=config.dataset, width=width, seed=config.seed, log_every=10)
     runs = {
         name: Run(
             dataclasses.replace(base, method=name, out=str(out / name), **_options(config, name))
@@ -133,6 +132,8 @@ def main(config: CompareConfig) -> dict[str, Any]:
                 "parameters",
             )
         }
+        # of one dense training, whatever the rounds of lottery tickets are
+        row["training_flops_fraction"] *= result["epochs"] / config.epochs
         for form in ("masked", "packed"):
             row[f"{form}_step_ms_median"], row[f"{form}_step_ms_iqr"] = medians.get(
                 form, (None, None)
@@ -189,9 +190,13 @@ def _options(config: CompareConfig, name: str) -> dict[str, Any]:
     """What differs from method to method; a smoke run has one update of the masks."""
     options = method(name).options
     fixed = options.fixed_sparsity() is not None
+    epochs = config.epochs
+    if isinstance(options, Lottery):
+        epochs *= options.count(config.sparsity)
     if config.smoke and hasattr(options, "update_every"):
         options = dataclasses.replace(options, update_every=10)
-    return {"options": options} | ({} if fixed else {"sparsity": config.sparsity})
+    fields = {"options": options, "epochs": epochs}
+    return fields if fixed else fields | {"sparsity": config.sparsity}
 
 
 def _steppers(runs: dict[str, Run]) -> dict[tuple[str, str], Any]:

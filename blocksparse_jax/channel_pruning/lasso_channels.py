@@ -56,9 +56,9 @@ def lasso_channels(
       [True, False, True]
 
     Reference: He et al., "Channel pruning for accelerating very deep neural networks", ICCV 2017,
-    equations 2 to 4. Where a step of the penalty removes several channels at once, those of the
-    largest `|b|` before it come back; that, one choice for all layers that read a residual stream,
-    and a path of 100 penalties are our choice.
+    equations 2 to 4. Our choice: a path of 100 penalties; of channels that one step of it removes
+    together, those of the largest factors before it come back; one choice for all layers that read
+    a residual stream.
     """
     return reconstruct(
         _last_of_path, _fitted, params, spaces, counts, inputs, originals, samples, key

@@ -136,7 +136,8 @@ def use_variational_dropout(key: Array) -> Iterator[None]:
     `nn.Conv`, `nn.Dense`, `BlockSparseConv`, and other layers that are linear in an input and a
     kernel and have `use_bias`. The network needs no change; `with_log_variances` makes the params.
     For evaluation leave the block away and zero the pruned weights: `apply_masks(params,
-    variational_masks(params))`.
+    variational_masks(params))`. Batch norm's running averages are best taken from such a pass too,
+    in training mode: noise widens the activations.
 
     Enter it where the model is applied, inside of the jitted function, with a new key in every
     step. The layers of `nn.scan` share the noise of one call.

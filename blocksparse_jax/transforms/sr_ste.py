@@ -69,7 +69,8 @@ def sr_ste(
       [0.1, 0.2, 0.0, 0.0, 0.5, 0.6, 0.0, 0.0]
 
     Reference: Zhou et al., "Learning N:M fine-grained structured sparse neural networks from
-    scratch", ICLR 2021, equation 9.
+    scratch", ICLR 2021, equation 9. Our choice: a dense stem by default, and the first of equal
+    weights (the authors' code prunes the stem too, and keeps the last).
     """
     pattern = n_of_m(n, m, axis)
     decay = _checks.number("decay", decay)

@@ -118,7 +118,7 @@ def sss(
 
     Reference: Huang & Wang, "Data-driven sparse structure selection for deep neural networks", ECCV
     2018, equations 10 to 12. Our choice: the scales of batch norms are the factors of neurons,
-    which take their shifts along when they go. Our choice: the default of the penalty.
+    which take their shifts along when they go; the default of the penalty.
     """
     _checks.number("penalty", penalty)
     _checks.fraction("momentum", momentum)

@@ -133,7 +133,8 @@ def subp(
       (2, 4, 9, 16)
 
     Reference: Xiang et al., "SUBP: soft uniform block pruning for 1xN sparse CNNs multithreading
-    acceleration", NeurIPS 2023.
+    acceleration", NeurIPS 2023. Our choice: the block of a layer whose filters N does not divide,
+    and zeros where hard pruning removes.
     """
     _checks.fraction("sparsity", sparsity)
     _checks.positive_int("block", block)

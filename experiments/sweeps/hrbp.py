@@ -3,12 +3,11 @@
 import dataclasses
 from typing import Any
 
-import blocksparse_jax as bsj
 from experiments.reporting import results
 from experiments.sweeps.settings import HRBP_IMAGENET, RESNET32, VGG19, Setting
 from experiments.sweeps.table import NAMES, Cell, SweepTable, Tables
 from experiments.training.config import TrainConfig
-from experiments.training.methods import Hrbp, Lottery, Options
+from experiments.training.methods import Grasp, Hrbp, Lottery, Options
 from experiments.training.registry import METHODS
 
 SOURCE = "Ma et al., CPAL 2024 (PMLR 234:282-301), CIFAR and ImageNet tables"
@@ -116,12 +115,13 @@ def _on(dataset: str) -> list[Setting]:
 
 
 def _config(setting: Setting, method: str, sparsity: float) -> TrainConfig:
-    config = setting.config(method, sparsity, METHODS[method].options)
-    if method != "lottery":
+    options = METHODS[method].options
+    if method == "grasp" and (setting.dataset, setting.model) == ("cifar100", "resnet32"):
+        options = Grasp(examples_per_class=5, batches=2)  # of GraSP's configs
+    config = setting.config(method, sparsity, options)
+    if not isinstance(options, Lottery):
         return config
-    options = Lottery()
-    passes = 1 + len(bsj.lottery_sparsities(sparsity, options.prune_fraction))
-    return dataclasses.replace(config, options=options, epochs=passes * setting.epochs)
+    return dataclasses.replace(config, epochs=options.count(sparsity) * setting.epochs)
 
 
 def _cells(dataset: str, methods: dict[str, str]) -> tuple[Cell, ...]:

@@ -6,6 +6,7 @@ from blocksparse_jax.patterns import Pattern
 NAMES = (
     "unstructured",
     "kernel",
+    "vector",
     "window",
     "channel",
     "fan_in",
@@ -14,7 +15,6 @@ NAMES = (
     "one_by_n",
     "block",
 )
-NAMES = ("unstructured", "kernel", "vector", "window", "channel", "n_of_m", "one_by_n", "block")
 
 
 def named(text: str) -> Pattern:

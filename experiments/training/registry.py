@@ -5,6 +5,7 @@ A new method is one line of `METHODS`; its table rows are read off what it publi
 
 import dataclasses
 import inspect
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -146,7 +147,7 @@ def _row(entry: Method) -> dict[str, str]:
                 ", ".join(needs) or "—",
                 "packed (has a layout)" if pattern.has_layout else "masked (no layout)",
                 _reference(source),
-                _ours(source) or "—",
+                _ours(entry, source),
             ),
             strict=True,
         )
@@ -159,7 +160,7 @@ def _row_of_smaller_networks(entry: Method, source: Callable[..., Any]) -> dict[
     steps = _steps(sorted(entry.options.operations(setup)))
     needs = "a batch" if entry.needs_batch else "—"
     cells = source.__name__, "channels, removed", steps, needs, "dense, a smaller network"
-    return dict(zip(_COLUMNS, (*cells, _reference(source), _ours(source) or "—"), strict=True))
+    return dict(zip(_COLUMNS, (*cells, _reference(source), _ours(entry, source)), strict=True))
 
 
 def _code(entry: Method) -> str:
@@ -196,9 +197,12 @@ def _steps(steps: list[int]) -> str:
         return "every step"
     if len(steps) == 1:
         return f"step {steps[0]}"
-    every = steps[1] - steps[0]
-    often = "every step" if every == 1 else f"every {every} steps"
-    return f"{often}, {steps[0]} to {steps[-1]}"
+    gaps = [after - before for before, after in itertools.pairwise(steps)]
+    if len(gaps) > 1 and gaps[-1] < gaps[-2]:
+        gaps.pop()  # the end of a schedule, which may come sooner
+    least, most = min(gaps), max(gaps)
+    often = f"every {least} to {most} steps" if least < most else f"every {least} steps"
+    return f"{often if most > 1 else 'every step'}, {steps[0]} to {steps[-1]}"
 
 
 def _reference(source: Callable[..., Any]) -> str:
@@ -208,11 +212,20 @@ def _reference(source: Callable[..., Any]) -> str:
     return re.sub(r'"[^"]*",? ', "", paper.group()) if paper else text
 
 
-def _ours(source: Callable[..., Any]) -> str:
-    """What a docstring calls our choice, where its reference is silent."""
-    text = " ".join((inspect.getdoc(source) or "").partition("Reference:")[2].split())
-    sentences = re.split(r"(?<=[.;]) ", text)
-    ours = [sentence for sentence in sentences if "our choice" in sentence.lower()]
-    return "; ".join(
-        re.sub(r"(?i)^our choices?[:,]? | (is|are) our choices?|[.;,]$", "", s) for s in ours
-    )
+def _ours(entry: Method, source: Callable[..., Any]) -> str:
+    """What is our choice where the paper is silent, as the library and the options say."""
+    reference = (inspect.getdoc(source) or "").partition("Reference:")[2]
+    options = (inspect.getdoc(type(entry.options)) or "").partition("Attributes:")[0]
+    return "; ".join(_our_choices(reference) + _our_choices(options)) or "—"
+
+
+def _our_choices(text: str) -> list[str]:
+    """Of "Our choice: A; B." all of it, of "C; D is our choice." what calls itself so."""
+    choices = []
+    for sentence in re.split(r"(?<=\.) ", " ".join(text.split())):
+        opens = re.match(r"our choice[:,]? ", sentence, re.IGNORECASE)
+        for clause in [sentence[opens.end() :]] if opens else sentence.split("; "):
+            closes = re.search(r",? (is|are) our choice\W*$", clause)
+            if opens or closes:
+                choices.append(clause[: closes.start()] if closes else clause.rstrip("."))
+    return choices

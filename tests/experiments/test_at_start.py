@@ -14,7 +14,7 @@ from experiments.data import load
 from experiments.training.config import TrainConfig, resolve
 from experiments.training.execution import masks_of
 from experiments.training.methods import Grasp, Snip, Synflow
-from experiments.training.methods.balanced import balanced
+from experiments.training.methods.batches import balanced, first_examples
 from experiments.training.seeding import first_batch, trainer_for
 
 SPARSITY = 0.8
@@ -44,6 +44,22 @@ def test_a_balanced_batch_is_ordered_by_class():
     assert found[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
     with pytest.raises(ValueError, match="expected 20 examples of every class, and class 0 has 14"):
         balanced(zip(images, labels, strict=True), 3, per_class=10, count=2)
+
+
+def test_snip_looks_at_one_batch_of_a_hundred_examples():
+    """Whatever the batches of training are; a smaller set gives all it has."""
+    trainer, (images, labels), masks = started("snip", Snip())
+    assert trainer.config.batch_size == 64
+    assert len(images) == len(labels) == 100
+    scores = kernels(bsj.snip(trainer._setup.loss_fn, trainer._setup.params, (images, labels)))
+    size = sum(score.size for score in scores.values())
+    expected = ref.global_masks(scores, round(size * (1 - SPARSITY)))
+    for name, mask in kernels(masks).items():
+        np.testing.assert_array_equal(mask, expected[name])
+    whole = [(np.arange(3), np.arange(3)), (np.arange(2), np.arange(2))]
+    assert first_examples(whole, 9)[1].tolist() == [0, 1, 2, 0, 1]
+    with pytest.raises(ValueError, match="examples: expected an integer of at least 1, got 0"):
+        Snip(examples=0).check()
 
 
 def test_grasp_looks_at_two_halves_of_ten_examples_a_class():

@@ -27,9 +27,7 @@ def test_subp_prunes_in_steps_and_is_tested_when_it_has_settled():
     step on; the last one is well before the end.
     """
     length, main_job = Length(22, 220), compare.CompareConfig()
-    config = resolve(
-        TrainConfig(method="subp", epochs=main_job.epochs, **compare._options(main_job, "subp"))
-    )
+    config = resolve(TrainConfig(method="subp", **compare._options(main_job, "subp")))
     setup = Setup(config.sparsity, jax.random.key(0), length, None)
     transform = bsj.sparse(METHODS["subp"].build(config.options, setup), optax.sgd(0.0))
     params = {"w": jnp.ones((1, 1, 100, 16))}
@@ -46,6 +44,12 @@ def test_subp_prunes_in_steps_and_is_tested_when_it_has_settled():
     assert len(densities) == 7
     assert densities[-1] == pytest.approx(0.1)
     assert steps[-1] < 0.75 * length.total
+
+
+def test_lottery_tickets_have_the_epochs_of_the_others_in_every_pass():
+    main_job = compare.CompareConfig()
+    assert compare._options(main_job, "lottery")["epochs"] == 12 * main_job.epochs
+    assert compare._options(main_job, "rigl")["epochs"] == main_job.epochs
 
 
 def test_compare_prints_one_table(tmp_path, capsys):

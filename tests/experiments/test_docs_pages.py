@@ -153,6 +153,14 @@ def test_methods_and_models_are_those_of_the_registries():
         assert f"`{name}`" in PAGES["choosing_a_method.md"], name
 
 
+def test_the_methods_with_a_pattern_are_named():
+    listed = re.search(r"`--rigl.pattern\s+one_by_n:16`: ([^.]+)\.", PAGES["choosing_a_method.md"])[
+        1
+    ]
+    chosen = {name for name, entry in METHODS.items() if hasattr(entry.options, "pattern")}
+    assert set(re.findall(r"`([\w-]+)`", listed)) == chosen
+
+
 def test_the_reference_lists_every_public_name_once():
     page = PAGES["api.md"]
     listed = re.findall(r"auto(?:function|class):: (\w+)(?:\(\))?$", page, re.MULTILINE)

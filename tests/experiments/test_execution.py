@@ -135,6 +135,40 @@ def test_executions_agree(method, optimizer):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), kept, expected)
 
 
+WITH_PATTERN = [name for name, entry in METHODS.items() if hasattr(entry.options, "pattern")]
+# What a definition does not allow: counts of rows that change, counts that are shapes.
+NOT_IN_BLOCKS = {
+    "one_by_n:16": ["dsr"],
+    "block:16": ["dsr", "granet", "nest", "lottery", "group-lasso"],
+    "channel:input": [],
+}
+IN_BLOCKS = [
+    (name, pattern)
+    for pattern, without in NOT_IN_BLOCKS.items()
+    for name in WITH_PATTERN
+    if name not in without
+]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:sparsity. density", "ignore:block_density")  # narrow layers
+@pytest.mark.parametrize(("method", "pattern"), IN_BLOCKS)
+def test_every_method_runs_packed_where_its_pattern_has_a_layout(method, pattern):
+    """In a run whose counts settle before its end: losses and masks of the masked execution."""
+    states, losses = {}, {}
+    for execution in ("masked", "packed"):
+        trainer = trainer_of(method, {"pattern": pattern}, execution=execution, lr=0.01)
+        state, losses[execution] = trainer.init(next(batches())[1:]), []
+        for step, images, labels in batches():
+            state, metrics = trainer.step(state, step, images, labels)
+            losses[execution].append(float(metrics.loss))
+        states[execution] = state
+    assert states["packed"].form == "packed"
+    np.testing.assert_allclose(losses["packed"], losses["masked"], atol=1e-3)
+    masks = (masks_of(state) for state in states.values())
+    jax.tree.map(np.testing.assert_array_equal, *masks)
+
+
 def test_dynamic_masks_move_only_at_topology_steps():
     # not 40 and on: the last quarter of training keeps its masks
     assert train("hrbp-dynamic", "packed", "adam").moved == [10, 20, 30]

@@ -16,11 +16,13 @@ from flax import linen as nn
 from small_runs import small_options
 
 import blocksparse_jax as bsj
+from blocksparse_jax import patterns
 from experiments.training import registry
 from experiments.training.config import TrainConfig, resolve
 from experiments.training.length import Length
 from experiments.training.loop import Trainer
 from experiments.training.methods import Setup
+from experiments.training.patterns import NAMES, named
 from experiments.training.registry import METHODS
 
 SPARSE = [name for name, entry in METHODS.items() if entry.options.make_pattern() is not None]
@@ -139,10 +141,78 @@ def test_the_table_has_a_row_for_every_method():
     assert rows["thinet"]["masks change"] == "step 500"
     assert rows["thinet"]["needs"] == "a batch"
     assert rows["prune-train"]["masks change"] == "step 500"
+    assert rows["dsr"]["masks change"] == "every 25 to 300 steps, 25 to 900"
     assert {*SPARSE, *SHRINKING} == set(METHODS) - {"dense"}
     for method in (*SPARSE, *SHRINKING):
         assert hasattr(bsj, rows[method]["function"].partition("(")[0])
         assert any(character.isdigit() for character in rows[method]["reference"]), method
+
+
+def test_the_methods_of_the_field_are_there():
+    """HRBP, SUBP, SR-STE and Campfire, and what they are measured against."""
+    names = """
+        dense hrbp hrbp-dynamic subp sr-ste ste campfire magnitude gradual narang random
+        random-channel snip grasp synflow lottery rumi dsb rigl set snfs deep-r dsr granet srigl
+        mest prune-train slimming group-lasso sss brain-damage variational-dropout l1-filters thinet
+        lasso-channels pfa nest deep-compression
+    """
+    assert set(names.split()) <= set(METHODS)
+
+
+def test_the_table_says_all_of_what_is_ours():
+    """Every part of "Our choice: A; B", and what the options of a method choose."""
+    ours = {row["method"]: row["ours"] for row in registry.rows()}
+    assert ours["deep-r"].endswith("counts stay in every layer")
+    assert ours["mest"].endswith("the masks before the first step hold the target")
+    assert ours["gradual"].endswith("the order taps before channels; the start and the end")
+    assert ours["lottery"].startswith("the passes share the epochs of the run")
+    assert "Jaccard distance" in ours["rumi"]
+    assert "follows the shortcut" not in ours["l1-filters"], "which the paper does"
+    assert not any("|" in text for text in ours.values()), "it would end the cell"
+    assert all(text == "—" or text[-1].isalnum() or text[-1] in ")`" for text in ours.values())
+    assert registry._our_choices("A, 2020. Our choice: b; c. D; e, are our choice; f.") == [
+        "b; c",
+        "e",
+    ]
+
+
+def test_schedules_are_those_of_the_authors_codes():
+    """In runs of their lengths; short ones have as many updates, as far as they can."""
+    setup = setup_of(None)
+
+    def schedule(method, length):
+        options = METHODS[method].options
+        return options.arguments(setup._replace(length=length))["schedule"]
+
+    granet, mest = (schedule(name, Length(390, 160 * 390)) for name in ("granet", "mest"))
+    assert (granet.every, granet.end) == (1000, 110 * 390)
+    assert (mest.start, mest.every, mest.end) == (5 * 390, 5 * 390, 120 * 390)
+    narang = METHODS["narang"].options.arguments(setup._replace(length=Length(390, 40 * 390)))
+    assert narang["schedule"] == bsj.between(390, 20 * 390, every=100)
+    assert narang["ramp"] == 10 * 390
+    dsr, epoch = schedule("dsr", Length(390, 200 * 390)), 390
+    steps = [step for step in range(200 * epoch) if dsr(step)]
+    expected = []
+    for period, first, last in ((100, 0, 25), (200, 25, 80), (400, 80, 140), (800, 140, 200)):
+        expected += range(first * epoch + period, last * epoch, period)
+    assert steps == expected
+    assert [step for step in range(44) if schedule("dsr", Length(22, 44))(step)][:3] == [1, 2, 3]
+    assert schedule("granet", Length(22, 220)).every == 10
+    asked = dataclasses.replace(METHODS["dsr"].options, update_every=30)
+    assert asked.arguments(setup._replace(length=Length(22, 220)))["schedule"] == bsj.every(
+        30, until=165
+    )
+    for method in ("dsr", "granet", "mest"):
+        with pytest.raises(ValueError, match="update_every: expected an integer of at least 1"):
+            dataclasses.replace(METHODS[method].options, update_every=0).arguments(setup)
+
+
+def test_the_command_line_knows_every_pattern():
+    assert set(NAMES) == set(patterns.__all__) - {"Kept", "Pattern"}
+    for name in NAMES:
+        made = named({"n_of_m": "n_of_m:2:4", "one_by_n": "one_by_n:8"}.get(name, name))
+        assert made.noun
+    assert named("kernel:mean") == patterns.kernel("mean")
 
 
 def test_snip_needs_a_batch(params):

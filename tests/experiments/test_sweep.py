@@ -69,6 +69,10 @@ def test_the_settings_are_those_of_the_papers():
         assert fields == (160, 128, 0.1, "step")
         assert (config.weight_decay, config.width) == (decay, width)
     assert cells["vgg19-90/lth"].epochs == 160 * 12, "eleven rounds, and the dense pass"
+    assert cells["resnet32-90/snip"].options.examples == 100
+    many = {cell.name: cell.config for cell in tables.table("hrbp-static-cifar100").cells}
+    grasp = [many[f"{model}-90/grasp"].options for model in ("resnet32", "vgg19")]
+    assert [(o.examples_per_class, o.batches) for o in grasp] == [(5, 2), (10, 1)]
     campfire = tables.table("campfire-tiny-imagenet").cells[1].config
     fields = (campfire.optimizer, campfire.lr, campfire.lr_schedule, campfire.batch_size)
     assert fields == ("adam", 1e-3, "last-quarter", 64)

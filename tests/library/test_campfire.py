@@ -15,7 +15,7 @@ SHAPES = {"conv1": (3, 3, 5, 6), "conv2": (1, 1, 6, 8), "conv3": (2, 3, 8, 4), "
 FEEDS = {"fc": "conv3"}
 START, LENGTH = 1, 5
 KINDS = ("window", "ck", "combined", "inter_epoch")
-PICTURES = ("random", "ties", "equal", "one channel")
+PICTURES = ("random", "ties", "equal", "zeros", "one channel")
 
 
 def weights(picture, seed):
@@ -24,6 +24,7 @@ def weights(picture, seed):
         "random": lambda shape: rng.normal(size=shape),
         "ties": lambda shape: rng.integers(-2, 3, shape),
         "equal": lambda shape: np.full(shape, 0.5),
+        "zeros": np.zeros,
         "one channel": lambda shape: rng.normal(size=shape) * (np.arange(shape[-1]) == 1),
     }[picture]
     return {name: np.asarray(draw(shape), np.float32) for name, shape in SHAPES.items()}
@@ -60,7 +61,9 @@ def reference(proposed, masks, kind, step, sparsity, share, fc):
     ("kind", "sparsity"), [*((kind, 0.75) for kind in KINDS), ("ck", 0.99), ("combined", 0.0)]
 )
 def test_masks_equal_the_reference_after_every_update(kind, sparsity):
-    """Over random weights, ties, all equal and one channel; what the optimizer proposes decides."""
+    """Over random weights, ties, all equal, zeros and one channel; what the optimizer proposes
+    decides.
+    """
     fc = "block" if kind in ("window", "combined") else "fine"
     method = bsj.campfire(
         sparsity, kind=kind, era=(START, LENGTH), window_share=0.6, fc=fc, fc_block=3, feeds=FEEDS
@@ -73,7 +76,7 @@ def test_masks_equal_the_reference_after_every_update(kind, sparsity):
         trace = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
         for step in range(START + LENGTH + 3):
             grads = weights("ties" if picture == "ties" else "random", 10 + step)
-            if picture in ("equal", "one channel"):
+            if picture in ("equal", "zeros", "one channel"):
                 grads = jax.tree.map(np.zeros_like, grads)
             trace = {n: np.float32(0.5) * trace[n] + grads[n] * masks[n] for n in SHAPES}
             proposed = {n: np.asarray(params[n]) - np.float32(0.25) * trace[n] for n in SHAPES}

@@ -138,6 +138,33 @@ def test_synflow_is_its_reference_to_the_mask(as_arrays, rounds):
         assert_masks(drawn(scores, sparsity), expected)
 
 
+@pytest.mark.parametrize("kind", ["ties", "equal", "one channel"])
+def test_snip_and_grasp_break_ties_by_index(kind):
+    """Of halves of squares, whose gradient and Hessian are the weights and one: no score rounds.
+    Zeros alone have no scores, and are refused.
+    """
+    shapes, rng = {"a": (1, 1, 4, 8), "b": (1, 1, 1, 8), "c": (1, 1)}, np.random.default_rng(0)
+    draw = {
+        "ties": lambda shape: rng.integers(-2, 3, shape),
+        "equal": lambda shape: np.full(shape, 0.5),
+        "one channel": lambda shape: np.ones(shape) * (np.arange(shape[-1]) == 1),
+    }[kind]
+    weights = {name: np.float32(draw(shape)) for name, shape in shapes.items()}
+
+    def loss_fn(params, batch):
+        return batch.mean() * sum(jnp.sum(leaf**2) / 2 for leaf in jax.tree.leaves(params))
+
+    params, batch, size = jax.tree.map(jnp.asarray, weights), jnp.ones(4), 32 + 8 + 1
+    expected = {name: weight.astype(float) ** 2 for name, weight in weights.items()}
+    for scores in (bsj.snip(loss_fn, params, batch), bsj.grasp(loss_fn, params, batch)):
+        for sparsity in SPARSITIES:
+            count = round(size * (1 - sparsity))
+            assert_masks(drawn(scores, sparsity), ref.global_masks(expected, count))
+    for score in (bsj.snip, bsj.grasp):
+        with pytest.raises(ValueError, match="not all zero"):
+            score(loss_fn, jax.tree.map(jnp.zeros_like, params), batch)
+
+
 def test_synflow_breaks_ties_by_index():
     """Equal weights, zeros and a layer of one weight; powers of two, so that no score rounds."""
     weights = {"a": np.full((1, 4), 0.5), "b": np.full((4, 2), 2.0), "c": np.ones((2, 1))}

@@ -1,5 +1,6 @@
 """drop_and_grow over every pattern, and its aliases SET and SNFS, against plain NumPy."""
 
+import functools
 import itertools
 
 import jax
@@ -25,10 +26,22 @@ def fraction_at(step, fraction=0.3, start=0, until=20):
     return fraction / 2 * (1 + np.cos(np.pi * (step - start) / (until - start)))
 
 
-def run(method, steps, params=None, grads=kernel):
+def kernel_of(kind, seed):
+    """Weights or gradients, adversarial ones too."""
+    rng = np.random.default_rng(seed)
+    if kind == "ties":
+        return rng.integers(-2, 3, SHAPE).astype(np.float32)
+    if kind == "one channel":
+        return kernel(seed) * (np.arange(SHAPE[2]) == 3)[:, None]
+    if kind == "random":
+        return kernel(seed)
+    return np.full(SHAPE, 0.0 if kind == "zeros" else 0.5, np.float32)
+
+
+def run(method, steps, params=None, grads=kernel, update=None, state=None):
     """The states before and after each step of a chain without an optimizer."""
     params = {"conv": jnp.asarray(kernel(99))} if params is None else params
-    state, update = method.init(params), jax.jit(method.update)
+    state, update = state or method.init(params), update or jax.jit(method.update)
     states = [state]
     for step in range(steps):
         _, state = update({"conv": jnp.asarray(grads(step))}, state, params)
@@ -49,13 +62,34 @@ PATTERNS = [
 ]
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+EDGES = [
+    (P.unstructured(), 0.0),
+    (P.unstructured(), 0.99),
+    (P.one_by_n(8), 0.99),
+    pytest.param(P.channel("input"), 0.99, marks=pytest.mark.slow),
+    pytest.param(P.block(group_size=8), 0.0, marks=pytest.mark.slow),
+    pytest.param(P.block(group_size=8), 0.99, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sparsity"), [*((pattern, 0.75) for pattern in PATTERNS), *EDGES], ids=str
+)
 @pytest.mark.filterwarnings("ignore:sparsity")
-def test_every_pattern_moves_its_sets_as_the_reference_does(pattern):
+def test_every_pattern_moves_its_sets_as_the_reference_does(pattern, sparsity):
     """The counts of every row stay; what stays and what comes follows from the definition."""
-    sparsity = 1 - pattern.density if pattern.density else 0.75
+    sparsity = 1 - pattern.density if pattern.density else sparsity
     method = bsj.drop_and_grow(sparsity, pattern=pattern, schedule=EVERY, fraction=0.6)
-    params, states = run(method, 7)
+    update, first = jax.jit(method.update), method.init({"conv": jnp.asarray(kernel(99))})
+    for kind in ("random", "ties", "equal", "zeros", "one channel"):
+        params = {"conv": jnp.asarray(kernel_of(kind, 99))}
+        grads = functools.partial(kernel_of, kind)
+        moved = check_moves(pattern, params, grads, run(method, 7, params, grads, update, first)[1])
+        assert moved > 0 or sparsity == 0 or kind != "random"
+
+
+def check_moves(pattern, params, grads, states):
+    """How many sets moved in a run whose every step is the reference's."""
     weights = np.abs(np.asarray(params["conv"]))
     moved = 0
     for step, (before, after) in enumerate(itertools.pairwise(states)):
@@ -67,7 +101,7 @@ def test_every_pattern_moves_its_sets_as_the_reference_does(pattern):
             np.testing.assert_array_equal(old, new)
             continue
         stay = np.asarray(pattern.sets(jnp.asarray(weights), layout))
-        come = np.asarray(pattern.sets(jnp.asarray(np.abs(kernel(step))), layout))
+        come = np.asarray(pattern.sets(jnp.asarray(np.abs(grads(step))), layout))
         share = np.float32(fraction_at(step, 0.6)) * old.sum(1)
         rounding = 0.0 if pattern == P.unstructured() else 0.5
         counts = np.floor(share + rounding).astype(int)
@@ -80,7 +114,7 @@ def test_every_pattern_moves_its_sets_as_the_reference_does(pattern):
             bsj.validate(after.layouts["conv"])
             mask = bsj.layout_to_mask(after.layouts["conv"])
             np.testing.assert_array_equal(mask, after.masks["conv"])
-    assert moved > 0
+    return moved
 
 
 def test_set_drops_the_smallest_and_grows_at_random():

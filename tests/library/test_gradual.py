@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import references as ref
 
 import blocksparse_jax as bsj
 from blocksparse_jax import patterns as P
@@ -74,6 +75,50 @@ def test_every_pattern_prunes_gradually(pattern):
         np.testing.assert_array_equal(before, np.arange(48).reshape(-1, pattern.group_size))
         assert not np.array_equal(first, before), "groups are found when pruning starts"
         np.testing.assert_array_equal(first, last)
+
+
+SETS = [  # of whole or single weights, all patterns but HRBP's blocks, which lose taps first
+    P.unstructured(),
+    P.kernel(),
+    P.vector(),
+    P.window(),
+    P.fan_in(),
+    P.channel_tap(),
+    P.one_by_n(4),
+    P.channel("input"),
+    P.channel("output"),
+]
+
+
+@pytest.mark.parametrize("sparsity", [0.75, pytest.param(0.99, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pattern", SETS, ids=str)
+@pytest.mark.filterwarnings("ignore:sparsity")
+def test_the_largest_sets_of_every_row_stay(pattern, sparsity):
+    """Against NumPy, over weights with ties, all equal, zeros and one channel; at 0 all stay."""
+    shape, rng = (3, 3, 8, 12), np.random.default_rng(0)
+    method = bsj.gradual(sparsity, pattern=pattern, schedule=bsj.between(0, 2))
+    update = jax.jit(method.update)
+    sets = pattern.units(shape).sets
+    for kind in ("random", "ties", "equal", "zeros", "one channel"):
+        state = method.init({"w": jnp.ones(shape)})
+        for part in (0.0, 0.875, 1.0):  # of the sparsity, at the start, in the middle, at the end
+            weights = {
+                "random": rng.normal(size=shape),
+                "ties": rng.integers(-2, 3, shape),
+                "one channel": rng.normal(size=shape) * (np.arange(8) == 5)[:, None],
+            }.get(kind, np.full(shape, 0.0 if kind == "zeros" else 0.5))
+            weights = jnp.asarray(weights, jnp.float32)
+            old = np.asarray(pattern.kept_sets(state.masks["w"], bsj.Dense()))
+            sizes = np.asarray(pattern.sets(jnp.abs(weights), bsj.Dense()))
+            _, state = update({"w": weights}, state, {"w": weights})
+            new = np.asarray(pattern.kept_sets(state.masks["w"], bsj.Dense()))
+            count = max(1, round(float(np.float32(1 - part * sparsity)) * sets))
+            for before, after, size in zip(old, new, sizes, strict=True):
+                expected = ref.largest(np.where(before, size, -1.0), count)
+                np.testing.assert_array_equal(after, expected, err_msg=f"{kind} {part}")
+    nothing = bsj.gradual(0.0, pattern=pattern, schedule=bsj.between(0, 2))
+    _, state = nothing.update({"w": weights}, nothing.init({"w": weights}), {"w": weights})
+    assert state.masks["w"].all()
 
 
 def test_blocks_are_those_of_one_shot_pruning_in_shape():

@@ -572,10 +572,35 @@ def test_rumi_equals_the_reference(seed, clusters, t1):
     assert expected or clusters == 8
 
 
-@pytest.mark.parametrize("kind", ["iid", "heavy", "clusters", "binary", "equal"])
+@pytest.mark.parametrize("kind", ["all", "none", "one channel", "one weight a filter", "few"])
+def test_rumi_equals_the_reference_where_rows_are_alike_or_empty(kind):
+    """Ties everywhere, masks of sparsity 0 and 0.99, and one without any weight."""
+    shape, rng = (1, 1, 24, 70), np.random.default_rng(0)
+    mask = {
+        "all": np.ones(shape, bool),
+        "none": np.zeros(shape, bool),
+        "one channel": np.zeros(shape, bool) | (np.arange(24) == 5)[:, None],
+        "one weight a filter": (np.arange(70) % 3 == np.arange(24)[:, None])[None, None],
+        "few": rng.random(shape) < 0.01,
+    }[kind]
+    blocks = rumi_groups(mask, clusters=3).blocks
+    expected = ref.rumi_blocks(mask, 3)
+    assert [(r.tolist(), c.tolist()) for r, c in blocks] == expected
+    assert bool(expected) == (kind not in ("none", "few"))
+
+
+@pytest.mark.parametrize(
+    "kind", ["iid", "heavy", "clusters", "binary", "equal", "zeros", "one channel"]
+)
 @pytest.mark.parametrize(
     ("shape", "sparsity", "block"),
-    [((3, 3, 6, 40), 0.8, 8), ((1, 1, 20, 17), 0.5, 4), ((3, 3, 4, 6), 0.9, 16)],
+    [
+        ((3, 3, 6, 40), 0.8, 8),
+        ((1, 1, 20, 17), 0.5, 4),
+        ((3, 3, 4, 6), 0.9, 16),
+        ((1, 1, 20, 17), 0.0, 4),
+        ((1, 1, 20, 17), 0.99, 4),
+    ],
 )
 def test_dsb_equals_the_reference(kind, shape, sparsity, block):
     """Binary and equal weights: nothing but ties."""
@@ -587,6 +612,8 @@ def test_dsb_equals_the_reference(kind, shape, sparsity, block):
         * (rng.random((*shape[:3], 3)) < 0.3)[..., rng.integers(3, size=shape[3])],
         "binary": rng.integers(-1, 2, shape).astype(float),
         "equal": np.ones(shape),
+        "zeros": np.zeros(shape),
+        "one channel": rng.normal(size=shape) * (np.arange(shape[2]) == 1)[:, None],
     }[kind]
     mask = dsb_groups(weights, sparsity=sparsity, block=block).mask()
     np.testing.assert_array_equal(ref.forward_matrix(mask), ref.dsb_mask(weights, sparsity, block))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import references as ref
 from flax import linen as nn
 from flax import nnx
 from scipy.integrate import quad
@@ -75,6 +76,32 @@ def test_masks_keep_what_is_certain():
     cut = np.sort(np.concatenate([rates[name].ravel() for name in "ab"]))[(576 + 128) // 4 - 1]
     for name in "ab":
         np.testing.assert_array_equal(masks[name]["kernel"], rates[name] <= cut)
+
+
+@pytest.mark.parametrize("kind", ["ties", "equal", "zeros", "one channel"])
+def test_masks_break_ties_by_index(kind):
+    """Over both layers together; each keeps its surest weight."""
+    rng = np.random.default_rng(0)
+    draw = {
+        "ties": lambda shape: rng.integers(-1, 2, shape),
+        "equal": lambda shape: np.full(shape, 0.5),
+        "zeros": np.zeros,
+        "one channel": lambda shape: rng.normal(size=shape) * (np.arange(shape[-2]) == 0)[:, None],
+    }[kind]
+    shapes = {"a": (3, 3, 4, 8), "b": (1, 1, 1, 8)}
+    params = {
+        name: {
+            "kernel": jnp.asarray(draw(shape), jnp.float32),
+            "log_sigma2": jnp.full(shape, -2.0),
+        }
+        for name, shape in shapes.items()
+    }
+    squares = {name: np.asarray(layer["kernel"]) ** 2 for name, layer in params.items()}
+    for sparsity in (0.0, 0.75, 0.99):
+        masks = bsj.variational_masks(params, sparsity=sparsity)
+        expected = ref.global_masks(squares, round((1 - sparsity) * 296))
+        for name in shapes:
+            np.testing.assert_array_equal(masks[name]["kernel"], expected[name])
 
 
 def test_what_is_missing_is_named():

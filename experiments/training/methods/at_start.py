@@ -11,7 +11,7 @@ import optax
 import blocksparse_jax as bsj
 from blocksparse_jax import _checks, patterns, tree
 from blocksparse_jax.patterns import Pattern
-from experiments.training.methods.balanced import balanced
+from experiments.training.methods.batches import balanced, first_examples
 from experiments.training.methods.options import AnyPattern, Options, Setup
 
 _LAYERS: dict[str, Callable[[str, jax.Array], bool]] = {
@@ -50,7 +50,22 @@ class Scored(AnyPattern):
 
 @dataclasses.dataclass(frozen=True)
 class Snip(Scored):
-    """Masks by the sensitivity of one batch's loss."""
+    """Masks by the sensitivity of one batch's loss.
+
+    Attributes:
+      examples: in the batch; all there are where an epoch has fewer.
+    """
+
+    examples: int = 100
+
+    def check(self) -> None:
+        """ValueError for a number out of range."""
+        super().check()
+        _checks.positive_int("examples", self.examples)
+
+    def batch(self, batches: Iterable[Any], classes: int) -> Any:
+        """The first examples of the first epoch."""
+        return first_examples(batches, self.examples)
 
     def arguments(self, setup: Setup) -> dict[str, Any]:
         """The scores of the batch."""

@@ -155,7 +155,8 @@ class Sss(Shrinking):
 class Slimming(Penalized):
     """L1 on the scales of batch norms, then removal of the channels of the smallest ones.
 
-    As many channels go as take `--sparsity` of the sparse layers' weights with them.
+    As many channels go as take `--sparsity` of the sparse layers' weights with them. Our choice: a
+    fraction of weights in the place of channels, half of training for the penalty.
 
     Attributes:
       penalty: lambda, of L1, until the channels go.

@@ -18,7 +18,7 @@ class DeepCompression(Options):
     """Pruning, retraining, shared weights whose centroids train, and Huffman codes.
 
     The coded network, with its batch statistics, is `network.bsjc` in the run folder; result.json
-    has its compression rate.
+    has its compression rate. Our choice: the parts of the run.
 
     Attributes:
       prune_until: fraction of the run at which the sparsity is reached; then weights retrain.

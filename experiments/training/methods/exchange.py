@@ -1,11 +1,13 @@
 """Weights that make room for others, or for fewer of them."""
 
 import dataclasses
+import itertools
 from typing import Any, ClassVar
 
 import blocksparse_jax as bsj
 from blocksparse_jax import patterns
 from blocksparse_jax.patterns import Pattern
+from blocksparse_jax.schedules import AnyOf, Schedule
 from experiments.training.methods.options import (
     AnyPattern,
     Options,
@@ -49,12 +51,14 @@ class DeepR(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Dsr(AnyPattern):
-    """Weights, kernels or channels that move between layers until 3/4 of training.
+    """Weights, kernels (`--dsr.pattern kernel:mean`) or channels that move between layers.
 
     Attributes:
       threshold: of the mean size of a set of weights, at the start.
       fraction: of the kept sets, how many should move at an update.
-      update_every: steps between mask updates; None is 100, or an epoch if that is shorter.
+      update_every: steps between mask updates, until 3/4 of training. None is the authors' 100,
+        200, 400 and 800 steps, from the start, 1/8, 2/5 and 7/10 of training on (their epochs 0,
+        25, 80 and 140 of 200), and in runs below 4000 steps the first is a fortieth of the run.
     """
 
     draws_in_steps: ClassVar[bool] = True
@@ -67,9 +71,21 @@ class Dsr(AnyPattern):
         return super().arguments(setup) | {
             "threshold": self.threshold,
             "fraction": self.fraction,
-            "schedule": first_three_quarters(setup, self.update_every),
+            "schedule": self._schedule(setup),
             "key": setup.key,
         }
+
+    def _schedule(self, setup: Setup) -> Schedule:
+        if self.update_every is not None:
+            return first_three_quarters(setup, self.update_every)
+        first, total = setup.part(40, most=100), setup.length.total
+        bounds = [total * epoch // 200 for epoch in (0, 25, 80, 140, 200)]
+        slower = [
+            bsj.every(first * 2**i, start, until=end)
+            for i, (start, end) in enumerate(itertools.pairwise(bounds))
+            if start < end
+        ]
+        return AnyOf(tuple(slower))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +98,8 @@ class GraNet(Options):
       initial_sparsity: sparsity at the start.
       fraction: of the kept weights, exchanged at the first update.
       final_fraction: at the last update.
-      update_every: steps between mask updates; None is 100, or an epoch if that is shorter.
+      update_every: steps between mask updates; None is the authors' 1000, or in runs below 62,000
+        steps a 62nd of the run, but at least 10, for no update applies a gradient.
     """
 
     pattern: str = "unstructured"
@@ -97,13 +114,14 @@ class GraNet(Options):
 
     def arguments(self, setup: Setup) -> dict[str, Any]:
         """All options, the steps of the updates as a schedule."""
+        every = setup.every(self.update_every, setup.part(62, least=10, most=1000))
         return {
             "sparsity": setup.sparsity,
             "pattern": self.make_pattern(),
             "initial_sparsity": self.initial_sparsity,
             "fraction": self.fraction,
             "final_fraction": self.final_fraction,
-            "schedule": between_parts(setup, 0.0, 110 / 160, self.update_every),
+            "schedule": between_parts(setup, 0.0, 110 / 160, every),
             "key": setup.key,
         }
 
@@ -148,7 +166,8 @@ class Mest(AnyPattern):
       fraction: of the kept sets, at first.
       gradient_weight: of the gradient's size beside the weight's.
       soft: above the target between two updates.
-      update_every: steps between mask updates; None is 100, or an epoch if that is shorter.
+      update_every: steps between mask updates; None is a 32nd of the run, the authors' 5 epochs of
+        160, but at least 10 steps.
     """
 
     draws_in_steps: ClassVar[bool] = True
@@ -159,12 +178,13 @@ class Mest(AnyPattern):
 
     def arguments(self, setup: Setup) -> dict[str, Any]:
         """All options, the steps of the updates as a schedule, which waits for one period."""
-        wait = setup.every(self.update_every) / setup.length.total
+        every, total = setup.every(self.update_every, setup.part(32, least=10)), setup.length.total
+        start = min(total // 2, every)
         return super().arguments(setup) | {
             "fraction": self.fraction,
             "gradient_weight": self.gradient_weight,
             "soft": self.soft,
-            "schedule": between_parts(setup, min(0.5, wait), 0.75, self.update_every),
+            "schedule": bsj.between(start, max(start + 1, int(0.75 * total)), every=every),
             "key": setup.key,
         }
 
@@ -174,7 +194,7 @@ class Narang(Options):
     """Single weights pruned by a rising threshold, from the end of the first epoch to half of all.
 
     Attributes:
-      slope_ratio: how much faster the threshold rises in the second half of that.
+      slope_ratio: how much faster the threshold rises from a quarter of training on.
       update_every: steps between mask updates; None is 100, or an epoch if that is shorter.
       budget: how the layers share the density: uniform, erk or er.
     """
@@ -192,6 +212,7 @@ class Narang(Options):
         first_epoch = setup.length.steps_per_epoch / setup.length.total
         return {
             "sparsity": setup.sparsity,
+            "ramp": setup.length.total // 4,
             "schedule": between_parts(setup, min(0.125, first_epoch), 0.5, self.update_every),
             "slope_ratio": self.slope_ratio,
             "budget": self.budget,

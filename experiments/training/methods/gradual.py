@@ -11,6 +11,8 @@ from experiments.training.methods.options import AnyPattern, Setup
 class Gradual(AnyPattern):
     """Masks of any pattern that grow sparser until half of training.
 
+    Our choice: the start and the end.
+
     Attributes:
       update_every: steps between mask updates; None is 100, or an epoch if that is shorter.
     """

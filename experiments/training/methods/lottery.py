@@ -15,8 +15,8 @@ class Lottery(AnyPattern):
     """Iterative magnitude pruning with rewinding, all passes within the epochs of the run.
 
     A run of R rounds has R + 1 passes, the first of them dense. The learning rate follows its whole
-    schedule in each. That the passes share the epochs of the run, and that momentum goes back with
-    the weights, is our choice.
+    schedule in each. Our choice: the passes share the epochs of the run, momentum goes back with
+    the weights, and the early step.
 
     Attributes:
       prune_fraction: of what is left, pruned in each round.
@@ -33,9 +33,13 @@ class Lottery(AnyPattern):
         _checks.fraction("prune_fraction", self.prune_fraction, low_open=True)
         _checks.fraction("rewind_fraction", self.rewind_fraction)
 
+    def count(self, sparsity: float) -> int:
+        """How many passes a run has: as many as there are rounds of pruning, and one."""
+        return len(bsj.lottery_sparsities(sparsity, self.prune_fraction)) + 1
+
     def passes(self, length: Length, sparsity: float) -> Passes:
-        """As many as there are rounds, and one."""
-        rounds = len(bsj.lottery_sparsities(sparsity, self.prune_fraction))
+        """All of the same length."""
+        rounds = self.count(sparsity) - 1
         total, fraction = length.total, self.rewind_fraction
         early = int(fraction * total / (1 + rounds * (1 - fraction)))
         end = (total + rounds * early) // (rounds + 1)

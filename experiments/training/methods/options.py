@@ -72,11 +72,16 @@ class Setup(NamedTuple):
             return self.model.apply(variables, images, train=False)
         return self.model.apply(variables, images, train=True, mutable=["batch_stats"])[0]
 
-    def every(self, update_every: int | None) -> int:
-        """Steps between updates: as asked, else 100, or an epoch if that is shorter."""
+    def every(self, update_every: int | None, usual: int | None = None) -> int:
+        """Steps between updates: as asked, else the usual number, else 100 or a shorter epoch."""
         if update_every is None:
-            return min(100, self.length.steps_per_epoch)
+            return usual or min(100, self.length.steps_per_epoch)
         return _checks.positive_int("update_every", update_every)
+
+    def part(self, parts: int, *, least: int = 1, most: int | None = None) -> int:
+        """Steps between updates of which a run has `parts`, within bounds."""
+        steps = max(least, self.length.total // parts)
+        return steps if most is None else min(most, steps)
 
 
 class Weights(NamedTuple):

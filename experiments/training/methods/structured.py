@@ -25,7 +25,7 @@ class GroupLasso(AnyPattern):
     """Sets of any pattern whose norms are penalised, and which go until half of training.
 
     Then channels that are left without weights go, and the network is smaller, under masks where
-    sets are gone that make no channel of the network.
+    sets are gone that make no channel of the network. Our choice: half of training.
 
     Attributes:
       filters: penalise filters beside the pattern's sets.
@@ -68,6 +68,8 @@ def _without_unused(state: State, setup: Setup) -> State:
 @dataclasses.dataclass(frozen=True)
 class BrainDamage(Options):
     """The same taps of a channel go from all filters until half of training.
+
+    Our choice: half of training.
 
     Attributes:
       strength: of the penalty.
@@ -130,7 +132,10 @@ class TrainedChannels(Options):
 
 @dataclasses.dataclass(frozen=True)
 class L1Filters(TrainedChannels):
-    """Filters of the smallest L1 norm go."""
+    """Filters of the smallest L1 norm go.
+
+    Our choice: half of training for the dense network.
+    """
 
     def choose(self, setup: Setup) -> tuple[Any, dict[str, Any]]:
         """The kept channels, by the weights alone."""
@@ -141,7 +146,10 @@ class L1Filters(TrainedChannels):
 
 @dataclasses.dataclass(frozen=True)
 class Pfa(TrainedChannels):
-    """The most correlated channels go, by one energy of all layers' spectra."""
+    """The most correlated channels go, by one energy of all layers' spectra.
+
+    Our choice: half of training for the dense network.
+    """
 
     def choose(self, setup: Setup) -> tuple[Any, dict[str, Any]]:
         """The kept channels, by the responses to a batch."""
@@ -186,7 +194,10 @@ class Reconstructed(TrainedChannels):
 
 @dataclasses.dataclass(frozen=True)
 class ThiNet(Reconstructed):
-    """Channels that the next layer misses least go, one after the other."""
+    """Channels that the next layer misses least go, one after the other.
+
+    Our choice: half of training for the dense network, fine-tuning when all layers are done.
+    """
 
     def reconstruct(self, *args: Any, **kwargs: Any) -> bsj.Reconstruction:
         """By `thinet`."""
@@ -195,7 +206,10 @@ class ThiNet(Reconstructed):
 
 @dataclasses.dataclass(frozen=True)
 class LassoChannels(Reconstructed):
-    """Channels that an L1 penalty on their contributions removes first go."""
+    """Channels that an L1 penalty on their contributions removes first go.
+
+    Our choice: half of training for the dense network.
+    """
 
     def reconstruct(self, *args: Any, **kwargs: Any) -> bsj.Reconstruction:
         """By `lasso_channels`."""

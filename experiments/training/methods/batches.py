@@ -1,9 +1,33 @@
-"""Batches with equally many examples of every class."""
+"""Batches of another size than the run's, or with equally many examples of every class."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+
+
+def first_examples(batches: Iterable[tuple[Any, Any]], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first examples as one batch.
+
+    Args:
+      batches: (images, labels), read until there are enough.
+      count: examples; all there are where these are fewer.
+
+    Returns:
+      Images and labels.
+
+    Example:
+      >>> images, labels = first_examples([(np.arange(3), np.arange(3))] * 2, 4)
+      >>> labels.tolist()
+      [0, 1, 2, 0]
+    """
+    found: list[tuple[Any, Any]] = []
+    for batch in batches:
+        found.append(batch)
+        if sum(len(labels) for _, labels in found) >= count:
+            break
+    images, labels = (np.concatenate([np.asarray(part) for part in parts]) for parts in zip(*found))
+    return images[:count], labels[:count]
 
 
 def balanced(
