@@ -113,18 +113,18 @@ inline void fill_block(const Problem& p, const Grid& grid, const Walk& walk, int
 
 // Vectors in tiles of 1 to kTile vectors, of widths as equal as possible.
 struct Tiles {
-  int64_t vectors, count;
+  int64_t count;
   int32_t* at;  // [count + 1] the tiles' first vectors
   int64_t begin(int64_t i) const { return at[i]; }
   int64_t width(int64_t i) const { return at[i + 1] - at[i]; }
 };
 
 inline Tiles take_tiles(Scratch& scratch, int64_t most) {
-  return {0, 0, scratch.take<int32_t>(up(most, kTile) + 1)};
+  return {0, scratch.take<int32_t>(up(most, kTile) + 1)};
 }
 
 inline void cut(int64_t vectors, Tiles& out) {
-  out.vectors = vectors, out.count = up(vectors, kTile);
+  out.count = up(vectors, kTile);
   for (int64_t i = 0; i <= out.count; ++i) out.at[i] = int32_t(vectors * i / out.count);
 }
 
