@@ -104,45 +104,20 @@ void forward(const Problem& p, const Grid& grid, Range range, Range groups, void
     if (streams<M>(p, grid))
       return forward_stream<M>(p, grid, groups, s.vectors, range.size(), s.blocks[0].reach);
   }
-  const int64_t filters = p.group_size, columns = up(filters, kRows);
+  const int64_t filters = p.group_size;
   const bool finish = p.epilogue.scale || p.epilogue.bias || p.epilogue.residual || p.epilogue.relu;
+  const Output<E> out =
+      output_of(grid, static_cast<E*>(p.target), p.cout, finish ? &p.epilogue : nullptr);
   const Walk walk = {p.channels, p.kept, M::kPair, p.kept_taps * filters, filters};
-  const Tiles& tiles = s.tiles;
-  const Lanes* lanes = s.vectors.lanes;
-  Block<E>*block = &s.blocks[0], *next = &s.blocks[1];
-  fill_block(p, grid, walk, groups.begin, 0, s.vectors, range.size(), *block);
-  while (block) {
-    const bool done = block->last && block->group + 1 == groups.end;
-    if (done)
-      next->rows = 0;
-    else
-      fill_block(p, grid, walk, block->group + block->last, block->last ? 0 : block->step,
-                 s.vectors, range.size(), *next);
-    pack<M>(*block, s.vectors, tiles, s.panel);
-    const float* weights = p.values + block->group * walk.steps() * walk.step_at;
-    for (int64_t i = 0; i < tiles.count; ++i) {
-      const int64_t begin = tiles.begin(i), width = tiles.width(i);
-      for (int64_t j = 0; j < columns; ++j) {
-        const int64_t from = filters * j / columns, to = filters * (j + 1) / columns;
-        const float* a = weights + from;
-        float* c[kRows];
-        for (int64_t m = from; m < to; ++m)
-          c[m - from] = s.sums + (begin * filters + m * width) * kLanes;
-        const Ahead ahead = ahead_of(*block, *next, lanes[begin + (j < width ? j : width - 1)]);
-        multiply_tile<M, true>(width, to - from, block->rows,
-                               s.panel + begin * block->rows * kLanes, &a, block->at, c,
-                               block->first, ahead);
-      }
+  s.rows.count = filters;
+  for_blocks(p, grid, walk, groups, range.size(), s, [&](const auto& block, const auto& next) {
+    const float* weights = p.values + block.group * walk.steps() * walk.step_at;
+    for (int64_t m = 0; m < filters; ++m) {
+      s.rows.weights[m] = weights + m, s.rows.place[m] = int32_t(m);
+      s.rows.target[m] = p.filters[block.group * filters + m];
+      s.rows.begins[m] = block.first, s.rows.ends[m] = block.last;
     }
-    if (block->last) {
-      const int32_t* index = p.filters + block->group * filters;
-      E* target = static_cast<E*>(p.target);
-      if (finish)
-        write_all<true>(s, filters, grid, p.cout, index, target, p.epilogue);
-      else
-        write_all<false>(s, filters, grid, p.cout, index, target);
-    }
-    Block<E>* old = block;
-    block = done ? nullptr : next, next = old;
-  }
+    multiply_block<M, true>(s, block, next, filters, out);
+  });
+  if (out.past_caches) fence();
 }

@@ -260,21 +260,17 @@ bool split_source(ffi::ThreadPool& pool, Call& c, const ffi::AnyBuffer& x, const
 }
 
 constexpr int64_t kTasksPerThread = 6;
-constexpr int64_t kTaskBytes = 400 << 10;  // panel and sums of a task: they stay in the L2 cache
+constexpr int64_t kTaskBytes = 400 << 10;  // sums of a task: they stay in the L2 cache
 constexpr int64_t kMostVectors =
     72;  // of a task: long runs of memory, and each weight is loaded once
-constexpr int64_t kPanelRows = 96;
 constexpr int64_t kSumsAtOnce =
     1 << 14;                          // partial sums of the weight gradient that one task adds up
 constexpr int64_t kPartialSums = 16;  // spans of positions in the weight gradient: fixed, so that
                                       // sums do not depend on the threads
 
-// Vectors in a task of a product with `panel` rows in its panel and `sums` rows of sums; a multiple
-// of the register tile.
-int64_t vectors_at_once(const Call& c, int64_t vectors, int64_t tasks, int64_t panel,
-                        int64_t sums) {
-  const int64_t bytes = (std::min(panel, kPanelRows) + sums) * c.variant->lanes * 4,
-                tile = c.variant->tile;
+// Vectors in a task of a product with `sums` rows of sums; a multiple of the register tile.
+int64_t vectors_at_once(const Call& c, int64_t vectors, int64_t tasks, int64_t sums) {
+  const int64_t bytes = sums * c.variant->lanes * 4, tile = c.variant->tile;
   return std::clamp<int64_t>(std::min({vectors / tasks, kTaskBytes / bytes, kMostVectors}) / tile,
                              1, kMostVectors) *
          tile;
@@ -326,8 +322,7 @@ ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer values
     return exhausted();
   const int64_t vectors = up(grid.positions(), c.variant->lanes);
   const int64_t tasks = kTasksPerThread * pool.num_threads();
-  const int64_t chunk = vectors_at_once(c, vectors, tasks, c.problem.kept * c.problem.kept_taps,
-                                        c.problem.group_size);
+  const int64_t chunk = vectors_at_once(c, vectors, tasks, c.problem.group_size);
   const int64_t chunks = vectors < tasks && c.problem.groups == 1 ? vectors : up(vectors, chunk);
   const int64_t splits = std::clamp<int64_t>(up(tasks, chunks), 1, c.problem.groups);
   const size_t bytes = c.passes->forward_scratch(c.problem, grid, up(vectors, chunks));
@@ -370,9 +365,7 @@ ffi::Error input_gradient(ffi::ThreadPool pool, ffi::AnyBuffer dy, ffi::AnyBuffe
                     c.width,
                     c.height * c.width * c.images};
       phase.vectors = up(phase.grid.positions(), c.variant->lanes);
-      phase.chunks = up(phase.vectors,
-                        vectors_at_once(c, phase.vectors, tasks,
-                                        c.problem.group_size * c.problem.kept_taps, c.problem.cin));
+      phase.chunks = up(phase.vectors, vectors_at_once(c, phase.vectors, tasks, c.problem.cin));
       total += phase.chunks;
     }
   const int64_t parts =
@@ -407,9 +400,9 @@ ffi::Error weight_gradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
   c.problem.target = dvalues->untyped_data();
   const int64_t total = c.problem.kept * c.problem.kept_taps, size = total * c.problem.group_size,
                 groups = c.problem.groups;
-  const int64_t blocks = up(up(grid.positions(), c.variant->lanes), c.variant->run);
-  const int64_t spans = std::clamp<int64_t>(up(kPartialSums, groups), 1,
-                                            blocks);  // of positions, each with its own sums
+  const int64_t vectors = up(grid.positions(), c.variant->lanes);
+  const int64_t spans =  // of positions, each with its own sums
+      std::clamp<int64_t>(up(kPartialSums, groups), 1, up(vectors, c.variant->run));
   // The number of threads decides only how the rows are dealt out, which changes no sum.
   const int64_t tasks = std::max(kPartialSums, 2 * int64_t(pool.num_threads()));
   const int64_t parts = std::clamp<int64_t>(up(tasks, groups * spans), 1, up(total, 6));
@@ -424,7 +417,7 @@ ffi::Error weight_gradient(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
     if (!span)
       std::fill(sums + rows.begin * c.problem.group_size, sums + rows.end * c.problem.group_size,
                 0.0f);
-    c.passes->weight_gradient(c.problem, grid, group, rows, part(blocks, span, spans), sums,
+    c.passes->weight_gradient(c.problem, grid, group, rows, part(vectors, span, spans), sums,
                               memory);
   });
   const int64_t pieces = spans > 1 ? up(groups * size, kSumsAtOnce) : 0;

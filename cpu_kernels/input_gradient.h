@@ -1,61 +1,70 @@
 // The input gradient. See passes.h.
 
+template <class E>
+struct InputGradientScratch {
+  ProductScratch<E> product;
+  int32_t *first, *last;  // of the groups that keep each channel; -1: none does
+};
+
+template <class E>
+inline InputGradientScratch<E> take_input_gradient(Scratch& scratch, const Problem& p,
+                                                   const Grid& grid, int64_t vectors,
+                                                   int64_t channels) {
+  return {take_product<E>(scratch, p, grid, vectors, channels), scratch.take<int32_t>(channels),
+          scratch.take<int32_t>(channels)};
+}
+
 template <class M>
 size_t input_gradient_scratch(const Problem& p, const Grid& grid, int64_t vectors,
                               int64_t channels) {
   Scratch count = {nullptr};
-  take_product<typename M::Element>(count, p, grid, vectors, channels);
+  take_input_gradient<typename M::Element>(count, p, grid, vectors, channels);
   return count.used;
+}
+
+// Calls body(k, channel - channels.begin) for the channels in the range that the group keeps.
+template <class Body>
+inline void for_kept(const Problem& p, int64_t group, Range channels, const Body& body) {
+  const int32_t* index = p.channels + group * p.kept;
+  for (int64_t k = 0; k < p.kept; ++k)
+    if (index[k] >= channels.begin && index[k] < channels.end) body(k, index[k] - channels.begin);
 }
 
 template <class M>
 void input_gradient(const Problem& p, const Grid& grid, Range range, Range channels, void* memory) {
   typedef typename M::Element E;
   Scratch scratch = {static_cast<char*>(memory)};
-  ProductScratch<E> s = take_product<E>(scratch, p, grid, range.size(), channels.size());
+  InputGradientScratch<E> all =
+      take_input_gradient<E>(scratch, p, grid, range.size(), channels.size());
+  ProductScratch<E>& s = all.product;
   describe_all(grid, range.begin, range.size(), s.vectors);
   cut(range.size(), s.tiles);
   const int64_t steps = up(p.group_size, M::kPair), count = channels.size();
+  for (int64_t c = 0; c < count; ++c) all.first[c] = all.last[c] = -1;
+  for (int64_t group = 0; group < p.groups; ++group)
+    for_kept(p, group, channels, [&](int64_t, int64_t c) {
+      if (all.first[c] < 0) all.first[c] = int32_t(group);
+      all.last[c] = int32_t(group);
+    });
   const Walk walk = {p.filters, p.group_size, M::kPair, 1, steps};
-  const Tiles& tiles = s.tiles;
-  const Lanes* lanes = s.vectors.lanes;
-  for (int64_t i = 0; i < count * range.size(); ++i) store(s.sums + i * kLanes, Vector{});
-  Block<E>*block = &s.blocks[0], *next = &s.blocks[1];
-  fill_block(p, grid, walk, 0, 0, s.vectors, range.size(), *block);
-  while (block) {
-    const bool done = block->last && block->group + 1 == p.groups;
-    if (done)
-      next->rows = 0;
-    else
-      fill_block(p, grid, walk, block->group + block->last, block->last ? 0 : block->step,
-                 s.vectors, range.size(), *next);
-    const int32_t* index = p.channels + block->group * p.kept;
-    int64_t kept =
-        0;  // how many of `channels` the group keeps; s.kept: where they stand in its list
-    for (int64_t k = 0; k < p.kept && block->rows; ++k)
-      s.kept[kept] = int32_t(k), kept += index[k] >= channels.begin && index[k] < channels.end;
-    if (kept) pack<M>(*block, s.vectors, tiles, s.panel);
-    const int64_t columns = up(kept, kRows);
-    for (int64_t i = 0; i < tiles.count; ++i) {
-      const int64_t begin = tiles.begin(i), width = tiles.width(i);
-      for (int64_t j = 0; j < columns; ++j) {
-        const int64_t from = kept * j / columns, to = kept * (j + 1) / columns;
-        const float* a[kRows];
-        float* c[kRows];
-        for (int64_t m = from; m < to; ++m) {
-          a[m - from] = p.values + (block->group * p.kept + s.kept[m]) * p.kept_taps * steps;
-          c[m - from] =
-              s.sums + (begin * count + (index[s.kept[m]] - channels.begin) * width) * kLanes;
-        }
-        const Ahead ahead = ahead_of(*block, *next, lanes[begin + (j < width ? j : width - 1)]);
-        multiply_tile<M, false>(width, to - from, block->rows,
-                                s.panel + begin * block->rows * kLanes, a, block->at, c, false,
-                                ahead);
-      }
-    }
-    Block<E>* old = block;
-    block = done ? nullptr : next, next = old;
-  }
-  write_all<false>(s, count, grid, p.cin, nullptr,
-                   static_cast<E*>(p.target) + channels.begin * grid.target_pitch);
+  const Output<E> out = output_of<E>(
+      grid, static_cast<E*>(p.target) + channels.begin * grid.target_pitch, p.cin, nullptr);
+  const auto add = [&](const auto& block, const auto& next) {
+    SumRows& rows = s.rows;
+    rows.count = 0;
+    for_kept(p, block.group, channels, [&](int64_t k, int64_t c) {
+      const int64_t m = rows.count++;
+      rows.weights[m] = p.values + (block.group * p.kept + k) * p.kept_taps * steps;
+      rows.place[m] = rows.target[m] = int32_t(c);
+      rows.begins[m] = block.first && all.first[c] == block.group;
+      rows.ends[m] = block.last && all.last[c] == block.group;
+    });
+    multiply_block<M, false>(s, block, next, count, out);
+  };
+  for_blocks(p, grid, walk, {0, p.groups}, range.size(), s, add);
+  const Vector zero[1] = {};
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t v = 0; all.first[c] < 0 && v < range.size(); ++v)
+      write_row<1>(out, c, s.vectors.lanes + v, zero);
+  if (out.past_caches) fence();
 }

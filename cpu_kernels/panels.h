@@ -1,5 +1,4 @@
-// Panels: the sources of a group's rows, packed, and the product of a register tile with them. See
-// passes.h.
+// Panels: the sources of a group's rows, packed for one register tile. See passes.h.
 
 constexpr int64_t kDepth =
     96;  // rows of a panel: it shares the L1 cache with the weights of the product
@@ -45,15 +44,26 @@ inline Vector fetch(const E* row, const Lanes& lanes, Bits bits) {
   return gather_some(row, lanes.source_at, bits);
 }
 
-// The rows of one product with a group's values: the sources of the panel's rows, and where their
-// weights are.
+// Rows that a product fetches into the L1 cache in advance. What the next tile reads is fetched
+// too, but where all channels begin at the same place of a page it does not stay in the L1 cache.
+constexpr int64_t kNear = 6;
+
+// A row of a panel: its source, that of its pair (null: zeros), for each vector the lanes that the
+// row's tap reaches, and the offset of the row's weights.
+template <class E>
+struct Row {
+  const E *one, *two;
+  const Bits* bits;
+  int64_t at;
+};
+
+// The rows of one product with a group's values.
 template <class E>
 struct Block {
-  int64_t group, step, rows;  // the first step of the summed axis
-  bool first, last;           // of its group
+  int64_t group, step, count;  // the first step of the summed axis; rows
+  bool first, last;            // of its group
   Reach reach;
-  const E **one, **two;  // the row's source, and that of its pair (null: zeros)
-  int64_t *at, *tap;     // the offset of the row's weights; the row's tap, an index into `reach`
+  Row<E>* rows;
 };
 
 // How a pass walks the summed axis: through the kept channels (forward) or the group's filters
@@ -71,8 +81,7 @@ template <class E>
 inline Block<E> take_block(Scratch& scratch, const Problem& p, int64_t vectors) {
   Block<E> out = {};
   out.reach = take_reach(scratch, p, vectors);
-  out.one = scratch.take<const E*>(depth(p)), out.two = scratch.take<const E*>(depth(p));
-  out.at = scratch.take<int64_t>(depth(p)), out.tap = scratch.take<int64_t>(depth(p));
+  out.rows = scratch.take<Row<E>>(depth(p) + kNear);
   return out;
 }
 
@@ -87,151 +96,131 @@ inline void fill_block(const Problem& p, const Grid& grid, const Walk& walk, int
   const int32_t* index = walk.index + group * walk.count;
   const E* source = static_cast<const E*>(p.source);
   out.group = group, out.step = end, out.first = step == 0, out.last = end >= steps;
-  int64_t row = 0;
+  Row<E>* row = out.rows;
   for (int64_t s = step; s < end; ++s)
     for (int64_t t = 0; t < taps; ++t, ++row) {
       const int64_t i = s * walk.pair;
-      out.one[row] = source + index[i] * grid.source_pitch + out.reach.offset[t];
-      out.two[row] = i + 1 < walk.count
-                         ? source + index[i + 1] * grid.source_pitch + out.reach.offset[t]
-                         : nullptr;
-      out.at[row] = s * walk.step_at + out.reach.tap[t] * walk.tap_at;
-      out.tap[row] = t;
+      row->one = source + index[i] * grid.source_pitch + out.reach.offset[t];
+      row->two = i + 1 < walk.count
+                     ? source + index[i + 1] * grid.source_pitch + out.reach.offset[t]
+                     : nullptr;
+      row->bits = out.reach.bits + t * vectors;
+      row->at = s * walk.step_at + out.reach.tap[t] * walk.tap_at;
     }
-  out.rows = row;
+  out.count = row - out.rows;
+  for (int64_t i = 0; i < kNear; ++i) row[i] = out.count ? row[-1] : Row<E>{};
 }
 
 // Vectors in tiles of 1 to kTile vectors, of widths as equal as possible.
 struct Tiles {
-  int64_t vectors, count;
+  int64_t count;
   int32_t* at;  // [count + 1] the tiles' first vectors
   int64_t begin(int64_t i) const { return at[i]; }
   int64_t width(int64_t i) const { return at[i + 1] - at[i]; }
 };
 
 inline Tiles take_tiles(Scratch& scratch, int64_t most) {
-  return {0, 0, scratch.take<int32_t>(up(most, kTile) + 1)};
+  return {0, scratch.take<int32_t>(up(most, kTile) + 1)};
 }
 
 inline void cut(int64_t vectors, Tiles& out) {
-  out.vectors = vectors, out.count = up(vectors, kTile);
+  out.count = up(vectors, kTile);
   for (int64_t i = 0; i <= out.count; ++i) out.at[i] = int32_t(vectors * i / out.count);
 }
 
-constexpr int64_t kAhead = 4;  // rows that packing fetches in advance
-
-// One row of a tile, of vectors that lie side by side (Run) or anywhere.
-template <class M, int NV, bool Run>
-inline void pack_tile(const typename M::Element* first, const typename M::Element* second,
-                      const typename M::Element* ahead, const Lanes* lanes, const Bits* bits,
-                      float* out) {
-  UNROLL
-  for (int v = 0; v < NV; ++v) {
-    const int64_t at = Run ? v * kLanes : lanes[v].source;
-    __builtin_prefetch(ahead + at);
-    const auto get = [&](const typename M::Element* row) {
-      return Run ? load_some(row + at, bits[v]) : fetch(row, lanes[v], bits[v]);
-    };
-    if constexpr (M::kPair == 1) {
-      store(out + v * kLanes, get(first));
-    } else {
-      typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
-      const Words low = (Words)get(first) >> 16;
-      const Words high = second ? (Words)get(second) : Words{};
-      store(out + v * kLanes, (Vector)(low | high));
-    }
-  }
-}
-
-// The panel of a block: for each tile `rows x width` vectors. A row is read over all tiles at once,
-// because long runs of memory are fast.
-template <class M, bool Run>
-void pack_all(const Block<typename M::Element>& block, const Lanes* lanes, const Tiles& tiles,
-              float* panel) {
-  for (int64_t r = 0; r < block.rows; ++r) {
-    const Bits* bits = block.reach.bits + block.tap[r] * tiles.vectors;
-    const int64_t start = Run ? lanes[0].source : 0;
-    const auto *first = block.one[r] + start,
-               *ahead = block.one[least(r + kAhead, block.rows - 1)] + start;
-    const auto* second = block.two[r] ? block.two[r] + start : nullptr;
-    for (int64_t i = 0; i < tiles.count; ++i) {
-      const int64_t begin = tiles.begin(i), width = tiles.width(i), skip = Run ? begin * kLanes : 0;
-      float* out = panel + (begin * block.rows + r * width) * kLanes;
-      const auto* pair = second ? second + skip : nullptr;
-      if (width == kTile)
-        pack_tile<M, kTile, Run>(first + skip, pair, ahead + skip, lanes + begin, bits + begin,
-                                 out);
-      else if (width == 2)
-        pack_tile<M, 2, Run>(first + skip, pair, ahead + skip, lanes + begin, bits + begin, out);
-      else
-        pack_tile<M, 1, Run>(first + skip, pair, ahead + skip, lanes + begin, bits + begin, out);
-    }
-  }
-}
-
-template <class M>
-void pack(const Block<typename M::Element>& block, const Vectors& vectors, const Tiles& tiles,
-          float* panel) {
-  if (vectors.run)
-    pack_all<M, true>(block, vectors.lanes, tiles, panel);
-  else
-    pack_all<M, false>(block, vectors.lanes, tiles, panel);
-}
-
-// What to bring into the cache while a product runs: one line for each of its rows.
-struct Ahead {
-  const void* const* row;
-  int64_t bytes;
+// A tile and what its products read.
+template <class E>
+struct Tile {
+  const Block<E>* block;
+  int64_t begin, width;  // its vectors
+  bool run;              // they lie side by side in the source
+  const Lanes* lanes;    // of its vectors
+  const Row<E>* soon;    // the rows that the next tile reads,
+  int64_t soon_at;       // and where
+  float* panel;          // [rows, width]
 };
 
 template <class E>
-inline Ahead ahead_of(const Block<E>& block, const Block<E>& next, const Lanes& lanes) {
-  return {reinterpret_cast<const void* const*>(next.rows >= block.rows ? next.one : block.one),
-          lanes.source * int64_t(sizeof(E))};
+inline Tile<E> tile_of(const Block<E>& block, const Block<E>& next, const Tiles& tiles, int64_t i,
+                       const Vectors& vectors, float* panel) {
+  const bool last = i + 1 == tiles.count;
+  const int64_t begin = tiles.begin(i), width = tiles.width(i), soon = last ? 0 : begin + width;
+  const Lanes* lanes = vectors.lanes + begin;
+  bool run = true;
+  for (int64_t v = 0; v < width; ++v)
+    run &= lanes[v].source_run && lanes[v].source == lanes[0].source + v * kLanes;
+  return {&block,
+          begin,
+          width,
+          run,
+          lanes,
+          last && next.count >= block.count ? next.rows : block.rows,
+          vectors.lanes[soon].source,
+          panel};
 }
 
-// c[m][.] (+)= sum over the rows r of a[m][at[r]] * panel[r][.]. With Neighbours, a[m] is a[0] + m.
-template <class M, int MR, int NV, bool Neighbours>
-inline void multiply(int64_t rows, const float* panel, const float* const* a, const int64_t* at,
-                     float* const* c, bool clear, Ahead ahead) {
-  Vector sums[MR][NV];
-  UNROLL
-  for (int m = 0; m < MR; ++m) UNROLL
-  for (int v = 0; v < NV; ++v) sums[m][v] = clear ? Vector{} : load(c[m] + v * kLanes);
-  for (int64_t r = 0; r < rows; ++r) {
-    __builtin_prefetch(static_cast<const char*>(ahead.row[r]) + ahead.bytes, 0, 2);
-    const int64_t place = at[r];
-    Vector b[NV];
+// A vector of a panel: that of a row, or of a row and its pair. `get` loads one of a row.
+template <class M, class Get>
+inline Vector join(const Row<typename M::Element>& row, const Get& get) {
+  if constexpr (M::kPair == 1) {
+    return get(row.one);
+  } else {
+    typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
+    const Words low = (Words)get(row.one) >> 16, high = row.two ? (Words)get(row.two) : Words{};
+    return (Vector)(low | high);
+  }
+}
+
+// The rows of a tile as the first product reads them, where the vectors lie side by side: from the
+// source. They stay in the panel for the products that follow, and what the next tile reads is
+// fetched in advance.
+template <class M, int NV>
+struct FromSource {
+  typedef typename M::Element E;
+  const Row<E>* soon;
+  int64_t begin, at, soon_at;
+  float* panel;
+  explicit FromSource(const Tile<E>& tile)
+      : soon(tile.soon),
+        begin(tile.begin),
+        at(tile.lanes[0].source),
+        soon_at(tile.soon_at),
+        panel(tile.panel) {}
+  void read(const Row<E>* rows, int64_t r, Vector* out) const {
+    const E *ahead = soon[r].one + soon_at, *near = rows[r + kNear].one + at;
+    const Bits* bits = rows[r].bits + begin;
     UNROLL
-    for (int v = 0; v < NV; ++v) b[v] = load(panel + (r * NV + v) * kLanes);
-    UNROLL
-    for (int m = 0; m < MR; ++m) {
-      const Vector w = broadcast(Neighbours ? a[0][place + m] : a[m][place]);
-      UNROLL
-      for (int v = 0; v < NV; ++v) sums[m][v] = M::multiply_add(w, b[v], sums[m][v]);
+    for (int v = 0; v < NV; ++v) {
+      __builtin_prefetch(ahead + v * kLanes, 0, 2);
+      __builtin_prefetch(near + v * kLanes);
+      out[v] =
+          join<M>(rows[r], [&](const E* row) { return load_some(row + at + v * kLanes, bits[v]); });
+      store(panel + (r * NV + v) * kLanes, out[v]);
     }
   }
-  UNROLL
-  for (int m = 0; m < MR; ++m) UNROLL
-  for (int v = 0; v < NV; ++v) store(c[m] + v * kLanes, sums[m][v]);
-}
+};
 
-template <class M, int NV, bool Neighbours, int MR = kRows>
-inline void multiply_of(int64_t count, int64_t rows, const float* panel, const float* const* a,
-                        const int64_t* at, float* const* c, bool clear, Ahead ahead) {
-  if (count == MR) return multiply<M, MR, NV, Neighbours>(rows, panel, a, at, c, clear, ahead);
-  if constexpr (MR > 1)
-    multiply_of<M, NV, Neighbours, MR - 1>(count, rows, panel, a, at, c, clear, ahead);
-}
+template <class M, int NV>
+struct FromPanel {
+  const float* panel;
+  explicit FromPanel(const Tile<typename M::Element>& tile) : panel(tile.panel) {}
+  void read(const Row<typename M::Element>*, int64_t r, Vector* out) const {
+    UNROLL
+    for (int v = 0; v < NV; ++v) out[v] = load(panel + (r * NV + v) * kLanes);
+  }
+};
 
-template <class M, bool Neighbours>
-inline void multiply_tile(int64_t width, int64_t count, int64_t rows, const float* panel,
-                          const float* const* a, const int64_t* at, float* const* c, bool clear,
-                          Ahead ahead) {
-  if (width == kTile)
-    multiply_of<M, kTile, Neighbours>(count, rows, panel, a, at, c, clear, ahead);
-  else if (width == 2)
-    multiply_of<M, 2, Neighbours>(count, rows, panel, a, at, c, clear, ahead);
-  else
-    multiply_of<M, 1, Neighbours>(count, rows, panel, a, at, c, clear, ahead);
+// Packs a tile whose lanes lie anywhere.
+template <class M>
+void pack(const Tile<typename M::Element>& tile) {
+  typedef typename M::Element E;
+  for (int64_t r = 0; r < tile.block->count; ++r) {
+    const Row<E>& row = tile.block->rows[r];
+    for (int64_t v = 0; v < tile.width; ++v) {
+      __builtin_prefetch(tile.soon[r].one + tile.soon_at + v * kLanes);
+      store(tile.panel + (r * tile.width + v) * kLanes, join<M>(row, [&](const E* source) {
+              return fetch(source, tile.lanes[v], row.bits[tile.begin + v]);
+            }));
+    }
+  }
 }

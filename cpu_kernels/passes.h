@@ -1,15 +1,18 @@
 // The three passes for one variant: included by variant_*.cc inside the variant's namespace.
 //
-// Forward: the rows of the source under each (kept channel, kept tap) of a group are packed into a
-// panel, with zeros where a tap reads outside of the image. An 8 x 48 tile of outputs stays in
-// registers while the rows of the panel are multiplied into it; small groups do without a panel.
-// Taps that reach none of the task's positions are skipped. While a panel is multiplied, the
-// sources of the next one are fetched into the cache.
+// Forward: an 8 x 48 tile of outputs stays in registers while the rows of the source under each
+// (kept channel, kept tap) of a group are multiplied into it, with zeros where a tap reads outside
+// of the image. The first product of a tile reads them from the source and leaves them in a panel
+// in the L1 cache, from which the products with the group's other filters read them; small groups
+// do without a panel. The last product of a group writes its sums to the output. Taps that reach
+// none of the task's positions are skipped.
 //
 // Input gradient: the same with the group's filters as rows. The products are added channel by
-// channel into a buffer that one thread owns: no atomics, and one order of summation.
+// channel into sums that one thread owns, from the first group that keeps the channel to the last:
+// no atomics, and one order of summation.
 //
-// Weight gradient: dot products over long runs of positions, summed in registers.
+// Weight gradient: dot products over long runs of positions, summed in registers. Here too the
+// first product that needs a row packs it.
 
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -41,6 +44,7 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 #include "panels.h"
 #include "targets.h"
+#include "products.h"
 #include "forward.h"
 #include "input_gradient.h"
 #include "weight_gradient.h"
@@ -81,9 +85,10 @@ void prepare(const Problem& p, const void* values, bool input_gradient, Range gr
 
 template <class M>
 Passes passes() {
-  return {kStreamed<M>,      prepared_size<M>,          prepare<M>,        forward_scratch<M>,
-          forward<M>,        input_gradient_scratch<M>, input_gradient<M>, weight_gradient_scratch,
-          weight_gradient<M>};
+  return {
+      kStreamed<M>,      prepared_size<M>,          prepare<M>,        forward_scratch<M>,
+      forward<M>,        input_gradient_scratch<M>, input_gradient<M>, weight_gradient_scratch<M>,
+      weight_gradient<M>};
 }
 
 #undef UNROLL

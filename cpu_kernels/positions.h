@@ -15,9 +15,10 @@ struct Lanes {
 // lanes the tap reads inside the image.
 struct Vectors {
   Lanes* lanes;
+  int64_t* source;  // of each vector, the element of lane 0
   Bits *rows, *columns;
   int64_t taps_y, taps_x;
-  bool run;  // the vectors lie side by side in the source
+  bool runs;  // the lanes of each vector lie side by side in the source
   Bits reached(int64_t v, int64_t ty, int64_t tx) const {
     return rows[v * taps_y + ty] & columns[v * taps_x + tx];
   }
@@ -39,9 +40,10 @@ inline Vectors take_vectors(Scratch& scratch, const Grid& grid, int64_t count) {
   Vectors out;
   out.taps_y = grid.y.taps, out.taps_x = grid.x.taps;
   out.lanes = scratch.take<Lanes>(count);
+  out.source = scratch.take<int64_t>(count);
   out.rows = scratch.take<Bits>(count * out.taps_y);
   out.columns = scratch.take<Bits>(count * out.taps_x);
-  out.run = false;
+  out.runs = false;
   return out;
 }
 
@@ -95,10 +97,25 @@ inline void describe(const Grid& grid, int64_t vector, int64_t v, const Vectors&
   }
 }
 
+// Describes vector v where it follows vector v - 1 in the same pixel.
+inline void describe_next(int64_t v, const Vectors& out) {
+  out.lanes[v] = out.lanes[v - 1];
+  out.lanes[v].source += kLanes, out.lanes[v].target += kLanes;
+  for (int64_t t = v * out.taps_y; t < (v + 1) * out.taps_y; ++t)
+    out.rows[t] = out.rows[t - out.taps_y];
+  for (int64_t t = v * out.taps_x; t < (v + 1) * out.taps_x; ++t)
+    out.columns[t] = out.columns[t - out.taps_x];
+}
+
 inline void describe_all(const Grid& grid, int64_t first, int64_t count, Vectors& out) {
-  out.run = true;
+  const bool whole = grid.images % kLanes == 0;  // no vector holds images of two pixels
+  out.runs = true;
   for (int64_t v = 0; v < count; ++v) {
-    describe(grid, first + v, v, out);
-    out.run &= out.lanes[v].source_run && out.lanes[v].source == out.lanes[0].source + v * kLanes;
+    if (whole && v && (first + v) * kLanes % grid.images)
+      describe_next(v, out);
+    else
+      describe(grid, first + v, v, out);
+    out.source[v] = out.lanes[v].source;
+    out.runs &= out.lanes[v].source_run;
   }
 }

@@ -79,10 +79,9 @@ struct Passes {
   void (*forward)(const Problem&, const Grid&, Range vectors, Range groups, void* scratch);
   size_t (*input_gradient_scratch)(const Problem&, const Grid&, int64_t vectors, int64_t channels);
   void (*input_gradient)(const Problem&, const Grid&, Range vectors, Range channels, void* scratch);
-  // Adds to the sums of the group's rows (kept channel, kept tap) over blocks of `Variant::run`
-  // vectors.
+  // Adds to the sums of the group's rows (kept channel, kept tap) over vectors.
   size_t (*weight_gradient_scratch)(const Problem&, const Grid&);
-  void (*weight_gradient)(const Problem&, const Grid&, int64_t group, Range rows, Range blocks,
+  void (*weight_gradient)(const Problem&, const Grid&, int64_t group, Range rows, Range vectors,
                           float* sums, void* scratch);
 };
 

@@ -2,6 +2,9 @@
 // inside the variant's own namespace, and free of standard templates, so that no function compiled
 // for one CPU can be linked in for another.
 
+#define INLINE inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
+
 typedef uint16_t Bits;  // a bit for each lane
 
 struct BFloat16 {
@@ -136,15 +139,16 @@ inline bool stream(float* p, Vector v) {
   _mm512_stream_ps(p, (__m512)v);
   return true;
 }
-// The sum of the lanes of each of four vectors.
-inline void sum4(const Vector* v, float* out) {
+// Adds the sum of the lanes of each of four vectors.
+INLINE void add_sums4(const Vector* v, float* out) {
   const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps((__m512)v[0], (__m512)v[1]),
                                  _mm512_unpackhi_ps((__m512)v[0], (__m512)v[1]));
   const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps((__m512)v[2], (__m512)v[3]),
                                  _mm512_unpackhi_ps((__m512)v[2], (__m512)v[3]));
   const __m512 c = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
   const __m256 d = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1)));
+  const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), sums));
 }
 #elif defined(__AVX2__)
 inline Vector broadcast(float a) { return (Vector)_mm256_set1_ps(a); }
@@ -228,7 +232,7 @@ inline void fence() {
 #endif
 }
 
-inline float sum(Vector v) {
+INLINE float sum(Vector v) {
   for (int half = kLanes / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) v[i] += v[i + half];
   return v[0];

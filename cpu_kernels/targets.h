@@ -36,59 +36,42 @@ struct Finisher {
   }
 };
 
+// What the sums of a product are written to.
 template <class E>
-struct ProductScratch {
-  Vectors vectors;
-  Tiles tiles;
-  Block<E> blocks[2];
-  float *panel, *sums;
-  int32_t* kept;
+struct Output {
+  E* target;
+  int64_t pitch;
+  bool past_caches;
+  const Epilogue* epilogue;  // null: none
 };
 
 template <class E>
-inline ProductScratch<E> take_product(Scratch& scratch, const Problem& p, const Grid& grid,
-                                      int64_t vectors, int64_t rows) {
-  ProductScratch<E> out;
-  out.vectors = take_vectors(scratch, grid, vectors);
-  out.tiles = take_tiles(scratch, vectors);
-  for (Block<E>& block : out.blocks) block = take_block<E>(scratch, p, vectors);
-  out.panel = scratch.take<float>(depth(p) * vectors * kLanes);
-  out.sums = scratch.take<float>(rows * vectors * kLanes);
-  out.kept = scratch.take<int32_t>(p.kept);
-  return out;
+inline Output<E> output_of(const Grid& grid, E* target, int64_t rows, const Epilogue* epilogue) {
+  return {target, grid.target_pitch, grid.target_pitch * rows * int64_t(sizeof(E)) > kCaches,
+          epilogue};
 }
 
-constexpr int64_t kSoon = 2;  // rows of the residual that are fetched in advance
-
-// Writes the sums to the target, row by row over all tiles. `index`: the rows of the target; null:
-// the first rows in order. `all`: how many rows the target has.
-template <bool Finish, class E>
-void write_all(const ProductScratch<E>& s, int64_t rows, const Grid& grid, int64_t all,
-               const int32_t* index, E* target, const Epilogue& epilogue = {}) {
-  const Tiles& tiles = s.tiles;
-  const bool past_caches = grid.target_pitch * all * int64_t(sizeof(E)) > kCaches;
-  const auto place_of = [&](int64_t row) { return index ? index[row] : row; };
-  const E* residual = static_cast<const E*>(epilogue.residual);
-  for (int64_t row = 0; Finish && residual && row < least(kSoon, rows); ++row)
-    for (int64_t v = 0; v < tiles.vectors; ++v)
-      __builtin_prefetch(residual + place_of(row) * grid.target_pitch + s.vectors.lanes[v].target);
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t place = place_of(row);
-    E* out = target + place * grid.target_pitch;
-    const Finisher<E> finish(epilogue, place, grid.target_pitch);
-    const E* soon = Finish && residual
-                        ? residual + place_of(least(row + kSoon, rows - 1)) * grid.target_pitch
-                        : nullptr;
-    for (int64_t i = 0; i < tiles.count; ++i) {
-      const int64_t begin = tiles.begin(i), width = tiles.width(i);
-      for (int64_t v = 0; v < width; ++v) {
-        const Lanes& lanes = s.vectors.lanes[begin + v];
-        if (soon) __builtin_prefetch(soon + lanes.target);
-        Vector values = load(s.sums + (begin * rows + row * width + v) * kLanes);
-        if constexpr (Finish) values = finish(values, lanes);
-        write(out, lanes, values, past_caches);
-      }
-    }
+// Fetches what `write_row` will touch.
+template <class E>
+inline void fetch_row(const Output<E>& out, int64_t row, const Lanes* lanes, int64_t vectors) {
+  for (int64_t v = 0; v < vectors; ++v) {
+    const int64_t at = row * out.pitch + lanes[v].target;
+    if (!out.past_caches) __builtin_prefetch(out.target + at, 1);
+    if (out.epilogue && out.epilogue->residual)
+      __builtin_prefetch(static_cast<const E*>(out.epilogue->residual) + at);
   }
-  if (past_caches) fence();
+}
+
+// Writes the sums of a row of the target.
+template <int NV, class E>
+INLINE void write_row(const Output<E>& out, int64_t row, const Lanes* lanes, const Vector* sums) {
+  E* target = out.target + row * out.pitch;
+  if (out.epilogue) {
+    const Finisher<E> finish(*out.epilogue, row, out.pitch);
+    for (int v = 0; v < NV; ++v)
+      write(target, lanes[v], finish(sums[v], lanes[v]), out.past_caches);
+  } else {
+    UNROLL
+    for (int v = 0; v < NV; ++v) write(target, lanes[v], sums[v], out.past_caches);
+  }
 }
