@@ -11,7 +11,7 @@ from fused_passes import FUSED
 from jax import lax
 
 import blocksparse_jax as bsj
-from pallas_kernels.block_sparse_conv import available_implementations, choice
+from pallas_kernels.block_sparse_conv import available_implementations, choice, norm_passes, xla
 
 NAMES = [name for name, reason in available_implementations().items() if reason is None]
 SHAPE = (3, 3, 16, 32)
