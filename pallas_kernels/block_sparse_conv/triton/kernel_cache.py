@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -47,7 +48,8 @@ def read_or_make(key: str, make: Callable[[], bytes]) -> bytes:
 
 def _folder() -> Path | None:
     """Where compiled kernels lie; None without a cache on a local disk."""
-    folder = jax.config.jax_compilation_cache_dir
-    if not folder or not jax.config.jax_enable_compilation_cache or "://" in folder:
+    config: Any = jax.config
+    folder = config.jax_compilation_cache_dir
+    if not folder or not config.jax_enable_compilation_cache or "://" in folder:
         return None
     return Path(folder) / "triton_kernels"
