@@ -58,8 +58,8 @@ def cancel_transposes(
     function traces `fun` and carries each transpose forward through elementwise operations,
     reductions, pooling, padding and concatenation, to where another one undoes it. So what lies
     between two sparse layers (batch norm, ReLU, a shortcut) computes in CHWN, and the transposes
-    are gone. Values and results keep their shapes and meaning; sums may round differently. XLA's
-    GPU backend cancels most transposes by itself: leave it out there.
+    are gone. Values and results keep their shapes and meaning; sums may round differently. Leave it
+    out on a GPU, where XLA cancels most transposes by itself.
 
     Apply it to the whole function that is compiled, with its gradients inside:
     `jax.jit(cancel_transposes(step))`. Gradients of the result are right, but they are computed

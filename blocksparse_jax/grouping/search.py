@@ -445,7 +445,8 @@ def _ascending_ranks(values: Float[Array, "*rows n"]) -> Int[Array, "*rows n"]:
     """
     index = jnp.arange(values.shape[-1])
     other, this = values[..., None, :], values[..., :, None]
-    is_before = (other < this) | ((other == this) & (index[None, :] < index[:, None]))
+    is_lower = jnp.broadcast_to(index[None, :] < index[:, None], (*values.shape, len(index)))
+    is_before = (other < this) | ((other == this) & is_lower)
     return is_before.sum(-1, dtype=jnp.int32)
 
 

@@ -202,13 +202,13 @@ def _kept(found: _Found, leaf: Blocks) -> tuple[Bool[Array, "kh kw cin cout"], B
     kh, kw, cin, cout = leaf.of.conv_shape
     run, groups = leaf.channel_block, cout // leaf.group_size
     first = found.runs[:, : leaf.kept // run, None] * run
-    channels = (first + jnp.arange(run, dtype=jnp.int32)).reshape(groups, leaf.kept)
+    channels = (first + jnp.arange(run, dtype=jnp.int32)[None, None]).reshape(groups, leaf.kept)
     if leaf.kept_taps == kh * kw:
         taps = jnp.broadcast_to(jnp.arange(kh * kw, dtype=jnp.int32), (groups, kh * kw))
     else:
         taps = found.taps[:, : leaf.kept_taps]
     has_channel = jnp.repeat(found.has_run[: cin // run], run, axis=0)
-    mask = jnp.broadcast_to(found.has_tap[:, None] & has_channel, (kh * kw, cin, cout))
+    mask = jnp.broadcast_to(found.has_tap[:, None] & has_channel[None], (kh * kw, cin, cout))
     return mask, BlockLayout(found.filters, channels, taps, leaf.of.shape, run)
 
 

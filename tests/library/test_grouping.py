@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
+from blocksparse_jax import masks_from_scores, patterns
 from blocksparse_jax.grouping import column_blocks as column_grouping
 from blocksparse_jax.grouping import search
 from blocksparse_jax.grouping.column_blocks import ColumnBlocks, block_fill, dsb_groups, rumi_groups
@@ -282,6 +283,15 @@ def test_keeping_everything_and_one_channel():
     alone = hrbp_groups(scores, group_size=1, kept=2, kept_taps=9)
     best = np.sort(np.argsort(-scores.sum((0, 1)), axis=0)[:2].T, axis=1)
     assert alone.channels.tolist() == best.tolist()
+
+
+@pytest.mark.parametrize("filters", [8, 16])
+def test_strict_rank_promotion_refuses_nothing(filters):
+    """Outside of jit, where the search of all layers is a program of its own."""
+    scores = {"kernel": jnp.arange(72.0 * filters).reshape(3, 3, 8, filters)}
+    with jax.numpy_rank_promotion("raise"):
+        masks = masks_from_scores(scores, 0.75, pattern=patterns.block(group_size=8))
+    assert int(masks["kernel"].sum()) == 18 * filters
 
 
 def test_one_group_of_all_filters():
