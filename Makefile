@@ -12,7 +12,7 @@ train: $(VENV)/installed
 
 test slow: export OPENBLAS_NUM_THREADS = 1
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not ci' $(ARGS)
 
 # The long tests that `make test` leaves out: before a release. The networks of flaxmodels are some of their inputs.
 slow: $(VENV)/installed

@@ -77,6 +77,30 @@ _LONG = [
     "test_triton",
     "test_two_of_four",
 ]
+# Compiled and interpreted GPU kernels, and commands that start processes or train for many steps:
+# `ci`, for they would be a quarter of `make test`.
+_ONLY_IN_CI = [
+    "test_bench",
+    "test_bench_gpu",
+    "test_captured_steps",
+    "test_channel_order",
+    "test_compare",
+    "test_export",
+    "test_first_call",
+    "test_loop_speed",
+    "test_masked_step",
+    "test_mosaic_gpu",
+    "test_nest_runs",
+    "test_prepare_data",
+    "test_report_page",
+    "test_sharded_state",
+    "test_smaller_networks",
+    "test_stop_and_extend",
+    "test_sweep",
+    "test_triton",
+    "test_triton_code",
+    "test_two_of_four",
+]
 # Some of their tests take 10 seconds and more.
 _FIRST = [
     "test_bench",
@@ -118,14 +142,16 @@ if jax.__version_info__ < (0, 11):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Starts the tests that take longest first, so that no worker begins one when the others are
-    done, and marks what CI's other Python leaves out: of the tests of all methods it runs those of
-    one method of each kind.
+    done, and marks what only CI runs, and what CI's other Python leaves out: of the tests of all
+    methods that runs those of one method of each kind.
     """
     for item in items:
         of_methods = getattr(item.module, "METHODS", None) is METHODS and hasattr(item, "callspec")
         name = item.callspec.params.get("name") if of_methods else None
         if item.path.stem in _LONG or (name in METHODS and name not in KINDS):
             item.add_marker("long")
+        if item.path.stem in _ONLY_IN_CI:
+            item.add_marker("ci")
     items.sort(key=lambda item: item.path.stem not in _FIRST)
 
 

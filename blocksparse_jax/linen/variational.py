@@ -179,10 +179,13 @@ def use_variational_dropout(key: Array) -> Iterator[None]:
             or not layer.has_variable("params", "log_sigma2")
         ):
             return method(*args, **kwargs)
-        if len(args) != 1 or kwargs:
+        options = {
+            name for name, value in kwargs.items() if value is not None and value is not False
+        }
+        if len(args) != 1 or options:
             raise ValueError(
                 f"{'/'.join(layer.path)}: expected a noisy layer to be called with its input "
-                f"alone, got {len(args)} arguments and {sorted(kwargs)}; leave it out with where="
+                f"alone, got {len(args)} arguments and {sorted(options)}; leave it out with where="
             )
         kernel = nn.meta.unbox(layer.get_variable("params", "kernel"))
         log_sigma2 = nn.meta.unbox(layer.get_variable("params", "log_sigma2"))

@@ -48,7 +48,7 @@ def apply_epilogue(
       [3.5, 0.0]
     """
     is_empty = scale is None and bias is None and residual is None
-    wide = jnp.promote_types(y.dtype, jnp.float32)
+    wide = jnp.float64 if y.dtype == jnp.float64 else jnp.float32
     out = y if is_empty else y.astype(wide)
     per_channel = [1, 1, 1, 1]
     per_channel[channel_axis] = -1
