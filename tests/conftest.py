@@ -167,7 +167,7 @@ def pytest_collection_finish(session):
 
 def pytest_runtest_teardown(item, nextitem):
     """Frees what was compiled before Linux refuses more: a process may hold 65530 memory maps, and
-    every compiled program takes dozens. Beyond them XLA's compiler crashes.
+    every compiled program takes some. Beyond them XLA's compiler crashes.
     """
     _count["tests"] += 1
     ends = nextitem is None or nextitem.path != item.path  # a worker's chunk, or a module

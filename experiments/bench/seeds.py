@@ -2,8 +2,8 @@
 
 `python -m experiments.bench.seeds` takes about three minutes on 2 CPU cores. One step of every
 seed: in turn, each with the whole machine; side by side, a process a seed with a share of the
-cores; at once, one program with `vmap` over the seeds. Packed steps have no third way: there the
-layouts are other ones for each seed, and a native call under `vmap` is a loop.
+cores; at once, one program with `vmap` over the seeds. Packed steps are not timed at once: every
+seed has its own layouts there.
 """
 
 import dataclasses

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from requirements import needs
 from experiments.bench import shapes
 from experiments.bench.gpu.check_cases import BASE
 from pallas_kernels.block_sparse_conv import triton
-from pallas_kernels.block_sparse_conv.triton import foreign, kernel_cache
+from pallas_kernels.block_sparse_conv.triton import foreign, gathering, kernel_cache, kernels
 
 PACKAGES = [
     name
@@ -85,3 +86,16 @@ def test_another_process_finds_the_kernels_of_a_step(cache, monkeypatch):
     assert len(list(cache.glob("triton_kernels/*"))) == 1
     monkeypatch.delattr(foreign, "_compile")
     assert lowered(1) == first
+
+
+@needs(f"not installed: {', '.join(PACKAGES)}" if PACKAGES else None)
+def test_a_kernel_whose_helper_changes_is_compiled_again(cache, monkeypatch):
+    """`gather` is in another module than the kernels that call it."""
+    monkeypatch.setattr(foreign, "_compile", lambda *_: b"compiled")
+    launch = types.SimpleNamespace(kernel="gather_product")
+    compiled_call = foreign._compiled_call.__wrapped__
+    for hash_of_helper in (gathering.gather.cache_key, "of another source"):
+        monkeypatch.setattr(gathering.gather, "hash", hash_of_helper)
+        monkeypatch.setattr(kernels.gather_product, "hash", None)  # which holds its helpers'
+        compiled_call(launch, 90, ("bfloat16",))
+    assert len(list(cache.glob("triton_kernels/*"))) == 2

@@ -9,12 +9,10 @@ recorded. So jax-triton 0.3 compiles a kernel here, and the call goes to that fu
 
 import dataclasses
 import functools
-import hashlib
 import inspect
 import math
 import zlib
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -95,19 +93,19 @@ def call(launch: Launch, capability: int, *operands: jax.Array) -> Any:
 @functools.cache
 def _compiled_call(launch: Launch, capability: int, dtypes: tuple[str, ...]) -> bytes:
     """A call with its compiled kernel, as the foreign function reads it."""
-    key = f"{launch} {capability} {dtypes} {_compilers()}"
+    source = getattr(kernels, launch.kernel).cache_key  # with the functions that it calls
+    key = f"{launch} {capability} {dtypes} {source} {_compilers()}"
     return kernel_cache.read_or_make(key, lambda: _compile(launch, capability, dtypes))
 
 
 @functools.cache
 def _compilers() -> str:
-    """All that a compiled kernel depends on beside its call."""
+    """All that a compiled kernel depends on beside its call and its source."""
     from triton._C.libtriton import get_cache_invalidating_env_vars
 
-    source = Path(kernels.__file__).read_bytes()
     versions = [metadata.version(package) for package in ("jaxlib", "jax-triton", "triton")]
     switches = sorted(get_cache_invalidating_env_vars().items())
-    return f"{hashlib.sha256(source).hexdigest()} {versions} {switches}"
+    return f"{versions} {switches}"
 
 
 def _compile(launch: Launch, capability: int, dtypes: tuple[str, ...]) -> bytes:
