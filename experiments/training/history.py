@@ -51,12 +51,19 @@ class History:
 
     def __init__(self, trainer: Trainer, state: State, image_shape: tuple[int, ...]):
         self._spec = trainer.spec
+        assert trainer.config.options is not None
+        self._step_flops = trainer.config.options.step_flops
         self._changes_masks = trainer.changes_masks
         dense = jax.eval_shape(functools.partial(to_form, "masked"), state)
         variables = {"params": dense.params, "batch_stats": dense.batch_stats}
         self.positions = conv_positions(trainer.model("masked"), variables, image_shape)
         sizes = _sizes(state)
         self.dense_flops = sum(sizes[name] * n for name, n in self.positions.items())
+        self._pruned_flops = sum(
+            sizes[name] * self.positions.get(name, 0)
+            for name, mask in zip(sizes, jax.tree.leaves(masks_of(state)), strict=True)
+            if jnp.ndim(mask)
+        )
         self._original = trainer.shapes
         self.restart(state, masks_of(state), flops=0, steps=0)
 
@@ -87,9 +94,10 @@ class History:
         pending = jax.device_get([spell.counts for spell in self._pending])
         for counts, spell in zip(pending, self._pending, strict=True):
             kept = self._kept_flops(counts, spell.sizes)
-            masked, dense = spell.steps
-            self.flops += masked * int(bsj.metrics.step_flops(kept, self.dense_flops))
-            self.flops += dense * int(bsj.metrics.step_flops(kept, self.dense_flops, True))
+            for dense_gradient, steps in enumerate(spell.steps):
+                self.flops += steps * self._step_flops(
+                    kept, self.dense_flops, self._pruned_flops, bool(dense_gradient)
+                )
         self._pending = [_Spell(pending[-1], self._pending[-1].sizes)]
 
     def numbers(self) -> dict[str, float]:

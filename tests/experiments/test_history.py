@@ -92,6 +92,15 @@ def test_dense_training_takes_all_flops_and_activates_all_weights(tmp_path):
     assert result["itop"] == 1
 
 
+def test_variational_dropout_computes_means_variances_and_the_pruned_network(tmp_path):
+    """All of its weights train; masks save nothing but in the pass without noise."""
+    result = Run(config(tmp_path, "variational-dropout", epochs=1)).train()
+    noisy = DENSE - SIZES["stem"] * POSITIONS["stem"] - SIZES["classifier"]
+    expected = (3 * DENSE + 3 * noisy + DENSE) / (3 * DENSE)  # nothing is pruned before the end
+    assert result["training_flops_fraction"] == pytest.approx(expected, rel=1e-12)
+    assert result["kept_flops_fraction"] < 0.5
+
+
 @pytest.mark.slow
 def test_masks_that_stay_cost_what_they_keep(tmp_path):
     result = Run(config(tmp_path, "magnitude", epochs=1)).train()

@@ -203,6 +203,17 @@ class Options:
         """
         return bsj.sparse(method, optimizer)
 
+    def step_flops(self, kept: int, dense: int, pruned: int, dense_gradient: bool) -> int:
+        """The FLOPs of a training step per image: forward pass and gradients.
+
+        Args:
+          kept: of the forward pass with the step's masks.
+          dense: of the dense network's forward pass.
+          pruned: the part of `dense` that the layers with masks have.
+          dense_gradient: whether the method needs the gradient of all weights in this step.
+        """
+        return int(bsj.metrics.step_flops(kept, dense, dense_gradient))
+
     def finish(self, state: State, folder: Path) -> dict[str, Any]:
         """What the method adds to result.json, and to the run folder, at the end.
 

@@ -90,6 +90,17 @@ class VariationalDropout(Options):
         examples = max(setup.examples, self.least_examples)
         return loss + weight * bsj.variational_dropout_kl(weights.params) / examples, rest
 
+    def step_flops(self, kept: int, dense: int, pruned: int, dense_gradient: bool) -> int:
+        """Means of all layers, variances of the noisy ones, and the forward pass without noise.
+
+        Args:
+          kept: of the forward pass with the step's masks.
+          dense: of the dense network's forward pass.
+          pruned: the part of `dense` that the layers with masks have, which are the noisy ones.
+          dense_gradient: always that of all weights.
+        """
+        return 3 * (dense + pruned) + kept
+
     def combined(
         self,
         method: optax.GradientTransformation,
