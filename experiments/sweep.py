@@ -142,6 +142,8 @@ def _run_all(folder: SweepFolder, found: list[jobs.Job], deadline: float) -> Non
     for number, job in enumerate(found, 1):
         if folder.finished(job.path, bool(job.cell.epsilons)) is not None:
             folder.prune(job.path)
+            if reason := jobs.outdated(job):
+                print(f"{job.name}: {reason}", file=sys.stderr)
             continue
         if time.monotonic() >= deadline:
             print(f"the time is over, {len(found) - number + 1} of {len(found)} cells remain")
@@ -200,6 +202,8 @@ def _show_cells(folder: SweepFolder, found: list[jobs.Job]) -> None:
     lines, total = [], 0.0
     for job in found:
         state, seconds = "finished", None
+        if jobs.outdated(job):
+            state = "finished with other settings"
         if ended[job.path] is None:
             state = "under way" if (job.path / "config.json").exists() else ""
             seconds = jobs.seconds_expected(job, done)

@@ -18,6 +18,7 @@ from experiments.training.fgsm import attack
 from experiments.training.files import write_json
 from experiments.training.programs import Programs
 from experiments.training.run import Run
+from experiments.training.run_folder import RunFolder, changes
 
 CHECKPOINT_SECONDS = 25  # with the step or evaluation under way about half a minute
 _FEW_ROWS = 10**9  # metrics.jsonl of a cell has rows of epochs only
@@ -100,6 +101,28 @@ def jobs(
     return found
 
 
+def outdated(job: Job) -> str | None:
+    """Whether a cell was run with other settings than it would be today.
+
+    Its folder is named after what differs from the defaults, so a default that changes between two
+    versions leaves the name as it is.
+
+    Args:
+      job: finished, under way, or yet to run.
+
+    Returns:
+      Which settings differ, and what to do; None where none does, or nothing was run.
+    """
+    if not (job.path / "config.json").exists():
+        return None
+    fix = f"delete {job.path} to run it anew"
+    try:
+        found = changes(resolve(RunFolder(job.path).stored(fix)), job.config)
+    except ValueError as error:  # it has fields of another version
+        return str(error)
+    return f"run with other settings ({', '.join(found)}); {fix}" if found else None
+
+
 def run(
     job: Job, folder: SweepFolder, data: Data, programs: Programs, deadline: float = math.inf
 ) -> bool:
@@ -118,9 +141,11 @@ def run(
     Raises:
       Stopped: by a signal; the run goes on from its last checkpoint.
       FloatingPointError: the loss is not finite.
-      ValueError: the method refuses its options.
+      ValueError: the method refuses its options, or the cell began with other settings.
       OSError: the folder cannot be written.
     """
+    if reason := outdated(job):
+        raise ValueError(f"{job.name}: {reason}")
     training = Run(
         job.config,
         resume=(job.path / "config.json").exists(),

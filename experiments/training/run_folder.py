@@ -220,15 +220,7 @@ class RunFolder:
                 mask_epochs = mask_epochs or stored.epochs
                 stored = dataclasses.replace(stored, epochs=new.epochs)
         new = dataclasses.replace(new, mask_epochs=new.mask_epochs or stored.mask_epochs)
-        if stored.method != new.method:  # whose options have other names
-            stored, new = (dataclasses.replace(one, options=None) for one in (stored, new))
-        before, after = flat(stored), flat(new)
-        changed = [
-            f"{name} {before.get(name)!r} -> {after.get(name)!r}"
-            for name in before | after
-            if name not in _PLACE and before.get(name) != after.get(name)
-        ]
-        if changed:
+        if changed := changes(stored, new):
             raise ValueError(
                 f"resume: {config.out} is a run with another config ({', '.join(changed)}){hint}; "
                 "leave these flags out or choose another --out"
@@ -317,3 +309,24 @@ class RunFolder:
         path = self.path / "result.json"
         fix = "delete it and run again with --resume"
         return read_json_map(path, fix) if path.exists() else None
+
+
+def changes(stored: TrainConfig, new: TrainConfig) -> list[str]:
+    """Where two configs of a run differ, places aside.
+
+    Args:
+      stored: of the run.
+      new: as it would be run now.
+
+    Returns:
+      A line for each field, "name before -> after"; without the options where the methods differ,
+      whose options have other names.
+    """
+    if stored.method != new.method:
+        stored, new = (dataclasses.replace(one, options=None) for one in (stored, new))
+    before, after = flat(stored), flat(new)
+    return [
+        f"{name} {before.get(name)!r} -> {after.get(name)!r}"
+        for name in before | after
+        if name not in _PLACE and before.get(name) != after.get(name)
+    ]

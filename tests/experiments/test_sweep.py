@@ -164,6 +164,25 @@ class Alone(Programs):
         pass
 
 
+def test_a_cell_of_other_settings_is_named(tmp_path, capsys):
+    """A default that changed between two versions does not change the name of a cell's folder."""
+    sweep.main(short(tmp_path, cells="/ru/"))
+    [cell] = (tmp_path / "sweeps/cells").iterdir()
+    config = json.loads((cell / "config.json").read_text())
+    config["options"]["budget"] = "er"
+    (cell / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    sweep.main(short(tmp_path, cells="/ru/"))
+    said = capsys.readouterr().err
+    assert "random.budget 'er' -> 'uniform'" in said
+    assert f"delete {cell}" in said
+    sweep.main(short(tmp_path, cells="/ru/", dry_run=True))
+    assert "finished with other settings" in capsys.readouterr().out
+    (cell / "result.json").unlink()
+    with pytest.raises(ValueError, match=r"ru.*budget 'er' -> 'uniform'.*delete"):
+        sweep.main(short(tmp_path, cells="/ru/"))
+
+
 def test_a_checkpoint_that_does_not_fit_stays_beside_the_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "LIMIT", 1 << 20)
     monkeypatch.setattr(sweep_folder, "_SPARE", 1 << 20)  # so that there is no room
