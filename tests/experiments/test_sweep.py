@@ -12,7 +12,7 @@ from new_process import run_python
 from tiny_runs import config as tiny
 
 from experiments import sweep
-from experiments.reporting import sweep_figure
+from experiments.reporting import results, sweep_figure
 from experiments.reporting.reports import sweep as sweep_report
 from experiments.sweeps import folder as sweep_folder
 from experiments.sweeps import jobs, tables
@@ -358,6 +358,8 @@ def test_speed_ups_come_from_the_benchmarks(tmp_path, capsys):
     ]
     assert row["paper"] == 1.9
     assert row["speed_up"] > 1
+    committed = results.read("sweep_hrbp-speed")["rows"]
+    assert committed == report["rows"], f"run again: {report['command']} --results ..."
 
 
 @pytest.mark.slow
