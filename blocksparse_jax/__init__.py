@@ -40,7 +40,7 @@ from blocksparse_jax.grouping.channel_choice import (
 from blocksparse_jax.grouping.channel_removal import remove_channels
 from blocksparse_jax.grouping.channel_spaces import channel_orders, fold_channel_orders
 from blocksparse_jax.grouping.column_blocks import ColumnBlocks, block_fill, dsb_groups, rumi_groups
-from blocksparse_jax.grouping.search import hrbp_groups, kept_score, random_groups
+from blocksparse_jax.grouping.hrbp import hrbp_groups, kept_score, random_groups
 from blocksparse_jax.layout import (
     BlockLayout,
     ConsecutiveGroups,

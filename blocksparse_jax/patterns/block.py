@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from blocksparse_jax import _checks
 from blocksparse_jax.counts import BlockCount, Units, block_counts
-from blocksparse_jax.grouping.search import hrbp_groups
+from blocksparse_jax.grouping.hrbp import hrbp_groups
 from blocksparse_jax.grouping.search_together import Blocks, group_together
 from blocksparse_jax.layout import BlockLayout, FilterGroups, Layout, channel_layout, layout_to_mask
 from blocksparse_jax.patterns._base import Kept, Pattern, Shape, check_static
