@@ -63,7 +63,7 @@ from blocksparse_jax.norm_act_conv import (
     norm_act_conv,
     norm_add_act_conv,
 )
-from blocksparse_jax.packing import pack, pack_tree, unpack, unpack_tree
+from blocksparse_jax.packing import pack, unpack
 from blocksparse_jax.pending import PendingActivations, RawOutput, activations
 from blocksparse_jax.plans import Plan, with_plans
 from blocksparse_jax.pools import max_pool
@@ -107,6 +107,7 @@ from blocksparse_jax.transforms.static import fixed_masks, random_channel_layout
 from blocksparse_jax.transforms.subp import subp
 from blocksparse_jax.transforms.variational_dropout import variational_dropout
 from blocksparse_jax.transposes import cancel_transposes
+from blocksparse_jax.tree_packing import pack_tree, unpack_tree
 from blocksparse_jax.variational import (
     variational_dropout_kl,
     variational_masks,

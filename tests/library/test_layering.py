@@ -37,6 +37,8 @@ ORDER = [
     {"spec", "hidden_parts"},
     {"state", "serialization"},
     {"packing"},
+    {"packing_checks"},
+    {"tree_packing"},
     {"transforms._base"},
     {"transforms.first_masks", "transforms.nesting", "transforms.exchange"},
     {"transforms.keep_zeros", "transforms.static", "transforms.one_shot", "transforms.gradual"}
