@@ -18,7 +18,8 @@ from blocksparse_jax.patterns.window import Window
 from blocksparse_jax.schedules import Between, between
 from blocksparse_jax.selection import highest
 from blocksparse_jax.spec import Spec
-from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
+from blocksparse_jax.transforms._base import sparse_transformation
+from blocksparse_jax.transforms.leaves import Leaf, Leaves, Step
 
 Kind = Literal["window", "ck", "combined", "inter_epoch"]
 KINDS: tuple[Kind, ...] = ("window", "ck", "combined", "inter_epoch")

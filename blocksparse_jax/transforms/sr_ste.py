@@ -13,12 +13,8 @@ from blocksparse_jax.schedules import Always
 from blocksparse_jax.scores import magnitude
 from blocksparse_jax.selection import ranks_of_stored
 from blocksparse_jax.spec import Spec
-from blocksparse_jax.transforms._base import (
-    Leaves,
-    Step,
-    decay_of_pruned,
-    sparse_transformation,
-)
+from blocksparse_jax.transforms._base import decay_of_pruned, sparse_transformation
+from blocksparse_jax.transforms.leaves import Leaves, Step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,6 +39,9 @@ ORDER = [
     {"packing"},
     {"packing_checks"},
     {"tree_packing"},
+    {"transforms.leaves"},
+    {"transforms.due"},
+    {"transforms.proposed"},
     {"transforms._base"},
     {"transforms.first_masks", "transforms.nesting", "transforms.exchange"},
     {"transforms.keep_zeros", "transforms.static", "transforms.one_shot", "transforms.gradual"}
