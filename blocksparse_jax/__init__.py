@@ -41,16 +41,10 @@ from blocksparse_jax.grouping.channel_removal import remove_channels
 from blocksparse_jax.grouping.channel_spaces import channel_orders, fold_channel_orders
 from blocksparse_jax.grouping.column_blocks import ColumnBlocks, block_fill, dsb_groups, rumi_groups
 from blocksparse_jax.grouping.hrbp import hrbp_groups, kept_score, random_groups
-from blocksparse_jax.layout import (
-    BlockLayout,
-    ConsecutiveGroups,
-    Dense,
-    FilterGroups,
-    is_layout,
-    layout_to_mask,
-    mask_to_layout,
-    validate,
-)
+from blocksparse_jax.layout import BlockLayout, layout_to_mask
+from blocksparse_jax.layout_check import validate
+from blocksparse_jax.layout_nodes import ConsecutiveGroups, Dense, FilterGroups, is_layout
+from blocksparse_jax.layout_of_mask import mask_to_layout
 from blocksparse_jax.linear import linear
 from blocksparse_jax.lottery import lottery_sparsities, lottery_ticket
 from blocksparse_jax.masks import apply_masks, layouts_from_scores, masks_from_scores

@@ -11,7 +11,8 @@ import optax
 from jaxtyping import Array, PyTree
 
 from blocksparse_jax import tree
-from blocksparse_jax.layout import BlockLayout, Dense, is_layout, layout_to_mask
+from blocksparse_jax.layout import BlockLayout, layout_to_mask
+from blocksparse_jax.layout_nodes import Dense, is_layout
 from blocksparse_jax.packing import equal_as_known
 from blocksparse_jax.plans import without_plans
 from blocksparse_jax.state import is_node, is_sparse_state

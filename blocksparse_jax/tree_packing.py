@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from blocksparse_jax import packing_checks, tree
-from blocksparse_jax.layout import BlockLayout, Dense, ShrinkingLayout, is_layout, layout_to_mask
+from blocksparse_jax.layout import BlockLayout, layout_to_mask
+from blocksparse_jax.layout_nodes import Dense, ShrinkingLayout, is_layout
 from blocksparse_jax.packing import pack, unpack
 from blocksparse_jax.plans import without_plans
 from blocksparse_jax.state import SparseState, is_node, is_sparse_state

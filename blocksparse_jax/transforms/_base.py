@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from blocksparse_jax import schedules, tree
-from blocksparse_jax.layout import Dense, is_layout
+from blocksparse_jax.layout_nodes import Dense, is_layout
 from blocksparse_jax.patterns import Kept
 from blocksparse_jax.spec import Spec
 from blocksparse_jax.state import LAYOUTS_STAY_WHOLE, SparseState, stands_for_params

@@ -11,7 +11,7 @@ from blocksparse_jax import _checks, schedules, tree
 from blocksparse_jax.alike import map_alike
 from blocksparse_jax.counts import warn_if_off
 from blocksparse_jax.dead_inputs import Feeds, checked_feeds, live_inputs
-from blocksparse_jax.layout import Dense
+from blocksparse_jax.layout_nodes import Dense
 from blocksparse_jax.patterns import Kept
 from blocksparse_jax.patterns.kernel import Kernel
 from blocksparse_jax.patterns.window import Window

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from blocksparse_jax import _checks, tree
 from blocksparse_jax.budgets import Budget, layer_densities, target_density
-from blocksparse_jax.layout import Dense
+from blocksparse_jax.layout_nodes import Dense
 from blocksparse_jax.masks import check_pattern
 from blocksparse_jax.patterns import Kept, Pattern, channel
 from blocksparse_jax.patterns.block import Block

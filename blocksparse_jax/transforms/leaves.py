@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from blocksparse_jax import tree
-from blocksparse_jax.layout import Layout
+from blocksparse_jax.layout_nodes import Layout
 from blocksparse_jax.state import SparseState, is_node
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from blocksparse_jax import schedules, tree
-from blocksparse_jax.layout import is_layout
+from blocksparse_jax.layout_nodes import is_layout
 from blocksparse_jax.spec import Spec
 from blocksparse_jax.state import SparseState
 from blocksparse_jax.transforms.due import are_finite, has_moved, is_due

@@ -6,7 +6,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from blocksparse_jax import _checks, tree
-from blocksparse_jax.layout import Dense
+from blocksparse_jax.layout_nodes import Dense
 from blocksparse_jax.patterns import Kept, n_of_m
 from blocksparse_jax.patterns.n_of_m import Axis, NOfM
 from blocksparse_jax.schedules import Always

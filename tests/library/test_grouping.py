@@ -20,7 +20,8 @@ from blocksparse_jax.grouping import column_blocks as column_grouping
 from blocksparse_jax.grouping import runs_and_taps
 from blocksparse_jax.grouping.column_blocks import ColumnBlocks, block_fill, dsb_groups, rumi_groups
 from blocksparse_jax.grouping.hrbp import hrbp_groups, kept_score, random_groups
-from blocksparse_jax.layout import layout_to_mask, validate
+from blocksparse_jax.layout import layout_to_mask
+from blocksparse_jax.layout_check import validate
 
 # shape, group_size, kept, kept_taps, channel_block
 CASES = [

@@ -15,6 +15,8 @@ ORDER = [
     {"data_scores"},
     {"counts", "dead_inputs"},
     {"layout"},
+    {"layout_of_mask", "layout_check"},
+    {"layout_nodes"},
     {"plans"},
     {"grouping.search_input", "grouping.column_blocks"},
     {"grouping.runs_and_taps", "grouping.exchange"},
