@@ -281,7 +281,7 @@ class Run:
         return (
             all(first // n == last // n for n in intervals if n)
             and not any(first < step <= last for step in stops if step)
-            and all(map(self.trainer.plain, range(first, last + 1)))
+            and all(map(self.trainer.needs.plain, range(first, last + 1)))
         )
 
     def _train_steps(self, rest: EpochRest, count: int) -> EpochRest:
@@ -296,7 +296,7 @@ class Run:
 
     def _train_step(self, images: Any, labels: Any) -> None:
         step, state, trainer = self.step, self.state, self.trainer
-        changes = trainer.changes_masks(step) or trainer.form(step + 1) != state.form
+        changes = trainer.needs.changes_masks(step) or trainer.needs.form(step + 1) != state.form
         if (step + 1) % self.length.steps_per_epoch == 0:
             self._masks_to_test = trainer.masks_to_test(step, state)
         self._dispatch(lambda: trainer.step(state, step, images, labels), 1, changes)
