@@ -40,17 +40,11 @@ from blocksparse_jax.grouping.channel_choice import (
 from blocksparse_jax.grouping.channel_removal import remove_channels
 from blocksparse_jax.grouping.channel_spaces import channel_orders, fold_channel_orders
 from blocksparse_jax.grouping.column_blocks import ColumnBlocks, block_fill, dsb_groups, rumi_groups
-from blocksparse_jax.grouping.search import hrbp_groups, kept_score, random_groups
-from blocksparse_jax.layout import (
-    BlockLayout,
-    ConsecutiveGroups,
-    Dense,
-    FilterGroups,
-    is_layout,
-    layout_to_mask,
-    mask_to_layout,
-    validate,
-)
+from blocksparse_jax.grouping.hrbp import hrbp_groups, kept_score, random_groups
+from blocksparse_jax.layout import BlockLayout, layout_to_mask
+from blocksparse_jax.layout_check import validate
+from blocksparse_jax.layout_nodes import ConsecutiveGroups, Dense, FilterGroups, is_layout
+from blocksparse_jax.layout_of_mask import mask_to_layout
 from blocksparse_jax.linear import linear
 from blocksparse_jax.lottery import lottery_sparsities, lottery_ticket
 from blocksparse_jax.masks import apply_masks, layouts_from_scores, masks_from_scores
@@ -63,7 +57,7 @@ from blocksparse_jax.norm_act_conv import (
     norm_act_conv,
     norm_add_act_conv,
 )
-from blocksparse_jax.packing import pack, pack_tree, unpack, unpack_tree
+from blocksparse_jax.packing import pack, unpack
 from blocksparse_jax.pending import PendingActivations, RawOutput, activations
 from blocksparse_jax.plans import Plan, with_plans
 from blocksparse_jax.pools import max_pool
@@ -107,6 +101,7 @@ from blocksparse_jax.transforms.static import fixed_masks, random_channel_layout
 from blocksparse_jax.transforms.subp import subp
 from blocksparse_jax.transforms.variational_dropout import variational_dropout
 from blocksparse_jax.transposes import cancel_transposes
+from blocksparse_jax.tree_packing import pack_tree, unpack_tree
 from blocksparse_jax.variational import (
     variational_dropout_kl,
     variational_masks,

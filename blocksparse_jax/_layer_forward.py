@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 from blocksparse_jax import _checks
 from blocksparse_jax.conv import conv, finish
 from blocksparse_jax.geometry import Padding, Pair, explicit_geometry, with_border
-from blocksparse_jax.layout import BlockLayout, Dense
+from blocksparse_jax.layout import BlockLayout
+from blocksparse_jax.layout_nodes import Dense
 from blocksparse_jax.linear import linear
 from blocksparse_jax.norm_act_conv import conv_with_sums, norm_act_conv, norm_add_act_conv, sums_of
 from blocksparse_jax.packing import refuse_foreign_values

@@ -18,7 +18,8 @@ from blocksparse_jax.geometry import (
     with_border,
 )
 from blocksparse_jax.kernel_gradient import dense_kernel_gradient
-from blocksparse_jax.layout import BlockLayout, Dense, layout_to_mask
+from blocksparse_jax.layout import BlockLayout, layout_to_mask
+from blocksparse_jax.layout_nodes import Dense
 from blocksparse_jax.masks import straight_through
 from blocksparse_jax.packing import pack, refuse_foreign_values, unpack
 from pallas_kernels.block_sparse_conv import (

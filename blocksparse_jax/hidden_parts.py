@@ -7,7 +7,7 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-from blocksparse_jax.layout import is_layout
+from blocksparse_jax.layout_nodes import is_layout
 
 
 def is_hidden(node: Any) -> bool:

@@ -8,15 +8,13 @@ dense block. Every array has a static shape: new masks never recompile.
 import dataclasses
 import functools
 import math
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from blocksparse_jax import _checks
-from blocksparse_jax.kernels import Kernels, kernels
+from blocksparse_jax.kernels import Kernels
 from pallas_kernels.block_sparse_conv.index import Index
 from pallas_kernels.block_sparse_conv.plan import Plan
 
@@ -92,92 +90,6 @@ class BlockLayout:
         return math.prod(self.packed_shape) / math.prod(self.shape)
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Dense:
-    """The layout of a leaf that stays dense: a marker without arrays.
-
-    Example:
-      >>> jax.tree.leaves({"bias": Dense()})
-      []
-    """
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ConsecutiveGroups:
-    """The layout of a leaf in groups of consecutive filters whose kept count changes in training.
-
-    The kept count is a shape, so it is read from the mask outside of jit: `get_layouts` turns this
-    marker into a `BlockLayout`.
-
-    Attributes:
-      group_size: filters in a group (static).
-      packed: in the state of packed values, their layout: there is no mask to read it from.
-
-    Example:
-      >>> ConsecutiveGroups(16).group_size
-      16
-
-    Reference: the 1xN block of Xiang et al., "SUBP", NeurIPS 2023.
-    """
-
-    group_size: int = dataclasses.field(metadata={"static": True})
-    packed: BlockLayout | None = None
-
-    def read(self, mask: Bool[Array, "..."]) -> BlockLayout:
-        """The layout of a concrete mask."""
-        return mask_to_layout(mask, jnp.arange(mask.shape[-1]).reshape(-1, self.group_size))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class FilterGroups:
-    """The layout of a leaf in groups of any filters whose kept counts change in training.
-
-    As `ConsecutiveGroups`, for groups that a search chose: HRBP's blocks while a gradual
-    method prunes them.
-
-    Attributes:
-      filters: int32 `[groups, group_size]`, a partition of `range(cout)`.
-      channel_block: channels come in aligned runs of this many (static).
-      packed: in the state of packed values, their layout.
-
-    Example:
-      >>> FilterGroups(jnp.array([[0, 2], [1, 3]])).filters.shape
-      (2, 2)
-    """
-
-    filters: jax.Array  # int32[groups, group_size]
-    channel_block: int = dataclasses.field(default=1, metadata={"static": True})
-    packed: BlockLayout | None = None
-
-    def read(self, mask: Bool[Array, "..."]) -> BlockLayout:
-        """The layout of a concrete mask."""
-        layout = mask_to_layout(mask, self.filters)
-        return dataclasses.replace(layout, channel_block=self.channel_block)
-
-
-ShrinkingLayout = ConsecutiveGroups | FilterGroups
-Layout = BlockLayout | Dense | ShrinkingLayout
-
-
-def is_layout(node: Any) -> TypeGuard[Layout]:
-    """True for a node of a layout tree: pass it as `is_leaf` to `jax.tree.map`.
-
-    Args:
-      node: anything.
-
-    Returns:
-      Whether `node` is a `BlockLayout`, `Dense`, `ConsecutiveGroups` or `FilterGroups`.
-
-    Example:
-      >>> is_layout(Dense()), is_layout({})
-      (True, False)
-    """
-    return isinstance(node, Layout)
-
-
 def channel_layout(
     filters: Int[Array, "groups group_size"],
     kept_runs: Bool[Array, "groups runs"],
@@ -208,79 +120,6 @@ def channel_layout(
     first = jnp.argsort(~kept_runs, axis=1, stable=True)[:, : kept // run].astype(jnp.int32)
     channels = first[:, :, None] * run + jnp.arange(run, dtype=jnp.int32)[None, None]
     return BlockLayout(filters, channels.reshape(len(filters), kept), taps, shape, run)
-
-
-def validate(layout: BlockLayout) -> BlockLayout:
-    """Checks a layout's arrays.
-
-    They are a partition of the filters, ascending distinct channels and taps in range, aligned
-    runs.
-
-    Args:
-      layout: a concrete layout, or a stack (call outside of jit).
-
-    Returns:
-      The same layout.
-
-    Raises:
-      ValueError: names the field, the value and what was expected.
-
-    Example:
-      >>> layout = mask_to_layout(jnp.ones((3, 3, 4, 8), bool))
-      >>> validate(layout).packed_shape
-      (1, 4, 9, 8)
-    """
-    if not isinstance(layout, BlockLayout):
-        raise ValueError(
-            f"layout: expected a BlockLayout, got {type(layout).__name__}; a dense leaf has "
-            f"nothing to validate"
-        )
-    if len(layout.shape) not in (2, 4):
-        raise ValueError(
-            f"layout.shape: expected (kh, kw, cin, cout), or (cin, cout) of a dense kernel, got "
-            f"{layout.shape}"
-        )
-    if layout.kernels.stack:
-        for one in _unstacked(layout):
-            validate(one)
-        return layout
-    kh, kw, cin, cout = kernels("layout.shape", layout.shape).conv_shape
-    filters, channels, taps = (
-        _checks.concrete(f"layout.{n}", getattr(layout, n)) for n in ("filters", "channels", "taps")
-    )
-    for name, array in (("filters", filters), ("channels", channels), ("taps", taps)):
-        if (
-            array.ndim != 2
-            or array.shape[0] != filters.shape[0]
-            or not np.issubdtype(array.dtype, np.integer)
-        ):
-            raise ValueError(
-                f"layout.{name}: expected an integer array [groups={filters.shape[0]}, n], got "
-                f"{array.dtype}{list(array.shape)}"
-            )
-    _checks.partition("layout.filters", filters, cout)
-    for name, array, bound in (("channels", channels, cin), ("taps", taps, kh * kw)):
-        if array.size and (array.min() < 0 or array.max() >= bound):
-            raise ValueError(
-                f"layout.{name}: index {array.min()}..{array.max()} out of range, expected "
-                f"0..{bound - 1}"
-            )
-        if (np.diff(array, axis=1) <= 0).any():
-            raise ValueError(
-                f"layout.{name}: each row must be strictly ascending (sorted, no repeats); sort it "
-                f"with np.sort(..., axis=1)"
-            )
-    block = _checks.positive_int("layout.channel_block", layout.channel_block)
-    if channels.shape[1] % block or cin % block:
-        raise ValueError(
-            f"layout.channel_block: {block} must divide kept={channels.shape[1]} and cin={cin}"
-        )
-    runs = channels.reshape(channels.shape[0], -1, block)
-    if (runs[..., :1] % block).any() or (np.diff(runs, axis=-1) != 1).any():
-        raise ValueError(
-            f"layout.channels: expected aligned runs of channel_block={block} consecutive channels"
-        )
-    return layout
 
 
 def layout_to_mask(layout: BlockLayout) -> Bool[Array, "..."]:
@@ -321,7 +160,8 @@ def conv_layout(layout: Any) -> Any:
       The same but for the shape; what is no `BlockLayout`, as it is.
 
     Example:
-      >>> conv_layout(mask_to_layout(jnp.ones((4, 8), bool))).shape
+      >>> import blocksparse_jax as bsj
+      >>> conv_layout(bsj.mask_to_layout(jnp.ones((4, 8), bool))).shape
       (1, 1, 4, 8)
     """
     if not isinstance(layout, BlockLayout):
@@ -342,113 +182,9 @@ def block_index(
       `[groups, 1, 1, group_size]`.
 
     Example:
-      >>> layout = mask_to_layout(jnp.ones((1, 1, 2, 4), bool))
+      >>> import blocksparse_jax as bsj
+      >>> layout = bsj.mask_to_layout(jnp.ones((1, 1, 2, 4), bool))
       >>> [i.shape for i in block_index(layout)]
       [(1, 1, 1, 1), (1, 2, 1, 1), (1, 1, 1, 4)]
     """
     return Index(layout.filters, layout.channels, layout.taps).positions()
-
-
-def mask_to_layout(
-    mask: Bool[Array | np.ndarray, "..."],
-    filters: Int[Array, "... groups group_size"] | None = None,
-) -> BlockLayout:
-    """Reads the layout off a block-structured mask (on the host: the kept counts become shapes).
-
-    Args:
-      mask: bool `[kh, kw, cin, cout]`, concrete; or `[cin, cout]` of a dense kernel, or stacked
-        `[layers, kh, kw, cin, cout]`, whose layouts are stacked alike.
-      filters: int `[groups, group_size]`, the groups (of a stack: of every kernel, or stacked);
-        None groups the filters whose masks are equal.
-
-    Returns:
-      A layout with `layout_to_mask(layout) == mask`.
-
-    Raises:
-      ValueError: the mask is no such pattern; the message says at which group and why. Or the
-        kernels of a stack keep different counts.
-
-    Example:
-      >>> mask = jnp.zeros((3, 3, 4, 4), bool).at[1, :, 0, :2].set(True).at[0, :, 3, 2:].set(True)
-      >>> layout = mask_to_layout(mask)
-      >>> layout.filters.tolist(), layout.channels.tolist(), layout.taps.tolist()
-      ([[0, 1], [2, 3]], [[0], [3]], [[3, 4, 5], [0, 1, 2]])
-    """
-    flat = _checks.concrete("mask", mask)
-    of = kernels("mask.shape", flat.shape)
-    _checks.boolean("mask", flat.dtype)
-    if of.stack:
-        return _stack_of_masks(flat, of, filters)
-    kh, kw, cin, cout = of.conv_shape
-    flat = flat.reshape(kh * kw, cin, cout)
-    groups = _equal_filters(flat) if filters is None else _checks.concrete("filters", filters)
-    _checks.partition("filters", groups, cout)
-    channel_lists, tap_lists = [], []
-    for g, members in enumerate(groups):
-        block = flat[:, :, members]
-        kept_channels, kept_taps = np.asarray(block.any((0, 2))), np.asarray(block.any((1, 2)))
-        if not (block == (kept_taps[:, None, None] & kept_channels[None, :, None])).all():
-            raise ValueError(
-                f"mask: group {g} (filters {members[:4].tolist()}...) is not one block of channels "
-                f"x taps; run it masked-dense"
-            )
-        channel_lists.append(np.flatnonzero(kept_channels))
-        tap_lists.append(np.flatnonzero(kept_taps))
-    counts = {(len(c), len(t)) for c, t in zip(channel_lists, tap_lists)}
-    if len(counts) != 1:
-        raise ValueError(
-            f"mask: groups keep different (channels, taps) counts {sorted(counts)[:4]}, expected "
-            f"one; run it masked-dense"
-        )
-    channels, taps = (
-        jnp.asarray(np.array(channel_lists), jnp.int32),
-        jnp.asarray(np.array(tap_lists), jnp.int32),
-    )
-    return BlockLayout(jnp.asarray(groups, jnp.int32), channels, taps, of.shape)
-
-
-def _stack_of_masks(masks: np.ndarray, of: Kernels, filters: Any) -> BlockLayout:
-    """The stacked layouts of stacked masks; ValueError where they differ in a count."""
-    masks = masks.reshape(of.count, *of.shape)
-    groups: list[Any] = [None] * of.count
-    if filters is not None:
-        filters = _checks.concrete("filters", filters)
-        groups = list(
-            np.broadcast_to(filters, (*of.stack, *filters.shape[-2:])).reshape(
-                of.count, *filters.shape[-2:]
-            )
-        )
-    layouts = [mask_to_layout(mask, members) for mask, members in zip(masks, groups, strict=True)]
-    shapes = {layout.packed_shape for layout in layouts}
-    if len(shapes) != 1:
-        raise ValueError(
-            f"mask: stacked kernels keep different counts (groups, channels, taps, group size) "
-            f"{sorted(shapes)[:4]}, expected one; run it masked-dense"
-        )
-    return jax.tree.map(
-        lambda *arrays: jnp.stack(arrays).reshape(*of.stack, *arrays[0].shape), *layouts
-    )
-
-
-def _unstacked(layout: BlockLayout) -> list[BlockLayout]:
-    """The layouts of a stack, one by one; ValueError where the arrays have other leading axes."""
-    stack = layout.kernels.stack
-    for name in ("channels", "taps"):
-        if getattr(layout, name).shape[:-2] != stack:
-            raise ValueError(
-                f"layout.{name}: expected the leading axes {stack} of layout.filters, got shape "
-                f"{getattr(layout, name).shape}"
-            )
-    return [jax.tree.map(lambda a, i=i: a[i], layout) for i in np.ndindex(stack)]
-
-
-def _equal_filters(flat: np.ndarray) -> np.ndarray:
-    """Filters with equal masks, in groups of one size: the gcd of the sizes of all classes."""
-    _, classes, sizes = np.unique(
-        np.packbits(flat.reshape(-1, flat.shape[-1]), axis=0),
-        axis=1,
-        return_inverse=True,
-        return_counts=True,
-    )
-    groups = np.argsort(classes.reshape(-1), kind="stable").reshape(-1, math.gcd(*sizes.tolist()))
-    return groups[np.argsort(groups[:, 0], kind="stable")]

@@ -8,7 +8,8 @@ from jaxtyping import Array, Float
 from blocksparse_jax import _checks
 from blocksparse_jax.conv import conv, finish
 from blocksparse_jax.geometry import images_of_rows
-from blocksparse_jax.layout import BlockLayout, Dense, conv_layout
+from blocksparse_jax.layout import BlockLayout, conv_layout
+from blocksparse_jax.layout_nodes import Dense
 
 __all__ = ["linear"]
 

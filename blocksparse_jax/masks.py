@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from blocksparse_jax import patterns, run_once, tree
 from blocksparse_jax.alike import map_alike
 from blocksparse_jax.budgets import Budget, check_budget, layer_densities
-from blocksparse_jax.layout import Dense
+from blocksparse_jax.layout_nodes import Dense
 from blocksparse_jax.patterns import Kept, Pattern, unstructured
 from blocksparse_jax.patterns._base import check_static
 

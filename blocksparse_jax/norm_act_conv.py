@@ -22,7 +22,8 @@ from jaxtyping import Array, Float
 from blocksparse_jax import _checks
 from blocksparse_jax.conv import conv, holds_packed
 from blocksparse_jax.geometry import Padding, explicit_geometry
-from blocksparse_jax.layout import BlockLayout, Dense
+from blocksparse_jax.layout import BlockLayout
+from blocksparse_jax.layout_nodes import Dense
 from blocksparse_jax.packing import pack
 from pallas_kernels import batch_norm
 from pallas_kernels.batch_norm import Norm, NormSpec

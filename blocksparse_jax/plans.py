@@ -5,7 +5,8 @@ from typing import TypeVar
 
 import jax
 
-from blocksparse_jax.layout import BlockLayout, Layout, is_layout
+from blocksparse_jax.layout import BlockLayout
+from blocksparse_jax.layout_nodes import Layout, is_layout
 from pallas_kernels.block_sparse_conv import Index, Plan, make_plan, why_no_plan
 
 Layouts = TypeVar("Layouts")

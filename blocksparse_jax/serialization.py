@@ -12,7 +12,9 @@ import jax
 import numpy as np
 from flax import serialization
 
-from blocksparse_jax.layout import BlockLayout, ConsecutiveGroups, Dense, FilterGroups, validate
+from blocksparse_jax.layout import BlockLayout
+from blocksparse_jax.layout_check import validate
+from blocksparse_jax.layout_nodes import ConsecutiveGroups, Dense, FilterGroups
 from blocksparse_jax.plans import with_plans
 from blocksparse_jax.spec import Spec
 

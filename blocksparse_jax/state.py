@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 
 from blocksparse_jax import tree
 from blocksparse_jax.hidden_parts import reveal
-from blocksparse_jax.layout import (
+from blocksparse_jax.layout_nodes import (
     ConsecutiveGroups,
     Dense,
     FilterGroups,

@@ -11,7 +11,8 @@ import optax
 from jaxtyping import Array, PyTree
 
 from blocksparse_jax import tree
-from blocksparse_jax.layout import BlockLayout, Dense, Layout, is_layout
+from blocksparse_jax.layout import BlockLayout
+from blocksparse_jax.layout_nodes import Dense, Layout, is_layout
 from blocksparse_jax.metrics import nonfinite_by_leaf, nonzero_pruned_by_layer
 from blocksparse_jax.patterns import Pattern
 from blocksparse_jax.state import (

@@ -33,10 +33,10 @@ from experiments.reporting import results
 from experiments.training import plots
 from experiments.training.config import TrainConfig
 from experiments.training.execution import to_form
-from experiments.training.loop import stepper
 from experiments.training.methods import Lottery
 from experiments.training.registry import METHODS, method
 from experiments.training.run import Run
+from experiments.training.stepper import stepper
 
 COMPARED = ("dense", "hrbp", "hrbp-dynamic", "subp", "sr-ste", "rigl")
 # Every execution: masked, packed, and sparse at the update of the masks. Nearly all is compiling.

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from blocksparse_jax import _checks
-from blocksparse_jax.grouping.search import hrbp_groups, kept_score
+from blocksparse_jax.grouping.hrbp import hrbp_groups, kept_score
 from blocksparse_jax.layout import BlockLayout
 
 _ROUNDS = 12  # of ordering and grouping

@@ -17,7 +17,7 @@ from jaxtyping import Bool, PyTree
 
 from blocksparse_jax import _checks, tree
 from blocksparse_jax.grouping.channel_spaces import Spaces, checked_spaces
-from blocksparse_jax.layout import ConsecutiveGroups, Dense, is_layout
+from blocksparse_jax.layout_nodes import ConsecutiveGroups, Dense, is_layout
 
 
 def remove_channels(

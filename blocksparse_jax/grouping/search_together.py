@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float
 
 from blocksparse_jax import run_once
 from blocksparse_jax.alike import map_alike
-from blocksparse_jax.grouping.search import Counts, Sizes, score_table, search, search_sizes
+from blocksparse_jax.grouping.search import search
+from blocksparse_jax.grouping.search_input import Counts, Sizes, score_table, search_sizes
 from blocksparse_jax.kernels import Kernels
 from blocksparse_jax.layout import BlockLayout
 

@@ -16,7 +16,8 @@ from blocksparse_jax._layer_forward import (
     convolve,
     pair,
 )
-from blocksparse_jax.layout import BlockLayout, Dense, is_layout
+from blocksparse_jax.layout import BlockLayout
+from blocksparse_jax.layout_nodes import Dense, is_layout
 from blocksparse_jax.pending import PendingActivations
 from blocksparse_jax.tree import path_name
 

@@ -12,7 +12,8 @@ from flax import linen as nn
 from blocksparse_jax import _checks
 from blocksparse_jax._layer_forward import CallArguments, convolve, multiply
 from blocksparse_jax.conv import available_implementations
-from blocksparse_jax.layout import BlockLayout, Dense, is_layout
+from blocksparse_jax.layout import BlockLayout
+from blocksparse_jax.layout_nodes import Dense, is_layout
 from blocksparse_jax.linen.conv import BlockSparseConv, kernel_shape
 from blocksparse_jax.linen.linear import BlockSparseLinear
 from blocksparse_jax.tree import path_name

@@ -15,7 +15,8 @@ from blocksparse_jax._layer_forward import (
     convolve,
     pair,
 )
-from blocksparse_jax.layout import BlockLayout, Dense
+from blocksparse_jax.layout import BlockLayout
+from blocksparse_jax.layout_nodes import Dense
 from blocksparse_jax.nnx.layouts import Layouts
 from blocksparse_jax.pending import PendingActivations
 

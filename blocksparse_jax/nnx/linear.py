@@ -9,7 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from blocksparse_jax._layer_forward import multiply
-from blocksparse_jax.layout import BlockLayout, Dense
+from blocksparse_jax.layout import BlockLayout
+from blocksparse_jax.layout_nodes import Dense
 from blocksparse_jax.nnx.layouts import Layouts
 
 # The initializers of nnx.Linear.

@@ -9,7 +9,8 @@ from jax import lax
 
 from blocksparse_jax import _checks
 from blocksparse_jax.conv import available_implementations
-from blocksparse_jax.layout import BlockLayout, Dense, is_layout
+from blocksparse_jax.layout import BlockLayout
+from blocksparse_jax.layout_nodes import Dense, is_layout
 from blocksparse_jax.nnx.conv import BlockSparseConv
 from blocksparse_jax.nnx.linear import BlockSparseLinear
 from blocksparse_jax.packing import refuse_foreign_values
@@ -100,7 +101,7 @@ def set_layouts(model: nnx.Module, layouts: Any) -> None:
         or is another kernel's; the message names its path. Then no layout is changed.
 
     Example:
-      >>> from blocksparse_jax.layout import mask_to_layout
+      >>> from blocksparse_jax.layout_of_mask import mask_to_layout
       >>> model = nnx.List([BlockSparseConv(4, 8, 3, rngs=nnx.Rngs(0))])
       >>> layout = mask_to_layout(np.ones((3, 3, 4, 8), bool))
       >>> set_layouts(model, {0: {"kernel": layout, "bias": Dense()}})

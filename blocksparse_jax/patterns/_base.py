@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 from blocksparse_jax import _checks
 from blocksparse_jax.counts import Units, set_counts, warn_if_off
 from blocksparse_jax.kernels import Kernels, kernels
-from blocksparse_jax.layout import BlockLayout, Dense, Layout, ShrinkingLayout, conv_layout
+from blocksparse_jax.layout import BlockLayout, conv_layout
+from blocksparse_jax.layout_nodes import Dense, Layout, ShrinkingLayout
 from blocksparse_jax.selection import highest_in_rows, ranks
 
 Shape = tuple[int, ...]

@@ -10,9 +10,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from blocksparse_jax import _checks
 from blocksparse_jax.counts import BlockCount, Units, block_counts
-from blocksparse_jax.grouping.search import hrbp_groups
+from blocksparse_jax.grouping.hrbp import hrbp_groups
 from blocksparse_jax.grouping.search_together import Blocks, group_together
-from blocksparse_jax.layout import BlockLayout, FilterGroups, Layout, channel_layout, layout_to_mask
+from blocksparse_jax.layout import BlockLayout, channel_layout, layout_to_mask
+from blocksparse_jax.layout_nodes import FilterGroups, Layout
 from blocksparse_jax.patterns._base import Kept, Pattern, Shape, check_static
 from blocksparse_jax.patterns.unstructured import Unstructured
 from blocksparse_jax.selection import highest_in_rows

@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float
 
 from blocksparse_jax import _checks
 from blocksparse_jax.counts import Units
-from blocksparse_jax.layout import BlockLayout, ConsecutiveGroups, Dense, Layout
+from blocksparse_jax.layout import BlockLayout
+from blocksparse_jax.layout_nodes import ConsecutiveGroups, Dense, Layout
 from blocksparse_jax.patterns._base import Pattern, Shape
 from blocksparse_jax.patterns.one_by_n import OneByN
 

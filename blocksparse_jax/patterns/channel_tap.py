@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from blocksparse_jax import _checks
 from blocksparse_jax.counts import Units
-from blocksparse_jax.layout import Layout
+from blocksparse_jax.layout_nodes import Layout
 from blocksparse_jax.patterns._base import Pattern, Shape
 
 

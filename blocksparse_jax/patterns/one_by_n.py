@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float
 
 from blocksparse_jax import _checks
 from blocksparse_jax.counts import Units
-from blocksparse_jax.layout import BlockLayout, ConsecutiveGroups, Layout, channel_layout
+from blocksparse_jax.layout import BlockLayout, channel_layout
+from blocksparse_jax.layout_nodes import ConsecutiveGroups, Layout
 from blocksparse_jax.patterns._base import Pattern, Shape
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from blocksparse_jax.counts import Units, weight_counts
-from blocksparse_jax.layout import Layout
+from blocksparse_jax.layout_nodes import Layout
 from blocksparse_jax.patterns._base import Pattern, Shape
 
 

@@ -6,6 +6,7 @@ does not say it, build a transformation from its parts with `sparse_transformati
 
 from blocksparse_jax.masks import draw
 from blocksparse_jax.patterns import Kept
-from blocksparse_jax.transforms._base import Leaf, Step, sparse_transformation
+from blocksparse_jax.transforms._base import sparse_transformation
+from blocksparse_jax.transforms.leaves import Leaf, Step
 
 __all__ = ["Kept", "Leaf", "Step", "draw", "sparse_transformation"]

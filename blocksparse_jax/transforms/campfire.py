@@ -11,14 +11,15 @@ from blocksparse_jax import _checks, schedules, tree
 from blocksparse_jax.alike import map_alike
 from blocksparse_jax.counts import warn_if_off
 from blocksparse_jax.dead_inputs import Feeds, checked_feeds, live_inputs
-from blocksparse_jax.layout import Dense
+from blocksparse_jax.layout_nodes import Dense
 from blocksparse_jax.patterns import Kept
 from blocksparse_jax.patterns.kernel import Kernel
 from blocksparse_jax.patterns.window import Window
 from blocksparse_jax.schedules import Between, between
 from blocksparse_jax.selection import highest
 from blocksparse_jax.spec import Spec
-from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
+from blocksparse_jax.transforms._base import sparse_transformation
+from blocksparse_jax.transforms.leaves import Leaf, Leaves, Step
 
 Kind = Literal["window", "ck", "combined", "inter_epoch"]
 KINDS: tuple[Kind, ...] = ("window", "ck", "combined", "inter_epoch")

@@ -12,8 +12,9 @@ from blocksparse_jax.budgets import Budget
 from blocksparse_jax.schedules import Always, Schedule, check_schedule
 from blocksparse_jax.selection import highest
 from blocksparse_jax.spec import Spec
-from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
+from blocksparse_jax.transforms._base import sparse_transformation
 from blocksparse_jax.transforms.first_masks import first_masks
+from blocksparse_jax.transforms.leaves import Leaf, Leaves, Step
 
 _ALWAYS = Always()
 

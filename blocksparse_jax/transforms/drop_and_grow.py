@@ -15,9 +15,10 @@ from blocksparse_jax.budgets import Budget
 from blocksparse_jax.patterns import Kept, Pattern, unstructured
 from blocksparse_jax.schedules import AnyOf, Never, Schedule, Through, check_schedule
 from blocksparse_jax.spec import Spec
-from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
+from blocksparse_jax.transforms._base import sparse_transformation
 from blocksparse_jax.transforms.exchange import grow_highest, map_layers, stay_highest, with_sets
 from blocksparse_jax.transforms.first_masks import FirstMasks, first_masks
+from blocksparse_jax.transforms.leaves import Leaf, Leaves, Step
 
 Rule = Literal["magnitude", "gradient", "momentum", "random"] | Callable[[Leaf], Array]
 RULES = ("magnitude", "gradient", "momentum", "random")

@@ -12,9 +12,10 @@ from blocksparse_jax.budgets import Budget
 from blocksparse_jax.patterns import Kept, Pattern, unstructured
 from blocksparse_jax.schedules import Schedule, check_schedule
 from blocksparse_jax.spec import Spec
-from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
+from blocksparse_jax.transforms._base import sparse_transformation
 from blocksparse_jax.transforms.exchange import grow_highest, stay_highest, with_sets
 from blocksparse_jax.transforms.first_masks import first_masks
+from blocksparse_jax.transforms.leaves import Leaf, Leaves, Step
 
 
 def dsr(

@@ -11,7 +11,7 @@ from blocksparse_jax.layout import BlockLayout
 from blocksparse_jax.patterns import Kept, Pattern, unstructured
 from blocksparse_jax.patterns.block import Block
 from blocksparse_jax.selection import highest_in_rows
-from blocksparse_jax.transforms._base import Leaf
+from blocksparse_jax.transforms.leaves import Leaf
 
 _LOWEST = jnp.finfo(jnp.float32).min
 

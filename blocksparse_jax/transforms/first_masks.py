@@ -10,7 +10,7 @@ from blocksparse_jax import scores as scores_
 from blocksparse_jax.budgets import Budget, target_density
 from blocksparse_jax.masks import check_pattern, draw
 from blocksparse_jax.patterns import Kept, Pattern
-from blocksparse_jax.transforms._base import Leaves
+from blocksparse_jax.transforms.leaves import Leaves
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -16,7 +16,8 @@ from blocksparse_jax.patterns.block import Block
 from blocksparse_jax.schedules import Between, between, check_between
 from blocksparse_jax.scores import magnitude
 from blocksparse_jax.spec import Spec
-from blocksparse_jax.transforms._base import Leaves, Step, sparse_transformation
+from blocksparse_jax.transforms._base import sparse_transformation
+from blocksparse_jax.transforms.leaves import Leaves, Step
 
 
 def gradual(

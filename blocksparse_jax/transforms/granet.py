@@ -9,7 +9,7 @@ from blocksparse_jax import scores as scores_
 from blocksparse_jax.patterns import Kept, Pattern
 from blocksparse_jax.schedules import Between, check_between
 from blocksparse_jax.spec import Spec
-from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
+from blocksparse_jax.transforms._base import sparse_transformation
 from blocksparse_jax.transforms.exchange import (
     grow_highest,
     map_layers,
@@ -18,6 +18,7 @@ from blocksparse_jax.transforms.exchange import (
     with_sets,
 )
 from blocksparse_jax.transforms.first_masks import first_masks
+from blocksparse_jax.transforms.leaves import Leaf, Leaves, Step
 
 
 def granet(

@@ -10,15 +10,16 @@ from jaxtyping import Array, Float
 
 from blocksparse_jax import _checks, tree
 from blocksparse_jax.budgets import Budget, layer_densities, target_density
-from blocksparse_jax.layout import Dense
+from blocksparse_jax.layout_nodes import Dense
 from blocksparse_jax.masks import check_pattern
 from blocksparse_jax.patterns import Kept, Pattern, channel
 from blocksparse_jax.patterns.block import Block
 from blocksparse_jax.schedules import Between, check_between
 from blocksparse_jax.selection import highest_in_rows
 from blocksparse_jax.spec import Spec
-from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
+from blocksparse_jax.transforms._base import sparse_transformation
 from blocksparse_jax.transforms.first_masks import keep_all
+from blocksparse_jax.transforms.leaves import Leaf, Leaves, Step
 
 _EPSILON = 1e-8  # under the root: a set of zeros has a gradient
 

@@ -15,8 +15,9 @@ from blocksparse_jax.state import (
     sparse_states,
     stands_for_params,
 )
-from blocksparse_jax.transforms._base import INSIDE_KEEP_ZEROS, has_moved, propose
+from blocksparse_jax.transforms.due import has_moved
 from blocksparse_jax.transforms.nesting import accumulates_for_method, check_nesting
+from blocksparse_jax.transforms.proposed import INSIDE_KEEP_ZEROS, propose
 
 
 def sparse(

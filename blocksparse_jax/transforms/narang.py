@@ -15,8 +15,9 @@ from blocksparse_jax.patterns import Kept, unstructured
 from blocksparse_jax.schedules import Between, check_between
 from blocksparse_jax.selection import highest
 from blocksparse_jax.spec import Spec
-from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
+from blocksparse_jax.transforms._base import sparse_transformation
 from blocksparse_jax.transforms.first_masks import keep_all
+from blocksparse_jax.transforms.leaves import Leaf, Leaves, Step
 
 
 def narang(

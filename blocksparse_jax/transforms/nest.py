@@ -11,7 +11,7 @@ from blocksparse_jax.budgets import Budget, layer_densities, target_density
 from blocksparse_jax.patterns import Kept, Pattern
 from blocksparse_jax.schedules import AnyOf, Between, Through, check_between
 from blocksparse_jax.spec import Spec
-from blocksparse_jax.transforms._base import Leaf, Leaves, Step, sparse_transformation
+from blocksparse_jax.transforms._base import sparse_transformation
 from blocksparse_jax.transforms.exchange import (
     grow_highest,
     refuse_fixed_counts,
@@ -19,6 +19,7 @@ from blocksparse_jax.transforms.exchange import (
     with_sets,
 )
 from blocksparse_jax.transforms.first_masks import first_masks
+from blocksparse_jax.transforms.leaves import Leaf, Leaves, Step
 
 
 def nest(

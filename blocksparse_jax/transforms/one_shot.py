@@ -12,8 +12,9 @@ from blocksparse_jax.budgets import Budget
 from blocksparse_jax.patterns import Kept, Pattern
 from blocksparse_jax.schedules import Never, Through
 from blocksparse_jax.spec import Spec
-from blocksparse_jax.transforms._base import Leaves, Step, sparse_transformation
+from blocksparse_jax.transforms._base import sparse_transformation
 from blocksparse_jax.transforms.first_masks import first_masks
+from blocksparse_jax.transforms.leaves import Leaves, Step
 
 
 def one_shot(

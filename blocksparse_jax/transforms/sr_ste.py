@@ -6,19 +6,15 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from blocksparse_jax import _checks, tree
-from blocksparse_jax.layout import Dense
+from blocksparse_jax.layout_nodes import Dense
 from blocksparse_jax.patterns import Kept, n_of_m
 from blocksparse_jax.patterns.n_of_m import Axis, NOfM
 from blocksparse_jax.schedules import Always
 from blocksparse_jax.scores import magnitude
 from blocksparse_jax.selection import ranks_of_stored
 from blocksparse_jax.spec import Spec
-from blocksparse_jax.transforms._base import (
-    Leaves,
-    Step,
-    decay_of_pruned,
-    sparse_transformation,
-)
+from blocksparse_jax.transforms._base import decay_of_pruned, sparse_transformation
+from blocksparse_jax.transforms.leaves import Leaves, Step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,9 @@ from blocksparse_jax import scores as scores_
 from blocksparse_jax.budgets import Budget, check_budget, layer_densities
 from blocksparse_jax.counts import block_counts
 from blocksparse_jax.kernels import Kernels, kernels
-from blocksparse_jax.layout import BlockLayout, Dense, is_layout, layout_to_mask, mask_to_layout
+from blocksparse_jax.layout import BlockLayout, layout_to_mask
+from blocksparse_jax.layout_nodes import Dense, is_layout
+from blocksparse_jax.layout_of_mask import mask_to_layout
 from blocksparse_jax.masks import draw, per_leaf
 from blocksparse_jax.origins import note, noted
 from blocksparse_jax.patterns import Kept, unstructured

@@ -16,13 +16,8 @@ from blocksparse_jax.schedules import Between, between, check_between
 from blocksparse_jax.scores import CRITERIA, Criterion, block_scores
 from blocksparse_jax.selection import highest_in_rows
 from blocksparse_jax.spec import Spec
-from blocksparse_jax.transforms._base import (
-    Leaf,
-    Leaves,
-    Step,
-    decay_of_pruned,
-    sparse_transformation,
-)
+from blocksparse_jax.transforms._base import decay_of_pruned, sparse_transformation
+from blocksparse_jax.transforms.leaves import Leaf, Leaves, Step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,7 +95,7 @@ def places(trainer: Trainer, state: State, image_shape: tuple[int, ...]) -> dict
     found: dict[str, Place] = {}
     dense = to_form("masked", state)
     variables = {"params": dense.params, "batch_stats": dense.batch_stats}
-    model = trainer.model("masked", widths=widths_of(state))
+    model = trainer.network.model("masked", widths=widths_of(state))
 
     def record(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         """Calls a module's method and notes the place of a convolution."""

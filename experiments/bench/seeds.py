@@ -27,7 +27,8 @@ from experiments.reporting import markdown, results
 from experiments.reporting.reports import seeds as report_tables
 from experiments.training.config import TrainConfig, resolve
 from experiments.training.length import Length
-from experiments.training.loop import Trainer, stepper, stepper_of_seeds
+from experiments.training.loop import Trainer
+from experiments.training.stepper import stepper, stepper_of_seeds
 
 SHAPE, CLASSES = (32, 32, 3), 10
 LENGTH = Length(steps_per_epoch=390, total=390 * 160)

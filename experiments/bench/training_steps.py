@@ -14,9 +14,10 @@ from experiments.measuring.row_names import TORCH
 from experiments.measuring.timing import timed
 from experiments.training.config import TrainConfig, resolve
 from experiments.training.length import Length
-from experiments.training.loop import Trainer, stepper
+from experiments.training.loop import Trainer
 from experiments.training.methods import Hrbp
 from experiments.training.optimizer import learning_rate
+from experiments.training.stepper import stepper
 
 CLASSES = 10
 LENGTH = Length(steps_per_epoch=390, total=390 * 160)  # of CIFAR-10's usual training

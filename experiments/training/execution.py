@@ -218,7 +218,7 @@ def widths_of(state: State) -> dict[str, int]:
       state: in any form.
 
     Returns:
-      Path of the convolution -> channels, for `Trainer.model`.
+      Path of the convolution -> channels, for `Network.model`.
     """
     return models.widths_of(dense_shapes(state))
 

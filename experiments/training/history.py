@@ -53,10 +53,10 @@ class History:
         self._spec = trainer.spec
         assert trainer.config.options is not None
         self._step_flops = trainer.config.options.step_flops
-        self._changes_masks = trainer.changes_masks
+        self._changes_masks = trainer.needs.changes_masks
         dense = jax.eval_shape(functools.partial(to_form, "masked"), state)
         variables = {"params": dense.params, "batch_stats": dense.batch_stats}
-        self.positions = conv_positions(trainer.model("masked"), variables, image_shape)
+        self.positions = conv_positions(trainer.network.model("masked"), variables, image_shape)
         sizes = _sizes(state)
         self.dense_flops = sum(sizes[name] * n for name, n in self.positions.items())
         self._pruned_flops = sum(

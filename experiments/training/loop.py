@@ -1,16 +1,12 @@
 """One training step for every method and execution.
 
-`Trainer` holds the jitted steps and asks the method's published spec what each step needs. Where a
-step changes masks or needs the gradient of the pruned weights, the packed execution is in another
-form: sparse at the mask updates of a dynamic method, masked while a method still changes how many
-weights it keeps (SUBP, gradual), since every count would compile a block-sparse step of its own.
-The sparse execution runs that phase in the block-sparse conv all the same.
+`Trainer` holds the jitted steps and asks `StepNeeds`, which reads the method's published spec, what
+each of them needs.
 """
 
 import copy
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,15 +16,16 @@ from jaxtyping import Array, Float, Int
 
 import blocksparse_jax as bsj
 from blocksparse_jax.state import sparse_states
-from experiments import models
 from experiments.data.resident import EpochRest
 from experiments.training.config import TrainConfig
 from experiments.training.execution import State, copied, is_dense, to_form, widths_of
 from experiments.training.length import Length
 from experiments.training.methods import Setup, Weights
+from experiments.training.network import Network, variables_of
 from experiments.training.optimizer import learning_rate, mask_length, optimizer
 from experiments.training.registry import METHODS
-from pallas_kernels.block_sparse_conv import fuses_norms, reads_plans
+from experiments.training.step_needs import StepNeeds
+from pallas_kernels.block_sparse_conv import reads_plans
 
 
 class Metrics(NamedTuple):
@@ -68,13 +65,13 @@ class Trainer:
 
     Attributes:
       config: as given.
+      network: what is trained.
       image_shape: as given.
       length: of the run.
-      spec: what the method publishes, after `init`; None where no weights are masked.
+      needs: what each step needs, after `init`.
       shapes: of the parameters that training begins with, after `init`.
     """
 
-    spec: bsj.Spec | None = None
     shapes: Any = None
 
     def __init__(
@@ -88,24 +85,20 @@ class Trainer:
         fused: bool | None = None,
     ):
         self.config = config
-        self._fused = fused
+        self.network = Network(config, num_classes, data_format, fused)
         self.image_shape = image_shape
         self.length = length
-        self._model = functools.partial(
-            models.create,
-            config.model,
-            num_classes=num_classes,
-            width=config.width,
-            stem=str(config.stem),
-            dtype=jnp.dtype(config.precision),
-        )
-        native = bsj.available_implementations()["cpu"] is None
-        self._masked_format = data_format or ("CHWN" if native else "NHWC")
+        self.needs = StepNeeds(str(config.execution), length.total)
         self._seed = seed
         self._planned: tuple[Any, Any] | None = None  # layouts, and the same with their plans
-        self._step = jax.jit(self._train_step, static_argnames="dense_gradient", donate_argnums=0)
+        self._step = jax.jit(self.train_step, static_argnames="dense_gradient", donate_argnums=0)
         self._steps = jax.jit(self._train_steps, static_argnames="count", donate_argnums=0)
         self._correct = jax.jit(self._count_correct)
+
+    @property
+    def spec(self) -> bsj.Spec | None:
+        """What the method publishes, after `init`; None where no weights are masked."""
+        return self.needs.spec
 
     def init(self, batch: tuple[Array, Array] | None = None) -> State:
         """The state before the first step, in that step's form.
@@ -126,7 +119,7 @@ class Trainer:
 
         def loss_fn(params: Any, batch: tuple[Array, Array]) -> Array:
             variables = {"params": params, "batch_stats": batch_stats}
-            return self._loss(self.model("masked"), variables, *batch)[0]
+            return self.network.loss(self.network.model("masked"), variables, *batch)[0]
 
         assert config.batch_size is not None
         dense = optimizer(config, self.length)
@@ -137,7 +130,7 @@ class Trainer:
             params,
             loss_fn,
             batch,
-            self._model(data_format="NHWC"),  # XLA's convolutions have all derivatives
+            self.network.with_all_derivatives(),
             batch_stats,
             dense,
             learning_rate(config, self.length),
@@ -150,15 +143,16 @@ class Trainer:
             self._operations = config.options.operations(setup)
         self._tx = self._transform(setup)
         state = State(params, batch_stats, self._tx.init(params), {}, "masked")
-        self.spec = None if is_dense(state) else bsj.get_spec(state.opt_state)
+        spec = None if is_dense(state) else bsj.get_spec(state.opt_state)
+        self.needs = dataclasses.replace(self.needs, spec=spec, operations=set(self._operations))
         self.shapes = jax.eval_shape(lambda: params)
-        if self.spec is not None and not self.spec.straight_through:
+        if spec is not None and not spec.straight_through:
             params = bsj.apply_masks(params, bsj.get_masks(state.opt_state))
         # no shared buffers: steps donate them
         state = copied(dataclasses.replace(state, params=params))
         if 0 in self._operations:
             state = self._operate(0, state)
-        return to_form(self.form(0), state)
+        return to_form(self.needs.form(0), state)
 
     def _transform(self, setup: Setup) -> optax.GradientTransformationExtraArgs:
         """The optimizer with the method."""
@@ -182,64 +176,8 @@ class Trainer:
         key = jax.random.key(config.seed)
         if seed is not None:  # other weights than those the masks were found with
             key = jax.random.fold_in(key, 2)
-        variables = _init(self.model("masked"), key, self.image_shape)
-        params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        params, batch_stats = self.network.init(key, self.image_shape)
         return config.options.prepare(params, batch_stats, config.sparsity)
-
-    def model(
-        self, form: str, dense_gradient: bool = False, widths: Mapping[str, int] | None = None
-    ) -> Any:
-        """The linen model of a form.
-
-        Args:
-          form: masked, sparse or packed.
-          dense_gradient: the block-sparse conv also gives the gradient of the pruned weights.
-          widths: of the state's network, `widths_of(state)`; None is the one that training begins
-            with.
-
-        Returns:
-          A module over NHWC images.
-        """
-        if form == "masked":
-            named = None if self.config.implementation == "cpu" else self.config.implementation
-            return self._model(
-                data_format=self._masked_format,
-                implementation=named,
-                widths=widths,
-                fused=bool(self._fused),
-            )
-        fused = fuses_norms(self.config.implementation) if self._fused is None else self._fused
-        return self._model(
-            data_format="CHWN",
-            implementation=self.config.implementation,
-            kernel_gradient="dense" if dense_gradient else "masked",
-            widths=widths,
-            fused=fused,
-        )
-
-    def form(self, step: int) -> str:
-        """The form of the state that a step starts from.
-
-        Args:
-          step: from 0.
-
-        Returns:
-          masked, sparse or packed.
-        """
-        if self.config.execution != "packed" or self.spec is None:
-            return str(self.config.execution)
-        # one step longer where the weights are still to be tested with the masks before
-        if self.spec.resizes and step <= self._last_change + self.spec.ahead:
-            return "masked"
-        # packed leaves hold kept weights only, so their masks cannot change
-        moves = self.spec.rule is None and self.spec.changes(step)
-        return "sparse" if moves or self.spec.dense_gradient(step) else "packed"
-
-    def changes_masks(self, step: int) -> bool:
-        """Whether a step's update changes masks; never where they follow the weights (SR-STE)."""
-        if step + 1 in self._operations:
-            return True
-        return self.spec is not None and self.spec.rule is None and self.spec.changes(step)
 
     def masks_to_test(self, step: int, state: State) -> list[Any]:
         """The masks of a state, where a step replaces them by those of steps to come.
@@ -253,15 +191,9 @@ class Trainer:
           trained with; [] where it is to be tested as it is, as after the last step of all.
         """
         last = step + 1 == self.length.total
-        if self.spec is None or not self.spec.ahead or last or not self.changes_masks(step):
+        if self.spec is None or not self.spec.ahead or last or not self.needs.changes_masks(step):
             return []
         return copied([sparse.masks for sparse in sparse_states(state.opt_state)])
-
-    @functools.cached_property
-    def _last_change(self) -> int:
-        assert self.spec is not None
-        steps = range(self.length.total - 1, -1, -1)
-        return next((step for step in steps if self.spec.changes(step)), -1)
 
     def with_execution(self, execution: str) -> "Trainer":
         """The same training in another execution; what is compiled is shared.
@@ -274,6 +206,7 @@ class Trainer:
         """
         other = copy.copy(self)
         other.config = dataclasses.replace(self.config, execution=execution)
+        other.needs = dataclasses.replace(self.needs, execution=execution)
         return other
 
     @property
@@ -309,15 +242,15 @@ class Trainer:
             dense_gradient=self._needs_dense(state, step),
         )
         state = dataclasses.replace(state, layouts=layouts)
-        form = self.form(step + 1)
+        form = self.needs.form(step + 1)
         if step + 1 in self._operations:
             return to_form(form, self._operate(step + 1, to_form("masked", state))), metrics
-        if form != state.form or (form != "masked" and self.changes_masks(step)):
+        if form != state.form or (form != "masked" and self.needs.changes_masks(step)):
             state = to_form(form, state)
         return state, metrics
 
     def steps(self, state: State, rest: EpochRest, count: int) -> tuple[State, Metrics, EpochRest]:
-        """Several `plain` steps in one program, which makes their batches too.
+        """Several steps that are `needs.plain` in one program, which makes their batches too.
 
         Args:
           state: in the form of these steps; donated.
@@ -332,13 +265,6 @@ class Trainer:
             without, self.planned(layouts), rest, self.key, count=count
         )
         return dataclasses.replace(state, layouts=layouts), metrics, rest.at(step)
-
-    def plain(self, step: int) -> bool:
-        """Whether nothing but weights and statistics changes in a step, as in those of `steps`."""
-        if self.changes_masks(step) or self.form(step + 1) != self.form(step):
-            return False
-        # masks that follow the weights are counted after each step
-        return self.spec is None or not (self.spec.rule or self.spec.dense_gradient(step))
 
     def lower(
         self, state: State, step: int, images: Float[Array, "n h w c"], labels: Int[Array, " n"]
@@ -366,8 +292,7 @@ class Trainer:
 
     def _needs_dense(self, state: State, step: int) -> bool:
         """Whether the step's block-sparse convolutions also give the pruned weights' gradient."""
-        needs = self.spec is not None and self.spec.dense_gradient(step)
-        return state.form == "sparse" and needs
+        return state.form == "sparse" and self.needs.dense_gradient(step)
 
     def planned(self, layouts: Any) -> Any:
         """The layouts with the lists that the steps read: made once for each change of masks.
@@ -391,18 +316,18 @@ class Trainer:
 
     def _operate(self, step: int, state: State) -> State:
         """What the method does before a step, outside of jit; the network may become smaller."""
-        model = self.model("masked", widths=widths_of(state))
+        model = self.network.model("masked", widths=widths_of(state))
 
         def loss_fn(params: Any, batch: tuple[Array, Array]) -> Array:
             variables = {"params": params, "batch_stats": state.batch_stats}
-            return self._loss(model, variables, *batch)[0]
+            return self.network.loss(model, variables, *batch)[0]
 
         setup = self._setup._replace(
             params=state.params, batch_stats=state.batch_stats, loss_fn=loss_fn, model=model
         )
         return copied(self._operations[step](state, setup))
 
-    def _train_step(
+    def train_step(
         self,
         state: State,
         layouts: Any,
@@ -411,17 +336,31 @@ class Trainer:
         key: Array | None = None,
         dense_gradient: bool = False,
     ) -> tuple[State, Metrics]:
+        """What `step` compiles: one update, which leaves the state in its form.
+
+        Args:
+          state: without layouts.
+          layouts: those of the state, `planned`.
+          images: float32 batch.
+          labels: int32 classes.
+          key: of the method; None is the run's own.
+          dense_gradient: whether the block-sparse conv also gives the gradient of the pruned
+            weights.
+
+        Returns:
+          The state, without layouts, and the batch's metrics.
+        """
         options, setup, tx = self.config.options, self._setup, self._tx
         assert options is not None
         if key is not None:  # an argument, so that the program serves every seed
             setup = setup._replace(key=key)
             tx = self._transform(setup) if options.draws_in_steps and self._seed is None else tx
         widths = widths_of(dataclasses.replace(state, layouts=layouts))
-        model = self.model(state.form, dense_gradient, widths)
+        model = self.network.model(state.form, dense_gradient, widths)
 
         def network(weights: Any) -> tuple[Array, Any]:
-            variables = _variables(weights, state.batch_stats, layouts)
-            return self._loss(model, variables, images, labels)
+            variables = variables_of(weights, state.batch_stats, layouts)
+            return self.network.loss(model, variables, images, labels)
 
         def loss_fn(params: Any) -> tuple[Array, Any]:
             masked = self._masked(dataclasses.replace(state, params=params))
@@ -445,20 +384,11 @@ class Trainer:
         def step(carry: tuple[State, Array], _: None) -> tuple[tuple[State, Array], Metrics]:
             state, number = carry
             batch = rest.at(number).batch()
-            state, metrics = self._train_step(state, layouts, *batch, key)
+            state, metrics = self.train_step(state, layouts, *batch, key)
             return (state, number + 1), metrics
 
         (state, number), metrics = jax.lax.scan(step, (state, rest.step), length=count)
         return state, metrics, number
-
-    def _loss(
-        self, model: Any, variables: Any, images: Array, labels: Array
-    ) -> tuple[Array, tuple[Any, Array]]:
-        logits, changed = model.apply(variables, images, train=True, mutable=["batch_stats"])
-        classes = jax.nn.one_hot(labels, logits.shape[-1])
-        targets = optax.smooth_labels(classes, self.config.label_smoothing)
-        loss = optax.softmax_cross_entropy(logits.astype(jnp.float32), targets).mean()
-        return loss, (changed.get("batch_stats", {}), jnp.sum(logits.argmax(-1) == labels))
 
     def _masked(self, state: State) -> Any:
         """The masked weights, unless the convolution picks the kept ones."""
@@ -496,64 +426,9 @@ class Trainer:
         Returns:
           A score of each class.
         """
-        variables = _variables(self._masked(state), state.batch_stats, state.layouts)
-        model = self.model(state.form, widths=widths_of(state))
+        variables = variables_of(self._masked(state), state.batch_stats, state.layouts)
+        model = self.network.model(state.form, widths=widths_of(state))
         return model.apply(variables, images, train=False)
-
-
-def stepper(
-    trainer: Trainer, state: State, step: int, images: Array, labels: Array
-) -> Callable[[], Any]:
-    """A function that trains on one batch over and over, to be timed.
-
-    Args:
-      trainer: of the state.
-      state: copied, since steps donate it.
-      step: the number that each step has.
-      images: float32 batch, NHWC.
-      labels: int32 classes.
-
-    Returns:
-      A function without arguments that returns the new state and the metrics.
-    """
-    box = [copied(state)]
-
-    def call() -> Any:
-        box[0], metrics = trainer.step(box[0], step, images, labels)
-        return box[0], metrics
-
-    return call
-
-
-def stepper_of_seeds(
-    trainer: Trainer,
-    states: Sequence[State],
-    images: Float[Array, "seeds n h w c"],
-    labels: Int[Array, "seeds n"],
-) -> Callable[[], Any]:
-    """A function that trains every seed on its batch in one program, over and over, to be timed.
-
-    Args:
-      trainer: of the first seed; the others differ from it in the seed alone.
-      states: masked, one for each seed.
-      images: float32 batches, NHWC.
-      labels: int32 classes.
-
-    Returns:
-      A function without arguments that returns the new states and the metrics, stacked.
-    """
-
-    def train(state: State, images: Array, labels: Array) -> tuple[State, Metrics]:
-        return trainer._train_step(state, {}, images, labels, trainer.key)
-
-    step = jax.jit(jax.vmap(train), donate_argnums=0)
-    box = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)]
-
-    def call() -> Any:
-        box[0], metrics = step(box[0], images, labels)
-        return box[0], metrics
-
-    return call
 
 
 def _in_order(grad: Array) -> Array:
@@ -563,15 +438,3 @@ def _in_order(grad: Array) -> Array:
     and moments at a quarter of the memory's rate (an H200: 42 MB in 45 us), and not in place.
     """
     return jax.lax.optimization_barrier(grad.reshape(-1)).reshape(grad.shape)
-
-
-def _variables(params: Any, batch_stats: Any, layouts: Any) -> dict[str, Any]:
-    variables = {"params": params, "batch_stats": batch_stats}
-    return variables | ({"layouts": layouts} if layouts else {})
-
-
-@functools.partial(
-    jax.jit, static_argnums=(0, 2), compiler_options={"xla_backend_optimization_level": 0}
-)  # runs once: compiling counts
-def _init(model: Any, key: Array, image_shape: tuple[int, ...]) -> Any:
-    return model.init(key, jnp.zeros((1, *image_shape), jnp.float32), train=False)

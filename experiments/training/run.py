@@ -13,8 +13,6 @@ import blocksparse_jax as bsj
 from experiments.data import load
 from experiments.data.batches import Data
 from experiments.data.resident import Dataset, EpochRest
-from experiments.data.shown_name import shown_name
-from experiments.measuring.environment import commit, device, versions
 from experiments.measuring.timing import StepTimer, median_iqr
 from experiments.training import network_size, plots, stopping
 from experiments.training.checkpoints import Spill
@@ -35,6 +33,7 @@ from experiments.training.loop import Metrics
 from experiments.training.optimizer import learning_rate, passes
 from experiments.training.programs import Programs
 from experiments.training.progress import Progress
+from experiments.training.result import result_of
 from experiments.training.run_folder import RunFolder
 from experiments.training.seeding import first_batch, trainer_for
 from experiments.training.stopping import Stopped, StopRequest
@@ -281,7 +280,7 @@ class Run:
         return (
             all(first // n == last // n for n in intervals if n)
             and not any(first < step <= last for step in stops if step)
-            and all(map(self.trainer.plain, range(first, last + 1)))
+            and all(map(self.trainer.needs.plain, range(first, last + 1)))
         )
 
     def _train_steps(self, rest: EpochRest, count: int) -> EpochRest:
@@ -296,7 +295,7 @@ class Run:
 
     def _train_step(self, images: Any, labels: Any) -> None:
         step, state, trainer = self.step, self.state, self.trainer
-        changes = trainer.changes_masks(step) or trainer.form(step + 1) != state.form
+        changes = trainer.needs.changes_masks(step) or trainer.needs.form(step + 1) != state.form
         if (step + 1) % self.length.steps_per_epoch == 0:
             self._masks_to_test = trainer.masks_to_test(step, state)
         self._dispatch(lambda: trainer.step(state, step, images, labels), 1, changes)
@@ -384,63 +383,20 @@ class Run:
         at = passes(self.config, self.length).position(self.step - 1)
         return float(learning_rate(self.config, self.length)(at))
 
-    def _original_step_ms(self, rows: list[dict[str, Any]]) -> float | None:
-        """The median step of the network that training began with, before channels went."""
-        original = network_size.parameters(self.trainer.shapes)
-        median = median_iqr(self._timer.milliseconds((self.state.form, original)))[0]
-        epochs = [
-            row for row in rows if row["kind"] == "epoch" and row.get("parameters") == original
-        ]
-        logged = (row["step_ms_median"] for row in epochs)
-        return median or next((ms for ms in logged if ms is not None), None)
-
     def _finish(self) -> dict[str, Any]:
         """Draws the pictures and writes the result."""
-        masks = masks_of(self.state)
-        dense = to_form("masked", self.state)
-        assert self.config.options is not None
-        positions = self._history.positions
         rows = self.folder.metrics()
-        last = [row for row in rows if row["kind"] == "epoch"][-1]
-        median, iqr = median_iqr(self._timer.milliseconds((self.state.form, self._parameters)))
-        original, before = self.trainer.shapes, self._original_step_ms(rows)
-        names = ("method", "dataset", "model", "width", "seed", "sparsity")
-        config = self.config
-        result = {name: getattr(config, name) for name in names} | {
-            "data": shown_name(config.dataset, config.data_dir, config.examples),
-            "density": last["density"],
-            "nonzero_pruned": last["nonzero_pruned"],
-            # Rows of runs that began with an earlier version have no such columns.
-            "nonfinite_values": last.get("nonfinite_values", 0),
-            "mask_updates_left_out": last.get("mask_updates_left_out", 0),
-            "test_accuracy": last["test_accuracy"],
-            "train_loss": last["loss"],
-            "kept_flops_fraction": network_size.kept_flops(
-                masks, dense.params, original, positions
-            ),
-            **self._history.numbers(),
-            "parameters": last["parameters"],
-            "original_parameters": network_size.parameters(original),
-            "step_ms_median": median if median is not None else last["step_ms_median"],
-            "step_ms_iqr": iqr if iqr is not None else last["step_ms_iqr"],
-            "original_step_ms_median": before,
-            "topology_step_ms_median": median_iqr(self._timer.milliseconds("topology"))[0],
-            "epochs": self.config.epochs,
-            "steps": self.step,
-            "batch_size": self.config.batch_size,
-            "execution": self.config.execution,
-            "precision": self.config.precision,
-            "train_seconds": round(self.seconds, 1),
-            "device": device(),
-            "versions": versions(),
-            "commit": commit(),
-        }
-        result |= self.config.options.finish(dense, self.folder.path)
+        result = result_of(self.trainer, self.state, self._history, self._timer, rows, self.seconds)
+        assert self.config.options is not None
+        result |= self.config.options.finish(to_form("masked", self.state), self.folder.path)
         title = f"{self.config.method}: {self.config.model} on {self.config.dataset}"
         if self._pictures:
             plots.learning_curves(rows, self.folder.path / "learning_curves.png", title)
             plots.block_structure(
-                masks, layouts_of(self.state), self.folder.path / "block_structure.png", title
+                masks_of(self.state),
+                layouts_of(self.state),
+                self.folder.path / "block_structure.png",
+                title,
             )
         self.folder.write_result(result)
         return result

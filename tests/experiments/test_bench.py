@@ -34,7 +34,7 @@ from experiments.bench.training_steps import Variant
 from experiments.measuring.timing import BURST_MS, StepTimer, time_in_turn, timed
 from experiments.models.flops import conv_positions
 from experiments.reporting import tables
-from experiments.training.loop import stepper
+from experiments.training.stepper import stepper
 from pallas_kernels import dense_conv
 
 TORCH = os.environ.get("TORCH_PYTHON")  # a Python that has PyTorch, where there is one

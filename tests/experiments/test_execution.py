@@ -71,7 +71,7 @@ def train(method, execution, optimizer="sgd", precision="float32"):
         precision=precision,
         lr=SMALLER_LR.get(method, LR[optimizer]),
     )
-    traces, body = [], trainer._train_step
+    traces, body = [], trainer.train_step
 
     @functools.wraps(body)
     def counted(*args, **kwargs):
@@ -262,15 +262,15 @@ def test_steps_read_plans_that_are_made_when_the_masks_change(monkeypatch):
         trainer = trainer_of("hrbp-dynamic", execution="packed", implementation=implementation)
         state, losses[implementation], changes = trainer.init(), [], 0
         for step, images, labels in batches(5):
-            changes += trainer.changes_masks(step)
+            changes += trainer.needs.changes_masks(step)
             state, metrics = trainer.step(state, step, images, labels)
             losses[implementation].append(float(metrics.loss))
         nodes = jax.tree.leaves(state.layouts, is_leaf=bsj.is_layout)
         assert not any(getattr(node, "plan", None) for node in nodes), "states hold no plans"
     np.testing.assert_allclose(losses[plan_reader.NAME], losses["xla"], rtol=1e-4)
-    forms = [trainer.form(step) for step in range(6)]
+    forms = [trainer.needs.form(step) for step in range(6)]
     moves = sum(
-        trainer.changes_masks(step) or before != after
+        trainer.needs.changes_masks(step) or before != after
         for step, (before, after) in enumerate(itertools.pairwise(forms[:5]))
     )
     assert changes > 0

@@ -20,8 +20,9 @@ from experiments.bench import data, loop, seeds
 from experiments.measuring import timing
 from experiments.reporting import tables
 from experiments.training.execution import copied
-from experiments.training.loop import Trainer, stepper, stepper_of_seeds
+from experiments.training.loop import Trainer
 from experiments.training.run import Run
+from experiments.training.stepper import stepper, stepper_of_seeds
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_steps_of_one_program_are_the_steps_one_by_one(tmp_path, monkeypatch, me
     trainer = run.trainer
     optimized = {"xla_backend_optimization_level": 3}
     for name, function, static in (
-        ("_step", trainer._train_step, "dense_gradient"),
+        ("_step", trainer.train_step, "dense_gradient"),
         ("_steps", trainer._train_steps, "count"),
     ):
         jitted = jax.jit(function, static_argnames=static, compiler_options=optimized)
@@ -124,7 +125,7 @@ def test_a_run_keeps_its_rows_and_mask_updates_when_steps_go_together(tmp_path, 
     settings = config(tmp_path, "rigl", steps_per_dispatch=2, **fields)
     runs.append(Run(settings))
     runs[-1].train(stop_after=PER_EPOCH + 3)
-    updates = [step for step in range(PER_EPOCH + 3) if not runs[0].trainer.plain(step)]
+    updates = [step for step in range(PER_EPOCH + 3) if not runs[0].trainer.needs.plain(step)]
     assert updates
     assert len(dispatched) >= 3
     assert {count for _, count in dispatched} == {2}

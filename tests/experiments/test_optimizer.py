@@ -78,7 +78,7 @@ def test_the_loss_is_the_cross_entropy_of_smoothed_labels(smoothing):
     images = jax.random.normal(jax.random.key(0), (6, 8, 8, 1))
     labels = jnp.arange(6)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    model = trainer.model("masked")
+    model = trainer.network.model("masked")
     logits, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
     logits = np.asarray(logits, np.float64)
     log_probabilities = logits - np.log(np.exp(logits).sum(1, keepdims=True))

@@ -282,9 +282,9 @@ def test_the_trainer_follows_the_spec_alone(monkeypatch):
     config = TrainConfig(method="hrbp-dynamic", width=0.25, options=small_options("hrbp-dynamic"))
     trainer = Trainer(resolve(config), (8, 8, 1), 10, LENGTH)
     trainer.init()
-    forms = [trainer.form(step) for step in range(8)]
+    forms = [trainer.needs.form(step) for step in range(8)]
     assert [step for step, form in enumerate(forms) if form == "sparse"] == [3, 5]
-    assert [step for step in range(8) if trainer.changes_masks(step)] == [3, 5]
+    assert [step for step in range(8) if trainer.needs.changes_masks(step)] == [3, 5]
     np.testing.assert_equal(set(forms), {"sparse", "packed"})
 
 
@@ -295,5 +295,5 @@ def test_packed_runs_unpack_where_masks_move_without_a_dense_gradient():
     trainer = Trainer(resolve(config), (8, 8, 1), 10, LENGTH)
     state = trainer.init()
     assert not any(trainer.spec.dense_gradient(step) for step in range(LENGTH.total))
-    assert [s for s in range(8) if trainer.form(s) == "sparse"] == [3, 6]
+    assert [s for s in range(8) if trainer.needs.form(s) == "sparse"] == [3, 6]
     assert state.form == "packed"

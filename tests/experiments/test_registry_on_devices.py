@@ -50,7 +50,8 @@ def as_float64(tree):
 def train(settings, data, mesh):
     """After each step: the masks, and how many channels each space of the network has."""
     trainer = trainer_for(settings, data)
-    trainer._model = functools.partial(trainer._model, dtype=jnp.float64)
+    network = trainer.network
+    network._create = functools.partial(network._create, dtype=jnp.float64)
     initial = trainer.initial()
     trainer.initial = lambda: as_float64(initial)
     state = trainer.init(as_float64(first_batch(settings, data)))

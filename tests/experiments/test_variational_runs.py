@@ -20,7 +20,7 @@ def test_statistics_are_those_of_the_network_that_is_tested():
     before = jax.tree.map(np.array, state)
     after, _ = trainer.step(state, 0, images, labels)
     variables = {"params": before.params, "batch_stats": before.batch_stats}
-    _, expected = trainer.model("masked").apply(
+    _, expected = trainer.network.model("masked").apply(
         variables, images, train=True, mutable=["batch_stats"]
     )
     jax.tree.map(

@@ -35,7 +35,7 @@ from experiments.bench.shapes import convolve
 from experiments.measuring.kernel_names import by_category
 from experiments.measuring.row_names import TORCH as TORCH_EXECUTION
 from experiments.reporting.reports import gpu_profile, gpu_training
-from experiments.training.loop import stepper
+from experiments.training.stepper import stepper
 from pallas_kernels.block_sparse_conv import choice, norm_passes, xla
 
 TORCH = os.environ.get("TORCH_PYTHON")  # a Python that has PyTorch, where there is one

@@ -17,10 +17,11 @@ from scipy.spatial.distance import squareform
 
 from blocksparse_jax import masks_from_scores, patterns
 from blocksparse_jax.grouping import column_blocks as column_grouping
-from blocksparse_jax.grouping import search
+from blocksparse_jax.grouping import runs_and_taps
 from blocksparse_jax.grouping.column_blocks import ColumnBlocks, block_fill, dsb_groups, rumi_groups
-from blocksparse_jax.grouping.search import hrbp_groups, kept_score, random_groups
-from blocksparse_jax.layout import layout_to_mask, validate
+from blocksparse_jax.grouping.hrbp import hrbp_groups, kept_score, random_groups
+from blocksparse_jax.layout import layout_to_mask
+from blocksparse_jax.layout_check import validate
 
 # shape, group_size, kept, kept_taps, channel_block
 CASES = [
@@ -388,8 +389,8 @@ ROWS = {
 @pytest.mark.parametrize("kind", ROWS)
 def test_the_largest_found_by_bisection_are_those_found_by_sorting(kind, count):
     values = ROWS[kind](np.random.default_rng(0), (64, 512)).astype(np.float32)
-    assert values.size >= search._BISECTED > values[:32].size
-    largest = jax.jit(search._multi_hot, static_argnums=1)
+    assert values.size >= runs_and_taps._BISECTED > values[:32].size
+    largest = jax.jit(runs_and_taps.multi_hot, static_argnums=1)
     hot = np.asarray(largest(values, count))
     assert hot.dtype == np.float32
     np.testing.assert_array_equal(hot, [ref.largest(row, count) for row in values])
@@ -413,7 +414,7 @@ def test_a_wide_layer_keeps_the_largest_channels_of_each_group(kind):
     case = ((1, 1, 512, 128), 2, 51, 1, 1)
     scores = draw(kind, case[0], 0)
     filters = np.random.default_rng(1).permutation(128).reshape(64, 2)
-    assert search._BISECTED <= 64 * 512
+    assert runs_and_taps._BISECTED <= 64 * 512
     layout = hrbp_groups(scores, **sizes(case), filters=jnp.asarray(filters))
     sums = np.asarray(scores)[0, 0][:, filters].sum(-1).T
     expected = [np.flatnonzero(ref.largest(row, 51)) for row in sums]
@@ -422,7 +423,7 @@ def test_a_wide_layer_keeps_the_largest_channels_of_each_group(kind):
 
 def test_the_search_of_a_wide_layer_has_exact_counts():
     case = ((3, 3, 512, 128), 2, 154, 3, 1)
-    assert search._BISECTED <= 64 * 512  # groups x channels
+    assert runs_and_taps._BISECTED <= 64 * 512  # groups x channels
     scores = draw("clusters", case[0], 0)
     layout = hrbp_groups(scores, **sizes(case))
     check_layout(layout, case)
@@ -444,7 +445,7 @@ def test_the_search_of_a_wide_layer_has_exact_counts():
 def test_random_groups_of_a_wide_layer_keep_exact_counts():
     """Its channels are the largest of 2^15 random numbers, found by bisection."""
     case = ((1, 1, 512, 64), 1, 51, 1, 1)
-    assert search._BISECTED <= 64 * 512
+    assert runs_and_taps._BISECTED <= 64 * 512
     check_layout(random_groups(jax.random.key(0), case[0], **sizes(case)), case)
 
 

@@ -12,13 +12,8 @@ from sklearn.datasets import load_digits
 import blocksparse_jax as bsj
 from blocksparse_jax import linen as bs_linen
 from blocksparse_jax import nnx as bs_nnx
-from blocksparse_jax.layout import (
-    BlockLayout,
-    ConsecutiveGroups,
-    Dense,
-    block_index,
-    layout_to_mask,
-)
+from blocksparse_jax.layout import BlockLayout, block_index, layout_to_mask
+from blocksparse_jax.layout_nodes import ConsecutiveGroups, Dense
 
 SHAPE = (3, 3, 6, 8)
 OPTIONS = [

@@ -34,7 +34,7 @@ from experiments.measuring.environment import origin
 from experiments.measuring.timing import timed
 from experiments.reporting import results
 from experiments.reporting.reports import gpu_profile
-from experiments.training.loop import stepper
+from experiments.training.stepper import stepper
 
 RESERVE = 60  # seconds that must be left for a unit
 UNIT_SECONDS = 480  # after which a unit hangs

@@ -14,7 +14,7 @@ from experiments.bench.gpu.step_setup import STEP, set_up
 from experiments.bench.gpu.training_units import StepOptions, Unit
 from experiments.measuring.timing import median_iqr, time_in_turn, timed
 from experiments.training.execution import masks_of, to_form
-from experiments.training.loop import stepper
+from experiments.training.stepper import stepper
 from pallas_kernels.devices import this_gpu
 
 LAYER_SECONDS = 60  # after which the check of a layer hangs

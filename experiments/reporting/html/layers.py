@@ -97,7 +97,7 @@ def network_of(folder: RunFolder, config: TrainConfig) -> Network:
 def _layers(trainer: Trainer, state: State, image_shape: tuple[int, ...]) -> list[Layer]:
     dense = to_form("masked", state)
     variables = {"params": dense.params, "batch_stats": dense.batch_stats}
-    model = trainer.model("masked", widths=widths_of(state))
+    model = trainer.network.model("masked", widths=widths_of(state))
     positions = conv_positions(model, variables, image_shape)
     patterns = {}
     if trainer.spec is not None:
