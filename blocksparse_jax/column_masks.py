@@ -1,5 +1,7 @@
 """Masks of the baselines whose blocks take arbitrary columns, for whole parameter trees."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
@@ -50,7 +52,7 @@ def rumi_masks(
     clusters by Jaccard distance instead of a hypergraph partition, as in `rumi_groups`.
     """
 
-    def regroup(mask: Array) -> Array:
+    def regroup(mask: Any) -> Array:
         _checks.boolean("masks", jnp.result_type(mask))
         if not jnp.ndim(mask):
             return jnp.asarray(mask)

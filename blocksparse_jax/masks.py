@@ -231,7 +231,7 @@ def straight_through(weights: Float[Array, "..."], mask: Bool[Array, "..."]) -> 
 
 
 @straight_through.defjvp
-def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
     return straight_through(*primals), tangents[0]
 
 

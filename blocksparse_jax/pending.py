@@ -118,7 +118,7 @@ class PendingActivations:
         return self.z.dtype == jnp.dtype(dtype) and jnp.promote_types(self.z.dtype, own) == own
 
 
-def activations(x: Any) -> Float[Array, "a h w b"]:
+def activations(x: Any) -> Float[Array, "..."]:
     """The activations of what may be pending.
 
     Args:

@@ -198,8 +198,8 @@ def _finish(
     return results
 
 
-def _kept(found: _Found, leaf: Blocks) -> tuple[Bool[Array, "kh kw cin cout"], BlockLayout]:
-    """The mask and the layout of one kernel."""
+def _kept(found: _Found, leaf: Blocks) -> tuple[Bool[Array, "positions cin cout"], BlockLayout]:
+    """The mask, with all positions of the kernel on one axis, and the layout of one kernel."""
     kh, kw, cin, cout = leaf.of.conv_shape
     run, groups = leaf.channel_block, cout // leaf.group_size
     first = found.runs[:, : leaf.kept // run, None] * run
