@@ -21,14 +21,21 @@ class _Spell:
     """Steps with the same masks.
 
     Attributes:
-      counts: of the kept weights of each leaf, on the device.
+      counts: of the kept weights of each leaf, on the device; 1 where no mask prunes it.
       sizes: how many weights each leaf has.
+      masked: whether a mask prunes each leaf.
       steps: without and with the dense gradient.
     """
 
     counts: Any
     sizes: dict[str, int]
+    masked: list[bool]
     steps: list[int] = dataclasses.field(default_factory=lambda: [0, 0])
+
+    def kept(self) -> dict[str, int]:
+        """How many weights each leaf keeps, once the counts are fetched."""
+        leaves = zip(self.sizes.items(), self.masked, self.counts, strict=True)
+        return {name: int(count) if masked else size for (name, size), masked, count in leaves}
 
 
 class History:
@@ -72,7 +79,7 @@ class History:
         self.ever, self.flops, self.steps = ever, flops, steps
         masks = jax.device_get(masks_of(state))
         counts = np.stack([np.sum(mask, dtype=np.int32) for mask in jax.tree.leaves(masks)])
-        self._pending = [_Spell(counts, _sizes(state))]
+        self._pending = [_Spell(counts, _sizes(state), _masked(masks))]
 
     def step(self, step: int, state: State) -> None:
         """Counts a step.
@@ -86,19 +93,22 @@ class History:
         self.steps += 1
         follows = self._spec is not None and self._spec.rule is not None
         if follows or self._changes_masks(step):
-            self.ever, counts = _join(self.ever, masks_of(state))
-            self._pending.append(_Spell(counts, _sizes(state)))
+            masks = masks_of(state)
+            self.ever, counts = _join(self.ever, masks)
+            self._pending.append(_Spell(counts, _sizes(state), _masked(masks)))
 
     def fetch(self) -> None:
         """Adds up the FLOPs of the steps since the last call."""
-        pending = jax.device_get([spell.counts for spell in self._pending])
-        for counts, spell in zip(pending, self._pending, strict=True):
-            kept = self._kept_flops(counts, spell.sizes)
+        fetched = jax.device_get([spell.counts for spell in self._pending])
+        for spell, counts in zip(self._pending, fetched, strict=True):
+            spell.counts = counts
+            left = spell.kept()
+            kept = sum(left[name] * n for name, n in self.positions.items())
             for dense_gradient, steps in enumerate(spell.steps):
                 self.flops += steps * self._step_flops(
                     kept, self.dense_flops, self._pruned_flops, bool(dense_gradient)
                 )
-        self._pending = [_Spell(pending[-1], self._pending[-1].sizes)]
+        self._pending = [dataclasses.replace(self._pending[-1], steps=[0, 0])]
 
     def numbers(self) -> dict[str, float]:
         """What the rows of metrics and the result say of the steps so far, after `fetch`.
@@ -111,29 +121,22 @@ class History:
             "itop": float(bsj.metrics.itop(self.ever)),
         }
 
+    def sparse(self) -> list[str]:
+        """The layers that masks prune, those too whose channels are all gone by now."""
+        leaves = jax.tree.leaves_with_path(self.ever)
+        return [tree.path_name(path) for path, mask in leaves if jnp.ndim(mask)]
+
     def density(self) -> float:
         """The kept fraction of the sparse layers' weights, as of `fetch`, without the device.
 
         `network_size.density` says the same of masks; removed channels are not kept.
         """
-        spell = self._pending[0]
-        pruned = [jnp.ndim(mask) > 0 for mask in jax.tree.leaves(self.ever)]
-        kept = {
-            name: int(count) if masked else size
-            for (name, size), masked, count in zip(
-                spell.sizes.items(), pruned, spell.counts, strict=True
-            )
-        }
-        names = [name for name, masked in zip(kept, pruned, strict=True) if masked]
-        return network_size.kept_fraction(kept, self._original, names)
+        return network_size.kept_fraction(self._pending[0].kept(), self._original, self.sparse())
 
-    def _kept_flops(self, counts: np.ndarray, sizes: dict[str, int]) -> int:
-        masks = jax.tree.leaves(self.ever)
-        kept = {
-            name: int(count) if jnp.ndim(mask) else size
-            for (name, size), mask, count in zip(sizes.items(), masks, counts, strict=True)
-        }
-        return sum(kept[name] * n for name, n in self.positions.items())
+
+def _masked(masks: Any) -> list[bool]:
+    """Whether a mask prunes each leaf."""
+    return [jnp.ndim(mask) > 0 for mask in jax.tree.leaves(masks)]
 
 
 def _sizes(state: State) -> dict[str, int]:

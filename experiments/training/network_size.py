@@ -19,21 +19,22 @@ def parameters(shapes: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
-def density(masks: Any, shapes: Any, original: Any) -> float:
+def density(masks: Any, shapes: Any, original: Any, sparse: Collection[str] = ()) -> float:
     """The kept fraction of the sparse layers' weights; removed channels are not kept.
 
     Args:
       masks: a tree of the network's masks, the scalar True where dense.
       shapes: of the network's parameters.
       original: those that training began with.
-
-    Returns:
-      Over the layers that the masks prune; where there are none, over those that methods prune by
-      default.
+      sparse: names of the layers that masks prune, those whose channels are all gone too; where
+        there are none, those that methods prune by default count.
     """
-    sparse = [tree.path_name(path) for path, m in jax.tree.leaves_with_path(masks) if jnp.ndim(m)]
-    left = {name: math.prod(leaf.shape) for name, leaf in _named(shapes).items()}
-    return float(bsj.metrics.density(masks)) * kept_fraction(left, original, sparse)
+    sizes = {name: math.prod(leaf.shape) for name, leaf in _named(shapes).items()}
+    kept = {
+        name: int(mask.sum()) if jnp.ndim(mask) else sizes[name]
+        for name, mask in _named(masks).items()
+    }
+    return kept_fraction(kept, original, sparse)
 
 
 def kept_fraction(kept: Mapping[str, int], original: Any, sparse: Collection[str]) -> float:

@@ -357,7 +357,9 @@ class Run:
             **self._means(self._epoch),
             "test_accuracy": self.trainer.evaluate(tested, batches),
             "lr": self._lr(),
-            "density": network_size.density(masks, shapes, self.trainer.shapes),
+            "density": network_size.density(
+                masks, shapes, self.trainer.shapes, self._history.sparse()
+            ),
             "parameters": self._parameters,
             **health(self.state.params, self.state.opt_state, self.trainer.spec is not None),
             "sad": float(bsj.sad(masks, self._masks).total) if comparable else None,

@@ -242,6 +242,8 @@ def test_a_run_shrinks_reports_it_and_resumes_to_the_same_bits(method, options, 
     assert 0 < result["kept_flops_fraction"] < 1
     assert 0 < result["density"] < 1
     assert whole._history.density() == pytest.approx(result["density"], rel=1e-6)
+    if method == "group-lasso":
+        assert result["density"] == pytest.approx(density_of(whole), rel=1e-6)
     assert result["step_ms_median"] > 0
     assert result["original_step_ms_median"] > 0
     if method == "slimming":
@@ -268,6 +270,24 @@ def test_a_run_shrinks_reports_it_and_resumes_to_the_same_bits(method, options, 
         assert longer.train()["parameters"] == left
     shapes = [row["parameters"] for row in whole.folder.metrics() if row["kind"] == "epoch"]
     assert shapes[-1] == left
+
+
+def density_of(run):
+    """The kept weights over all of the layers that the method prunes, those too that are gone."""
+    named = [
+        {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+        for params in (run.trainer.shapes, execution.dense_shapes(run.state))
+    ]
+    masks = jax.tree.leaves_with_path(execution.masks_of(run.state))
+    left = {path_name(path): mask for path, mask in masks}
+    pruned = execution.masks_of(run.trainer.init())
+    of = kept = 0
+    for path, mask in jax.tree.leaves_with_path(pruned):
+        if mask.ndim:
+            name = path_name(path)
+            of += np.prod(named[0][name].shape)
+            kept += left[name].sum() if left[name].ndim else np.prod(named[1][name].shape)
+    return float(kept / of)
 
 
 def test_prune_train_finds_the_channels_that_no_kernel_of_a_stream_uses():

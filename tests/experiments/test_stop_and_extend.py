@@ -428,7 +428,7 @@ def test_kills_at_random_moments_give_the_same_bits(tmp_path):
                 [sys.executable, "-m", "experiments.train", *arguments],
                 stdout=log,
                 stderr=log,
-                env=os.environ | cached,
+                env=os.environ | cached | {"JAX_PLATFORMS": "cpu"},
             )
             while process.poll() is None and not (rows.exists() and rows.stat().st_mtime > start):
                 time.sleep(0.01)  # until it goes on from its checkpoint

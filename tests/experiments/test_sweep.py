@@ -363,6 +363,7 @@ def test_speed_ups_come_from_the_benchmarks(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:sparsity. density", "ignore:block_density")  # narrow layers
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_the_smoke_scale_runs_every_table(tmp_path, name):
     report = sweep.main(short(tmp_path, name=name, cells=""))
