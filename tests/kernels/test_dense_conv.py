@@ -215,7 +215,7 @@ def test_small_images_of_many_channels_run_as_taps_through_every_door(
 
 
 def test_a_layout_wins_over_the_product_for_each_tap():
-    x, kernel = jnp.ones((1, 4, 4, 256)), jnp.ones((3, 3, 256, 128))
+    x, kernel = (jnp.ones(s, jnp.float32) for s in ((1, 4, 4, 256), (3, 3, 256, 128)))
     channels, taps = np.tile(np.arange(3), (4, 1)), np.tile(np.arange(2), (4, 1))
     arrays = (jnp.asarray(a, jnp.int32) for a in (np.arange(128).reshape(4, 32), channels, taps))
     layout = bsj.BlockLayout(*arrays, shape=kernel.shape)

@@ -291,10 +291,10 @@ def test_each_pass_does_only_the_kept_work(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": jnp.ones((9, 7, 6))}, r"x: expected .* \[cin, h, w, n\]"),
+        ({"x": jnp.ones((9, 7, 6), jnp.float32)}, r"x: expected .* \[cin, h, w, n\]"),
         ({"x": jnp.ones((9, 7, 6, 3), jnp.int32)}, "x: expected float32, bfloat16 or float16"),
-        ({"x": jnp.ones((8, 7, 6, 3))}, r"x: expected \(C, H, W, N\) with C = 9"),
-        ({"x": jnp.ones((9, 2, 6, 3))}, "x: images of .* smaller than the reach"),
+        ({"x": jnp.ones((8, 7, 6, 3), jnp.float32)}, r"x: expected \(C, H, W, N\) with C = 9"),
+        ({"x": jnp.ones((9, 2, 6, 3), jnp.float32)}, "x: images of .* smaller than the reach"),
         ({"values": jnp.ones((2, 4, 12))}, "values: expected floats"),
         ({"values": jnp.ones((3, 4, 3, 4))}, "values: groups"),
         ({"values": jnp.ones((2, 10, 3, 4))}, "values: keeps 10 channels of 9"),

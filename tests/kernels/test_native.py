@@ -123,8 +123,8 @@ def call(
 ):
     shape = jax.ShapeDtypeStruct(out or (48, *x.shape[1:]), x.dtype)
     none = {
-        "scale": jnp.zeros(0),
-        "bias": jnp.zeros(0),
+        "scale": jnp.zeros(0, jnp.float32),
+        "bias": jnp.zeros(0, jnp.float32),
         "residual": jnp.zeros((0, 0, 0, 0), x.dtype),
     }
     epilogue = [geometry.pop(part, absent) for part, absent in none.items()]
@@ -217,11 +217,11 @@ BAD = {
         "two numbers each",
     ),
     "a short scale": (
-        lambda x, v, f, c, t: call(x, v, f, c, t, scale=jnp.ones(47)),
+        lambda x, v, f, c, t: call(x, v, f, c, t, scale=jnp.ones(47, jnp.float32)),
         "one number for each channel of y",
     ),
     "a square bias": (
-        lambda x, v, f, c, t: call(x, v, f, c, t, bias=jnp.ones((48, 1))),
+        lambda x, v, f, c, t: call(x, v, f, c, t, bias=jnp.ones((48, 1), jnp.float32)),
         "one number for each channel of y",
     ),
     "a small residual": (

@@ -345,8 +345,7 @@ def test_second_derivatives(name):
 
 
 def test_what_does_not_fit_is_named():
-    z, kernel = jnp.ones((2, 4, 4, 16)), jnp.ones(SHAPE)
-    sums, one = jnp.ones((2, 16)), jnp.ones(16)
+    z, kernel, sums, one = (jnp.ones(s, jnp.float32) for s in ((2, 4, 4, 16), SHAPE, (2, 16), 16))
     for bad, message in (
         ({"sums": one}, r"sums: expected shape \(2, 16\)"),
         ({"scale": jnp.ones(8)}, r"scale: expected shape \(16,\) for the 16 channels"),

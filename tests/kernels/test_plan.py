@@ -109,7 +109,8 @@ def test_a_plan_must_fit_the_convolution():
     kernel_shape, groups, kept, kept_taps, run = KERNEL_SHAPES["groups of 64, runs of 16"]
     index = index_of(kernel_shape, groups, kept, kept_taps, run)
     plan = make_plan(index, kernel_shape=kernel_shape, channel_block=run)
-    x, values = jnp.ones((128, 4, 4, 1)), jnp.ones((groups, kept, kept_taps, 64))
+    sizes = (128, 4, 4, 1), (groups, kept, kept_taps, 64)
+    x, values = (jnp.ones(s, jnp.float32) for s in sizes)
 
     def convolve(plan, **options):
         options = {"kernel_shape": kernel_shape, "channel_block": run} | options
