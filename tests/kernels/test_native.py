@@ -246,6 +246,7 @@ def test_malformed_buffers_are_refused_by_the_handlers(what):
     ("strides", "groups", "group_size"),
     [((1, 1), 2, 16), ((1, 1), 2, 36), ((2, 2), 2, 36), ((2, 2), 12, 4), ((2, 2), 12, 36)],
 )
+@jax.debug_nans(False)
 def test_a_weight_that_is_not_finite_meets_the_zeros_around_the_image_as_in_dense(
     monkeypatch, variant, bad, strides, groups, group_size
 ):
