@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conv_cases import CASES, IMPLEMENTATIONS, NAMES, assert_close
+from flax import nnx
 from requirements import needs
 from sparse_methods import slow_unless
 
@@ -185,6 +186,8 @@ def test_the_two_of_four_product(modes):
     x = jax.random.normal(jax.random.key(0), (32, 6), jnp.float32)
     f = functools.partial(two_of_four_matmul, channel_major=True)
     check(modes, functools.partial(with_gradients, f), weights, x)
+    halves = weights.astype(jnp.bfloat16), x.astype(jnp.bfloat16)
+    check(modes, functools.partial(with_gradients, f), *halves, tolerance=1e-2)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -215,3 +218,29 @@ def test_batch_norm_with_a_residual_and_a_relu(modes, implementation):
     check(modes, run, x, residual, scale, bias)
     halves = x.astype(jnp.bfloat16), residual.astype(jnp.bfloat16)
     check(modes, run, *halves, scale, bias, tolerance=2e-2)
+
+
+def of_linen(x, kernel, with_sums):
+    norm = bsj.linen.BatchNormAct(False, dtype=jnp.bfloat16)
+    conv = bsj.linen.BlockSparseConv(8, 3, use_bias=False)
+    y = conv.apply({"params": {"kernel": kernel}}, x, with_sums=with_sums)
+    return norm.apply(norm.init(jax.random.key(0), y), y, mutable=["batch_stats"])[0]
+
+
+def of_nnx(x, kernel, with_sums):
+    norm = bsj.nnx.BatchNormAct(8, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    conv = bsj.nnx.BlockSparseConv(16, 8, 3, use_bias=False, rngs=nnx.Rngs(0))
+    conv.kernel.set_value(kernel)
+    return norm(conv(x, with_sums=with_sums))
+
+
+@pytest.mark.parametrize("with_sums", [False, True])
+@pytest.mark.parametrize("layers", [of_linen, of_nnx])
+@every_mode
+def test_a_batch_norm_in_half_precision_behind_a_convolution_in_single(modes, layers, with_sums):
+    x = jax.random.normal(jax.random.key(0), (3, 6, 5, 16), jnp.float32)
+
+    def f(x, kernel):
+        return bsj.activations(layers(x, kernel, with_sums))
+
+    check(modes, functools.partial(with_gradients, f), x, KERNEL, tolerance=1e-2)
