@@ -229,6 +229,7 @@ def test_values_that_are_not_finite_reach_exactly_what_they_touch(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@jax.disable_jit(False)
 def test_new_index_contents_do_not_recompile(name):
     spec, traces = CASES["same"], []
 

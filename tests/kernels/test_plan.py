@@ -97,6 +97,7 @@ def test_the_lists_name_every_kept_weight_once(case):
     assert sorted(found) == list(range(len(weights))), "each weight takes part once"
 
 
+@jax.disable_jit(False)
 def test_new_masks_do_not_compile_again():
     case = KERNEL_SHAPES["groups of 64, runs of 16"]
     make = jax.jit(lambda index: make_plan(index, kernel_shape=case[0], channel_block=case[-1]))
