@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from blocksparse_jax import _checks, tree
+from blocksparse_jax._dtypes import common_dtype
 from blocksparse_jax.selection import highest
 
 Loss = Callable[[PyTree, Any], Array]
@@ -231,7 +232,7 @@ def _scalar(loss_fn: Loss) -> Loss:
 
 def _wide(leaf: Array) -> Float[Array, "..."]:
     """In float32, or in float64 where it is."""
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    return leaf.astype(common_dtype(leaf.dtype, jnp.float32))
 
 
 def _cut(batch: Any, parts: int) -> list[Any]:

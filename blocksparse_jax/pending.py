@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from blocksparse_jax import _checks
+from blocksparse_jax._dtypes import common_dtype
 from blocksparse_jax.norm_act_conv import mean_and_variance, norm_act_apply
 
 __all__ = ["PendingActivations", "RawOutput", "activations"]
@@ -95,7 +96,7 @@ class PendingActivations:
 
     def value(self) -> Float[Array, "a h w b"]:
         """Computes the activations."""
-        z = self.z.astype(jnp.promote_types(self.z.dtype, self.dtype))
+        z = self.z.astype(common_dtype(self.z.dtype, self.dtype))
         x = norm_act_apply(
             *(z, self.sums, self.scale, self.bias, self.shortcut),
             relu=self.relu,
@@ -115,7 +116,7 @@ class PendingActivations:
           z.
         """
         own = jnp.dtype(self.dtype)
-        return self.z.dtype == jnp.dtype(dtype) and jnp.promote_types(self.z.dtype, own) == own
+        return self.z.dtype == jnp.dtype(dtype) and common_dtype(self.z.dtype, own) == own
 
 
 def activations(x: Any) -> Float[Array, "..."]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from blocksparse_jax import _checks, run_once, tree
+from blocksparse_jax._dtypes import common_dtype
 from blocksparse_jax.kernels import kernels
 
 Kind = Literal["magnitude", "gradient", "random"]
@@ -134,7 +135,7 @@ def make(
 
 def _as_scores(scores: Array) -> Float[Array, "..."]:
     """Floats of at least 32 bits."""
-    return jnp.asarray(scores, jnp.promote_types(jnp.result_type(scores), jnp.float32))
+    return jnp.asarray(scores, common_dtype(jnp.result_type(scores), jnp.float32))
 
 
 def block_scores(

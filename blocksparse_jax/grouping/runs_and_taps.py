@@ -42,8 +42,8 @@ def choose(
         return multi_hot(by_tap, counts.taps, sizes.most_taps), runs
 
     def from_seed(seed: Int[Array, ""], best: tuple[Array, ...]) -> tuple[Array, ...]:
-        one = jnp.where(seed == 1, 1.0, jnp.arange(positions) == seed - 2)
-        start = jnp.where(seed == 0, taps, one), jnp.zeros_like(best[0])
+        seeded = (seed == 1) | (jnp.arange(positions) == seed - 2)
+        start = jnp.where(seed == 0, taps, seeded.astype(taps.dtype)), jnp.zeros_like(best[0])
         new_taps, runs = jax.lax.fori_loop(0, jnp.where(thorough, 4, 2), alternate, start)
         values = jnp.einsum("gtr,gt,gr->g", sums, new_taps, runs, precision="highest")
         better = values > best[2]

@@ -8,6 +8,7 @@ from flax import linen as nn
 from flax.linen.dtypes import canonicalize_dtype
 from jaxtyping import Array, Float
 
+from blocksparse_jax._dtypes import common_dtype
 from blocksparse_jax.norm_act import finish_norm, norm_act
 from blocksparse_jax.pending import (
     PendingActivations,
@@ -102,7 +103,7 @@ class BatchNormAct(nn.BatchNorm):
             y = (y, y) if fork else y
         else:
             y, mean, var = norm_act(
-                x.astype(jnp.promote_types(x.dtype, dtype)),
+                x.astype(common_dtype(x.dtype, dtype)),
                 scale,
                 bias,
                 **options,

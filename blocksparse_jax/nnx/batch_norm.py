@@ -3,11 +3,11 @@
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import canonicalize_dtype
 from jaxtyping import Array, Float
 
+from blocksparse_jax._dtypes import common_dtype
 from blocksparse_jax.norm_act import finish_norm, norm_act
 from blocksparse_jax.pending import (
     PendingActivations,
@@ -95,7 +95,7 @@ class BatchNormAct(nnx.BatchNorm):
             "axis_name": self.axis_name,
             "axis_index_groups": self.axis_index_groups,
         }
-        is_exact = jnp.promote_types(x.dtype, dtype) == dtype
+        is_exact = common_dtype(x.dtype, dtype) == dtype
         if isinstance(raw, RawOutput) and self.use_fast_variance and is_exact:
             y, mean, var = normalise(raw, scale, bias, dtype=dtype, **options)
             y = (y, y) if fork else y

@@ -313,12 +313,13 @@ def _above_threshold(
     target = density * sum(size * weight for size, weight in zip(sizes, weights.values()))
     if len(set(weights.values())) == 1:
         exact = target / next(iter(weights.values()))
-        count = round(exact) if isinstance(exact, float) else jnp.round(exact)
+        count = round(exact) if isinstance(exact, float) else jnp.round(exact).astype(jnp.int32)
         chosen = ranks(scores) < jnp.maximum(count, len(sizes))
     else:
         order = jnp.argsort(scores, stable=True, descending=True)
-        each = jnp.asarray(np.repeat(list(weights.values()), sizes))[order]
-        within = (jnp.cumsum(each) - each / 2 <= target) | jnp.isposinf(scores[order])
+        each = jnp.asarray(np.repeat(list(weights.values()), sizes), jnp.int32)[order]
+        middle = jnp.cumsum(each).astype(jnp.float32) - each.astype(jnp.float32) / 2
+        within = (middle <= target) | jnp.isposinf(scores[order])
         chosen = jnp.zeros(len(scores), bool).at[order].set(within)
     ends = list(itertools.accumulate(sizes))[:-1]
     return dict(zip(steps, jnp.split(chosen, ends)))

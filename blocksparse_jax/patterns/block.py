@@ -192,14 +192,14 @@ def _choose(
     """The best taps and runs of each group among the live ones, chosen in turn."""
     live_taps, live_runs = live.any(2), live.any(1)
 
-    def best(scores: Array, alive: Array, count: Array) -> Array:
+    def best(over: str, others: Array, alive: Array, count: Array) -> Array:
+        scores = jnp.einsum(over, sums, others.astype(sums.dtype))
         return highest_in_rows(jnp.where(alive, scores, -jnp.inf), count) & alive
 
-    kept_taps = live_taps
-    kept_runs = live_runs
+    kept_taps, kept_runs = live_taps, live_runs
     for _ in range(_ROUNDS):
-        kept_runs = best(jnp.einsum("gtr,gt->gr", sums, kept_taps), live_runs, runs)
-        kept_taps = best(jnp.einsum("gtr,gr->gt", sums, kept_runs), live_taps, taps)
+        kept_runs = best("gtr,gt->gr", kept_taps, live_runs, runs)
+        kept_taps = best("gtr,gr->gt", kept_runs, live_taps, taps)
     return kept_taps, kept_runs
 
 

@@ -239,11 +239,12 @@ def _prune_dense(
 
     usable = leaf.mask & live[:, None]
     is_live = sums(usable.astype(jnp.float32)) > 0
-    alone = ~is_live.any(0)  # block columns whose inputs are all dead keep their best block still
+    # Block columns whose inputs are all dead keep their best block still.
+    alone = ~is_live.any(0, keepdims=True)
     usable = jnp.where(spread(jnp.broadcast_to(alone, is_live.shape)), leaf.mask, usable)
     candidates = sums(usable.astype(jnp.float32)) > 0
     scores = jnp.where(candidates, sums(jnp.where(usable, jnp.abs(leaf.weights), 0)), -jnp.inf)
-    first = jnp.arange(len(scores))[:, None] == scores.argmax(0)
+    first = jnp.arange(len(scores))[:, None] == scores.argmax(0, keepdims=True)
     candidates = jnp.where(alone, first, candidates)
     scores = jnp.where(candidates, jnp.where(first, jnp.inf, scores), -jnp.inf)
     final = max(1, round((1 - sparsity) * scores.size))

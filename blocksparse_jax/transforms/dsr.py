@@ -125,8 +125,8 @@ def dsr(
             for place, (name, leaf) in enumerate(leaves.items())
         }
         moved = map_alike(move, fold(layers), dict.fromkeys(layers))
-        aim = fraction * kept.sum()
-        factor = jnp.where(gone > 1.1 * aim, 0.5, jnp.where(gone < 0.9 * aim, 2.0, 1.0))
+        aim, pruned = fraction * kept.sum().astype(jnp.float32), gone.astype(jnp.float32)
+        factor = jnp.where(pruned > 1.1 * aim, 0.5, jnp.where(pruned < 0.9 * aim, 2.0, 1.0))
         return {
             name: leaf._replace(
                 mask=moved[name][0].reshape(leaf.mask.shape),
@@ -174,7 +174,7 @@ def share(
     def give(_: Array, shares: Array) -> Array:
         room = places - shares
         part = jnp.cumsum(jnp.where(room > 0, weights, 0).astype(jnp.float32))
-        left = total - shares.sum()
+        left = (total - shares.sum()).astype(jnp.float32)
         ends = jnp.round(left * (part / jnp.maximum(part[-1], 1))).astype(jnp.int32)
         return shares + jnp.clip(jnp.diff(ends, prepend=0), 0, room)
 

@@ -136,7 +136,8 @@ def group_lasso(
             now = jnp.where(step.count >= schedule.end, count, jnp.maximum(count, above))
             mask = pattern.keep(squares[leaf_name], leaf.mask, leaf.layout, now)
             if is_deep(leaf_name, leaf.weights):
-                square, active = squares[leaf_name].sum(where=mask), mask.sum()
+                square = squares[leaf_name].sum(where=mask)
+                active = mask.sum().astype(jnp.float32)
                 mask &= square > jnp.float32(threshold) ** 2 * active
             kept[leaf_name] = Kept(mask, leaf.layout)
         return kept

@@ -1,5 +1,6 @@
 """MEST: drops by weight and gradient, grows at random; softly, above the target for a while."""
 
+import math
 from typing import Any
 
 import jax
@@ -108,7 +109,7 @@ def mest(
         }
 
     def fraction_at(count: Array) -> Float[Array, ""]:
-        last_quarter = count - start >= 0.75 * (end - start)
+        last_quarter = count - start >= math.ceil(0.75 * (end - start))
         return jnp.where(count >= end, 0.0, jnp.where(last_quarter, fraction / 2, fraction))
 
     def redraw(step: Step, leaves: Leaves) -> dict[str, Kept]:

@@ -96,10 +96,10 @@ def narang(
 
     def reached(count: Array) -> Float[Array, ""]:
         """The threshold as a part of q."""
-        before = jnp.minimum(count, middle) - start + 1
-        after = jnp.where(count >= middle, slope_ratio * (count - middle + 1), 0)
+        before = (jnp.minimum(count, middle) - start + 1).astype(jnp.float32)
+        after = slope_ratio * jnp.maximum(count - middle + 1, 0).astype(jnp.float32)
         whole = (middle - start) + slope_ratio * (end - middle)
-        part = ((before + after) / whole).astype(jnp.float32)
+        part = (before + after) / whole
         return jnp.where(count >= end, 1.0, jnp.minimum(part, 1.0))
 
     def draw(chosen: dict[str, Array]) -> dict[str, Kept]:

@@ -102,12 +102,12 @@ def srigl(
 
             stays = _highest_of_layer(kept, size, number - moved)
             wanted = _highest_of_layer(~kept & live[:, None], gradient, moved)
-            salient = (stays | wanted).sum(1)
+            salient = (stays | wanted).sum(1).astype(jnp.float32)
             total = count * len(kept)
-            ranked = jnp.where(live, salient, -1).astype(jnp.float32)
+            ranked = jnp.where(live, salient, -1)
             needed = highest(ranked, -(-total // size.shape[1]))
             # as float32, 0.7 * 10 may be above 7
-            live &= (salient >= min_salient * fan - 1e-4) | needed
+            live &= (salient >= min_salient * fan.astype(jnp.float32) - 1e-4) | needed
 
             stays &= live[:, None]
             missing = jnp.where(live, total // live.sum() - stays.sum(1), 0)

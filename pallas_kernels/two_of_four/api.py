@@ -180,6 +180,6 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 def _contract(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
     """Sums over an axis of each, in float32 or wider."""
-    dtype = jnp.promote_types(a.dtype, jnp.float32)
+    dtype = jnp.float64 if a.dtype == jnp.float64 else jnp.float32
     contracted = (((axes[0],), (axes[1],)), ((), ()))
     return lax.dot_general(a, b, contracted, preferred_element_type=dtype)

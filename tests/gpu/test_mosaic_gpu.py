@@ -56,9 +56,8 @@ def operands(spec: ConvSpec, seed: int = 0):
         spec, cin=spec.cin // spec.channel_block, kept=spec.kept // spec.channel_block
     )
     _, _, _, filters, blocks, taps = shapes.random_operands(runs, seed)
-    channels = (blocks[..., None] * spec.channel_block + jnp.arange(spec.channel_block)).reshape(
-        spec.groups, -1
-    )
+    within = jnp.arange(spec.channel_block, dtype=jnp.int32)[None, None]
+    channels = (blocks[..., None] * spec.channel_block + within).reshape(spec.groups, -1)
     x, dy, values, *_ = shapes.random_operands(spec, seed)
     return x, dy, values, filters, channels, taps
 
@@ -421,7 +420,14 @@ def test_all_passes_in_the_interpreter(case, name, interpreted):
         name
     ]
     expected = reference(spec, x, dy, values, *index)[name]
-    result = jax.jit(functools.partial(getattr(record, name), spec))(*inputs, *index)
+    run = functools.partial(getattr(record, name), spec)
+    result = jax.jit(run)(*inputs, *index)
+    with (
+        jax.enable_x64(True),
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+    ):
+        assert jax.eval_shape(run, *inputs, *index).dtype == result.dtype
     assert result.dtype == (jnp.float32 if name == "weight_gradient" else jnp.dtype(spec.dtype))
     assert_close(result, jnp.maximum(expected, 0) if spec.relu and name == "forward" else expected)
 

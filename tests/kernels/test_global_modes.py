@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conv_cases import CASES, IMPLEMENTATIONS, NAMES, assert_close
+from flax import nnx
 from requirements import needs
 from sparse_methods import slow_unless
 
@@ -75,7 +76,10 @@ def convolution(case, name, dtype="float32", relu=True):
     """A convolution with its epilogue, and all of its operands."""
     spec = dataclasses.replace(CASES[case], dtype=dtype)
     x, dy, values, *index = shapes.random_operands(spec)
-    per_channel = jnp.linspace(0.5, 2, spec.cout), jnp.linspace(-1, 1, spec.cout)
+    per_channel = (
+        jnp.linspace(start, stop, spec.cout, dtype=jnp.float32)
+        for start, stop in ((0.5, 2), (-1, 1))
+    )
 
     def f(x, values, scale, bias, residual):
         more = {"scale": scale, "bias": bias, "residual": residual, "relu": relu}
@@ -128,7 +132,7 @@ def test_a_batch_of_calls(modes, name):
     check(modes, jax.vmap(functools.partial(with_gradients, f)), *many)
 
 
-KERNEL = jax.random.normal(jax.random.key(0), (3, 3, 16, 8))
+KERNEL = jax.random.normal(jax.random.key(0), (3, 3, 16, 8), jnp.float32)
 LAYOUT = bsj.random_groups(jax.random.key(1), KERNEL.shape, group_size=4, kept=5, kept_taps=3)
 DOORS = {
     "native": {},
@@ -147,10 +151,10 @@ DOORS = {
 @every_mode
 def test_every_door_of_conv(modes, door):
     options = DOORS[door]
-    x = jax.random.normal(jax.random.key(2), (3, 6, 5, 16))
+    x = jax.random.normal(jax.random.key(2), (3, 6, 5, 16), jnp.float32)
     if "data_format" in options:
         x = x.transpose(3, 1, 2, 0)
-    bias = jnp.linspace(-1, 1, 8)
+    bias = jnp.linspace(-1, 1, 8, dtype=jnp.float32)
 
     def f(x, kernel, bias):
         kernel = bsj.pack(kernel, LAYOUT) if "packed" in options else kernel
@@ -165,7 +169,7 @@ def test_every_door_of_conv(modes, door):
 )
 @every_mode
 def test_every_dense_formulation(modes, formulation, data_format):
-    x = jax.random.normal(jax.random.key(0), (4, 4, 4, 4))
+    x = jax.random.normal(jax.random.key(0), (4, 4, 4, 4), jnp.float32)
     f = functools.partial(
         dense_conv,
         strides=(2, 1),
@@ -178,16 +182,20 @@ def test_every_dense_formulation(modes, formulation, data_format):
 
 @every_mode
 def test_the_two_of_four_product(modes):
-    weights, x = KERNEL.reshape(-1, 8)[:32], jax.random.normal(jax.random.key(0), (32, 6))
+    weights = KERNEL.reshape(-1, 8)[:32]
+    x = jax.random.normal(jax.random.key(0), (32, 6), jnp.float32)
     f = functools.partial(two_of_four_matmul, channel_major=True)
     check(modes, functools.partial(with_gradients, f), weights, x)
+    halves = weights.astype(jnp.bfloat16), x.astype(jnp.bfloat16)
+    check(modes, functools.partial(with_gradients, f), *halves, tolerance=1e-2)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_debug_nans_finds_the_first_nan(name):
     """The mode does what it is for: it stops where a NaN arises, and only there."""
     f, (x, *others) = convolution("same", name)
-    x = x.at[0, 3, 2, 1].set(jnp.nan)
+    with jax.debug_nans(False):
+        x = x.at[0, 3, 2, 1].set(jnp.nan)
     with switched_on("all that raise"), pytest.raises(FloatingPointError):
         jax.block_until_ready(jax.jit(f)(x, *others))
 
@@ -196,8 +204,8 @@ def test_debug_nans_finds_the_first_nan(name):
 @every_mode
 def test_batch_norm_with_a_residual_and_a_relu(modes, implementation):
     keys = jax.random.split(jax.random.key(0), 4)
-    x, residual = (jax.random.normal(key, (3, 4, 5, 6)) for key in keys[:2])
-    scale, bias = (jax.random.normal(key, (3,)) for key in keys[2:])
+    x, residual = (jax.random.normal(key, (3, 4, 5, 6), jnp.float32) for key in keys[:2])
+    scale, bias = (jax.random.normal(key, (3,), jnp.float32) for key in keys[2:])
 
     def run(x, residual, scale, bias):
         def forked(x, residual, scale, bias, factor):
@@ -210,3 +218,29 @@ def test_batch_norm_with_a_residual_and_a_relu(modes, implementation):
     check(modes, run, x, residual, scale, bias)
     halves = x.astype(jnp.bfloat16), residual.astype(jnp.bfloat16)
     check(modes, run, *halves, scale, bias, tolerance=2e-2)
+
+
+def of_linen(x, kernel, with_sums):
+    norm = bsj.linen.BatchNormAct(False, dtype=jnp.bfloat16)
+    conv = bsj.linen.BlockSparseConv(8, 3, use_bias=False)
+    y = conv.apply({"params": {"kernel": kernel}}, x, with_sums=with_sums)
+    return norm.apply(norm.init(jax.random.key(0), y), y, mutable=["batch_stats"])[0]
+
+
+def of_nnx(x, kernel, with_sums):
+    norm = bsj.nnx.BatchNormAct(8, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    conv = bsj.nnx.BlockSparseConv(16, 8, 3, use_bias=False, rngs=nnx.Rngs(0))
+    conv.kernel.set_value(kernel)
+    return norm(conv(x, with_sums=with_sums))
+
+
+@pytest.mark.parametrize("with_sums", [False, True])
+@pytest.mark.parametrize("layers", [of_linen, of_nnx])
+@every_mode
+def test_a_batch_norm_in_half_precision_behind_a_convolution_in_single(modes, layers, with_sums):
+    x = jax.random.normal(jax.random.key(0), (3, 6, 5, 16), jnp.float32)
+
+    def f(x, kernel):
+        return bsj.activations(layers(x, kernel, with_sums))
+
+    check(modes, functools.partial(with_gradients, f), x, KERNEL, tolerance=1e-2)

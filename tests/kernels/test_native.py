@@ -123,8 +123,8 @@ def call(
 ):
     shape = jax.ShapeDtypeStruct(out or (48, *x.shape[1:]), x.dtype)
     none = {
-        "scale": jnp.zeros(0),
-        "bias": jnp.zeros(0),
+        "scale": jnp.zeros(0, jnp.float32),
+        "bias": jnp.zeros(0, jnp.float32),
         "residual": jnp.zeros((0, 0, 0, 0), x.dtype),
     }
     epilogue = [geometry.pop(part, absent) for part, absent in none.items()]
@@ -217,11 +217,11 @@ BAD = {
         "two numbers each",
     ),
     "a short scale": (
-        lambda x, v, f, c, t: call(x, v, f, c, t, scale=jnp.ones(47)),
+        lambda x, v, f, c, t: call(x, v, f, c, t, scale=jnp.ones(47, jnp.float32)),
         "one number for each channel of y",
     ),
     "a square bias": (
-        lambda x, v, f, c, t: call(x, v, f, c, t, bias=jnp.ones((48, 1))),
+        lambda x, v, f, c, t: call(x, v, f, c, t, bias=jnp.ones((48, 1), jnp.float32)),
         "one number for each channel of y",
     ),
     "a small residual": (
@@ -246,6 +246,7 @@ def test_malformed_buffers_are_refused_by_the_handlers(what):
     ("strides", "groups", "group_size"),
     [((1, 1), 2, 16), ((1, 1), 2, 36), ((2, 2), 2, 36), ((2, 2), 12, 4), ((2, 2), 12, 36)],
 )
+@jax.debug_nans(False)
 def test_a_weight_that_is_not_finite_meets_the_zeros_around_the_image_as_in_dense(
     monkeypatch, variant, bad, strides, groups, group_size
 ):

@@ -29,12 +29,14 @@ VARIANTS = native.variants()
 def operands(shape, dtype="float32", mean=1.0):
     """x, scale, bias, residual, factor, and the cotangents of y, mean and variance."""
     keys = jax.random.split(jax.random.key(sum(shape)), 8)
-    x, residual, dy = (jax.random.normal(key, shape) for key in keys[:3])
-    scale, bias, dmean, dvar = (jax.random.normal(key, shape[:1]) for key in keys[3:7])
+    x, residual, dy = (jax.random.normal(key, shape, jnp.float32) for key in keys[:3])
+    rows = (jax.random.normal(key, shape[:1], jnp.float32) for key in keys[3:7])
+    scale, bias, dmean, dvar = rows
     x, residual, dy = (2 * x + mean).astype(dtype), residual.astype(dtype), dy.astype(dtype)
     return (x, scale, bias, residual, jnp.float32(0.7)), (dy, dmean, dvar)
 
 
+@jax.numpy_dtype_promotion("standard")  # which flax relies on
 def of_flax(x, scale, bias, residual, factor, *, relu=True, axis=0, dtype=jnp.float64):
     """What norm_act replaces, and the statistics by flax's own running averages."""
     norm = nn.BatchNorm(False, axis=axis, momentum=0.0, dtype=dtype, use_fast_variance=False)
@@ -174,7 +176,7 @@ def test_a_large_mean_cancels_nothing(monkeypatch, variant):
 
 @needs_native
 def test_a_constant_channel_has_no_variance():
-    x = jnp.full((2, 9, 5, 3), 0.1)
+    x = jnp.full((2, 9, 5, 3), 0.1, jnp.float32)
     y, mean, variance = bsj.norm_act(x, bias=jnp.array([2.0, -1.0]), implementation="cpu")
     np.testing.assert_array_equal(mean, x[:, 0, 0, 0])
     np.testing.assert_array_equal(variance, [0, 0])
@@ -186,9 +188,10 @@ def test_a_constant_channel_has_no_variance():
 @needs_native
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("where", [0, 700, -1])
+@jax.debug_nans(False)
 def test_a_nan_spoils_its_channel_alone(monkeypatch, variant, where):
     monkeypatch.setenv(native.VARIABLE, variant)
-    x = jax.random.normal(jax.random.key(0), (3, 1501)).at[1, where].set(jnp.nan)
+    x = jax.random.normal(jax.random.key(0), (3, 1501), jnp.float32).at[1, where].set(jnp.nan)
     y, mean, variance = bsj.norm_act(x, implementation="cpu")
     for a in (y, mean, variance):
         assert np.all(np.isnan(np.asarray(a[1])))
@@ -229,7 +232,7 @@ def test_second_derivatives(has_residual):
 @needs_native
 @pytest.mark.parametrize("mode", [jax.jvp, lambda f, x, t: jax.linearize(f, *x)[1](*t)])
 def test_forward_mode_alone_names_the_way_out(mode):
-    x = jnp.ones((2, 3))
+    x = jnp.ones((2, 3), jnp.float32)
     with pytest.raises(TypeError, match=r"norm_act in the native.*implementation='xla'"):
         mode(lambda x: bsj.norm_act(x)[0], (x,), (x,))
     mode(lambda x: bsj.norm_act(x, implementation="xla")[0], (x,), (x,))
@@ -253,8 +256,8 @@ def call(x, name="NormActForward", **changes):
     like_x = jax.ShapeDtypeStruct(x.shape, x.dtype)
     absent = jnp.zeros((0,) * x.ndim, x.dtype)
     options = {
-        "scale": jnp.ones(x.shape[0]),
-        "bias": jnp.zeros(x.shape[0]),
+        "scale": jnp.ones(x.shape[0], jnp.float32),
+        "bias": jnp.zeros(x.shape[0], jnp.float32),
         "residual": absent,
         "y": like_x,
         "mean": rows,
@@ -273,8 +276,14 @@ def call(x, name="NormActForward", **changes):
 
 
 BAD = {
-    "a short scale": (lambda x: call(x, scale=jnp.ones(2)), r"scale \[2\] must have one number"),
-    "a square bias": (lambda x: call(x, bias=jnp.ones((3, 1))), "bias .* must have one number"),
+    "a short scale": (
+        lambda x: call(x, scale=jnp.ones(2, jnp.float32)),
+        r"scale \[2\] must have one number",
+    ),
+    "a square bias": (
+        lambda x: call(x, bias=jnp.ones((3, 1), jnp.float32)),
+        "bias .* must have one number",
+    ),
     "a small residual": (lambda x: call(x, residual=x[:2]), r"residual \[2, 40\] must have the"),
     "another type": (
         lambda x: call(x, residual=x.astype(jnp.bfloat16)),
@@ -303,7 +312,7 @@ BAD = {
 def test_malformed_buffers_are_refused_by_the_handlers(what):
     bad, message = BAD[what]
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-        jax.block_until_ready(bad(jnp.ones((3, 40))))
+        jax.block_until_ready(bad(jnp.ones((3, 40), jnp.float32)))
 
 
 WRONG = {
@@ -328,7 +337,7 @@ def test_wrong_arguments_are_refused(message):
 
 @needs_native
 def test_what_the_native_kernels_cannot_run_is_refused_with_the_reason():
-    x = jnp.ones((3, 4))
+    x = jnp.ones((3, 4), jnp.float32)
     for options, reason in (
         ({"channel_axis": 1}, "channels on axis 0"),
         ({"axis_name": "data"}, "axis_name asks for those of several"),

@@ -35,6 +35,7 @@ def _fused(monkeypatch):
     monkeypatch.setitem(choice.IMPLEMENTATIONS, "fused", FUSED)
 
 
+@jax.numpy_dtype_promotion("standard")  # which flax relies on
 def flax_norm(z, scale, bias):
     """Flax's batch norm over NHWC, in training."""
     norm = nn.BatchNorm(use_running_average=False, epsilon=1e-5, dtype=z.dtype)
@@ -51,6 +52,16 @@ def plain_conv(x, kernel, strides=1):
     )
 
 
+def masked(kernels):
+    """The kernels, with zeros where the layouts of the second and the third keep nothing."""
+    layouts = {"second": SQUARE, "third": LAYOUT}
+    return kernels | {
+        name: jnp.where(bsj.layout_to_mask(layout), kernels[name], 0)
+        for name, layout in layouts.items()
+        if name in kernels
+    }
+
+
 def arrays(dtype=jnp.float32, seed=0):
     """Images, the kernels of three convolutions, and the parameters of the norms."""
     rng = np.random.default_rng(seed)
@@ -58,10 +69,8 @@ def arrays(dtype=jnp.float32, seed=0):
     def normal(*shape):
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
-    masks = {"second": bsj.layout_to_mask(SQUARE), "third": bsj.layout_to_mask(LAYOUT)}
-    kernels = {"first": 0.3 * normal(3, 3, 5, 16), "second": normal(*SQUARE.shape)}
-    kernels["third"] = normal(*SHAPE)
-    kernels |= {name: kernels[name] * mask for name, mask in masks.items()}
+    kernels = {"first": 0.3 * normal(3, 3, 5, 16)}
+    kernels |= masked({"second": normal(*SQUARE.shape), "third": normal(*SHAPE)})
     norms = {
         name: (1 + 0.3 * normal(n), normal(n))
         for name, n in (("first", 16), ("second", 16), ("third", 32))
@@ -124,8 +133,8 @@ def test_a_norm_that_is_loaded_gives_what_flax_gives_in_float64(strides, monkeyp
 
     def flax_chain(x, kernels, norms):
         z = plain_conv(x, kernels["first"])
-        kernel = kernels["second"] * bsj.layout_to_mask(SQUARE)
-        z = plain_conv(nn.relu(flax_norm(z, *norms["first"])), kernel, strides)
+        stream = nn.relu(flax_norm(z, *norms["first"]))
+        z = plain_conv(stream, masked(kernels)["second"], strides)
         return nn.relu(flax_norm(z, *norms["second"])), x
 
     def chain(x, kernels, norms):
@@ -177,17 +186,13 @@ def test_every_implementation_gives_the_values_and_gradients_of_flax(name, data_
         outputs = network(x, kernels, norms, name, (SQUARE, LAYOUT), data_format)
         return outputs if data_format == "NHWC" else [a.transpose(3, 1, 2, 0) for a in outputs]
 
-    def masked(x, kernels, norms):
-        masks = (bsj.layout_to_mask(SQUARE), bsj.layout_to_mask(LAYOUT))
-        kernels = kernels | {
-            key: kernels[key] * mask for key, mask in zip(("second", "third"), masks)
-        }
-        return flax_network(x, kernels, norms)
+    def of_flax(x, kernels, norms):
+        return flax_network(x, masked(kernels), norms)
 
     results = value_and_gradients(ours, *operands)
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda a: a.astype(jnp.float64), operands)
-        expected = value_and_gradients(masked, *exact)
+        expected = value_and_gradients(of_flax, *exact)
         assert worst(results, expected) < 1e-5
 
 
@@ -256,7 +261,7 @@ def test_the_gradient_of_the_sums_is_used(name, relu):
         by = (slice(None), None, None, None)
         h = scale[by] * (z - mean[by]) / jnp.sqrt(variance + 1e-5)[by] + bias[by]
         h = jnp.maximum(h, 0) if relu else h
-        kernel = kernel * bsj.layout_to_mask(SQUARE)
+        kernel = jnp.where(bsj.layout_to_mask(SQUARE), kernel, 0)
         y = plain_conv(h.transpose(3, 1, 2, 0), kernel).transpose(3, 1, 2, 0)
         sums = jnp.stack([y.sum((1, 2, 3)), (y * y).sum((1, 2, 3))])
         return (jnp.sin(sums / 1000)).sum() + jnp.tanh(y).sum()
@@ -280,15 +285,13 @@ def test_half_precision_is_no_worse_than_flax(name):
         outputs = network(x.transpose(3, 1, 2, 0), kernels, norms, name, (SQUARE, LAYOUT), "CHWN")
         return [a.transpose(3, 1, 2, 0) for a in outputs]
 
-    def masked(results):
+    def in_the_kept(results):
         outputs, (x, kernels, norms) = results
-        masks = (bsj.layout_to_mask(SQUARE), bsj.layout_to_mask(LAYOUT))
-        kept = {key: kernels[key] * mask for key, mask in zip(("second", "third"), masks)}
-        return outputs, (x, kernels | kept, norms)
+        return outputs, (x, masked(kernels), norms)
 
-    results = masked(value_and_gradients(ours, *halved, operands[2]))
-    flax = masked(value_and_gradients(flax_network, *halved, operands[2]))
-    expected = masked(expected)
+    results = in_the_kept(value_and_gradients(ours, *halved, operands[2]))
+    flax = in_the_kept(value_and_gradients(flax_network, *halved, operands[2]))
+    expected = in_the_kept(expected)
 
     def error(results):
         return np.mean(
@@ -345,8 +348,7 @@ def test_second_derivatives(name):
 
 
 def test_what_does_not_fit_is_named():
-    z, kernel = jnp.ones((2, 4, 4, 16)), jnp.ones(SHAPE)
-    sums, one = jnp.ones((2, 16)), jnp.ones(16)
+    z, kernel, sums, one = (jnp.ones(s, jnp.float32) for s in ((2, 4, 4, 16), SHAPE, (2, 16), 16))
     for bad, message in (
         ({"sums": one}, r"sums: expected shape \(2, 16\)"),
         ({"scale": jnp.ones(8)}, r"scale: expected shape \(16,\) for the 16 channels"),

@@ -97,6 +97,7 @@ def test_the_lists_name_every_kept_weight_once(case):
     assert sorted(found) == list(range(len(weights))), "each weight takes part once"
 
 
+@jax.disable_jit(False)
 def test_new_masks_do_not_compile_again():
     case = KERNEL_SHAPES["groups of 64, runs of 16"]
     make = jax.jit(lambda index: make_plan(index, kernel_shape=case[0], channel_block=case[-1]))
@@ -109,7 +110,8 @@ def test_a_plan_must_fit_the_convolution():
     kernel_shape, groups, kept, kept_taps, run = KERNEL_SHAPES["groups of 64, runs of 16"]
     index = index_of(kernel_shape, groups, kept, kept_taps, run)
     plan = make_plan(index, kernel_shape=kernel_shape, channel_block=run)
-    x, values = jnp.ones((128, 4, 4, 1)), jnp.ones((groups, kept, kept_taps, 64))
+    sizes = (128, 4, 4, 1), (groups, kept, kept_taps, 64)
+    x, values = (jnp.ones(s, jnp.float32) for s in sizes)
 
     def convolve(plan, **options):
         options = {"kernel_shape": kernel_shape, "channel_block": run} | options

@@ -12,9 +12,9 @@ import blocksparse_jax as bsj
 from experiments import models
 from experiments.training.config import TrainConfig, resolve
 
-KERNEL = jnp.ones((3, 3, 16, 32))
+KERNEL = jnp.ones((3, 3, 16, 32), jnp.float32)
 LAYOUT = bsj.random_groups(jax.random.key(0), KERNEL.shape, group_size=8, kept=5, kept_taps=3)
-X = jnp.ones((2, 6, 6, 16))
+X = jnp.ones((2, 6, 6, 16), jnp.float32)
 
 
 @pytest.fixture

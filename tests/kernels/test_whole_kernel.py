@@ -42,7 +42,7 @@ def test_values_and_gradients_are_those_of_xla(case, dtype, monkeypatch):
     shape, options = CASES[case]
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(keys[0], (shape[2], 7, 6, 3), dtype)
-    kernel = jax.random.normal(keys[1], shape)
+    kernel = jax.random.normal(keys[1], shape, jnp.float32)
     assert runs_whole_kernels(x, shape)
 
     def loss(x, kernel, implementation):
@@ -75,9 +75,8 @@ def test_every_formulation_computes_the_same(case, formulation):
     shape, options = CASES[case]
     geometry = explicit_geometry((7, 6), shape[:2], **DEFAULTS | options)
     keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (shape[2], 7, 6, 3))
-    kernel = jax.random.normal(keys[1], shape)
-    bias = jax.random.normal(keys[2], (shape[3],))
+    sizes = (shape[2], 7, 6, 3), shape, shape[3:]
+    x, kernel, bias = (jax.random.normal(*draw, jnp.float32) for draw in zip(keys, sizes))
 
     def passes(name):
         record = whole_kernel.by_formulation(name)
@@ -131,8 +130,8 @@ def test_the_formulation_that_was_the_fastest_runs_each_pass():
 
 def test_the_growth_gradient_is_that_of_xla():
     keys = jax.random.split(jax.random.key(0), 2)
-    x = jax.random.normal(keys[0], (16, 6, 6, 4))
-    dy = jax.random.normal(keys[1], (32, 3, 3, 4))
+    x = jax.random.normal(keys[0], (16, 6, 6, 4), jnp.float32)
+    dy = jax.random.normal(keys[1], (32, 3, 3, 4), jnp.float32)
     native = bsj.dense_kernel_gradient(x, dy, (3, 3), strides=2, data_format="CHWN")
     nhwc = (array.transpose(3, 1, 2, 0) for array in (x, dy))
     xla = bsj.dense_kernel_gradient(*nhwc, (3, 3), strides=2)

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # Modules on one line do not import each other.
 ORDER = [
-    {"_checks", "alike", "origins", "run_once", "transposes"},
+    {"_checks", "_dtypes", "alike", "origins", "run_once", "transposes"},
     {"kernels", "norm_act"},
     {"tree", "geometry", "erk"},
     {"selection", "scores", "budgets", "schedules"},

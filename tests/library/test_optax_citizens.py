@@ -142,6 +142,31 @@ def test_the_global_modes_of_jax_change_no_masks(mode, name):
     chex.assert_trees_all_equal(trained_masks(name, mode), trained_masks(name, None))
 
 
+SOON = bsj.between(2, 20, every=3)
+TRACED = METHODS | {
+    "given scores": lambda p: bsj.one_shot(0.7, scores=p),
+    "one threshold": lambda p: bsj.gradual(
+        0.7, pattern=bsj.patterns.one_by_n(16), schedule=SOON, budget="global"
+    ),
+    "blocks": lambda p: bsj.gradual(0.7, pattern=bsj.patterns.block(16), schedule=SOON),
+    "blocks of a classifier": lambda p: bsj.campfire(0.5, era=(2, 18), fc="block"),
+    "whole layers": lambda p: bsj.group_lasso(
+        0.7, schedule=SOON, strength=0.5, threshold=1.0, depth=lambda name, leaf: True
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", TRACED)
+def test_the_modes_that_raise_let_every_method_pass(name, dtype):
+    """What they refuse they refuse while a program is traced."""
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), small_tree())
+    with all_that_raise():
+        tx = bsj.sparse(TRACED[name](params), optax.sgd(0.1, momentum=0.9))
+        state = jax.eval_shape(tx.init, params)
+        jax.eval_shape(tx.update, params, state, params)
+
+
 def test_masks_under_prefix_labels_take_the_structure_of_params(params):
     chain = bsj.sparse(bsj.rigl(0.7, until=9), optax.sgd(0.1))
     labels = {"stem": "plain", "conv1": "sparse", "conv2": "sparse", "classifier": "plain"}

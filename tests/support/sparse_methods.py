@@ -53,7 +53,7 @@ def quartic(params, scale):
 
 def quartic_of_each(params, scales):
     """The same for GraSP, which cuts its batch."""
-    return quartic(params, scales.sum())
+    return quartic(params, scales.sum().astype(jax.tree.leaves(params)[0].dtype))
 
 
 # name -> (params -> method). The masks of moving methods move at steps 3, 6, ... or 2, 5, ...

@@ -114,8 +114,8 @@ def gradient_lists(
     stages = -(-meets.sum(1) * group_rows // tile.depth)
 
     runs_of_group = group_rows // run
-    first_run = (jnp.arange(spec.groups) * runs_of_group)[:, None, None]
-    runs = first_run + jnp.arange(runs_of_group)
+    runs = jnp.arange(spec.groups * runs_of_group, dtype=jnp.int32)
+    runs = runs.reshape(spec.groups, 1, runs_of_group)
     entries = entry(runs[None, None], y[:, None, ..., None], x[None, :, ..., None])
     entries = jnp.broadcast_to(
         entries, (*spec.strides, spec.groups, spec.kept_taps, runs_of_group)
@@ -160,7 +160,7 @@ def _phase_offsets(
     """
     divisible, offsets = [], []
     for stride, offset in zip(spec.strides, _offsets(spec, taps), strict=True):
-        distance = jnp.arange(stride)[:, None, None] - offset
+        distance = jnp.arange(stride, dtype=jnp.int32)[:, None, None] - offset[None]
         reaches = distance % stride == 0
         divisible.append(reaches)
         offsets.append(jnp.where(reaches, distance // stride, 0))

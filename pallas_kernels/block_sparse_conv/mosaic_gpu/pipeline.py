@@ -94,7 +94,7 @@ def divide(number: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 
 def launch(body: Any, blocks: int, tile: Tile, out: Any, scratch: list[Any], interpret: Any) -> Any:
     """A kernel of so many thread blocks, without automatic barriers (see the top of this file)."""
-    return plgpu.kernel(
+    kernel = plgpu.kernel(
         body,
         out_type=out,
         scratch_types=scratch,
@@ -107,6 +107,8 @@ def launch(body: Any, blocks: int, tile: Tile, out: Any, scratch: list[Any], int
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
     )
+    # Its numbers are int32 in all modes.
+    return jax.enable_x64(False)(kernel)
 
 
 def produce_and_consume(
