@@ -131,7 +131,7 @@ def granet(
             new = grow_highest(stays, kept, gradients, moved)
             return with_sets(first.pattern, new, leaf)
 
-        layers = {name: (leaf, counts[name]) for name, leaf in leaves.items()}
+        layers = {name: (leaf, jnp.int32(counts[name])) for name, leaf in leaves.items()}
         return map_layers(exchange, first.pattern, layers, dict.fromkeys(layers))
 
     spec = Spec(

@@ -75,7 +75,7 @@ EDGES = [
 @pytest.mark.parametrize(
     ("pattern", "sparsity"), [*((pattern, 0.75) for pattern in PATTERNS), *EDGES], ids=str
 )
-@pytest.mark.filterwarnings("ignore:sparsity")
+@pytest.mark.filterwarnings("ignore:sparsity", "ignore:block_density")
 def test_every_pattern_moves_its_sets_as_the_reference_does(pattern, sparsity):
     """The counts of every row stay; what stays and what comes follows from the definition."""
     sparsity = 1 - pattern.density if pattern.density else sparsity

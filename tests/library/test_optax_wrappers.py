@@ -82,7 +82,8 @@ def test_lookahead_around_keep_zeros(name, params):
     """
     inner, inner_step = momentum_sgd(name)
     tx = optax.lookahead(inner, sync_period=3, slow_step_size=0.5)
-    params, inner_state = zeroed(inner, params)
+    params, _ = zeroed(inner, params)
+    inner_state = inner.init(params)
     both = optax.LookaheadParams.init_synced(params)
     state = tx.init(both)
     chex.assert_trees_all_equal(bsj.get_masks(state), bsj.get_masks(inner_state))
@@ -124,7 +125,7 @@ def test_an_average_of_the_parameters_outside(name, params):
     average = optax.ema(0.5, debias=False)
     params, state = zeroed(tx, params)
     average_state, expected = average.init(params), jax.tree.map(np.zeros_like, params)
-    for t in range(8):
+    for t in range(9):
         params, state = step(params, state, noise(params, t))
         averaged, average_state = average.update(params, average_state)
         expected = jax.tree.map(lambda a, p: 0.5 * a + 0.5 * np.asarray(p), expected, params)
