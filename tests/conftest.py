@@ -93,6 +93,8 @@ _ONLY_IN_CI = [
     "test_nest_runs",
     "test_prepare_data",
     "test_report_page",
+    "test_sharded_batch",
+    "test_sharded_norms",
     "test_sharded_state",
     "test_smaller_networks",
     "test_stop_and_extend",

@@ -1,7 +1,9 @@
 """The sweeps: their tables and settings, and runs that are killed, moved, shared and cut."""
 
+import contextlib
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
@@ -166,21 +168,25 @@ class Alone(Programs):
 
 def test_a_cell_of_other_settings_is_named(tmp_path, capsys):
     """A default that changed between two versions does not change the name of a cell's folder."""
-    sweep.main(short(tmp_path, cells="/ru/"))
-    [cell] = (tmp_path / "sweeps/cells").iterdir()
-    config = json.loads((cell / "config.json").read_text())
-    config["options"]["budget"] = "er"
-    (cell / "config.json").write_text(json.dumps(config))
-    capsys.readouterr()
-    sweep.main(short(tmp_path, cells="/ru/"))
-    said = capsys.readouterr().err
-    assert "random.budget 'er' -> 'uniform'" in said
-    assert f"delete {cell}" in said
-    sweep.main(short(tmp_path, cells="/ru/", dry_run=True))
-    assert "finished with other settings" in capsys.readouterr().out
-    (cell / "result.json").unlink()
-    with pytest.raises(ValueError, match=r"ru.*budget 'er' -> 'uniform'.*delete"):
-        sweep.main(short(tmp_path, cells="/ru/"))
+    with contextlib.closing(sweep.SweepFolder(tmp_path / "sweeps", 1 << 20)) as folder:
+        table = tables.table("hrbp-static")
+        job = jobs.jobs(table, folder, "data", "smoke", 1, "/ru/")[0]
+        assert jobs.outdated(job) is None, "nothing was run"
+        job.path.mkdir()
+        config = dataclasses.asdict(job.config)
+        for budget, expected in ((config["options"]["budget"], None), ("er", "budget 'er' ->")):
+            config["options"]["budget"] = budget
+            (job.path / "config.json").write_text(json.dumps(config))
+            said = jobs.outdated(job)
+            assert said is None if expected is None else expected in said
+        assert f"delete {job.path}" in said
+        with pytest.raises(ValueError, match=r"ru.*budget 'er' -> .*delete"):
+            jobs.run(job, folder, None, Programs())
+        (job.path / "result.json").write_text("{}")
+        sweep._run_all(folder, [job], math.inf)
+        assert said in capsys.readouterr().err
+        sweep._show_cells(folder, [job])
+        assert "finished with other settings" in capsys.readouterr().out
 
 
 def test_a_checkpoint_that_does_not_fit_stays_beside_the_folder(tmp_path, monkeypatch):
