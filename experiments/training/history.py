@@ -60,7 +60,7 @@ class History:
         self._spec = trainer.spec
         assert trainer.config.options is not None
         self._step_flops = trainer.config.options.step_flops
-        self._changes_masks = trainer.needs.changes_masks
+        self._needs = trainer.needs
         dense = jax.eval_shape(functools.partial(to_form, "masked"), state)
         variables = {"params": dense.params, "batch_stats": dense.batch_stats}
         self.positions = conv_positions(trainer.network.model("masked"), variables, image_shape)
@@ -88,11 +88,10 @@ class History:
           step: its number, from 0.
           state: after it.
         """
-        needs_dense = self._spec is not None and self._spec.dense_gradient(step)
-        self._pending[-1].steps[needs_dense] += 1
+        self._pending[-1].steps[self._needs.dense_gradient(step)] += 1
         self.steps += 1
         follows = self._spec is not None and self._spec.rule is not None
-        if follows or self._changes_masks(step):
+        if follows or self._needs.changes_masks(step):
             masks = masks_of(state)
             self.ever, counts = _join(self.ever, masks)
             self._pending.append(_Spell(counts, _sizes(state), _masked(masks)))
